@@ -1,0 +1,5 @@
+"""conformance: the judge. It property-tests Mixture-of-Experts implementations against moe_ref."""
+
+from conformance.subject import Routing, Subject, Unsupported
+
+__all__ = ["Routing", "Subject", "Unsupported"]

@@ -1,0 +1,1 @@
+"""conformance, the subjects: one file for each implementation that is judged."""

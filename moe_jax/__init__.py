@@ -1,0 +1,1 @@
+"""moe_jax: the Mixture-of-Experts layer in JAX, equal to moe_ref and fast."""

@@ -1,0 +1,327 @@
+"""moe_ref, routing: from logits to expert ids and weights, one function per stage, in order.
+
+    gate -> scale_logits -> score -> limit_groups -> select -> weigh
+
+Legend: T tokens, D model dim, E choices (experts, then null experts), K top_k, G groups, P experts per group,
+L groups kept, S router-scored shared experts, V table rows. Everything is plain NumPy in float64.
+Start at `route`, at the end of this file.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_ref.checks import array, no_nan, require
+from moe_ref.spec import RouterSpec
+
+UNUSED = -1
+"""The expert id of an unused slot: a padding token, or a slot that a replay leaves empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingTrace:
+    """Every intermediate of `route`, under the name it keeps everywhere; None where a spec has no such stage."""
+
+    logits_TE: np.ndarray
+    scaled_logits_TE: np.ndarray
+    scores_TE: np.ndarray | None
+    scores_for_choice_TE: np.ndarray | None
+    group_scores_TG: np.ndarray | None
+    group_ids_TL: np.ndarray | None
+    expert_ids_TK: np.ndarray
+    weights_TK: np.ndarray
+    shared_weights_TS: np.ndarray | None
+
+
+def gate(x_TD, gate_ED, gate_bias_E=None, *, dtype=np.float64) -> np.ndarray:
+    """The logits are x @ gate.T, plus the learned gate bias. [GAT-1, GAT-2]
+
+    Args:
+        x_TD: (T, D) tokens.
+        gate_ED: (E, D) gate weights, one row per column of the logits.
+        gate_bias_E: (E,) learned bias; it is part of the logits, unlike expert_bias.
+
+    Returns:
+        logits_TE: (T, E).
+    """
+    x_TD = array("x_TD", x_TD, (None, None)).astype(dtype)
+    gate_ED = array("gate_ED", gate_ED, (None, x_TD.shape[1])).astype(dtype)
+    logits_TE = x_TD @ gate_ED.T
+    if gate_bias_E is None:
+        return logits_TE
+    return logits_TE + array("gate_bias_E", gate_bias_E, (gate_ED.shape[0],)).astype(dtype)
+
+
+def scale_logits(logits_TE, spec: RouterSpec):
+    """Logits are scaled, then soft-capped, before they are scored or ranked. [SCR-5]"""
+    scaled_TE = logits_TE * spec.logit_scale
+    if spec.logit_softcap is None:
+        return scaled_TE
+    capped_TE = spec.logit_softcap * np.tanh(scaled_TE / spec.logit_softcap)
+    # A cap is finite, but an expert that is masked stays masked.
+    return np.where(np.isneginf(scaled_TE), scaled_TE, capped_TE)
+
+
+def score(scaled_logits_TE, spec: RouterSpec):
+    """Scores are a function of the scaled logits alone; no bias enters them. [SCR-1, SCR-2, SCR-3]"""
+    if spec.score_func == "softmax":
+        return softmax(scaled_logits_TE)
+    if spec.score_func == "sigmoid":
+        return np.exp(-np.logaddexp(0, -scaled_logits_TE))
+    return np.sqrt(np.logaddexp(0, scaled_logits_TE))
+
+
+def softmax(logits_TE):
+    """Softmax over the last axis; -inf gives exactly 0, and so does a row of nothing else."""
+    largest_T1 = logits_TE.max(axis=-1, keepdims=True, initial=-np.inf)
+    exp_TE = np.exp(logits_TE - np.where(np.isneginf(largest_T1), 0, largest_T1))
+    sum_T1 = exp_TE.sum(axis=-1, keepdims=True)
+    return exp_TE / np.where(sum_T1 == 0, 1, sum_T1)
+
+
+def bias_choice(scaled_logits_TE, scores_TE, expert_bias_E, spec: RouterSpec):
+    """What is ranked: scores (or logits) plus expert_bias; a logit of -inf is never chosen. [SEL-4, SEL-9]"""
+    ranked_TE = scaled_logits_TE if spec.select_by == "logit" else scores_TE
+    return np.where(np.isneginf(scaled_logits_TE), -np.inf, ranked_TE + expert_bias_E)
+
+
+def limit_groups(biased_scores_TE, spec: RouterSpec):
+    """Only the L groups with the best scores are kept; a group's score sums its best k choice scores. [GRP-1]
+
+    Returns:
+        scores_for_choice_TE: experts of dropped groups replaced by mask_fill.
+        group_scores_TG: (T, G).
+        group_ids_TL: (T, L) kept groups, best first; ties go to the lower group id.
+    """
+    grouped_TGP = biased_scores_TE.reshape(-1, spec.num_expert_groups, spec.experts_per_group)
+    best_first_TGP = -np.sort(-grouped_TGP, axis=-1)
+    group_scores_TG = best_first_TGP[:, :, : spec.group_score_k].sum(axis=-1)
+    group_ids_TL = top_k(group_scores_TG, spec.num_limited_groups)
+    # -inf, not 0: choice scores can be negative (huggingface/transformers#45440).
+    scores_for_choice_TE = np.where(kept_experts(group_ids_TL, spec), biased_scores_TE, spec.mask_fill)
+    return scores_for_choice_TE, group_scores_TG, group_ids_TL
+
+
+def kept_experts(group_ids_TL, spec: RouterSpec):
+    """Whether each expert belongs to a kept group. Expert i belongs to group i // P. [GRP-2]"""
+    group_of_E = np.arange(spec.num_experts) // spec.experts_per_group
+    return (group_ids_TL[:, :, None] == group_of_E).any(axis=1)
+
+
+def top_k(scores_TE, k: int):
+    """Ids of the k largest entries of each row, descending; ties go to the lower id. [SEL-5, SEL-6]"""
+    return np.argsort(-scores_TE, axis=-1, kind="stable")[:, :k]
+
+
+def select(scores_for_choice_TE, spec: RouterSpec):
+    """Each token selects the top_k choices with the best choice scores. [SEL-1, SEL-2, SEL-3]"""
+    expert_ids_TK = top_k(scores_for_choice_TE, spec.top_k)
+    chosen_TK = np.take_along_axis(scores_for_choice_TE, expert_ids_TK, axis=-1)
+    short_T = np.isneginf(chosen_TK).any(axis=-1)
+    if short_T.any():
+        token = int(np.argmax(short_T))
+        found = int((~np.isneginf(scores_for_choice_TE[token])).sum())
+        raise ValueError(f"logits_TE[{token}] leaves {found} choices that are not -inf; top_k is {spec.top_k}")
+    return expert_ids_TK
+
+
+def sparsemixer(scaled_logits_TE, spec: RouterSpec):
+    """Slot j takes the best remaining expert, weighted by a softmax over the band below it. [SEL-13, WGT-12]
+
+    The band holds the remaining experts whose distance to the best is at most 2 * mixer_eps of the larger of
+    |logit| and the best. Weights of a token need not sum to 1. Source: arXiv:2409.12136, phimoe in transformers.
+    """
+    rows_T = np.arange(scaled_logits_TE.shape[0])
+    remaining_TE = scaled_logits_TE.copy()
+    ids, weights = [], []
+    for _ in range(spec.top_k):
+        ids_T = np.argmax(remaining_TE, axis=-1)
+        best_T1 = remaining_TE[rows_T, ids_T][:, None]
+        size_TE = np.maximum(np.abs(scaled_logits_TE), best_T1)
+        in_band_TE = best_T1 - scaled_logits_TE <= 2 * spec.mixer_eps * size_TE
+        weights_TE = softmax(np.where(in_band_TE, remaining_TE, -np.inf))
+        ids.append(ids_T)
+        weights.append(weights_TE[rows_T, ids_T])
+        remaining_TE[rows_T, ids_T] = -np.inf
+    return np.stack(ids, axis=-1), np.stack(weights, axis=-1)
+
+
+def choose(scores_for_choice_TE, num_tokens: int, spec: RouterSpec, *, token_ids_T, table_VK, given_ids_TK, seed):
+    """Expert ids by the spec's selector; all but top_k choose without looking at a score. [SEL-14 .. SEL-18]"""
+    T, K = num_tokens, spec.top_k
+    if spec.selector == "top_k":
+        return select(scores_for_choice_TE, spec)
+    if spec.selector == "table":
+        table_VK = ids_array("table_VK", table_VK, (None, K), spec.num_choices)
+        return table_VK[ids_array("token_ids_T", token_ids_T, (T,), len(table_VK))]
+    if spec.selector == "given":
+        return ids_array("given_ids_TK", given_ids_TK, (T, K), spec.num_choices, low=UNUSED)
+    if spec.selector == "round_robin":
+        return (np.arange(T * K) % spec.num_experts).reshape(T, K)
+    draws_TE = np.random.default_rng(seed).random((T, spec.num_choices))
+    return top_k(draws_TE, K)
+
+
+def gather(values_TE, expert_ids_TK):
+    """The values of the selected experts; an unused slot reads 0. [WGT-8, WGT-11]"""
+    found_TK = np.take_along_axis(values_TE, np.maximum(expert_ids_TK, 0), axis=-1)
+    return np.where(expert_ids_TK == UNUSED, 0, found_TK)
+
+
+def weigh(scaled_logits_TE, scores_TE, expert_ids_TK, spec: RouterSpec):
+    """Weights are the selected scores, without any bias. [WGT-1, WGT-3]"""
+    if spec.score_over == "all":
+        return gather(scores_TE, expert_ids_TK)
+    return softmax(np.where(expert_ids_TK == UNUSED, -np.inf, gather(scaled_logits_TE, expert_ids_TK)))
+
+
+def normalise(raw_weights_TK, shared_scores_TS, spec: RouterSpec):
+    """With route_norm a token's weights are divided by their norm; a norm of 0 leaves them 0. [WGT-2, WGT-6, WGT-7]"""
+    if not spec.route_norm:
+        return raw_weights_TK, shared_scores_TS
+    in_norm = np.concatenate([raw_weights_TK, shared_scores_TS], axis=-1) if spec.norm_with_shared else raw_weights_TK
+    # The largest is factored out so that no power over- or underflows.
+    largest_T1 = np.maximum(in_norm.max(axis=-1, keepdims=True, initial=0), np.finfo(in_norm.dtype).tiny)
+    norm_T1 = largest_T1 * ((in_norm / largest_T1) ** spec.norm_p).sum(axis=-1, keepdims=True) ** (1 / spec.norm_p)
+    divisor_T1 = norm_T1 + spec.norm_eps if spec.norm_form == "add_eps" else np.maximum(norm_T1, spec.norm_eps)
+    divisor_T1 = np.where(divisor_T1 == 0, 1, divisor_T1)
+    shared_TS = shared_scores_TS / divisor_T1 if spec.norm_with_shared else shared_scores_TS
+    return raw_weights_TK / divisor_T1, shared_TS
+
+
+def scale_weights(weights_TK, expert_ids_TK, learned_scale, spec: RouterSpec):
+    """route_scale, then the learned scale, multiply the weights once; a skipped choice weighs 0. [WGT-4, WGT-9]"""
+    scaled_TK = weights_TK * spec.route_scale * factor_of(expert_ids_TK, learned_scale, spec)
+    if spec.null_kind == "skip":
+        return np.where(expert_ids_TK >= spec.num_experts, 0, scaled_TK)
+    return scaled_TK
+
+
+def factor_of(expert_ids_TK, learned_scale, spec: RouterSpec):
+    """The learned factor of each slot: of its expert, global, or 1."""
+    if spec.learned_scale == "per_expert":
+        return learned_scale[np.maximum(expert_ids_TK, 0)]
+    return learned_scale
+
+
+def route(
+    logits_TE,
+    spec: RouterSpec,
+    *,
+    expert_bias_E=None,
+    learned_scale=None,
+    token_ids_T=None,
+    table_VK=None,
+    given_ids_TK=None,
+    token_mask_T=None,
+    seed: int = 0,
+    dtype=np.float64,
+) -> RoutingTrace:
+    """Every stage of routing in order; the trace keeps all of them.
+
+    Args:
+        logits_TE: (T, num_logits) floats, finite or -inf (never chosen).
+        spec: what is computed.
+        expert_bias_E: (E,) added to what is ranked, for the choice only; None is zeros.
+        learned_scale: (E,) for learned_scale 'per_expert', a scalar for 'global'.
+        token_ids_T, table_VK: (T,) ints and the (V, K) table they index, for selector 'table'.
+        given_ids_TK: (T, K) ids to replay, for selector 'given'; -1 is an unused slot of weight 0.
+        token_mask_T: (T,) bools; a padding token (False) gets ids -1 and weights 0.
+        seed: of the draw for selector 'random'.
+        dtype: of every stage; the specification is float64.
+
+    Raises:
+        ValueError: wrong shapes, dtypes or values; it names field, value and bound.
+    """
+    logits_TE = array("logits_TE", logits_TE, (None, spec.num_logits)).astype(dtype)
+    valid_T1 = _mask(token_mask_T, len(logits_TE))[:, None]
+    logits_TE = np.where(valid_T1, logits_TE, 0)  # whatever a padding row holds, NaN included, is not read
+    no_nan("logits_TE", logits_TE)
+    expert_bias_E = _bias(expert_bias_E, spec, dtype)
+    learned_scale = _learned_scale(learned_scale, spec, dtype)
+    T, E = len(logits_TE), spec.num_choices
+    scores_TE = scores_for_choice_TE = group_scores_TG = group_ids_TL = None
+
+    scaled_logits_TE = scale_logits(logits_TE, spec)
+    choices_TE, shared_TS = scaled_logits_TE[:, :E], scaled_logits_TE[:, E:]
+    if spec.has_scores:
+        scores_TE = score(choices_TE, spec)
+    if spec.selector == "top_k":
+        scores_for_choice_TE = bias_choice(choices_TE, scores_TE, expert_bias_E, spec)
+    if spec.num_expert_groups is not None:
+        scores_for_choice_TE, group_scores_TG, group_ids_TL = limit_groups(scores_for_choice_TE, spec)
+
+    weighed_TE = scores_TE
+    if spec.weights_from == "masked_scores":
+        weighed_TE = np.where(kept_experts(group_ids_TL, spec), scores_TE, 0)
+    if spec.selector == "sparsemixer":
+        expert_ids_TK, raw_weights_TK = sparsemixer(choices_TE, spec)
+    else:
+        expert_ids_TK = choose(scores_for_choice_TE, T, spec, token_ids_T=token_ids_T, table_VK=table_VK,
+                               given_ids_TK=given_ids_TK, seed=seed)  # fmt: skip
+        raw_weights_TK = weigh(choices_TE, weighed_TE, expert_ids_TK, spec)
+    raw_shared_TS = score(shared_TS, spec)
+    normed_weights_TK, normed_shared_TS = normalise(raw_weights_TK, raw_shared_TS, spec)
+    weights_TK = scale_weights(normed_weights_TK, expert_ids_TK, learned_scale, spec)
+    shared_weights_TS = scale_shared(normed_shared_TS, learned_scale, spec)
+
+    return RoutingTrace(
+        logits_TE=logits_TE,
+        scaled_logits_TE=scaled_logits_TE,
+        scores_TE=scores_TE,
+        scores_for_choice_TE=scores_for_choice_TE,
+        group_scores_TG=group_scores_TG,
+        group_ids_TL=group_ids_TL,
+        expert_ids_TK=np.where(valid_T1, expert_ids_TK, UNUSED).astype(np.int64),
+        weights_TK=np.where(valid_T1, weights_TK, 0),
+        shared_weights_TS=np.where(valid_T1, shared_weights_TS, 0) if spec.num_scored_shared_experts else None,
+    )
+
+
+def scale_shared(normed_shared_TS, learned_scale, spec: RouterSpec):
+    """Router-scored shared experts take route_scale and the global scale, like the selected ones. [WGT-13]"""
+    return normed_shared_TS * spec.route_scale * (learned_scale if spec.learned_scale == "global" else 1)
+
+
+def ids_array(field: str, value, shape, bound: int, *, low: int = 0) -> np.ndarray:
+    """Integer ids in [low, bound); the used ids of a row of experts are distinct."""
+    require(value is not None, f"{field} is None; the selector needs it")
+    ids = array(field, value, shape, kind="int").astype(np.int64)
+    bad = (ids < low) | (ids >= bound)
+    if bad.any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(f"{field}{list(where)} is {ids[where]}; ids are between {low} and {bound - 1}")
+    if ids.ndim == 2:
+        in_order = np.sort(ids, axis=-1)
+        twice_T = ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] != UNUSED)).any(axis=-1)
+        if twice_T.any():
+            row = int(np.argmax(twice_T))
+            raise ValueError(f"{field}[{row}] is {ids[row].tolist()}; the experts of a token are distinct")
+    return ids
+
+
+def _bias(expert_bias_E, spec: RouterSpec, dtype):
+    if expert_bias_E is None:
+        return np.zeros(spec.num_choices, dtype)
+    # Elsewhere nothing is ranked, so a bias would be silently ignored.
+    require(spec.selector == "top_k", f"expert_bias_E is given, but selector {spec.selector!r} takes none")
+    expert_bias_E = array("expert_bias_E", expert_bias_E, (spec.num_choices,)).astype(dtype)
+    require(bool(np.isfinite(expert_bias_E).all()), f"expert_bias_E is {expert_bias_E.tolist()}; entries are finite")
+    return expert_bias_E
+
+
+def _learned_scale(learned_scale, spec: RouterSpec, dtype):
+    if spec.learned_scale == "none":
+        require(learned_scale is None, "learned_scale is given, but the spec's learned_scale is 'none'")
+        return np.ones((), dtype)
+    require(learned_scale is not None, f"learned_scale is None; the spec's is {spec.learned_scale!r}")
+    shape = (spec.num_choices,) if spec.learned_scale == "per_expert" else ()
+    learned_scale = array("learned_scale", learned_scale, shape).astype(dtype)
+    require(bool(np.isfinite(learned_scale).all()), f"learned_scale is {learned_scale.tolist()}; entries are finite")
+    return learned_scale
+
+
+def _mask(token_mask_T, num_tokens: int):
+    if token_mask_T is None:
+        return np.ones(num_tokens, dtype=bool)
+    return array("token_mask_T", token_mask_T, (num_tokens,), kind="bool")
