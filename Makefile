@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: check test install spec
+.PHONY: check test install docs bench
 check: install
 	$(BIN)/moe-conformance run
 
@@ -19,5 +19,6 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	touch $@
 
-spec: install
-	$(BIN)/moe-conformance spec > SPEC.md
+# SPEC.md and the generated parts of README.md.
+docs: install
+	$(BIN)/python -m conformance.docs

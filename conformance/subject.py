@@ -5,10 +5,11 @@ comes out; a framework lives inside the subject alone.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from moe_ref import RouterSpec
+from moe_ref import LayerParams, LayerSpec, RouterSpec
 
 
 class Unsupported(Exception):
@@ -43,13 +44,19 @@ class Subject:
     compute_dtype: str = "float32"
     """dtype in which it computes; the bounds of the comparison follow from it."""
 
+    expert_dtype: str = "float32"
+    """dtype of the experts' arithmetic, where it is narrower than compute_dtype (torchtitan: bfloat16)."""
+    compiles: bool = False
+    """Whether each new spec and number of tokens costs a compilation; then fewer sizes are tried."""
+
     def supports(self, spec: RouterSpec, layout=None) -> str | None:
         """None, or a sentence that says why this spec cannot be run."""
         return None
 
-    def route(self, logits_TE: np.ndarray, spec: RouterSpec, expert_bias_E: np.ndarray | None, **inputs) -> Routing:
-        """Route (T, num_logits) logits. `inputs` are those of `moe_ref.route` that the spec needs.
+    def route(self, *arguments: Any, **inputs: Any) -> Routing:
+        """Write it as route(self, logits_TE, spec, expert_bias_E): (T, num_logits) logits, a RouterSpec, (E,) or None.
 
+        `inputs` are those of `moe_ref.route` that the spec needs.
         A parameter that this method does not name (learned_scale, token_ids_T and table_VK, given_ids_TK,
         token_mask_T, seed) makes the cases that need it unsupported.
         """
@@ -60,11 +67,39 @@ class Subject:
         raise NotImplementedError
 
     def configure(self, fields: dict) -> None:
-        """Optional: build the router for raw RouterSpec fields, valid or not; an invalid set is a ValueError."""
+        """Optional: build the router for raw RouterSpec fields and run it once; an invalid set is a ValueError."""
         raise NotImplementedError
+
+    # whole layers; parameters are moe_ref.LayerParams, in the canonical [in, out] layout
+
+    def supports_layer(self, spec: LayerSpec, layout=None) -> str | None:
+        """None, or a sentence that says why this layer cannot be run; by default as for its router."""
+        return self.supports(spec.router, layout)
+
+    def permute(self, expert_ids_TK: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
+        """Optional: (N,) flat slots t * K + k in the order of their experts, and (E,) rows of each expert."""
+        raise NotImplementedError
+
+    def experts(self, rows_RD: np.ndarray, tokens_per_expert_E: np.ndarray, params: LayerParams, spec: LayerSpec):
+        """Optional: (R, D) outputs for rows sorted by expert; rows past the sum of the counts belong to nobody."""
+        raise NotImplementedError
+
+    def combine(self, rows_ND: np.ndarray, order_N: np.ndarray, weights_TK: np.ndarray, spec: LayerSpec):
+        """Optional: (T, D) weighted sums of the expert outputs, given in the order that `permute` returns."""
+        raise NotImplementedError
+
+    def layer(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Any) -> np.ndarray:
+        """Optional: (T, D) output of the whole layer. `inputs` are those of `moe_ref.moe_layer` that the case has."""
+        raise NotImplementedError
+
+    def layer_gradients(self, x_TD, params: LayerParams, spec: LayerSpec, d_output_TD, **inputs: Any) -> dict:
+        """Optional: gradients of sum(output * d_output): 'x_TD', and each parameter that the layer has, by name."""
+        raise NotImplementedError
+
+
+METHODS = ("route", "gate", "configure", "permute", "experts", "combine", "layer", "layer_gradients")
 
 
 def capabilities(subject: Subject) -> set[str]:
     """Names of the optional methods that the subject defines."""
-    methods = ("route", "gate", "configure")
-    return {name for name in methods if getattr(type(subject), name) is not getattr(Subject, name)}
+    return {name for name in METHODS if getattr(type(subject), name) is not getattr(Subject, name)}

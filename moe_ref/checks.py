@@ -31,7 +31,7 @@ def integer(field: str, value, low: int, high: int | None = None, *, why: str = 
     bound = f"at least {low}" if high is None else f"between {low} and {high}"
     is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     require(
-        is_int and value >= low and (high is None or value <= high),
+        is_int and bool(value >= low) and (high is None or bool(value <= high)),
         f"{field} is {value!r}; it is an integer {bound}{why and f' ({why})'}",
     )
 
@@ -41,7 +41,7 @@ def number(field: str, value, *, low: float = -np.inf, above: float = -np.inf) -
     is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     bound = f" greater than {above}" if above > -np.inf else f" of at least {low}" if low > -np.inf else ""
     require(
-        is_number and np.isfinite(value) and value >= low and value > above,
+        is_number and bool(np.isfinite(value)) and bool(value >= low) and bool(value > above),
         f"{field} is {value!r}; it is a finite number{bound}",
     )
 
@@ -61,9 +61,8 @@ def array(field: str, value, shape: tuple[int | None, ...], *, kind: str = "floa
     return found
 
 
-def no_nan(field: str, value: np.ndarray) -> None:
-    """No entry is NaN or +inf; -inf is how a logit says 'never'."""
-    bad = np.isnan(value) | np.isposinf(value)
-    if bad.any():
-        where = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise ValueError(f"{field}{list(where)} is {value[where]}; entries are finite or -inf")
+def entries(field: str, value: np.ndarray, holds: np.ndarray, fact: str) -> None:
+    """Every entry, or row, of `value` for which `holds` has an entry does; the first that does not is named."""
+    if not holds.all():
+        where = tuple(int(i) for i in np.argwhere(~holds)[0])
+        raise ValueError(f"{field}{list(where)} is {value[where].tolist()}; {fact}")

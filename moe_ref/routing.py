@@ -8,32 +8,38 @@ Start at `route`, at the end of this file.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from moe_ref.checks import array, no_nan, require
+from moe_ref.checks import array, entries, require
 from moe_ref.spec import RouterSpec
 
 UNUSED = -1
 """The expert id of an unused slot: a padding token, or a slot that a replay leaves empty."""
 
 
+IfAny = Any
+"""An array, or None where a spec has no such stage."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoutingTrace:
-    """Every intermediate of `route`, under the name it keeps everywhere; None where a spec has no such stage."""
+    """Every intermediate of `route`, under the name it keeps everywhere."""
 
     logits_TE: np.ndarray
     scaled_logits_TE: np.ndarray
-    scores_TE: np.ndarray | None
-    scores_for_choice_TE: np.ndarray | None
-    group_scores_TG: np.ndarray | None
-    group_ids_TL: np.ndarray | None
+    scores_TE: IfAny
+    scores_for_choice_TE: IfAny
+    group_scores_TG: IfAny
+    group_ids_TL: IfAny
     expert_ids_TK: np.ndarray
     weights_TK: np.ndarray
-    shared_weights_TS: np.ndarray | None
+    shared_weights_TS: IfAny
 
 
-def gate(x_TD, gate_ED, gate_bias_E=None, *, dtype=np.float64) -> np.ndarray:
+def gate(x_TD, gate_ED, gate_bias_E=None, *, dtype: DTypeLike = np.float64) -> np.ndarray:
     """The logits are x @ gate.T, plus the learned gate bias. [GAT-1, GAT-2]
 
     Args:
@@ -96,6 +102,7 @@ def limit_groups(biased_scores_TE, spec: RouterSpec):
     grouped_TGP = biased_scores_TE.reshape(-1, spec.num_expert_groups, spec.experts_per_group)
     best_first_TGP = -np.sort(-grouped_TGP, axis=-1)
     group_scores_TG = best_first_TGP[:, :, : spec.group_score_k].sum(axis=-1)
+    assert spec.num_limited_groups is not None  # the spec has groups
     group_ids_TL = top_k(group_scores_TG, spec.num_limited_groups)
     # -inf, not 0: choice scores can be negative (huggingface/transformers#45440).
     scores_for_choice_TE = np.where(kept_experts(group_ids_TL, spec), biased_scores_TE, spec.mask_fill)
@@ -117,11 +124,8 @@ def select(scores_for_choice_TE, spec: RouterSpec):
     """Each token selects the top_k choices with the best choice scores. [SEL-1, SEL-2, SEL-3]"""
     expert_ids_TK = top_k(scores_for_choice_TE, spec.top_k)
     chosen_TK = np.take_along_axis(scores_for_choice_TE, expert_ids_TK, axis=-1)
-    short_T = np.isneginf(chosen_TK).any(axis=-1)
-    if short_T.any():
-        token = int(np.argmax(short_T))
-        found = int((~np.isneginf(scores_for_choice_TE[token])).sum())
-        raise ValueError(f"logits_TE[{token}] leaves {found} choices that are not -inf; top_k is {spec.top_k}")
+    enough_T = (chosen_TK > -np.inf).all(axis=-1)
+    entries("scores_for_choice_TE", scores_for_choice_TE, enough_T, f"top_k ({spec.top_k}) entries are above -inf")
     return expert_ids_TK
 
 
@@ -134,6 +138,8 @@ def sparsemixer(scaled_logits_TE, spec: RouterSpec):
     rows_T = np.arange(scaled_logits_TE.shape[0])
     remaining_TE = scaled_logits_TE.copy()
     ids, weights = [], []
+    enough_T = np.asarray((scaled_logits_TE > -np.inf).sum(axis=-1) >= spec.top_k)
+    entries("logits_TE", scaled_logits_TE, enough_T, f"top_k ({spec.top_k}) entries are above -inf")
     for _ in range(spec.top_k):
         ids_T = np.argmax(remaining_TE, axis=-1)
         best_T1 = remaining_TE[rows_T, ids_T][:, None]
@@ -215,7 +221,7 @@ def route(
     given_ids_TK=None,
     token_mask_T=None,
     seed: int = 0,
-    dtype=np.float64,
+    dtype: DTypeLike = np.float64,
 ) -> RoutingTrace:
     """Every stage of routing in order; the trace keeps all of them.
 
@@ -236,11 +242,15 @@ def route(
     logits_TE = array("logits_TE", logits_TE, (None, spec.num_logits)).astype(dtype)
     valid_T1 = _mask(token_mask_T, len(logits_TE))[:, None]
     logits_TE = np.where(valid_T1, logits_TE, 0)  # whatever a padding row holds, NaN included, is not read
-    no_nan("logits_TE", logits_TE)
+    is_logit_TE = np.isfinite(logits_TE) | np.isneginf(logits_TE)
+    entries("logits_TE", logits_TE, is_logit_TE, "entries are finite, or -inf for an expert that is never chosen")
     expert_bias_E = _bias(expert_bias_E, spec, dtype)
     learned_scale = _learned_scale(learned_scale, spec, dtype)
     T, E = len(logits_TE), spec.num_choices
-    scores_TE = scores_for_choice_TE = group_scores_TG = group_ids_TL = None
+    scores_TE: IfAny = None
+    scores_for_choice_TE: IfAny = None
+    group_scores_TG: IfAny = None
+    group_ids_TL: IfAny = None
 
     scaled_logits_TE = scale_logits(logits_TE, spec)
     choices_TE, shared_TS = scaled_logits_TE[:, :E], scaled_logits_TE[:, E:]
@@ -287,16 +297,11 @@ def ids_array(field: str, value, shape, bound: int, *, low: int = 0) -> np.ndarr
     """Integer ids in [low, bound); the used ids of a row of experts are distinct."""
     require(value is not None, f"{field} is None; the selector needs it")
     ids = array(field, value, shape, kind="int").astype(np.int64)
-    bad = (ids < low) | (ids >= bound)
-    if bad.any():
-        where = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise ValueError(f"{field}{list(where)} is {ids[where]}; ids are between {low} and {bound - 1}")
+    entries(field, ids, (ids >= low) & (ids < bound), f"ids are between {low} and {bound - 1}")
     if ids.ndim == 2:
         in_order = np.sort(ids, axis=-1)
-        twice_T = ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] != UNUSED)).any(axis=-1)
-        if twice_T.any():
-            row = int(np.argmax(twice_T))
-            raise ValueError(f"{field}[{row}] is {ids[row].tolist()}; the experts of a token are distinct")
+        twice = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] != UNUSED)
+        entries(field, ids, ~twice.any(axis=-1), "the experts of a token are distinct")
     return ids
 
 
@@ -306,7 +311,7 @@ def _bias(expert_bias_E, spec: RouterSpec, dtype):
     # Elsewhere nothing is ranked, so a bias would be silently ignored.
     require(spec.selector == "top_k", f"expert_bias_E is given, but selector {spec.selector!r} takes none")
     expert_bias_E = array("expert_bias_E", expert_bias_E, (spec.num_choices,)).astype(dtype)
-    require(bool(np.isfinite(expert_bias_E).all()), f"expert_bias_E is {expert_bias_E.tolist()}; entries are finite")
+    entries("expert_bias_E", expert_bias_E, np.isfinite(expert_bias_E), "entries are finite")
     return expert_bias_E
 
 
@@ -317,7 +322,7 @@ def _learned_scale(learned_scale, spec: RouterSpec, dtype):
     require(learned_scale is not None, f"learned_scale is None; the spec's is {spec.learned_scale!r}")
     shape = (spec.num_choices,) if spec.learned_scale == "per_expert" else ()
     learned_scale = array("learned_scale", learned_scale, shape).astype(dtype)
-    require(bool(np.isfinite(learned_scale).all()), f"learned_scale is {learned_scale.tolist()}; entries are finite")
+    entries("learned_scale", learned_scale, np.isfinite(learned_scale), "entries are finite")
     return learned_scale
 
 

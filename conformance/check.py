@@ -1,0 +1,50 @@
+"""conformance, how a requirement becomes a test: one decorator, used by every file of `conformance.suite`."""
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conformance.cases import Case
+from conformance.judge import CHECKS, Check, Judge
+from conformance.requirements import REQUIREMENTS
+from conformance.strategies import cases
+
+
+def requires(id: str, **wants) -> Callable:
+    """Register a check for a requirement and make it a hypothesis test over the cases that it wants.
+
+    Args:
+        id: of the requirement.
+        wants: fields of `Check`: which specs, logits, biases and inputs the check is about.
+    """
+
+    def decorate(run: Callable[[Judge, Case], None]) -> Callable:
+        if id in CHECKS:
+            raise ValueError(f"requirement {id} has a check already: {CHECKS[id].run.__qualname__}")
+        CHECKS[id] = Check(requirement=id, run=run, **wants)
+        return as_test(CHECKS[id])
+
+    return decorate
+
+
+def as_test(check: Check) -> Callable:
+    """A fresh hypothesis test of a check; called with a judge, it draws cases until one fails."""
+
+    @given(data=st.data())
+    def test(judge: Judge, data):
+        judge.begin(check)
+        specs, reasons = judge.specs(check)
+        if check.method not in judge.capabilities:
+            pytest.skip(f"unsupported: {check.method}() is not defined")
+        if not specs:
+            pytest.skip(f"unsupported: {'; '.join(reasons)}")
+        judge.examine(check, data.draw(cases(judge, check)))
+
+    test.__name__ = check.run.__name__
+    test.__qualname__ = check.run.__qualname__
+    test.__module__ = check.run.__module__
+    test.__doc__ = f"{check.requirement}: {REQUIREMENTS[check.requirement].sentence}"
+    test.requirement = check.requirement  # type: ignore[attr-defined]
+    return test

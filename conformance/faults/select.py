@@ -1,0 +1,413 @@
+"""conformance, faults of select: other experts are selected."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from conformance.faults.fault import misreads, replaces, surrounds
+from moe_ref import UNUSED
+from moe_ref.routing import bias_choice, choose, ids_array, kept_experts, limit_groups, select, sparsemixer, top_k
+
+# SEL-1: the form of a selection
+
+
+@replaces("select", breaks="SEL-1")
+def best_expert_repeated(scores_for_choice_TE, spec):
+    """The best expert is not taken out before the next is looked for."""
+    return np.repeat(top_k(scores_for_choice_TE, 1), spec.top_k, axis=-1)
+
+
+@surrounds(breaks="SEL-1")
+def ids_from_1(route, logits_TE, spec, expert_bias_E, **inputs):
+    """Ids count from 1."""
+    trace = route(logits_TE, spec, expert_bias_E, **inputs)
+    return replace(trace, expert_ids_TK=trace.expert_ids_TK + (trace.expert_ids_TK != UNUSED))
+
+
+@surrounds(breaks="SEL-1")
+def ids_within_the_group(route, logits_TE, spec, expert_bias_E, **inputs):
+    """Ids count within the group, not over all experts."""
+    trace = route(logits_TE, spec, expert_bias_E, **inputs)
+    if spec.num_expert_groups is None:
+        return trace
+    local_TK = trace.expert_ids_TK % spec.experts_per_group
+    return replace(trace, expert_ids_TK=np.where(trace.expert_ids_TK < 0, UNUSED, local_TK))
+
+
+@surrounds(breaks="SEL-1")
+def float_ids(route, logits_TE, spec, expert_bias_E, **inputs):
+    """Ids are floats."""
+    trace = route(logits_TE, spec, expert_bias_E, **inputs)
+    return replace(trace, expert_ids_TK=trace.expert_ids_TK.astype(np.float32))
+
+
+@surrounds(breaks="SEL-1")
+def weak_slots_left_empty(route, logits_TE, spec, expert_bias_E, **inputs):
+    """A slot with a weight below 0.01 is left empty."""
+    trace = route(logits_TE, spec, expert_bias_E, **inputs)
+    weak_TK = trace.weights_TK < 0.01
+    return replace(trace, expert_ids_TK=np.where(weak_TK, UNUSED, trace.expert_ids_TK))
+
+
+# SEL-2: the best
+
+
+def ranked(scores_for_choice_TE, places):
+    """The experts at these places of the ranking."""
+    return top_k(scores_for_choice_TE, scores_for_choice_TE.shape[1])[:, places]
+
+
+@replaces("select", breaks="SEL-2", links=("pytorch/pytorch#196177",))
+def last_pick_off_by_one(scores_for_choice_TE, spec):
+    """The K-th expert is the one after it, where there is one."""
+    K = spec.top_k
+    next_one = K if K < spec.num_choices else K - 1
+    ids_TK = ranked(scores_for_choice_TE, [*range(K - 1), next_one])
+    chosen_TK = np.take_along_axis(scores_for_choice_TE, ids_TK, axis=-1)
+    return select(scores_for_choice_TE, spec) if np.isneginf(chosen_TK).any() else ids_TK
+
+
+@replaces("select", breaks="SEL-2")
+def best_pick_skipped(scores_for_choice_TE, spec):
+    """The selection starts at the second best, where enough remain."""
+    K = spec.top_k
+    if K == spec.num_choices:
+        return select(scores_for_choice_TE, spec)
+    ids_TK = ranked(scores_for_choice_TE, [*range(1, K + 1)])
+    chosen_TK = np.take_along_axis(scores_for_choice_TE, ids_TK, axis=-1)
+    return select(scores_for_choice_TE, spec) if np.isneginf(chosen_TK).any() else ids_TK
+
+
+@replaces("select", breaks="SEL-2")
+def smallest_selected(scores_for_choice_TE, spec):
+    """The smallest choice scores are selected."""
+    return top_k(np.where(np.isneginf(scores_for_choice_TE), -np.inf, -scores_for_choice_TE), spec.top_k)
+
+
+@replaces("select", breaks="SEL-2")
+def experts_beyond_8_unseen(scores_for_choice_TE, spec):
+    """Only the first 8 columns are looked at, where they suffice."""
+    seen_TE = scores_for_choice_TE[:, : max(8, spec.top_k)]
+    return select(scores_for_choice_TE if np.isneginf(seen_TE).any() else seen_TE, spec)
+
+
+@replaces("select", breaks="SEL-2")
+def last_expert_unseen(scores_for_choice_TE, spec):
+    """The last expert is never looked at, where the others suffice."""
+    seen_TE = scores_for_choice_TE[:, : max(spec.num_choices - 1, spec.top_k)]
+    return select(scores_for_choice_TE if np.isneginf(seen_TE).any() else seen_TE, spec)
+
+
+@surrounds(breaks="SEL-2", links=("vllm-project/vllm#34673",))
+def groups_invented_for_sigmoid(route, logits_TE, spec, expert_bias_E, **inputs):
+    """A sigmoid router without groups is taken for one with two."""
+    plain = spec.num_expert_groups is None and spec.selector == "top_k" and spec.num_choices == spec.num_logits
+    fits = spec.num_experts % 2 == 0 and 2 <= spec.num_experts // 2 >= spec.top_k and spec.num_null_experts == 0
+    if spec.score_func == "sigmoid" and plain and fits and spec.top_k > 1:
+        spec = spec.replace(num_expert_groups=2, num_limited_groups=1)
+    return route(logits_TE, spec, expert_bias_E, **inputs)
+
+
+@replaces("select", breaks="SEL-2")
+def ranked_in_bfloat16(scores_for_choice_TE, spec):
+    """Choice scores are rounded to bfloat16 before they are ranked."""
+    mantissa_TE, exponent_TE = np.frexp(scores_for_choice_TE)
+    coarse_TE = np.ldexp(np.round(mantissa_TE * 256) / 256, exponent_TE)
+    return select(np.where(np.isneginf(scores_for_choice_TE), -np.inf, coarse_TE), spec)
+
+
+@replaces("select", breaks="SEL-2")
+def ranked_by_size(scores_for_choice_TE, spec):
+    """Choice scores are ranked by their absolute value."""
+    return select(np.where(np.isneginf(scores_for_choice_TE), -np.inf, np.abs(scores_for_choice_TE)), spec)
+
+
+# SEL-3: dropped groups stay dropped
+
+
+@replaces("limit_groups", breaks="SEL-3", links=("huggingface/transformers#45441", "huggingface/transformers#45440"))
+def dropped_groups_filled_with_0(biased_scores_TE, spec):
+    """Experts of dropped groups rank as 0, above every negative choice score."""
+    _, scores_TG, group_ids_TL = limit_groups(biased_scores_TE, spec)
+    return np.where(kept_experts(group_ids_TL, spec), biased_scores_TE, 0), scores_TG, group_ids_TL
+
+
+@replaces("limit_groups", breaks="SEL-3", links=("deepseek-ai/DeepSeek-V3#741",))
+def dropped_groups_multiplied_by_0(biased_scores_TE, spec):
+    """Choice scores are multiplied by the mask of groups."""
+    _, scores_TG, group_ids_TL = limit_groups(biased_scores_TE, spec)
+    finite_TE = np.where(np.isneginf(biased_scores_TE), np.finfo(np.float32).min, biased_scores_TE)
+    return finite_TE * kept_experts(group_ids_TL, spec), scores_TG, group_ids_TL
+
+
+@replaces("limit_groups", breaks="SEL-3")
+def dropped_groups_filled_with_minus_1(biased_scores_TE, spec):
+    """Experts of dropped groups rank as -1, which a choice score can be below."""
+    _, scores_TG, group_ids_TL = limit_groups(biased_scores_TE, spec)
+    fill = -1.0 if spec.mask_fill != 0 else 0.0
+    return np.where(kept_experts(group_ids_TL, spec), biased_scores_TE, fill), scores_TG, group_ids_TL
+
+
+# SEL-4, SEL-7: the bias
+
+
+def biased(change):
+    """bias_choice with another bias."""
+    return lambda z_TE, scores_TE, bias_E, spec: bias_choice(z_TE, scores_TE, change(bias_E), spec)
+
+
+@surrounds(breaks="SEL-4", also=("groups",))
+def bias_missing(route, logits_TE, spec, expert_bias_E, **inputs):
+    """The bias is ignored."""
+    return route(logits_TE, spec, None, **inputs)
+
+
+@surrounds(breaks="SEL-4", also=("groups",))
+def bias_subtracted(route, logits_TE, spec, expert_bias_E, **inputs):
+    """The bias is subtracted."""
+    return route(logits_TE, spec, None if expert_bias_E is None else -expert_bias_E, **inputs)
+
+
+@surrounds(breaks="SEL-4", also=("groups",))
+def bias_twice(route, logits_TE, spec, expert_bias_E, **inputs):
+    """The bias is added twice."""
+    return route(logits_TE, spec, None if expert_bias_E is None else 2 * expert_bias_E, **inputs)
+
+
+@surrounds(breaks="SEL-4", also=("groups",))
+def bias_of_the_next_expert(route, logits_TE, spec, expert_bias_E, **inputs):
+    """The bias is one expert off."""
+    return route(logits_TE, spec, None if expert_bias_E is None else np.roll(expert_bias_E, 1), **inputs)
+
+
+@replaces("bias_choice", breaks="SEL-4", also=("groups",))
+def bias_on_the_logits(scaled_logits_TE, scores_TE, expert_bias_E, spec):
+    """The bias is added to the logits before they are scored."""
+    from moe_ref.routing import score
+
+    biased_TE = scaled_logits_TE + expert_bias_E
+    ranked_TE = biased_TE if spec.select_by == "logit" else score(biased_TE, spec)
+    return np.where(np.isneginf(scaled_logits_TE), -np.inf, ranked_TE)
+
+
+@replaces("bias_choice", breaks="SEL-4", also=("groups",))
+def bias_multiplies(scaled_logits_TE, scores_TE, expert_bias_E, spec):
+    """What is ranked is multiplied by 1 + bias."""
+    ranked_TE = scaled_logits_TE if spec.select_by == "logit" else scores_TE
+    return np.where(np.isneginf(scaled_logits_TE), -np.inf, ranked_TE * (1 + expert_bias_E))
+
+
+@replaces("bias_choice", breaks="SEL-4", also=("groups",))
+def bias_in_bfloat16(scaled_logits_TE, scores_TE, expert_bias_E, spec):
+    """The bias is rounded to bfloat16."""
+    mantissa_E, exponent_E = np.frexp(expert_bias_E)
+    coarse_E = np.ldexp(np.round(mantissa_E * 256) / 256, exponent_E)
+    return bias_choice(scaled_logits_TE, scores_TE, coarse_E.astype(expert_bias_E.dtype), spec)
+
+
+@surrounds(breaks="SEL-4")
+def bias_on_the_first_slot_alone(route, logits_TE, spec, expert_bias_E, **inputs):
+    """The bias decides the first slot; the others go by score."""
+    trace = route(logits_TE, spec, expert_bias_E, **inputs)
+    if trace.scores_for_choice_TE is None or expert_bias_E is None:
+        return trace
+    # The bias taken away again, but for the best, which stays the best.
+    bare_TE = trace.scores_for_choice_TE - expert_bias_E
+    np.put_along_axis(bare_TE, trace.expert_ids_TK[:, :1], np.inf, axis=-1)
+    return rerouted(route, trace, top_k(bare_TE, spec.top_k), logits_TE, spec, inputs)
+
+
+def rerouted(route, trace, expert_ids_TK, logits_TE, spec, inputs):
+    """The trace with other ids, weighed as the reference weighs them."""
+    given = spec.replace(selector="given", num_expert_groups=None, num_limited_groups=None, group_score_k=2,
+                         mask_fill=-np.inf, weights_from="scores")  # fmt: skip
+    used_TK = np.where(trace.expert_ids_TK == UNUSED, UNUSED, expert_ids_TK)
+    weighed = route(logits_TE, given, None, **inputs, given_ids_TK=used_TK)
+    return replace(trace, expert_ids_TK=used_TK, weights_TK=weighed.weights_TK)
+
+
+@replaces("bias_choice", breaks="SEL-7", also=("groups",), links=("deepseek-ai/DeepSeek-V3#741",))
+def choice_clamped_at_0(scaled_logits_TE, scores_TE, expert_bias_E, spec):
+    """Choice scores below 0 are 0."""
+    choice_TE = bias_choice(scaled_logits_TE, scores_TE, expert_bias_E, spec)
+    if spec.select_by == "logit":
+        return choice_TE
+    return np.where(np.isneginf(choice_TE), choice_TE, np.maximum(choice_TE, 0))
+
+
+@replaces("bias_choice", breaks="SEL-7", also=("groups",))
+def bias_clamped_at_1(scaled_logits_TE, scores_TE, expert_bias_E, spec):
+    """The bias is clamped to [-1, 1]."""
+    return bias_choice(scaled_logits_TE, scores_TE, np.clip(expert_bias_E, -1, 1), spec)
+
+
+# SEL-5, SEL-6: ties and slots
+
+
+@replaces("select", breaks="SEL-5", links=("vllm-project/vllm#54403",))
+def ties_to_the_higher(scores_for_choice_TE, spec):
+    """Of equal choice scores the higher id is selected."""
+    return spec.num_choices - 1 - select(scores_for_choice_TE[:, ::-1], spec)
+
+
+@replaces("select", breaks="SEL-6", links=("vllm-project/vllm#55514",))
+def slots_by_id(scores_for_choice_TE, spec):
+    """Slots are in the order of the ids."""
+    return np.sort(select(scores_for_choice_TE, spec), axis=-1)
+
+
+@replaces("select", breaks="SEL-6")
+def slots_ascending(scores_for_choice_TE, spec):
+    """Slots are in ascending choice score."""
+    return select(scores_for_choice_TE, spec)[:, ::-1]
+
+
+# SEL-8, SEL-9: names and masks
+
+
+@replaces("select", breaks="SEL-8")
+def late_experts_handicapped(scores_for_choice_TE, spec):
+    """An expert of the second half has to be better by 0.05."""
+    late_E = np.arange(scores_for_choice_TE.shape[1]) >= (scores_for_choice_TE.shape[1] + 1) // 2
+    return select(scores_for_choice_TE - 0.05 * late_E, spec)
+
+
+@surrounds(breaks="SEL-9", also=("score",))
+def masked_logits_read_as_0(route, logits_TE, spec, expert_bias_E, **inputs):
+    """A logit of -inf is cleaned to 0."""
+    plain_TE = np.where(np.isneginf(logits_TE.astype(np.float64)), 0, logits_TE.astype(np.float64))
+    return route(plain_TE, spec, expert_bias_E, **inputs)
+
+
+@replaces("bias_choice", breaks="SEL-9")
+def bias_lifts_masked_logits(scaled_logits_TE, scores_TE, expert_bias_E, spec):
+    """A score of 0 plus a positive bias is selected though its logit is -inf."""
+    return (scaled_logits_TE if spec.select_by == "logit" else scores_TE) + expert_bias_E
+
+
+# SEL-13 .. SEL-17: the other selectors
+
+
+@replaces("sparsemixer", breaks="SEL-13")
+def sparsemixer_second_from_the_end(scaled_logits_TE, spec):
+    """sparsemixer takes its last slot from the worst logits."""
+    ids_TK, weights_TK = sparsemixer(scaled_logits_TE, spec)
+    ids_TK[:, -1] = np.argmin(scaled_logits_TE, axis=-1)
+    return ids_TK, weights_TK
+
+
+@replaces("sparsemixer", breaks="SEL-13")
+def sparsemixer_slots_swapped(scaled_logits_TE, spec):
+    """sparsemixer returns its slots, weights included, last one first."""
+    ids_TK, weights_TK = sparsemixer(scaled_logits_TE, spec)
+    return ids_TK[:, ::-1], weights_TK[:, ::-1]
+
+
+def chooses(selector: str, change):
+    """choose with other ids for one selector: change(T, spec, inputs) -> ids."""
+
+    def changed(scores_for_choice_TE, num_tokens, spec, **inputs):
+        if spec.selector != selector:
+            return choose(scores_for_choice_TE, num_tokens, spec, **inputs)
+        return change(num_tokens, spec, inputs)
+
+    return changed
+
+
+@replaces("choose", breaks="SEL-14")
+def table_by_position(scores_for_choice_TE, num_tokens, spec, **inputs):
+    """The table is indexed by the token's position."""
+    if spec.selector == "table":
+        inputs["token_ids_T"] = np.arange(num_tokens) % len(inputs["table_VK"])
+    return choose(scores_for_choice_TE, num_tokens, spec, **inputs)
+
+
+@replaces("choose", breaks="SEL-14")
+def table_one_row_off(scores_for_choice_TE, num_tokens, spec, **inputs):
+    """The table is read one row off."""
+    if spec.selector == "table":
+        inputs["table_VK"] = np.roll(inputs["table_VK"], 1, axis=0)
+    return choose(scores_for_choice_TE, num_tokens, spec, **inputs)
+
+
+@surrounds(breaks="SEL-14")
+def table_ignored(route, logits_TE, spec, expert_bias_E, **inputs):
+    """The table is ignored; the best scores are selected."""
+    if spec.selector == "table":
+        spec = spec.replace(selector="top_k")
+    return route(logits_TE, spec, expert_bias_E, **inputs)
+
+
+@surrounds(breaks="SEL-15")
+def given_ids_ignored(route, logits_TE, spec, expert_bias_E, **inputs):
+    """Given ids are ignored; the best scores are selected."""
+    if spec.selector == "given":
+        spec = spec.replace(selector="top_k")
+    return route(logits_TE, spec, expert_bias_E, **inputs)
+
+
+@surrounds(breaks="SEL-15", links=("radixark/miles#645",))
+def one_unused_slot_ends_the_replay(route, logits_TE, spec, expert_bias_E, **inputs):
+    """Given ids are ignored for the whole batch where one slot is unused."""
+    if spec.selector == "given" and (inputs["given_ids_TK"] == UNUSED).any():
+        spec = spec.replace(selector="top_k")
+    return route(logits_TE, spec, expert_bias_E, **inputs)
+
+
+@replaces("choose", breaks="SEL-15", links=("PrimeIntellect-ai/prime-rl#1807",))
+def unused_slots_become_experts(scores_for_choice_TE, num_tokens, spec, **inputs):
+    """An unused slot gets the lowest expert that its token does not have, 0 as a rule."""
+    ids_TK = choose(scores_for_choice_TE, num_tokens, spec, **inputs)
+    if spec.selector == "given":
+        for ids_K in ids_TK:
+            free = (i for i in range(spec.num_choices) if i not in ids_K)
+            for k in np.flatnonzero(ids_K == UNUSED):
+                ids_K[k] = next(free)
+    return ids_TK
+
+
+@replaces("ids_array", breaks="SEL-15", also=("run",), links=("radixark/miles#3146",))
+def given_ids_of_other_tokens(field, value, shape, bound, *, low=0):
+    """Given ids are flattened along the other axis first, so that tokens get the ids of others."""
+    ids = ids_array(field, value, shape, bound, low=low)
+    if field != "given_ids_TK" or len(ids) < 2:
+        return ids
+    return np.concatenate([ids[0::2], ids[1::2]])
+
+
+@replaces("ids_array", breaks="SEL-15", also=("run",), links=("AI-Hypercomputer/maxtext#5266",))
+def given_ids_one_token_late(field, value, shape, bound, *, low=0):
+    """Given ids stand one token late: an inclusive sum of lengths is taken for an exclusive one."""
+    ids = ids_array(field, value, shape, bound, low=low)
+    return np.roll(ids, 1, axis=0) if field == "given_ids_TK" else ids
+
+
+@replaces("choose", breaks="SEL-16")
+def round_robin_starts_anew(scores_for_choice_TE, num_tokens, spec, **inputs):
+    """Round-robin gives every token the first experts."""
+    if spec.selector != "round_robin":
+        return choose(scores_for_choice_TE, num_tokens, spec, **inputs)
+    return np.tile(np.arange(spec.top_k), (num_tokens, 1))
+
+
+@replaces("choose", breaks="SEL-16")
+def round_robin_steps_by_token(scores_for_choice_TE, num_tokens, spec, **inputs):
+    """Round-robin moves on by one expert for a token, not by K."""
+    if spec.selector != "round_robin":
+        return choose(scores_for_choice_TE, num_tokens, spec, **inputs)
+    return (np.arange(num_tokens)[:, None] + np.arange(spec.top_k)) % spec.num_experts
+
+
+@surrounds(breaks="SEL-17")
+def random_follows_the_logits(route, logits_TE, spec, expert_bias_E, **inputs):
+    """Random selection draws, but the logits decide."""
+    if spec.selector == "random":
+        spec = spec.replace(selector="top_k")
+        inputs = {k: v for k, v in inputs.items() if k != "seed"}
+    return route(logits_TE, spec, expert_bias_E, **inputs)
+
+
+@surrounds(breaks="SEL-17")
+def seed_ignored(route, logits_TE, spec, expert_bias_E, **inputs):
+    """Random selection is the same for every seed."""
+    return route(logits_TE, spec, expert_bias_E, **inputs | ({"seed": 0} if "seed" in inputs else {}))

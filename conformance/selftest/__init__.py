@@ -1,0 +1,1 @@
+"""conformance, the tests of the tests."""

@@ -1,0 +1,165 @@
+"""conformance, suite: limit_groups. Only some groups of experts are kept for each token."""
+
+import numpy as np
+
+from conformance.cases import Case
+from conformance.check import requires
+from conformance.judge import NotRun, Violation
+from conformance.verdicts import (
+    best_of_other_groups,
+    differ,
+    groups_used,
+    leaves_groups,
+    other_groups,
+    selection_differs,
+)
+
+SCORES = ("SCR-1", "SCR-2", "SCR-3", "SCR-4", "SCR-5")
+
+
+def grouped(spec) -> bool:
+    return spec.num_expert_groups is not None and spec.mask_fill != 0
+
+
+def without_bias(case: Case) -> Case:
+    return case.with_(expert_bias_E=None)
+
+
+def hold_groups(judge, case, id: str) -> None:
+    """Where the selection is the best of some groups, these are the groups with the best scores."""
+    seen = judge.observe(case)
+    for t in selection_differs(judge, seen, id):
+        if best_of_other_groups(judge, seen, t):
+            wanted = sorted(set(case.reference.group_ids_TL[t].tolist()))
+            raise Violation(
+                id,
+                case,
+                "other groups are kept",
+                token=t,
+                expected=f"experts {sorted(case.reference.expert_ids_TK[t].tolist())} of groups {wanted}",
+                received=f"experts {sorted(seen.expert_ids_TK[t].tolist())} of groups {sorted(groups_used(seen, t))}",
+            )
+    for t in other_groups(judge, seen):
+        raise Violation(
+            id,
+            case,
+            "other groups are reported",
+            token=t,
+            expected=str(sorted(case.reference.group_ids_TL[t].tolist())),
+            received=str(sorted(seen.group_ids_TL[t].tolist())),
+        )
+
+
+@requires("GRP-1", spec=grouped, bias=("none",), logits=("separated", "normal"), after=("GRP-2", *SCORES))
+def test_the_groups_with_the_best_scores_are_kept(judge, case):
+    if case.expert_bias_E is not None:
+        raise NotRun("judged without a bias")
+    hold_groups(judge, case, "GRP-1")
+
+
+@requires("GRP-2", spec=grouped, bias=("none", "positive"), logits=("separated", "normal"))
+def test_experts_come_from_few_groups(judge, case):
+    if "negative_choice" in case.tags:
+        raise NotRun("judged where no choice score is negative")
+    hold_few_groups(judge, case, "GRP-2")
+
+
+def hold_few_groups(judge, case, id: str) -> None:
+    seen = judge.observe(case)
+    for t in leaves_groups(seen):
+        kept = sorted(case.reference.group_ids_TL[t].tolist())
+        dropped = [
+            f"{i} (group {i // case.spec.experts_per_group})"
+            for i in seen.expert_ids_TK[t]
+            if i // case.spec.experts_per_group not in kept
+        ]
+        raise Violation(
+            id,
+            case,
+            f"experts of {len(groups_used(seen, t))} groups are selected",
+            token=t,
+            expected=f"experts {sorted(case.reference.expert_ids_TK[t].tolist())} of groups {kept}",
+            received=f"experts {sorted(seen.expert_ids_TK[t].tolist())}; of dropped groups: {', '.join(dropped)}",
+        )
+
+
+@requires("GRP-3", spec=grouped, bias=("mixed", "positive"), logits=("separated", "normal"), after=("GRP-2", "SEL-3"))
+def test_group_scores_include_the_bias(judge, case):
+    if not judge.sound(without_bias(case), "GRP-1", "SEL-2", *SCORES):
+        return
+    hold_groups(judge, case, "GRP-3")
+
+
+@requires("GRP-4", spec=grouped, bias=("none",), logits=("tied", "equal"))
+def test_of_equal_groups_the_lower_is_kept(judge, case):
+    if not judge.sound(untied(case), "GRP-1", "GRP-2"):
+        return
+    seen = judge.observe(case)
+    for t in range(case.num_tokens):
+        wanted = {int(i) // case.spec.experts_per_group for i in case.reference.expert_ids_TK[t]}
+        if groups_used(seen, t) != wanted:
+            raise Violation(
+                "GRP-4",
+                case,
+                "of equal groups a higher one is kept",
+                token=t,
+                expected=f"groups {sorted(wanted)}",
+                received=f"groups {sorted(groups_used(seen, t))}",
+            )
+
+
+def untied(case: Case) -> Case:
+    """The same case with logits that are all apart."""
+    T, E = case.logits_TE.shape
+    return case.with_(logits_TE=case.rng().permuted(np.tile(np.linspace(-3, 3, E), (T, 1)), axis=-1))
+
+
+@requires("GRP-5", spec=grouped, bias=("none", "mixed", "negative"), logits=("separated", "normal"), after=("SEL-3",))
+def test_renaming_groups_renames_the_selection(judge, case):
+    spec, order = case.spec, case.rng().permutation(case.spec.num_expert_groups)
+    new_to_old = (order[:, None] * spec.experts_per_group + np.arange(spec.experts_per_group)).reshape(-1)
+    hold_renamed(judge, case, "GRP-5", new_to_old)
+
+
+def hold_renamed(judge, case, id: str, new_to_old) -> None:
+    """Columns renamed: the same experts under their new names, with the same weights."""
+    bias_E, inputs = case.expert_bias_E, dict(case.inputs)
+    if case.spec.learned_scale == "per_expert":
+        inputs["learned_scale"] = inputs["learned_scale"][new_to_old]
+    renamed = case.with_(
+        logits_TE=case.logits_TE[:, new_to_old],
+        inputs=inputs,
+        expert_bias_E=None if bias_E is None else bias_E[new_to_old],
+    )
+    seen, other = judge.observe(case), judge.observe(renamed)
+    back = type(other)(
+        case=case,
+        expert_ids_TK=np.asarray(new_to_old)[other.expert_ids_TK],
+        weights_TK=other.weights_TK,
+        scores_TE=None,
+        group_ids_TL=None,
+        shared_weights_TS=None,
+    )
+    for t in differ(judge, seen, back):
+        raise Violation(
+            id,
+            case,
+            "under other names the routing is another",
+            token=t,
+            expected=f"{sorted(seen.expert_ids_TK[t].tolist())}",
+            received=f"{sorted(back.expert_ids_TK[t].tolist())} after renaming back",
+        )
+
+
+@requires("GRP-6", spec=lambda spec: spec.mask_fill == 0, logits=("separated", "normal"))
+def test_mask_fill_0_ranks_dropped_experts_at_0(judge, case):
+    seen = judge.observe(case)
+    for t in selection_differs(judge, seen, "GRP-6"):
+        raise Violation(
+            "GRP-6",
+            case,
+            "another selection with dropped experts at 0",
+            token=t,
+            expected=str(sorted(case.reference.expert_ids_TK[t].tolist())),
+            received=str(sorted(seen.expert_ids_TK[t].tolist())),
+        )

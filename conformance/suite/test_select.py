@@ -1,0 +1,209 @@
+"""conformance, suite: select. Each token gets its experts."""
+
+import numpy as np
+
+from conformance.check import requires
+from conformance.compare import choice_error, unlimited_choice
+from conformance.judge import NotRun, Violation
+from conformance.suite.test_groups import SCORES, hold_few_groups, hold_renamed, untied, without_bias
+from conformance.suite.test_run import ALL_KINDS
+from conformance.verdicts import best_of_other_groups, differ, leaves_groups, selection_differs
+
+
+def ranks(spec) -> bool:
+    return spec.selector == "top_k" and spec.mask_fill != 0
+
+
+def ungrouped(spec) -> bool:
+    return spec.selector == "top_k" and spec.num_expert_groups is None
+
+
+@requires("SEL-1", logits=ALL_KINDS, bias=("none", "mixed", "strong"))
+def test_distinct_experts_in_range(judge, case):
+    judge.observe(case)
+
+
+def hold_selection(judge, case, id: str) -> None:
+    """The selected experts are the best ones, of whichever groups they come from."""
+    seen = judge.observe(case)
+    elsewhere = set(leaves_groups(seen)) if case.spec.num_expert_groups else set()
+    for t in selection_differs(judge, seen, id):
+        if t in elsewhere or best_of_other_groups(judge, seen, t):
+            continue  # the groups are at fault: GRP-1, GRP-2, SEL-3
+        choice_E = unlimited_choice(case)[t]
+        wanted, found = case.reference.expert_ids_TK[t].tolist(), seen.expert_ids_TK[t].tolist()
+        raise Violation(
+            id,
+            case,
+            "another selection",
+            token=t,
+            expected=f"experts {wanted} with choice scores {choice_E[wanted].round(6).tolist()}",
+            received=f"experts {found} with choice scores {choice_E[found].round(6).tolist()}",
+        )
+
+
+@requires("SEL-2", spec=ranks, bias=("none",), after=SCORES)
+def test_the_best_choice_scores_are_selected(judge, case):
+    if case.expert_bias_E is not None:
+        raise NotRun("judged without a bias")
+    hold_selection(judge, case, "SEL-2")
+
+
+@requires(
+    "SEL-3",
+    spec=lambda s: ranks(s) and s.num_expert_groups is not None,
+    logits=("separated", "normal", "negative"),
+    bias=("negative", "mixed", "strong"),
+)
+def test_an_expert_of_a_dropped_group_is_never_selected(judge, case):
+    if case.spec.select_by == "score" and case.expert_bias_E is not None:
+        # The groups are at fault, not the sign, where the same biases above zero go wrong as well.
+        positive = case.with_(expert_bias_E=case.expert_bias_E - min(0.0, float(case.expert_bias_E.min())))
+        if not judge.sound(positive, "GRP-2"):
+            return
+    hold_few_groups(judge, case, "SEL-3")
+
+
+@requires("SEL-4", spec=ranks, bias=("mixed", "positive", "strong"), logits=("separated", "normal"), after=("GRP-2",))
+def test_the_bias_is_added_to_what_is_ranked(judge, case):
+    if not judge.sound(without_bias(case), "SEL-2", "GRP-1", *SCORES):
+        return
+    hold_selection(judge, case, "SEL-4")
+
+
+@requires("SEL-5", spec=ranks, bias=("none",), logits=("tied", "equal", "one_hot"))
+def test_of_equal_experts_the_lower_is_selected(judge, case):
+    if not judge.sound(untied(case), "SEL-2", "GRP-1", "GRP-2"):
+        return
+    seen, P = judge.observe(case), case.spec.experts_per_group
+    for t in range(case.num_tokens):
+        wanted, found = case.reference.expert_ids_TK[t], seen.expert_ids_TK[t]
+        if set(wanted // P) == set(found // P) and set(wanted) != set(found):
+            raise Violation(
+                "SEL-5",
+                case,
+                "of equal experts a higher one is selected",
+                token=t,
+                expected=str(sorted(wanted.tolist())),
+                received=str(sorted(found.tolist())),
+            )
+
+
+@requires("SEL-6", spec=ranks, logits=("separated", "normal", "tied"))
+def test_slots_are_in_descending_choice_score(judge, case):
+    seen = judge.observe(case)
+    choice_TE, error_TE = unlimited_choice(case), choice_error(case, judge.subject.compute_dtype)
+    for t, ids_K in enumerate(seen.expert_ids_TK):
+        choice_K, error_K = choice_TE[t, ids_K], error_TE[t, ids_K]
+        rises_K = np.diff(choice_K) > error_K[1:] + error_K[:-1]
+        swapped_K = (np.diff(choice_K) == 0) & (np.diff(ids_K) < 0)
+        if (rises_K | swapped_K).any():
+            raise Violation(
+                "SEL-6",
+                case,
+                "slots are in another order",
+                token=t,
+                expected=str(case.reference.expert_ids_TK[t].tolist()),
+                received=str(ids_K.tolist()),
+            )
+
+
+@requires("SEL-7", spec=ranks, bias=("mixed", "negative"), logits=("separated", "normal"), after=("SEL-3",))
+def test_a_constant_on_all_biases_changes_nothing(judge, case):
+    if case.expert_bias_E is None:
+        raise NotRun("judged with a bias")
+    shift = float(case.rng().choice([-8.0, -3.0, 3.0, 8.0]))
+    bias_E = np.float32(case.expert_bias_E + shift).astype(np.float64)
+    seen, shifted = judge.observe(case), judge.observe(case.with_(expert_bias_E=bias_E))
+    for t in differ(judge, seen, shifted):
+        raise Violation(
+            "SEL-7",
+            case,
+            f"{shift:+g} on every bias changes the routing",
+            token=t,
+            expected=f"{seen.expert_ids_TK[t].tolist()} {seen.weights_TK[t].round(6).tolist()}",
+            received=f"{shifted.expert_ids_TK[t].tolist()} {shifted.weights_TK[t].round(6).tolist()}",
+        )
+
+
+@requires("SEL-8", spec=ungrouped, logits=("separated", "normal"), bias=("none", "mixed"))
+def test_renaming_experts_renames_the_selection(judge, case):
+    new_to_old = np.arange(case.spec.num_logits)
+    new_to_old[: case.spec.num_experts] = case.rng().permutation(case.spec.num_experts)
+    if case.expert_bias_E is not None and len(case.expert_bias_E) != len(new_to_old):
+        raise NotRun("judged without shared columns")
+    if case.spec.learned_scale == "per_expert" and case.spec.num_scored_shared_experts:
+        raise NotRun("judged without shared columns")
+    hold_renamed(judge, case, "SEL-8", new_to_old)
+
+
+@requires("SEL-9", spec=ranks, logits=("masked",), bias=("none", "positive"))
+def test_a_logit_of_minus_infinity_is_never_selected(judge, case):
+    seen = judge.observe(case)
+    for t, ids_K in enumerate(seen.expert_ids_TK):
+        never = [int(i) for i in ids_K if np.isneginf(case.logits_TE[t, i])]
+        if never:
+            raise Violation(
+                "SEL-9",
+                case,
+                f"experts {never} have logits of -inf",
+                token=t,
+                expected=str(case.reference.expert_ids_TK[t].tolist()),
+                received=str(ids_K.tolist()),
+            )
+
+
+def hold_ids(judge, case, id: str, title: str) -> None:
+    """The ids are exactly the reference's, slot by slot."""
+    seen = judge.observe(case)
+    for t in np.flatnonzero((seen.expert_ids_TK != case.reference.expert_ids_TK).any(axis=-1)):
+        raise Violation(
+            id,
+            case,
+            title,
+            token=int(t),
+            expected=str(case.reference.expert_ids_TK[t].tolist()),
+            received=str(seen.expert_ids_TK[t].tolist()),
+        )
+
+
+@requires("SEL-13", spec=lambda spec: spec.selector == "sparsemixer", logits=("separated", "normal"), bias=("none",))
+def test_sparsemixer_takes_the_best_remaining_logit(judge, case):
+    hold_ids(judge, case, "SEL-13", "not the experts of a repeated argmax")
+
+
+@requires("SEL-14", spec=lambda spec: spec.selector == "table", bias=("none",))
+def test_a_table_selects_the_row_of_the_token(judge, case):
+    hold_ids(judge, case, "SEL-14", "not the table's experts")
+
+
+@requires("SEL-15", spec=lambda spec: spec.selector == "given", bias=("none",))
+def test_given_ids_are_taken_as_they_are(judge, case):
+    hold_ids(judge, case, "SEL-15", "not the given experts")
+
+
+@requires("SEL-16", spec=lambda spec: spec.selector == "round_robin", bias=("none",))
+def test_round_robin_takes_the_next_expert_for_each_slot(judge, case):
+    hold_ids(judge, case, "SEL-16", "not the next experts in turn")
+
+
+@requires("SEL-17", spec=lambda spec: spec.selector == "random", tokens=(7,), bias=("none",))
+def test_random_selection_depends_on_the_seed_alone(judge, case):
+    seen, other = judge.observe(case), judge.observe(case.with_(logits_TE=case.logits_TE[::-1] * -1.0))
+    if (seen.expert_ids_TK != other.expert_ids_TK).any():
+        raise Violation(
+            "SEL-17",
+            case,
+            "the logits take part in a random selection",
+            expected=str(seen.expert_ids_TK.tolist()),
+            received=str(other.expert_ids_TK.tolist()),
+        )
+    again = [judge.observe(case.with_(inputs=case.inputs | {"seed": seed})).expert_ids_TK for seed in range(12)]
+    if case.spec.top_k < case.spec.num_choices and all((ids == again[0]).all() for ids in again):
+        raise Violation(
+            "SEL-17",
+            case,
+            "twelve seeds select alike",
+            expected="another selection for another seed",
+            received=str(again[0].tolist()),
+        )

@@ -1,0 +1,104 @@
+"""moe_jax, experts: what one expert computes, and what stands beside the routed experts.
+
+`moe_ref.LayerParams` becomes a pytree here, so that one class holds the parameters in every room.
+
+Legend: T tokens, D model dim, E experts, F expert hidden dim, K top_k, S shared experts.
+"""
+
+from dataclasses import fields
+
+import jax
+import jax.numpy as jnp
+
+from moe_ref.spec import ExpertSpec, LayerSpec, RouterSpec
+from moe_ref.weights import LayerParams
+
+jax.tree_util.register_dataclass(LayerParams, data_fields=[field.name for field in fields(LayerParams)], meta_fields=[])
+
+
+def hide(gate, up, spec: ExpertSpec) -> jax.Array:
+    """The activation applies to the gate half alone, or to the up projection where there is no gate.
+
+    Computed in float32 at least. At a kink: relu has slope 0 at 0; a clamp passes the gradient of a value at its limit.
+
+    Args:
+        gate: (..., F), or None where experts are not gated.
+        up: (..., F).
+    """
+    dtype = jnp.promote_types(up.dtype, jnp.float32)
+    if gate is None:
+        return _activated(up.astype(dtype), spec).astype(up.dtype)
+    return (_activated(gate.astype(dtype), spec) * _clamped_up(up.astype(dtype), spec)).astype(up.dtype)
+
+
+def _activated(z, spec: ExpertSpec):
+    """The activation's input is clamped from above before it, or its output after it."""
+    if spec.clamp is None:
+        return _activation(z, spec)
+    if spec.clamp_at == "before":
+        return _activation(_at_most(z, spec.clamp), spec)
+    return _at_most(_activation(z, spec), spec.clamp)
+
+
+def _clamped_up(up, spec: ExpertSpec):
+    """The up half is clamped on both sides, then offset."""
+    clamped = up if spec.clamp is None else -_at_most(-_at_most(up, spec.clamp), spec.clamp)
+    return clamped + spec.up_offset
+
+
+def _at_most(z, limit: float):
+    # jnp.minimum halves the gradient where z equals the limit.
+    return jnp.where(z > limit, limit, z)
+
+
+def _activation(z, spec: ExpertSpec):
+    if spec.activation == "silu":
+        return z * jax.nn.sigmoid(spec.alpha * z)
+    if spec.activation in ("gelu", "gelu_tanh"):
+        return jax.nn.gelu(z, approximate=spec.activation == "gelu_tanh")
+    rectified = jax.nn.relu(z)
+    return rectified if spec.activation == "relu" else jnp.square(rectified)
+
+
+def null_output(x_TD, expert_ids_TK, weights_TK, spec: RouterSpec):
+    """An identity null expert adds its weight times its input; a skipping one adds nothing."""
+    if spec.num_null_experts == 0 or spec.null_kind == "skip":
+        return 0
+    weight_T = jnp.where(expert_ids_TK >= spec.num_experts, weights_TK, 0).sum(axis=-1)
+    return weight_T[:, None].astype(x_TD.dtype) * x_TD
+
+
+def shared_output(x_TD, shared_weights_TS, params: LayerParams, spec: LayerSpec, *, precision=None) -> jax.Array:
+    """Each shared expert works on every token; its factor is the router's weight, a sigmoid of the token, or 1."""
+    assert spec.shared_experts is not None
+    assert params.shared_w_up_SDF is not None
+    assert params.shared_w_down_SFD is not None
+    output_TD = jnp.zeros_like(x_TD)
+    for shared_id in range(spec.num_shared_experts):
+        gate_TF = None
+        if params.shared_w_gate_SDF is not None:
+            gate_TF = jnp.matmul(x_TD, params.shared_w_gate_SDF[shared_id], precision=precision)
+        up_TF = jnp.matmul(x_TD, params.shared_w_up_SDF[shared_id], precision=precision)
+        hidden_TF = hide(gate_TF, up_TF, spec.shared_experts)
+        one_output_TD = jnp.matmul(hidden_TF, params.shared_w_down_SFD[shared_id], precision=precision)
+        if shared_weights_TS is not None:
+            one_output_TD *= shared_weights_TS[:, shared_id, None].astype(x_TD.dtype)
+        elif params.shared_token_gate_D is not None:
+            token_gate_T = jnp.matmul(x_TD, params.shared_token_gate_D, precision=precision)
+            one_output_TD *= jax.nn.sigmoid(token_gate_T)[:, None]
+        output_TD += one_output_TD
+    return output_TD
+
+
+def join(routed_TD, x_TD, shared_weights_TS, params: LayerParams, spec: LayerSpec, *, precision=None) -> jax.Array:
+    """The layer's output is the sum, or the average, of routed and shared output."""
+    if spec.shared is None:
+        return routed_TD
+    joined_TD = routed_TD + shared_output(x_TD, shared_weights_TS, params, spec, precision=precision)
+    return joined_TD / 2 if spec.shared.combine == "average" else joined_TD
+
+
+def keep_tokens(values_TD, token_mask_T) -> jax.Array:
+    """Rows of padding tokens are 0, whatever they held, and so are their gradients."""
+    # 0 * NaN is NaN: a padding row is replaced, not multiplied by a mask.
+    return values_TD if token_mask_T is None else jnp.where(jnp.asarray(token_mask_T)[:, None], values_TD, 0)

@@ -1,0 +1,426 @@
+"""moe_jax, routing: from logits to expert ids and weights, one function per stage, in order.
+
+    gate -> scale_logits -> score -> bias_choice -> limit_groups -> select -> weigh -> normalise -> scale_weights
+
+Legend: T tokens, D model dim, E choices (experts, then null experts), K top_k, G groups, P experts per group,
+L groups kept, S router-scored shared experts, V table rows. Start at `route`; how ties are settled is in `top_k`,
+at the end of this file.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_ref import UNUSED, RouterSpec
+
+SELECTOR_INPUTS = {"table": ("token_ids_T", "table_VK"), "given": ("given_ids_TK",), "random": ("key",)}
+"""What each selector reads besides the logits."""
+MAX_ROUNDS = 16
+"""Above this many, `top_k` leaves its rounds to lax.top_k: each round is code of its own."""
+WIDE = 128
+"""Above this many entries, `top_k` looks at chunks of them first."""
+SMALL_LOGIT = -40.0
+"""Below it, sqrt(log(1 + exp(z))) equals exp(z / 2) to the last bit of float64."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class RoutingTrace:
+    """What `route` computes; None where a spec has no such stage.
+
+    Under jit a field that is not returned is not computed: return only those that are needed. Gradients flow through
+    weights_TK, shared_weights_TS and scores_TE; the others say what was chosen, and are constants.
+    """
+
+    expert_ids_TK: jax.Array
+    """(T, K) int32, best first; UNUSED for padding tokens and empty slots."""
+    weights_TK: jax.Array
+    scores_TE: jax.Array | None
+    scores_for_choice_TE: jax.Array | None
+    group_scores_TG: jax.Array | None
+    group_ids_TL: jax.Array | None
+    """(T, L) int32, best first."""
+    shared_weights_TS: jax.Array | None
+
+
+def gate(x_TD, gate_ED, gate_bias_E=None) -> jax.Array:
+    """The logits are x @ gate.T, plus the learned gate bias. [GAT-1, GAT-2]
+
+    Products are summed in float32 at least, whatever the inputs' dtype and the platform's default precision.
+
+    Args:
+        x_TD: (T, D) tokens.
+        gate_ED: (E, D) gate weights, one row per column of the logits.
+        gate_bias_E: (E,) learned bias; it is part of the logits, unlike expert_bias.
+
+    Returns:
+        logits_TE: (T, E), float32, or float64 where x_TD and gate_ED are.
+    """
+    x_TD = _array("x_TD", x_TD, (None, None), "float")
+    gate_ED = _array("gate_ED", gate_ED, (None, x_TD.shape[1]), "float")
+    dtype = compute_dtype(jnp.promote_types(x_TD.dtype, gate_ED.dtype))
+    # HIGHEST: the default multiplies in bfloat16 on TPU and in TF32 on GPU, which changes choices.
+    logits_TE = jnp.einsum("td,ed->te", x_TD, gate_ED, precision=lax.Precision.HIGHEST, preferred_element_type=dtype)
+    if gate_bias_E is None:
+        return logits_TE
+    return logits_TE + _array("gate_bias_E", gate_bias_E, (gate_ED.shape[0],), "float").astype(dtype)
+
+
+def route(
+    logits_TE,
+    spec: RouterSpec,
+    *,
+    expert_bias_E=None,
+    learned_scale=None,
+    token_ids_T=None,
+    table_VK=None,
+    given_ids_TK=None,
+    token_mask_T=None,
+    key=None,
+) -> RoutingTrace:
+    """Every stage of routing in order; pure, and static in `spec` alone.
+
+    Computed in float32, or in float64 for float64 logits. What depends on data cannot raise under jit. So a token
+    with fewer than K choices that are not -inf gets unused slots, a token id outside the table a row of them, a
+    given id past the last choice the weight NaN, and a NaN logit is chosen and makes its weight NaN.
+
+    Args:
+        logits_TE: (T, num_logits) floats, finite or -inf (never chosen).
+        spec: what is computed.
+        expert_bias_E: (E,) added to what is ranked, for the choice only.
+        learned_scale: (E,) for learned_scale 'per_expert', a scalar for 'global'.
+        token_ids_T, table_VK: (T,) ints and the (V, K) table they index, for selector 'table'.
+        given_ids_TK: (T, K) ids to replay, for selector 'given'; a negative one is an unused slot of weight 0.
+        token_mask_T: (T,) bools; a padding token (False) gets ids -1 and weights 0, whatever its row holds.
+        key: a jax.random key, for selector 'random'.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, an input that the spec lacks, or one that it does not read.
+    """
+    logits_TE = _array("logits_TE", logits_TE, (None, spec.num_logits), "float")
+    T, E, dtype = logits_TE.shape[0], spec.num_choices, compute_dtype(logits_TE.dtype)
+    bias_E = _bias(expert_bias_E, spec, dtype)
+    scale = _learned_scale(learned_scale, spec, dtype)
+    valid_T1 = _mask(token_mask_T, T)[:, None]
+    _check_selector_inputs(spec, token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, key=key)
+
+    # Padding is cleared first, so that a NaN in it reaches neither a value nor a gradient.
+    scaled_TE = scale_logits(jnp.where(valid_T1, logits_TE, 0).astype(dtype), spec)
+    choices_TE, shared_logits_TS = scaled_TE[:, :E], scaled_TE[:, E:]
+    scores_TE = score(choices_TE, spec) if spec.has_scores else None
+    scores_for_choice_TE = group_scores_TG = group_ids_TL = None
+    if spec.selector == "top_k":
+        scores_for_choice_TE = bias_choice(choices_TE, scores_TE, bias_E, spec)
+    if spec.num_expert_groups is not None:
+        scores_for_choice_TE, group_scores_TG, group_ids_TL = limit_groups(scores_for_choice_TE, spec)
+
+    if spec.selector == "top_k":
+        chosen_TK = select(scores_for_choice_TE, spec)
+    elif spec.selector == "sparsemixer":
+        chosen_TK = select(lax.stop_gradient(choices_TE), spec)
+    else:
+        chosen_TK = choose(T, spec, token_ids_T, table_VK, given_ids_TK, key)
+    expert_ids_TK = jnp.where(valid_T1, chosen_TK, UNUSED)
+
+    if spec.selector == "sparsemixer":
+        raw_TK = banded_weights(choices_TE, expert_ids_TK, spec)
+    else:
+        raw_TK = weigh(choices_TE, scores_TE, expert_ids_TK, group_ids_TL, spec)
+    normed_TK, normed_shared_TS = normalise(raw_TK, score(shared_logits_TS, spec), spec)
+    shared_TS = normed_shared_TS * spec.route_scale * (scale if spec.learned_scale == "global" else 1)
+    return RoutingTrace(
+        expert_ids_TK=expert_ids_TK,
+        weights_TK=scale_weights(normed_TK, expert_ids_TK, scale, spec),
+        scores_TE=scores_TE,
+        scores_for_choice_TE=scores_for_choice_TE,
+        group_scores_TG=group_scores_TG,
+        group_ids_TL=group_ids_TL,
+        shared_weights_TS=jnp.where(valid_T1, shared_TS, 0) if spec.num_scored_shared_experts else None,
+    )
+
+
+def scale_logits(logits_TE, spec: RouterSpec):
+    """Logits are scaled, then soft-capped, before they are scored or ranked. [SCR-5]"""
+    scaled_TE = logits_TE * spec.logit_scale
+    if spec.logit_softcap is None:
+        return scaled_TE
+    capped_TE = spec.logit_softcap * jnp.tanh(scaled_TE / spec.logit_softcap)
+    # A cap is finite, but an expert that is masked stays masked.
+    return jnp.where(jnp.isneginf(scaled_TE), scaled_TE, capped_TE)
+
+
+def score(scaled_logits_TE, spec: RouterSpec):
+    """Scores are a function of the scaled logits alone; no bias enters them. [SCR-1, SCR-2, SCR-3]"""
+    if spec.score_func == "softmax":
+        return softmax(scaled_logits_TE)
+    if spec.score_func == "sigmoid":
+        return jax.nn.sigmoid(scaled_logits_TE)
+    # Two branches, each fed only what it is good for: the slope of sqrt is infinite at an underflown softplus.
+    small_TE = scaled_logits_TE < SMALL_LOGIT
+    large_TE = jnp.sqrt(jax.nn.softplus(jnp.where(small_TE, 0, scaled_logits_TE)))
+    return jnp.where(small_TE, jnp.exp(scaled_logits_TE / 2), large_TE)
+
+
+def softmax(logits_TE):
+    """Softmax over the last axis; -inf gives exactly 0, and so does a row of nothing else."""
+    largest_T1 = lax.stop_gradient(logits_TE.max(axis=-1, keepdims=True, initial=-jnp.inf))
+    # jax.nn.softmax gives NaN for a row of -inf.
+    exp_TE = jnp.exp(logits_TE - jnp.where(jnp.isneginf(largest_T1), 0, largest_T1))
+    sum_T1 = exp_TE.sum(axis=-1, keepdims=True)
+    return exp_TE / jnp.where(sum_T1 == 0, 1, sum_T1)
+
+
+def bias_choice(scaled_logits_TE, scores_TE, expert_bias_E, spec: RouterSpec):
+    """What is ranked: scores (or logits) plus expert_bias; a logit of -inf is never chosen. [SEL-4, SEL-9]"""
+    ranked_TE = scaled_logits_TE if spec.select_by == "logit" else scores_TE
+    biased_TE = ranked_TE if expert_bias_E is None else ranked_TE + expert_bias_E
+    return lax.stop_gradient(jnp.where(jnp.isneginf(scaled_logits_TE), -jnp.inf, biased_TE))
+
+
+def limit_groups(biased_scores_TE, spec: RouterSpec):
+    """Only the L groups with the best scores are kept; a group's score sums its best k choice scores. [GRP-1]
+
+    Returns:
+        scores_for_choice_TE: experts of dropped groups replaced by mask_fill.
+        group_scores_TG: (T, G).
+        group_ids_TL: (T, L) kept groups, best first; ties go to the lower group id.
+    """
+    assert spec.num_expert_groups is not None
+    assert spec.num_limited_groups is not None
+    grouped_TGP = biased_scores_TE.reshape(-1, spec.num_expert_groups, spec.experts_per_group)
+    group_scores_TG = top_k(grouped_TGP, spec.group_score_k)[0].sum(axis=-1)
+    group_ids_TL = top_k(group_scores_TG, spec.num_limited_groups)[1]
+    # -inf, not 0: choice scores can be negative (huggingface/transformers#45440).
+    scores_for_choice_TE = jnp.where(kept_experts(group_ids_TL, spec), biased_scores_TE, spec.mask_fill)
+    return scores_for_choice_TE, group_scores_TG, group_ids_TL
+
+
+def kept_experts(group_ids_TL, spec: RouterSpec):
+    """Whether each expert belongs to a kept group. Expert i belongs to group i // P. [GRP-2]"""
+    kept_TG = (group_ids_TL[:, :, None] == jnp.arange(spec.num_expert_groups)).any(axis=1)
+    return jnp.repeat(kept_TG, spec.experts_per_group, axis=1)
+
+
+def select(scores_for_choice_TE, spec: RouterSpec):
+    """Each token selects the top_k choices with the best choice scores. [SEL-1, SEL-2, SEL-3]"""
+    chosen_scores_TK, expert_ids_TK = top_k(scores_for_choice_TE, spec.top_k)
+    return jnp.where(jnp.isneginf(chosen_scores_TK), UNUSED, expert_ids_TK)
+
+
+def choose(num_tokens: int, spec: RouterSpec, token_ids_T, table_VK, given_ids_TK, key):
+    """Expert ids by a selector that looks at no score. [SEL-14 .. SEL-18]"""
+    T, K = num_tokens, spec.top_k
+    if spec.selector == "table":
+        ids_T = _array("token_ids_T", token_ids_T, (T,), "int")
+        table_VK = _array("table_VK", table_VK, (None, K), "int").astype(jnp.int32)
+        return table_VK.at[ids_T].get(mode="fill", fill_value=UNUSED, wrap_negative_indices=False)
+    if spec.selector == "given":
+        return jnp.maximum(_array("given_ids_TK", given_ids_TK, (T, K), "int").astype(jnp.int32), UNUSED)
+    if spec.selector == "round_robin":
+        return (jnp.arange(T * K, dtype=jnp.int32) % spec.num_experts).reshape(T, K)
+    return top_k(jax.random.uniform(key, (T, spec.num_choices)), K)[1]
+
+
+def gather(values_TE, expert_ids_TK):
+    """The values of the selected experts; an unused slot reads 0. [WGT-8, WGT-11]"""
+    found_TK = jnp.take_along_axis(values_TE, jnp.maximum(expert_ids_TK, 0), axis=-1, mode="fill")
+    return jnp.where(expert_ids_TK == UNUSED, 0, found_TK)
+
+
+def weigh(scaled_logits_TE, scores_TE, expert_ids_TK, group_ids_TL, spec: RouterSpec):
+    """Weights are the selected scores, without any bias. [WGT-1, WGT-3]"""
+    if spec.score_over == "selected":
+        chosen_logits_TK = gather(scaled_logits_TE, expert_ids_TK)
+        return softmax(jnp.where(expert_ids_TK == UNUSED, -jnp.inf, chosen_logits_TK))
+    if spec.weights_from == "masked_scores":
+        return gather(jnp.where(kept_experts(group_ids_TL, spec), scores_TE, 0), expert_ids_TK)
+    return gather(scores_TE, expert_ids_TK)
+
+
+def banded_weights(scaled_logits_TE, expert_ids_TK, spec: RouterSpec):
+    """sparsemixer: slot j is weighted by a softmax over the band below the best remaining expert. [SEL-13, WGT-12]
+
+    The band holds the remaining experts whose distance to the best is at most 2 * mixer_eps of the larger of
+    |logit| and the best. Weights of a token need not sum to 1. Source: arXiv:2409.12136.
+    """
+    ids_E = jnp.arange(spec.num_choices)
+    remaining_TE = scaled_logits_TE
+    slots = []
+    for slot in range(spec.top_k):
+        ids_T1 = expert_ids_TK[:, slot, None]
+        best_T1 = gather(scaled_logits_TE, ids_T1)
+        size_TE = jnp.maximum(jnp.abs(scaled_logits_TE), best_T1)
+        in_band_TE = best_T1 - scaled_logits_TE <= 2 * spec.mixer_eps * size_TE
+        slots.append(gather(softmax(jnp.where(in_band_TE, remaining_TE, -jnp.inf)), ids_T1))
+        remaining_TE = jnp.where(ids_E == ids_T1, -jnp.inf, remaining_TE)
+    return jnp.concatenate(slots, axis=-1)
+
+
+def normalise(raw_weights_TK, shared_scores_TS, spec: RouterSpec):
+    """With route_norm a token's weights are divided by their norm; a norm of 0 leaves them 0. [WGT-2, WGT-6, WGT-7]"""
+    if not spec.route_norm:
+        return raw_weights_TK, shared_scores_TS
+    in_norm = jnp.concatenate([raw_weights_TK, shared_scores_TS], -1) if spec.norm_with_shared else raw_weights_TK
+    # Everything is in units of the largest weight, so that no power and no gradient over- or underflows: d(w / n)
+    # holds n ** -2, which is inf in float32 from n = 1e-20. The norm is linear in that unit, so it is a constant.
+    largest_T1 = lax.stop_gradient(in_norm.max(axis=-1, keepdims=True))
+    # Below the smallest normal number XLA may flush to 0, so that is where 0 begins.
+    zero_T1 = largest_T1 < jnp.finfo(in_norm.dtype).tiny
+    unit_T1 = jnp.where(zero_T1, 1, largest_T1)
+    norm_T1 = jnp.where(zero_T1, 1, p_norm(in_norm / unit_T1, spec.norm_p))
+    eps_T1 = spec.norm_eps / unit_T1
+    divisor_T1 = norm_T1 + eps_T1 if spec.norm_form == "add_eps" else jnp.where(norm_T1 >= eps_T1, norm_T1, eps_T1)
+    weights_TK = jnp.where(zero_T1, 0, raw_weights_TK / unit_T1 / divisor_T1)
+    if not spec.norm_with_shared:
+        return weights_TK, shared_scores_TS
+    return weights_TK, jnp.where(zero_T1, 0, shared_scores_TS / unit_T1 / divisor_T1)
+
+
+def p_norm(weights_TK, p: float):
+    """(sum of w ** p) ** (1 / p) of each row; a weight of 0 has slope 0 in it unless p is 1."""
+    if p == 1:
+        return weights_TK.sum(axis=-1, keepdims=True)
+    # The inner where keeps 0 ** (p - 1), inf for p < 1, out of the gradient.
+    zero_TK = weights_TK == 0
+    sum_T1 = jnp.where(zero_TK, 0, jnp.where(zero_TK, 1, weights_TK) ** p).sum(axis=-1, keepdims=True)
+    return jnp.where(sum_T1 == 0, 1, sum_T1) ** (1 / p)
+
+
+def scale_weights(weights_TK, expert_ids_TK, learned_scale, spec: RouterSpec):
+    """route_scale, then the learned scale, multiply the weights once; a skipped choice weighs 0. [WGT-4, WGT-9]"""
+    factor = learned_scale[jnp.maximum(expert_ids_TK, 0)] if spec.learned_scale == "per_expert" else learned_scale
+    scaled_TK = weights_TK * spec.route_scale * factor
+    if spec.null_kind == "skip":
+        return jnp.where(expert_ids_TK >= spec.num_experts, 0, scaled_TK)
+    return scaled_TK
+
+
+def top_k(values_TN, k: int):
+    """The k largest entries of each row and their ids, descending; ties go to the lower id. [SEL-5, SEL-6]
+
+    -0.0 equals 0.0, and NaN is above all. Found by k rounds of integer maxima, which compilers vectorise. Of many
+    entries the k chunks with the largest maxima are kept first: they hold the k best, because each better chunk
+    holds an entry that is better.
+    """
+    if k > MAX_ROUNDS:
+        # lax.top_k promises the lower index among equals, but ranks -0.0 below 0.0 on CPU.
+        return lax.top_k(jnp.where(values_TN == 0, 0, values_TN), k)
+    keys_TN, ids_TN = to_keys(values_TN), positions(values_TN)
+    chunk = chunk_size(values_TN.shape[-1])
+    if chunk > 1:
+        keys_TN, ids_TN = keep_chunks(keys_TN, k, chunk)
+    best_keys_TK, best_ids_TK = rounds(keys_TN, ids_TN, k)
+    return to_values(best_keys_TK, values_TN.dtype), best_ids_TK
+
+
+def chunk_size(num_entries: int) -> int:
+    """The smallest power of two, as far as it divides the entries, that leaves at most WIDE chunks."""
+    chunk = 1
+    while num_entries // chunk > WIDE and num_entries % (2 * chunk) == 0:
+        chunk *= 2
+    return chunk
+
+
+def keep_chunks(keys_TN, k: int, chunk: int):
+    """The entries of the k chunks of consecutive entries whose maxima are the largest, and their ids."""
+    *lead, N = keys_TN.shape
+    chunked_TBC = keys_TN.reshape(*lead, N // chunk, chunk)
+    best_TB = chunked_TBC.max(axis=-1)
+    _, kept_ids_TB = rounds(best_TB, positions(best_TB), k)
+    kept_TBC = jnp.take_along_axis(chunked_TBC, kept_ids_TB[..., None], axis=-2, mode="promise_in_bounds")
+    ids_TBC = kept_ids_TB[..., None] * chunk + jnp.arange(chunk, dtype=jnp.int32)
+    return kept_TBC.reshape(*lead, k * chunk), ids_TBC.reshape(*lead, k * chunk)
+
+
+def rounds(keys_TN, ids_TN, k: int):
+    """The k largest keys of each row and their ids, one round for each; ties go to the lower id."""
+    taken, no_id = jnp.iinfo(keys_TN.dtype).min, jnp.iinfo(jnp.int32).max
+    left_TN, keys, ids = keys_TN, [], []
+    for _ in range(k):
+        keys.append(fold(jnp.maximum, left_TN))
+        ids.append(fold(jnp.minimum, jnp.where(left_TN == keys[-1], ids_TN, no_id)))
+        left_TN = jnp.where(ids_TN == ids[-1], taken, left_TN)
+    return jnp.concatenate(keys, axis=-1), jnp.concatenate(ids, axis=-1)
+
+
+def fold(smaller_or_larger, array_TN):
+    """The minimum or maximum of each row, with that axis kept: halves are folded while they are long."""
+    # XLA for CPU vectorises a fold; its reduction of a long row of integers runs one entry at a time.
+    while array_TN.shape[-1] > 16 and array_TN.shape[-1] % 2 == 0:
+        low_TN, high_TN = jnp.split(array_TN, 2, axis=-1)
+        array_TN = smaller_or_larger(low_TN, high_TN)
+    return smaller_or_larger.reduce(array_TN, axis=-1, keepdims=True)
+
+
+def positions(values_TN):
+    """The position of each entry in its row."""
+    return lax.broadcasted_iota(jnp.int32, values_TN.shape, values_TN.ndim - 1)
+
+
+def to_keys(values):
+    """Integers in the order of the floats: -0.0 becomes that of 0.0, NaN the largest."""
+    dtype = jnp.int64 if values.dtype == jnp.float64 else jnp.int32
+    bits = lax.bitcast_convert_type(values, dtype)
+    # The bits of a negative float are those of its size, plus the lowest integer.
+    keys = jnp.where(bits < 0, jnp.iinfo(dtype).min - bits, bits)
+    return jnp.where(jnp.isnan(values), jnp.iinfo(dtype).max, keys)
+
+
+def to_values(keys, dtype):
+    """The floats that `to_keys` made integers of; NaN is NaN again."""
+    bits = jnp.where(keys < 0, jnp.iinfo(keys.dtype).min - keys, keys)
+    return lax.bitcast_convert_type(bits, dtype)
+
+
+def compute_dtype(dtype):
+    """Routing is computed in float32, or in float64 where that is what comes in."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def _array(field: str, value, shape: tuple[int | None, ...], kind: str) -> jax.Array:
+    """`value` as an array of the wanted shape (None matches any length) and kind (float, int, bool)."""
+    found = jnp.asarray(value)
+    kinds = {"float": jnp.floating, "int": jnp.integer, "bool": jnp.bool_}[kind]
+    if not jnp.issubdtype(found.dtype, kinds):
+        raise ValueError(f"{field} has dtype {found.dtype}; it is {kind}")
+    if found.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, found.shape, strict=True)):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{field} has shape {found.shape}; it is ({wanted})")
+    return found
+
+
+def _check_selector_inputs(spec: RouterSpec, **inputs):
+    needed = SELECTOR_INPUTS.get(spec.selector, ())
+    for field, value in inputs.items():
+        if value is None and field in needed:
+            raise ValueError(f"{field} is None; selector {spec.selector!r} needs it")
+        # It would be silently ignored.
+        if value is not None and field not in needed:
+            raise ValueError(f"{field} is given, but selector {spec.selector!r} takes none")
+
+
+def _bias(expert_bias_E, spec: RouterSpec, dtype):
+    if expert_bias_E is None:
+        return None
+    if spec.selector != "top_k":
+        raise ValueError(f"expert_bias_E is given, but selector {spec.selector!r} takes none")
+    return _array("expert_bias_E", expert_bias_E, (spec.num_choices,), "float").astype(dtype)
+
+
+def _learned_scale(learned_scale, spec: RouterSpec, dtype):
+    if spec.learned_scale == "none":
+        if learned_scale is not None:
+            raise ValueError("learned_scale is given, but the spec's learned_scale is 'none'")
+        return 1
+    if learned_scale is None:
+        raise ValueError(f"learned_scale is None; the spec's is {spec.learned_scale!r}")
+    shape = (spec.num_choices,) if spec.learned_scale == "per_expert" else ()
+    return _array("learned_scale", learned_scale, shape, "float").astype(dtype)
+
+
+def _mask(token_mask_T, num_tokens: int):
+    if token_mask_T is None:
+        return jnp.ones(num_tokens, dtype=bool)
+    return _array("token_mask_T", token_mask_T, (num_tokens,), "bool")

@@ -1,0 +1,214 @@
+"""moe_jax, sparse matmul: the layer, every token on its own experts. Start reading at `sparse_matmul`.
+
+    gate -> route -> dispatch -> gmm_up -> activate -> gmm_down -> unpermute (+ shared experts)
+
+Each stage is public and usable alone. Routing never touches the tokens, and what moves rows never touches the router,
+so that one `route` serves any number of chunks, of tokens or of the model dim (AI-Hypercomputer/maxtext#3981).
+
+Legend: T tokens, D model dim, E experts, F expert hidden dim, K top_k, R = T * K rows, S shared experts.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax import routing
+from moe_jax.experts import hide, join, keep_tokens, null_output
+from moe_jax.grouped_matmul import grouped_matmul
+from moe_jax.permute import RouteMetadata, dispatch, permute, unpermute
+from moe_ref.spec import ExpertSpec, LayerSpec, RouterSpec
+from moe_ref.weights import LayerParams
+
+__all__ = [
+    "RouteMetadata", "RouteOutput", "activate", "dispatch", "gmm_down", "gmm_up", "permute", "route", "sparse_matmul",
+    "unpermute",
+]  # fmt: skip
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class RouteOutput:
+    """What the router decided for each token."""
+
+    expert_ids_TK: jax.Array
+    """(T, K) int32; -1 is an unused slot."""
+    weights_TK: jax.Array
+    scores_TE: jax.Array | None
+    """For losses; None where the spec scores no expert before the selection."""
+    shared_weights_TS: jax.Array | None
+    """None unless the router scores the shared experts."""
+
+
+def sparse_matmul(
+    x_TD,
+    params: LayerParams,
+    spec: LayerSpec,
+    *,
+    token_mask_T=None,
+    num_token_chunks: int = 1,
+    num_emb_chunks: int = 1,
+    precision: lax.PrecisionLike = None,
+    implementation: str = "auto",
+    **selector_inputs,
+) -> tuple[jax.Array, RouteOutput]:
+    """One MoE layer: every token visits its own experts, and no other.
+
+    Args:
+        x_TD: (T, D) tokens.
+        params: a pytree of arrays; init and layouts are in `moe_ref.weights`.
+        spec: static.
+        token_mask_T: (T,) bools; a padding token (False) is not read, and its output is 0, shared experts included.
+        num_token_chunks: the routed experts run on this many chunks of the tokens, one after the other.
+        num_emb_chunks: rows are moved in this many chunks of the model dim; their up projections are summed.
+        precision, implementation: as in `grouped_matmul`.
+        selector_inputs: token_ids_T, table_VK, given_ids_TK, key of `moe_jax.routing.route`.
+
+    Returns:
+        output_TD: (T, D) in the dtype of x_TD, and what the router decided.
+    """
+    check_tokens(x_TD, spec)
+    clean_x_TD = keep_tokens(jnp.asarray(x_TD), token_mask_T)
+    logits_TE = routing.gate(clean_x_TD, params.gate_ED, params.gate_bias_E)
+    decided, metadata = route(
+        logits_TE,
+        spec.router,
+        expert_bias_E=params.expert_bias_E,
+        learned_scale=params.learned_scale,
+        token_mask_T=token_mask_T,
+        **selector_inputs,
+    )
+    compute = partial(
+        run_experts, spec=spec, num_emb_chunks=num_emb_chunks, precision=precision, implementation=implementation
+    )
+    if num_token_chunks == 1:
+        routed_TD = compute(clean_x_TD, params, decided, metadata)
+    else:
+        routed_TD = _in_token_chunks(compute, clean_x_TD, params, decided, spec.router, num_token_chunks)
+    output_TD = join(routed_TD, clean_x_TD, decided.shared_weights_TS, params, spec, precision=precision)
+    return keep_tokens(output_TD, token_mask_T), decided
+
+
+def route(logits_TE, spec: RouterSpec, **inputs) -> tuple[RouteOutput, RouteMetadata]:
+    """The experts of each token, their weights, and where the rows go; `inputs` are those of `routing.route`."""
+    trace = routing.route(logits_TE, spec, **inputs)
+    decided = RouteOutput(
+        expert_ids_TK=trace.expert_ids_TK,
+        weights_TK=trace.weights_TK,
+        scores_TE=trace.scores_TE,
+        shared_weights_TS=trace.shared_weights_TS,
+    )
+    return decided, permute(trace.expert_ids_TK, spec.num_experts)
+
+
+def gmm_up(rows_RD, w_gate_EDF, w_up_EDF, metadata: RouteMetadata, **options) -> tuple[jax.Array | None, jax.Array]:
+    """Rows times the gate and the up matrix of their expert; linear in the rows, so parts of D may be summed.
+
+    Args:
+        w_gate_EDF: None where experts are not gated.
+        options: of `grouped_matmul`.
+
+    Returns:
+        gate_RF, up_RF: gate_RF is None where experts are not gated.
+    """
+    gate_RF = None
+    if w_gate_EDF is not None:
+        gate_RF = grouped_matmul(rows_RD, w_gate_EDF, metadata.group_sizes_E, **options)
+    return gate_RF, grouped_matmul(rows_RD, w_up_EDF, metadata.group_sizes_E, **options)
+
+
+def activate(gate_RF, up_RF, params: LayerParams, metadata: RouteMetadata, spec: ExpertSpec) -> jax.Array:
+    """The biases join the finished projections, then the activation; returns hidden_RF."""
+    biased_gate_RF = None if gate_RF is None else _add_bias(gate_RF, params.b_gate_EF, metadata)
+    return hide(biased_gate_RF, _add_bias(up_RF, params.b_up_EF, metadata), spec)
+
+
+def gmm_down(hidden_RF, w_down_EFD, b_down_ED, metadata: RouteMetadata, **options) -> jax.Array:
+    """Rows times the down matrix of their expert, plus its bias; rows of the tail are 0."""
+    rows_RD = grouped_matmul(hidden_RF, w_down_EFD, metadata.group_sizes_E, **options)
+    return _add_bias(rows_RD, b_down_ED, metadata)
+
+
+def run_experts(
+    x_TD,
+    params: LayerParams,
+    decided: RouteOutput,
+    metadata: RouteMetadata,
+    *,
+    spec: LayerSpec,
+    num_emb_chunks: int = 1,
+    **options,
+) -> jax.Array:
+    """The routed output: dispatch, both projections, unpermute, and the null experts."""
+    router, chunks = spec.router, _chunks(x_TD.shape[1], num_emb_chunks)
+    sum_options = dict(options)
+    if num_emb_chunks > 1:
+        # Parts are summed before they are rounded to the dtype of the tokens.
+        sum_options["preferred_element_type"] = jnp.promote_types(x_TD.dtype, jnp.float32)
+
+    intermediate = None
+    for chunk in chunks:
+        rows_RD = dispatch(x_TD[:, chunk], metadata)
+        if router.weight_on == "input":
+            rows_RD *= _weight_of_row(decided.weights_TK, metadata)[:, None].astype(x_TD.dtype)
+        w_gate_EDF = None if params.w_gate_EDF is None else params.w_gate_EDF[:, chunk]
+        part = gmm_up(rows_RD, w_gate_EDF, params.w_up_EDF[:, chunk], metadata, **sum_options)
+        intermediate = part if intermediate is None else jax.tree.map(jnp.add, intermediate, part)
+    assert intermediate is not None
+    hidden_RF = activate(*intermediate, params, metadata, spec.experts).astype(x_TD.dtype)
+
+    # A weight that is on the input is not applied again.
+    weights_TK = decided.weights_TK if router.weight_on == "output" else None
+    outputs = []
+    for chunk in chunks:
+        b_down_ED = None if params.b_down_ED is None else params.b_down_ED[:, chunk]
+        rows_RD = gmm_down(hidden_RF, params.w_down_EFD[:, :, chunk], b_down_ED, metadata, **options)
+        outputs.append(unpermute(rows_RD, metadata, weights_TK))
+    summed_TD = jnp.concatenate(outputs, axis=-1) + null_output(x_TD, decided.expert_ids_TK, decided.weights_TK, router)
+    return summed_TD * router.output_scale
+
+
+def _in_token_chunks(compute, x_TD, params: LayerParams, decided: RouteOutput, router: RouterSpec, num_chunks: int):
+    """Chunks of tokens, one after the other, each with the rows of its own slots; the routing is not repeated."""
+    T = x_TD.shape[0]
+    if T % num_chunks:
+        raise ValueError(f"num_token_chunks is {num_chunks}, which does not divide the {T} tokens")
+    by_chunk = jax.tree.map(lambda a: a.reshape(num_chunks, T // num_chunks, *a.shape[1:]), (x_TD, decided))
+
+    def one_chunk(chunk):
+        chunk_x_TD, chunk_decided = chunk
+        return compute(chunk_x_TD, params, chunk_decided, permute(chunk_decided.expert_ids_TK, router.num_experts))
+
+    return lax.map(one_chunk, by_chunk).reshape(x_TD.shape)
+
+
+def _chunks(size: int, num_chunks: int) -> list[slice]:
+    """Equal parts of an axis; one part is the whole."""
+    if num_chunks < 1 or size % num_chunks:
+        raise ValueError(f"num_emb_chunks is {num_chunks}, which does not divide the model dim, {size}")
+    width = size // num_chunks
+    return [slice(i * width, (i + 1) * width) for i in range(num_chunks)]
+
+
+def _add_bias(rows, bias, metadata: RouteMetadata):
+    """Each row plus the bias of its expert; rows of the tail get none, and give it no gradient."""
+    if bias is None:
+        return rows
+    # The tail reads a row of zeros past the last expert. The sum over rows in the gradient is in float32 at least.
+    padded = jnp.pad(jnp.asarray(bias).astype(jnp.promote_types(bias.dtype, jnp.float32)), ((0, 1), (0, 0)))
+    row_biases = padded.at[metadata.expert_of_row_R].get(mode="promise_in_bounds", indices_are_sorted=True)
+    return rows + row_biases.astype(rows.dtype)
+
+
+def _weight_of_row(weights_TK, metadata: RouteMetadata):
+    """(R,) the weight of each row's slot."""
+    return weights_TK.reshape(-1).at[metadata.slot_of_row_R].get(mode="promise_in_bounds", unique_indices=True)
+
+
+def check_tokens(x_TD, spec: LayerSpec) -> None:
+    """x_TD is (T, D) floats of the spec's width."""
+    shape, D = jnp.shape(x_TD), spec.experts.dim
+    if len(shape) != 2 or shape[1] != D or not jnp.issubdtype(jnp.result_type(x_TD), jnp.floating):
+        raise ValueError(f"x_TD is {jnp.result_type(x_TD)}{list(shape)}; it is floats of shape (T, {D})")

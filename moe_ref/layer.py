@@ -1,0 +1,129 @@
+"""moe_ref, the layer: start reading here. One Mixture-of-Experts layer, every stage in order.
+
+    gate -> score -> limit_groups -> select -> weigh -> permute -> dispatch -> experts -> combine (+ shared experts)
+
+Legend: T tokens, D model dim, E experts, K top_k, N rows, F expert hidden dim, S shared experts, V table rows.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moe_ref.checks import array
+from moe_ref.experts import (
+    FeedForwardTrace,
+    combine,
+    fill_slots,
+    join,
+    run_experts,
+    run_shared,
+    share_weights,
+    weigh_inputs,
+)
+from moe_ref.permute import Permutation, dispatch, permute
+from moe_ref.routing import RoutingTrace, gate, route
+from moe_ref.spec import LayerSpec
+from moe_ref.weights import LayerParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTrace:
+    """Every intermediate of `moe_layer`, under the name it keeps everywhere."""
+
+    x_TD: np.ndarray
+    """The tokens; padding rows are 0, whatever they held."""
+    token_mask_T: np.ndarray
+    routing: RoutingTrace
+    permutation: Permutation
+    slot_inputs_TKD: np.ndarray
+    experts: FeedForwardTrace
+    """All N rows, sorted by expert: `input_RD` is what the experts see, `output_RD` what they return."""
+    slot_outputs_TKD: np.ndarray
+    """Before the weights, unless they are on the input."""
+    routed_TD: np.ndarray
+    shared_factors_TS: np.ndarray
+    """S is 0 without shared experts."""
+    shared_experts: tuple[FeedForwardTrace, ...]
+    shared_TD: np.ndarray
+    """0 without shared experts."""
+    output_TD: np.ndarray
+
+
+def moe_layer(
+    x_TD,
+    params: LayerParams,
+    spec: LayerSpec,
+    *,
+    token_mask_T=None,
+    token_ids_T=None,
+    table_VK=None,
+    given_ids_TK=None,
+    seed: int = 0,
+    dtype: Any = np.float64,
+) -> LayerTrace:
+    """One MoE layer, every stage in order; the trace keeps all of them.
+
+    Args:
+        x_TD: (T, D) tokens; T may be 0.
+        params: the parameters, with the shapes that the spec asks for.
+        spec: what is computed.
+        token_mask_T: (T,) bools; a padding token (False) is not read, and its output is 0, shared experts included.
+        token_ids_T, table_VK, given_ids_TK, seed: as in `moe_ref.route`, for the selectors that need them.
+        dtype: of every stage; the specification is float64.
+
+    Raises:
+        ValueError: wrong shapes, dtypes or values; it names field, value and bound.
+    """
+    params.check(spec)
+    params = params.astype(dtype)
+    given_x_TD = array("x_TD", x_TD, (None, spec.experts.dim)).astype(dtype)
+    mask_T = np.ones(len(given_x_TD), dtype=bool)
+    if token_mask_T is not None:
+        mask_T = array("token_mask_T", token_mask_T, (len(given_x_TD),), kind="bool")
+    # 0 * NaN is NaN: a padding row is replaced, not multiplied by a mask.
+    x_TD = np.where(mask_T[:, None], given_x_TD, 0)
+
+    logits_TE = gate(x_TD, params.gate_ED, params.gate_bias_E, dtype=dtype)
+    routing = route(
+        logits_TE,
+        spec.router,
+        expert_bias_E=params.expert_bias_E,
+        learned_scale=params.learned_scale,
+        token_ids_T=token_ids_T,
+        table_VK=table_VK,
+        given_ids_TK=given_ids_TK,
+        token_mask_T=mask_T,
+        seed=seed,
+        dtype=dtype,
+    )
+    permutation = permute(routing.expert_ids_TK, spec.router.num_experts)
+    slot_inputs_TKD = weigh_inputs(x_TD, routing.weights_TK, spec.router)
+    rows_ND = dispatch(slot_inputs_TKD, permutation.order_N)
+    experts = run_experts(rows_ND, permutation.tokens_per_expert_E, params, spec.experts)
+    slot_outputs_TKD = fill_slots(
+        experts.output_RD, permutation.order_N, slot_inputs_TKD, routing.expert_ids_TK, spec.router
+    )
+    routed_TD = combine(slot_outputs_TKD, routing.weights_TK, spec.router)
+
+    shared_factors_TS = np.where(mask_T[:, None], share_weights(x_TD, routing.shared_weights_TS, params, spec), 0)
+    shared_experts = run_shared(x_TD, params, spec)
+    shared_TD = np.zeros_like(x_TD)
+    for shared_id, shared in enumerate(shared_experts):
+        shared_TD = shared_TD + shared_factors_TS[:, shared_id, None] * shared.output_RD
+    output_TD = join(routed_TD, shared_TD, spec)
+
+    return LayerTrace(
+        x_TD=x_TD,
+        token_mask_T=mask_T,
+        routing=routing,
+        permutation=permutation,
+        slot_inputs_TKD=slot_inputs_TKD,
+        experts=experts,
+        slot_outputs_TKD=slot_outputs_TKD,
+        routed_TD=routed_TD,
+        shared_factors_TS=shared_factors_TS,
+        shared_experts=shared_experts,
+        shared_TD=shared_TD,
+        output_TD=output_TD,
+    )

@@ -1,0 +1,137 @@
+"""moe_torch, permute -> dispatch -> (experts) -> combine, on one device: slots become rows sorted by expert, and return.
+
+Legend: T tokens, K top_k, D model dim, E choices (experts, then null experts), N = T * K slots and rows.
+A slot is one (token, k) pair with the flat number t * K + k. Nothing here reads the device.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Permutation:
+    """Which slot each row is, and back, and how many rows each choice has.
+
+    Rows of expert 0 come first, then those of expert 1 and so on, each in the order of the tokens. Rows of null
+    experts follow, then unused slots (id -1), so that the rows that experts work on are a prefix.
+    """
+
+    order_N: Tensor
+    """The flat slot number of each row."""
+    row_of_slot_N: Tensor
+    """The inverse of order_N."""
+    tokens_per_expert_E: Tensor
+    has_expert_TK: Tensor
+    """Whether each slot belongs to an expert, and not to a null expert or to none."""
+
+
+class LocalTokenDispatcher:
+    """Reorders tokens by expert, and combines their outputs; no parameters, no communication.
+
+    Args:
+        num_experts: experts that do work.
+        num_choices: experts and null experts; None: no null experts.
+    """
+
+    def __init__(self, num_experts: int, num_choices: int | None = None):
+        self.num_experts = num_experts
+        self.num_choices = num_experts if num_choices is None else num_choices
+        if num_experts < 1:
+            raise ValueError(f"num_experts is {num_experts}; it is at least 1")
+        if self.num_choices < num_experts:
+            raise ValueError(f"num_choices is {num_choices}; it is at least num_experts ({num_experts})")
+
+    def permute(self, expert_ids_TK: Tensor) -> Permutation:
+        """Rows are sorted by expert id, and stay in the order of the tokens within an expert."""
+        unused_TK = (expert_ids_TK < 0) | (expert_ids_TK >= self.num_choices)
+        keys_N = expert_ids_TK.masked_fill(unused_TK, self.num_choices).flatten()
+        sorted_keys_N, order_N = keys_N.sort(stable=True)
+        # bincount would have to ask the device for its own length.
+        choices_E = torch.arange(self.num_choices, device=keys_N.device, dtype=keys_N.dtype)
+        ends_E = torch.searchsorted(sorted_keys_N, choices_E, right=True)
+        row_of_slot_N = torch.empty_like(order_N).scatter_(
+            0, order_N, torch.arange(len(order_N), device=order_N.device, dtype=order_N.dtype)
+        )
+        return Permutation(
+            order_N=order_N,
+            row_of_slot_N=row_of_slot_N,
+            tokens_per_expert_E=torch.diff(ends_E, prepend=ends_E.new_zeros(1)),
+            has_expert_TK=~unused_TK & (expert_ids_TK < self.num_experts),
+        )
+
+    def dispatch(self, x_TD: Tensor, permutation: Permutation, weights_TK: Tensor | None = None) -> Tensor:
+        """Row n is the token of slot order_N[n], times that slot's weight where weights are given."""
+        rows_ND = _Dispatch.apply(x_TD, permutation.order_N, permutation.row_of_slot_N, permutation.has_expert_TK)
+        if weights_TK is None:
+            return rows_ND
+        # Rows past the experts may get any gradient; it must not reach a weight.
+        weights_TK = torch.where(permutation.has_expert_TK, weights_TK, 0)
+        weights_N = weights_TK.flatten().index_select(0, permutation.order_N)
+        return (rows_ND * weights_N[:, None]).to(x_TD.dtype)
+
+    def unpermute(self, rows_ND: Tensor, permutation: Permutation) -> Tensor:
+        """Each row returns to its slot, (T, K, D); a slot without an expert is 0, whatever its row holds."""
+        return _Unpermute.apply(
+            rows_ND, permutation.order_N, permutation.row_of_slot_N, permutation.has_expert_TK
+        )
+
+    def combine(self, rows_ND: Tensor, permutation: Permutation, weights_TK: Tensor | None = None) -> Tensor:
+        """A token's output is the weighted sum of its slots, k = 0 .. K-1 in this order, rounded once.
+
+        The order is part of the result: it does not depend on how experts are numbered, placed or scheduled.
+        """
+        return weighted_sum(self.unpermute(rows_ND, permutation), weights_TK)
+
+
+def weighted_sum(slots_TKD: Tensor, weights_TK: Tensor | None) -> Tensor:
+    """sum over k of weight * slot, in slot order, in float32 at least; without weights the plain sum."""
+    dtype = torch.promote_types(slots_TKD.dtype, torch.float32)
+    # unbind, not [:, k]: the gradient of each index would be as large as all slots.
+    slots = slots_TKD.unbind(1)
+    weights = [None] * len(slots) if weights_TK is None else weights_TK.to(dtype).unbind(1)
+    total_TD = slots_TKD.new_zeros(slots_TKD.shape[0], slots_TKD.shape[2], dtype=dtype)
+    for slot_TD, weight_T in zip(slots, weights, strict=True):
+        total_TD = total_TD + (slot_TD if weight_T is None else slot_TD * weight_T[:, None])
+    return total_TD.to(slots_TKD.dtype)
+
+
+# Both moves are gathers by a permutation, and so are their gradients. Left to autograd they would be scattered adds,
+# which on CUDA are slower and, for repeated tokens, differ from run to run (pytorch/torchtitan#3336).
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(x_TD, order_N, row_of_slot_N, has_expert_TK):
+        return x_TD.index_select(0, order_N // has_expert_TK.shape[1])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        row_of_slot_N, has_expert_TK = ctx.saved_tensors
+        return _fill_slots(grads[0], row_of_slot_N, has_expert_TK).sum(1), None, None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(rows_ND, order_N, row_of_slot_N, has_expert_TK):
+        return _fill_slots(rows_ND, row_of_slot_N, has_expert_TK)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (order_N,) = ctx.saved_tensors
+        return grads[0].flatten(0, 1).index_select(0, order_N), None, None, None
+
+
+def _fill_slots(rows_ND: Tensor, row_of_slot_N: Tensor, has_expert_TK: Tensor) -> Tensor:
+    slots_TKD = rows_ND.index_select(0, row_of_slot_N).view(*has_expert_TK.shape, rows_ND.shape[1])
+    # A grouped matmul leaves rows past the last group unwritten, and 0 * NaN is NaN: replaced, not multiplied.
+    return torch.where(has_expert_TK[:, :, None], slots_TKD, 0)

@@ -1,0 +1,409 @@
+"""moe_torch, experts: every expert works on its own rows, on grouped matmuls or on a loop that stays in cache.
+
+Which of the two is decided in `uses_grouped_mm`, and nowhere else. On an accelerator a grouped matmul takes the group
+sizes where they are, so that nothing waits for the host. A CPU has no grouped kernel: there, tensors of all rows cost
+more than the moving of rows does, and a loop that gathers, computes and puts away a few rows at a time is ahead.
+
+Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, N = T * K slots, R rows.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe_ref.spec import ExpertSpec
+from moe_torch.dispatcher import Permutation, weighted_sum
+
+CHUNK_ROWS = 512
+"""Rows of one expert that the loop works on at a time: few enough for the cache, enough for the matmul."""
+CHUNK_TOKENS = 512
+"""Tokens whose slots the loop adds up at a time."""
+
+
+def uses_grouped_mm(rows: Tensor) -> bool:
+    """Whether experts run on grouped matmuls; else on the loop, which takes every device and dtype."""
+    return rows.device.type != "cpu" and rows.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Activation(NamedTuple):
+    """What stands between the projections, as arguments that an operator can take; see ExpertSpec."""
+
+    name: str
+    alpha: float
+    up_offset: float
+    clamp: float | None
+    clamp_at: str
+
+    @classmethod
+    def of(cls, spec: ExpertSpec) -> "Activation":
+        """The part of a spec that is neither a size nor a weight."""
+        return cls(spec.activation, spec.alpha, spec.up_offset, spec.clamp, spec.clamp_at)
+
+
+def hide(gate_RF: Tensor, up_RF: Tensor | None, act: Activation) -> Tensor:
+    """The activation applies to the gate half alone; the clamps stand where the spec says."""
+    activated_RF = activated(gate_RF, act)
+    return activated_RF if up_RF is None else activated_RF * clamped_up(up_RF, act)
+
+
+def hide_backward(d_hidden_RF: Tensor, gate_RF: Tensor, up_RF: Tensor | None, act: Activation):
+    """The hidden values again, and the gradients of both halves.
+
+    A clamp passes the gradient of a value exactly at its limit.
+    """
+    activated_RF = activated(gate_RF, act)
+    if up_RF is None:
+        return activated_RF, activated_backward(d_hidden_RF, gate_RF, act), None
+    offset_up_RF = clamped_up(up_RF, act)
+    d_up_RF = d_hidden_RF * activated_RF
+    if act.clamp is not None:
+        d_up_RF = torch.where(up_RF.abs() <= act.clamp, d_up_RF, 0)
+    return activated_RF * offset_up_RF, activated_backward(d_hidden_RF * offset_up_RF, gate_RF, act), d_up_RF
+
+
+def clamped_up(up_RF: Tensor, act: Activation) -> Tensor:
+    """The up half is clamped on both sides, then offset."""
+    if act.clamp is not None:
+        up_RF = up_RF.clamp(-act.clamp, act.clamp)
+    return up_RF + act.up_offset if act.up_offset else up_RF
+
+
+def activated(z_RF: Tensor, act: Activation) -> Tensor:
+    """The activation's input is clamped from above before it, or its output after it."""
+    if act.clamp is None:
+        return _activation(z_RF, act)
+    if act.clamp_at == "before":
+        return _activation(z_RF.clamp(max=act.clamp), act)
+    return _activation(z_RF, act).clamp(max=act.clamp)
+
+
+def activated_backward(d_RF: Tensor, z_RF: Tensor, act: Activation) -> Tensor:
+    """The gradient of the activation's input; 0 where the clamped value is above the limit."""
+    d_z_RF = _activation_backward(d_RF, z_RF, act)
+    if act.clamp is None:
+        return d_z_RF
+    clamped_RF = z_RF if act.clamp_at == "before" else _activation(z_RF, act)
+    return torch.where(clamped_RF <= act.clamp, d_z_RF, 0)
+
+
+def _activation(z_RF: Tensor, act: Activation) -> Tensor:
+    if act.name == "silu":
+        return F.silu(z_RF) if act.alpha == 1 else z_RF * torch.sigmoid(act.alpha * z_RF)
+    if act.name == "gelu":
+        return F.gelu(z_RF)
+    if act.name == "gelu_tanh":
+        return F.gelu(z_RF, approximate="tanh")
+    return F.relu(z_RF) if act.name == "relu" else F.relu(z_RF).square()
+
+
+def _activation_backward(d_RF: Tensor, z_RF: Tensor, act: Activation) -> Tensor:
+    if act.name == "silu" and act.alpha == 1:
+        return torch.ops.aten.silu_backward(d_RF, z_RF)
+    if act.name == "silu":
+        s_RF = torch.sigmoid(act.alpha * z_RF)
+        return d_RF * (s_RF + act.alpha * z_RF * s_RF * (1 - s_RF))
+    if act.name in ("gelu", "gelu_tanh"):
+        return torch.ops.aten.gelu_backward(d_RF, z_RF, approximate="none" if act.name == "gelu" else "tanh")
+    return torch.ops.aten.threshold_backward(d_RF if act.name == "relu" else 2 * d_RF * z_RF, z_RF, 0)
+
+
+class GroupedExperts(nn.Module):
+    """Feed-forward networks side by side: w2(act(w1(x)) * w3(x)), or w2(act(w1(x))) where they are not gated.
+
+    Names and shapes of the weights are torchtitan's. Rows are computed in the dtype of the weights, or in that of
+    autocast, and returned in their own.
+
+    Args:
+        num_experts: E; under expert parallelism those of one rank.
+        spec: what one expert computes.
+    """
+
+    w3_EFD: Tensor | None
+    b1_EF: Tensor | None
+    b2_ED: Tensor | None
+    b3_EF: Tensor | None
+
+    def __init__(self, num_experts: int, spec: ExpertSpec, *, device=None, dtype=None):
+        super().__init__()
+        if num_experts < 1:
+            raise ValueError(f"num_experts is {num_experts}; it is at least 1")
+        E, D, F_ = num_experts, spec.dim, spec.hidden_dim
+        self.num_experts = num_experts
+        self.spec = spec
+        self.activation = Activation.of(spec)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.w1_EFD = parameter(E, F_, D)
+        self.w2_EDF = parameter(E, D, F_)
+        self.register_parameter("w3_EFD", parameter(E, F_, D) if spec.gated else None)
+        self.register_parameter("b1_EF", parameter(E, F_) if spec.bias else None)
+        self.register_parameter("b2_ED", parameter(E, D) if spec.bias else None)
+        self.register_parameter("b3_EF", parameter(E, F_) if spec.bias and spec.gated else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights have variance 1 / fan-in, biases are 0."""
+        for name, weight in self.named_parameters():
+            if name.startswith("w"):
+                nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+            else:
+                nn.init.zeros_(weight)
+
+    def forward(self, x_RD: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+        """The experts' outputs for rows that are sorted by expert; rows past the last group hold anything.
+
+        Args:
+            x_RD: rows of expert 0, then of expert 1, and so on.
+            tokens_per_expert_E: rows of each expert, on the device of x_RD.
+        """
+        rows_RD, weights = self._cast(x_RD)
+        if uses_grouped_mm(rows_RD):
+            return _grouped(rows_RD, tokens_per_expert_E, weights, self.activation).to(x_RD.dtype)
+        order_R = torch.arange(len(rows_RD), device=rows_RD.device)
+        return _loop(rows_RD, order_R, tokens_per_expert_E, None, 1, weights, self.activation).to(x_RD.dtype)
+
+    def sum_of_slots(self, x_TD: Tensor, permutation: Permutation, weights_TK: Tensor) -> Tensor:
+        """dispatch, forward and combine in one pass that makes no copy of all rows; for the loop alone."""
+        rows_TD, weights = self._cast(x_TD)
+        counts_E = permutation.tokens_per_expert_E[: self.num_experts]
+        top_k = weights_TK.shape[1]
+        return _loop(rows_TD, permutation.order_N, counts_E, weights_TK, top_k, weights, self.activation).to(x_TD.dtype)
+
+    def _cast(self, x: Tensor):
+        """The rows and the weights (w1, w2, w3, b1, b2, b3) in the dtype to compute in."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w1_EFD.dtype
+        weights = (self.w1_EFD, self.w2_EDF, self.w3_EFD, self.b1_EF, self.b2_ED, self.b3_EF)
+        return x.to(dtype), tuple(None if w is None else w.to(dtype) for w in weights)
+
+
+def _grouped(x_RD: Tensor, tokens_per_expert_E: Tensor, weights, act: Activation) -> Tensor:
+    """Three grouped matmuls; the group ends stay on the device."""
+    w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF = weights
+    ends_E = tokens_per_expert_E.cumsum(0, dtype=torch.int32)
+    rows_R = torch.arange(len(x_RD), device=x_RD.device, dtype=torch.int32)
+    # Rows past the last group take the last expert's bias; nobody reads them.
+    expert_of_row_R = torch.searchsorted(ends_E, rows_R, right=True).clamp(max=len(ends_E) - 1)
+
+    def project(rows, w_EOI, b_EO):
+        out = F.grouped_mm(rows, w_EOI.transpose(-2, -1), offs=ends_E)
+        return out if b_EO is None else out + b_EO[expert_of_row_R]
+
+    gate_RF = project(x_RD, w1_EFD, b1_EF)
+    up_RF = None if w3_EFD is None else project(x_RD, w3_EFD, b3_EF)
+    return project(hide(gate_RF, up_RF, act), w2_EDF, b2_ED)
+
+
+def _loop(x_TD, order_N, counts_E, weights_TK, top_k: int, weights, act: Activation) -> Tensor:
+    """The loop as one operator, which autograd and torch.compile take as it is."""
+    differentiable = [x_TD, weights_TK, *weights]
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    return expert_loop(x_TD, order_N, counts_E, weights_TK, top_k, *weights, *act, keep)[0]
+
+
+def _chunks(counts_E: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(expert, first row, end row) of each piece of work, in order; an expert without rows has none."""
+    start = 0
+    for expert, count in enumerate(counts_E.tolist()):
+        end = start + count
+        for first in range(start, end, CHUNK_ROWS):
+            yield expert, first, min(first + CHUNK_ROWS, end)
+        start = end
+
+
+def _of_each_expert(weights_EOI: Tensor | None, num_experts: int) -> list:
+    """The weights of each expert. Views are made once: to index in the loop costs as much as a small kernel."""
+    return [None] * num_experts if weights_EOI is None else list(weights_EOI.unbind(0))
+
+
+def _project(rows: Tensor, w_OI: Tensor, b_O: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """rows @ w.T, plus the bias."""
+    projected = torch.mm(rows, w_OI.t(), out=out)
+    return projected if b_O is None else projected.add_(b_O)
+
+
+@torch.library.custom_op("moe_torch::expert_loop", mutates_args=())
+def expert_loop(
+    x_TD: Tensor,
+    order_N: Tensor,
+    counts_E: Tensor,
+    weights_TK: Tensor | None,
+    top_k: int,
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3_EFD: Tensor | None,
+    b1_EF: Tensor | None,
+    b2_ED: Tensor | None,
+    b3_EF: Tensor | None,
+    name: str,
+    alpha: float,
+    up_offset: float,
+    clamp: float | None,
+    clamp_at: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token's sum over k of weight * expert(token), in slot order; with top_k 1, weights may be None.
+
+    Args:
+        order_N: flat slot numbers, sorted by expert; those past the counts have no expert and add nothing.
+        keep: whether the two halves are returned for the backward pass.
+
+    Returns:
+        out_TD, and gate_NF and up_NF in the order of order_N; without `keep` they have no rows.
+    """
+    act = Activation(name, alpha, up_offset, clamp, clamp_at)
+    N, (E, F_, D) = len(order_N), w1_EFD.shape
+    token_of_row_N = order_N // top_k
+    kept_rows = N if keep else 0
+    gate_NF = x_TD.new_empty(kept_rows, F_)
+    up_NF = x_TD.new_empty(kept_rows if w3_EFD is not None else 0, F_)
+    slots_ND = x_TD.new_empty(N, D)
+    w1, w2, w3, b1, b2, b3 = (_of_each_expert(w, E) for w in (w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF))
+    done = 0
+    for e, first, end in _chunks(counts_E):
+        rows_RD = x_TD.index_select(0, token_of_row_N[first:end])
+        gate_RF = _project(rows_RD, w1[e], b1[e], gate_NF[first:end] if keep else None)
+        up_RF = None
+        if w3[e] is not None:
+            up_RF = _project(rows_RD, w3[e], b3[e], up_NF[first:end] if keep else None)
+        slots_ND.index_copy_(0, order_N[first:end], _project(hide(gate_RF, up_RF, act), w2[e], b2[e]))
+        done = end
+    if done < N:
+        slots_ND.index_fill_(0, order_N[done:], 0)
+
+    if weights_TK is None:
+        return slots_ND, gate_NF, up_NF
+    slots_TKD = slots_ND.view(-1, top_k, D)
+    out_TD = torch.empty_like(x_TD)
+    for first in range(0, len(x_TD), CHUNK_TOKENS):
+        tokens = slice(first, first + CHUNK_TOKENS)
+        out_TD[tokens] = weighted_sum(slots_TKD[tokens], weights_TK[tokens])
+    return out_TD, gate_NF, up_NF
+
+
+@expert_loop.register_fake
+def _(x_TD, order_N, counts_E, weights_TK, top_k, w1_EFD, w2_EDF, w3_EFD, b1, b2, b3, *act_and_keep):
+    kept_rows = len(order_N) if act_and_keep[-1] else 0
+    F_ = w1_EFD.shape[1]
+    return torch.empty_like(x_TD), x_TD.new_empty(kept_rows, F_), x_TD.new_empty(0 if w3_EFD is None else kept_rows, F_)
+
+
+@torch.library.custom_op("moe_torch::expert_loop_backward", mutates_args=())
+def expert_loop_backward(
+    d_out_TD: Tensor,
+    gate_NF: Tensor,
+    up_NF: Tensor,
+    x_TD: Tensor,
+    order_N: Tensor,
+    counts_E: Tensor,
+    weights_TK: Tensor | None,
+    top_k: int,
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    w3_EFD: Tensor | None,
+    b1_EF: Tensor | None,
+    b2_ED: Tensor | None,
+    b3_EF: Tensor | None,
+    name: str,
+    alpha: float,
+    up_offset: float,
+    clamp: float | None,
+    clamp_at: str,
+    train: bool,
+) -> list[Tensor]:
+    """Gradients of x_TD, weights_TK, w1, w2, w3, b1, b2 and b3; one that does not exist has no rows.
+
+    An expert without rows gets exactly 0. The output of a row is not needed: weight * w2(h) = w2(weight * h).
+
+    Args:
+        train: whether the experts' own gradients are asked for.
+    """
+    act = Activation(name, alpha, up_offset, clamp, clamp_at)
+    E = len(w1_EFD)
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    token_of_row_N = order_N // top_k
+    weights_N = None if weights_TK is None else weights_TK.flatten()
+    d_x_TD = torch.zeros_like(x_TD, dtype=wide)
+    d_weights_N = x_TD.new_zeros(0 if weights_TK is None else weights_TK.numel(), dtype=wide)
+    trained = (w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF)
+    grads = [torch.empty_like(w) if w is not None and train else x_TD.new_empty(0) for w in trained]
+    w1, w2, w3, _, b2, _ = (_of_each_expert(w, E) for w in trained)
+    d_w1, d_w2, d_w3, d_b1, d_b2, d_b3 = (_of_each_expert(g if len(g) else None, E) for g in grads)
+    for e in (counts_E == 0).nonzero().flatten().tolist():
+        for grad_E in grads:
+            if len(grad_E):
+                grad_E[e].zero_()
+
+    last_expert = -1
+    for e, first, end in _chunks(counts_E):
+        keep_sum = int(e == last_expert)
+        last_expert = e
+        slots_R, tokens_R = order_N[first:end], token_of_row_N[first:end]
+        rows_RD, d_rows_RD = x_TD.index_select(0, tokens_R), d_out_TD.index_select(0, tokens_R)
+        d_hidden_RF = d_rows_RD @ w2[e]
+        gate_RF, up_RF = gate_NF[first:end], None if w3[e] is None else up_NF[first:end]
+        if weights_N is None:
+            hidden_RF, d_gate_RF, d_up_RF = hide_backward(d_hidden_RF, gate_RF, up_RF, act)
+        else:
+            weights_R1 = weights_N.index_select(0, slots_R).to(x_TD.dtype)[:, None]
+            hidden_RF, d_gate_RF, d_up_RF = hide_backward(d_hidden_RF * weights_R1, gate_RF, up_RF, act)
+            d_weights_R = (d_hidden_RF * hidden_RF).sum(-1, dtype=wide)
+            if b2[e] is not None:
+                d_weights_R += (d_rows_RD * b2[e]).sum(-1, dtype=wide)
+            d_weights_N.index_copy_(0, slots_R, d_weights_R)
+            d_rows_RD = d_rows_RD * weights_R1
+        if train:
+            _add_product(d_w2[e], d_rows_RD, hidden_RF, d_b2[e], keep_sum)
+            _add_product(d_w1[e], d_gate_RF, rows_RD, d_b1[e], keep_sum)
+        d_x_RD = d_gate_RF @ w1[e]
+        if d_up_RF is not None:
+            d_x_RD.addmm_(d_up_RF, w3[e])
+            if train:
+                _add_product(d_w3[e], d_up_RF, rows_RD, d_b3[e], keep_sum)
+        d_x_TD.index_add_(0, tokens_R, d_x_RD.to(wide))
+    return [d_x_TD.to(x_TD.dtype), d_weights_N.view(-1, top_k), *grads]
+
+
+def _add_product(d_w_OI: Tensor, d_out_RO: Tensor, rows_RI: Tensor, d_b_O: Tensor | None, keep_sum: int) -> None:
+    """A projection's gradients, on top of those of the rows before (keep_sum 1) or of nothing (0)."""
+    d_w_OI.addmm_(d_out_RO.t(), rows_RI, beta=keep_sum)
+    if d_b_O is not None:
+        d_b_O.copy_(d_out_RO.sum(0) + d_b_O if keep_sum else d_out_RO.sum(0))
+
+
+@expert_loop_backward.register_fake
+def _(d_out_TD, gate_NF, up_NF, x_TD, order_N, counts_E, weights_TK, top_k, *weights_and_rest):
+    train, trained = weights_and_rest[-1], weights_and_rest[:6]
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    d_weights_TK = x_TD.new_empty(0, top_k, dtype=wide) if weights_TK is None else torch.empty_like(weights_TK, dtype=wide)
+    return [
+        torch.empty_like(x_TD),
+        d_weights_TK,
+        *(torch.empty_like(w) if w is not None and train else x_TD.new_empty(0) for w in trained),
+    ]
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:
+    x_TD, order_N, counts_E, weights_TK, top_k, *rest = inputs
+    ctx.rest = (top_k, rest[6:-1])
+    ctx.save_for_backward(output[1], output[2], x_TD, order_N, counts_E, weights_TK, *rest[:6])
+
+
+def _expert_loop_gradients(ctx, d_out_TD, _gate, _up):
+    gate_NF, up_NF, x_TD, order_N, counts_E, weights_TK, *weights = ctx.saved_tensors
+    top_k, act = ctx.rest
+    train = any(ctx.needs_input_grad[5:11])
+    d_x_TD, d_weights_TK, *d_weights = expert_loop_backward(
+        d_out_TD.contiguous(), gate_NF, up_NF, x_TD, order_N, counts_E, weights_TK, top_k, *weights, *act, train
+    )
+    d_experts = (d if w is not None and train else None for d, w in zip(d_weights, weights, strict=True))
+    d_weights_TK = None if weights_TK is None else d_weights_TK.to(weights_TK.dtype)
+    return d_x_TD, None, None, d_weights_TK, None, *d_experts, *(None,) * 6
+
+
+expert_loop.register_autograd(_expert_loop_gradients, setup_context=_keep_for_backward)

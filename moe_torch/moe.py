@@ -1,0 +1,174 @@
+"""moe_torch, the layer: start reading here. One Mixture-of-Experts layer, every stage in order.
+
+    route -> permute -> dispatch -> experts -> combine (+ shared experts)
+
+Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, S shared experts. What is computed is
+`moe_ref.moe_layer`; it names and explains every stage.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moe_ref.spec import ExpertSpec, LayerSpec
+from moe_ref.weights import LayerParams
+from moe_torch.dispatcher import LocalTokenDispatcher, Permutation
+from moe_torch.experts import Activation, GroupedExperts, hide, uses_grouped_mm
+from moe_torch.router import Gate, NodeLimitedRouter
+
+
+class SharedExperts(nn.Module):
+    """Feed-forward networks that see every token, side by side in one of width S * F.
+
+    The factor of a shared expert multiplies its hidden values; without biases that is the same as its output.
+    """
+
+    w3: nn.Linear | None
+    token_gate: Gate | None
+
+    def __init__(self, spec: ExpertSpec, num_experts: int, *, token_gate: bool, device=None, dtype=None):
+        super().__init__()
+        width = num_experts * spec.hidden_dim
+        self.num_experts = num_experts
+        self.activation = Activation.of(spec)
+        self.w1 = nn.Linear(spec.dim, width, bias=False, device=device, dtype=dtype)
+        self.w2 = nn.Linear(width, spec.dim, bias=False, device=device, dtype=dtype)
+        self.w3 = nn.Linear(spec.dim, width, bias=False, device=device, dtype=dtype) if spec.gated else None
+        self.token_gate = Gate(spec.dim, 1, bias=False, device=device, dtype=dtype) if token_gate else None
+
+    def forward(self, x_TD: Tensor, weights_TS: Tensor | None = None) -> Tensor:
+        """The sum over the shared experts of factor * output; the factor is 1 where there is neither gate nor weight."""
+        hidden_TF = hide(self.w1(x_TD), None if self.w3 is None else self.w3(x_TD), self.activation)
+        factors_TS = weights_TS if self.token_gate is None else torch.sigmoid(self.token_gate(x_TD))
+        if factors_TS is not None:
+            hidden_TSF = hidden_TF.unflatten(1, (self.num_experts, -1))
+            hidden_TF = (hidden_TSF * factors_TS[:, :, None]).to(hidden_TF.dtype).flatten(1)
+        return self.w2(hidden_TF)
+
+
+class MoE(nn.Module):
+    """Router, routed experts, and shared experts.
+
+    `tokens_per_expert` counts the tokens of each choice over the training steps since it was last set to zero; the
+    balancing step reads it and moves `router.expert_bias`.
+    """
+
+    tokens_per_expert: Tensor
+
+    def __init__(self, spec: LayerSpec, *, device=None, dtype=None):
+        super().__init__()
+        router, experts = spec.router, spec.experts
+        self.spec = spec
+        self.router = NodeLimitedRouter(experts.dim, router, gate_bias=spec.gate_bias, device=device, dtype=dtype)
+        self.dispatcher = LocalTokenDispatcher(router.num_experts, router.num_choices)
+        self.experts = GroupedExperts(router.num_experts, experts, device=device, dtype=dtype)
+        self.shared_experts = None
+        if spec.shared is not None and spec.shared_experts is not None:
+            self.shared_experts = SharedExperts(
+                spec.shared_experts,
+                spec.num_shared_experts,
+                token_gate=spec.shared.gate == "sigmoid",
+                device=device,
+                dtype=dtype,
+            )
+        # Integers, which .to(torch.bfloat16) leaves alone: bfloat16 cannot count past 256.
+        counts_E = torch.zeros(router.num_choices, dtype=torch.int64, device=device)
+        self.register_buffer("tokens_per_expert", counts_E, persistent=False)
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, **router_inputs) -> Tensor:
+        """The layer's output, of the shape of x.
+
+        Args:
+            x: (..., D) tokens.
+            token_mask: (...) bools; a padding token (False) is not read, and its output is 0, shared experts included.
+            router_inputs: what the selector needs: token_ids_T and table_VK, given_ids_TK, or generator.
+        """
+        x_TD = x.reshape(-1, x.shape[-1])
+        mask_T = None if token_mask is None else token_mask.reshape(-1)
+        if mask_T is not None:
+            # 0 * NaN is NaN: a padding row is replaced, not multiplied by a mask.
+            x_TD = x_TD.masked_fill(~mask_T[:, None], 0)
+
+        routing = self.router.route(x_TD, token_mask_T=mask_T, **router_inputs)
+        permutation = self.dispatcher.permute(routing.expert_ids_TK)
+        if self.training:
+            self.tokens_per_expert.add_(permutation.tokens_per_expert_E)
+        routed_TD = self.run_experts(x_TD, permutation, routing.weights_TK)
+        routed_TD = self.add_null_experts(routed_TD, x_TD, routing.expert_ids_TK, routing.weights_TK)
+        if self.spec.router.output_scale != 1:
+            routed_TD = routed_TD * self.spec.router.output_scale
+        output_TD = self.join(routed_TD, x_TD, routing.shared_weights_TS)
+
+        if mask_T is not None:
+            output_TD = output_TD.masked_fill(~mask_T[:, None], 0)
+        return output_TD.reshape(x.shape)
+
+    def run_experts(self, x_TD: Tensor, permutation: Permutation, weights_TK: Tensor) -> Tensor:
+        """dispatch, experts and combine; the weight is on the output, or on the input."""
+        on_input = self.spec.router.weight_on == "input"
+        if not on_input and not uses_grouped_mm(x_TD):
+            return self.experts.sum_of_slots(x_TD, permutation, weights_TK)
+        rows_ND = self.dispatcher.dispatch(x_TD, permutation, weights_TK if on_input else None)
+        counts_E = permutation.tokens_per_expert_E[: self.experts.num_experts]
+        return self.dispatcher.combine(
+            self.experts(rows_ND, counts_E), permutation, None if on_input else weights_TK
+        )
+
+    def add_null_experts(self, routed_TD: Tensor, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """A null expert returns its input, so that all of a token's null slots add (sum of weights) * token."""
+        router = self.spec.router
+        if router.num_null_experts == 0 or router.null_kind != "identity":
+            return routed_TD
+        null_weight_T = torch.where(expert_ids_TK >= router.num_experts, weights_TK, 0).sum(-1)
+        return (routed_TD + null_weight_T[:, None] * x_TD).to(routed_TD.dtype)
+
+    def join(self, routed_TD: Tensor, x_TD: Tensor, shared_weights_TS: Tensor | None) -> Tensor:
+        """The output is the sum, or the average, of routed and shared output."""
+        if self.shared_experts is None or self.spec.shared is None:
+            return routed_TD
+        joined_TD = routed_TD + self.shared_experts(x_TD, shared_weights_TS)
+        return joined_TD / 2 if self.spec.shared.combine == "average" else joined_TD
+
+    @torch.no_grad()
+    def load(self, params: LayerParams) -> None:
+        """Takes over the parameters of moe_ref, in its canonical layout; the dtype stays this layer's.
+
+        Raises:
+            ValueError: a parameter is missing, or has another shape than the spec asks for.
+        """
+        params.check(self.spec)
+        gated = self.spec.experts.gated
+        # Without a gate the activation stands on the up projection, and that is w1.
+        w1_EDF, b1_EF = (params.w_gate_EDF, params.b_gate_EF) if gated else (params.w_up_EDF, params.b_up_EF)
+        router, experts, shared = self.router, self.experts, self.shared_experts
+        _copy(router.gate.weight, params.gate_ED)
+        _copy(router.gate.bias, params.gate_bias_E)
+        if router.expert_bias is not None and params.expert_bias_E is None:
+            router.expert_bias.zero_()
+        else:
+            _copy(router.expert_bias, params.expert_bias_E)
+        _copy(router.learned_scale, params.learned_scale)
+        _copy(experts.w1_EFD, _turned(w1_EDF))
+        _copy(experts.w2_EDF, _turned(params.w_down_EFD))
+        _copy(experts.w3_EFD, _turned(params.w_up_EDF))
+        _copy(experts.b1_EF, b1_EF)
+        _copy(experts.b2_ED, params.b_down_ED)
+        _copy(experts.b3_EF, params.b_up_EF)
+        if shared is None or params.shared_w_up_SDF is None or params.shared_w_down_SFD is None:
+            return
+        w1_SDF = params.shared_w_gate_SDF if gated else params.shared_w_up_SDF
+        _copy(shared.w1.weight, _turned(w1_SDF))
+        _copy(shared.w2.weight, _turned(params.shared_w_down_SFD.reshape(-1, self.spec.experts.dim)))
+        _copy(None if shared.w3 is None else shared.w3.weight, _turned(params.shared_w_up_SDF))
+        _copy(None if shared.token_gate is None else shared.token_gate.weight, params.shared_token_gate_D)
+
+
+def _turned(w):
+    """[in, out] and [out, in] of each expert, either way."""
+    return None if w is None else np.swapaxes(w, -1, -2)
+
+
+def _copy(own: Tensor | None, values) -> None:
+    """Own parameter := values, which may hold the same numbers in a shape with fewer axes or more."""
+    if own is not None:
+        own.copy_(torch.from_numpy(np.array(values, dtype=np.float64)).reshape(own.shape))

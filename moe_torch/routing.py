@@ -1,0 +1,396 @@
+"""moe_torch, routing: from logits to expert ids and weights, one function per stage, in order.
+
+    scale_logits -> score -> bias_choice -> limit_groups -> select -> weigh -> normalise -> scale_weights
+
+Legend: T tokens, D model dim, E choices (experts, then null experts), K top_k, G groups, P experts per group,
+L groups kept, S router-scored shared experts, V table rows. What is computed is `moe_ref.route`; how, is decided here:
+stages compute in float32 (float64 for float64 logits), the choice is not differentiated, and ties go to the lower id.
+Start at `route`; `router.NodeLimitedRouter` adds the gate and the balancing bias.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe_ref import UNUSED, RouterSpec
+
+NEG_INF = -float("inf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """What `route` returns, under the names of moe_ref's trace; None where a spec has no such stage."""
+
+    expert_ids_TK: Tensor
+    weights_TK: Tensor
+    scores_TE: Tensor | None
+    biased_scores_TE: Tensor | None
+    group_scores_TG: Tensor | None
+    group_ids_TL: Tensor | None
+    shared_weights_TS: Tensor | None
+    mask_fill: float
+
+    @property
+    def scores_for_choice_TE(self) -> Tensor | None:
+        """What was ranked; experts of dropped groups are mask_fill."""
+        # Computed when asked for: the selection itself does not need this pass over (T, E).
+        if self.biased_scores_TE is None or self.group_ids_TL is None or self.group_scores_TG is None:
+            return self.biased_scores_TE
+        kept_TE = kept_experts(self.group_ids_TL, self.group_scores_TG, self.biased_scores_TE)
+        return self.biased_scores_TE.masked_fill(~kept_TE, self.mask_fill)
+
+
+def host_reads_are_free(values: Tensor) -> bool:
+    """Whether a branch on a value costs nothing: not in a compiled graph, not on an accelerator."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def scale_logits(logits_TE: Tensor, spec: RouterSpec) -> Tensor:
+    """Logits are scaled, then soft-capped, before they are scored or ranked. [SCR-5]"""
+    scaled_TE = logits_TE if spec.logit_scale == 1 else logits_TE * spec.logit_scale
+    if spec.logit_softcap is None:
+        return scaled_TE
+    capped_TE = spec.logit_softcap * torch.tanh(scaled_TE / spec.logit_softcap)
+    # A cap is finite, but an expert that is masked stays masked.
+    return torch.where(scaled_TE == NEG_INF, scaled_TE, capped_TE)
+
+
+def score(scaled_logits_TE: Tensor, spec: RouterSpec) -> Tensor:
+    """Scores are a function of the scaled logits alone; no bias enters them. [SCR-1, SCR-2, SCR-3]"""
+    if spec.score_func == "softmax":
+        return softmax(scaled_logits_TE)
+    if spec.score_func == "sigmoid":
+        return torch.sigmoid(scaled_logits_TE)
+    # Past 40 softplus(z) is z to the last bit of float64; torch's default of 20 is not.
+    softplus_TE = F.softplus(scaled_logits_TE, threshold=40)
+    # The slope of sqrt at 0 is infinite; the slope of the score there is 0.
+    positive_TE = softplus_TE > 0
+    return torch.where(positive_TE, torch.where(positive_TE, softplus_TE, 1).sqrt(), 0)
+
+
+def softmax(logits_TE: Tensor) -> Tensor:
+    """Softmax over the last axis; -inf gives exactly 0, and so does a row of nothing else."""
+    # torch.softmax makes such a row NaN, in value and gradient.
+    largest_T1 = logits_TE.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(logits_TE.dtype).min)
+    exp_TE = torch.exp(logits_TE - largest_T1)
+    # Any other row holds an exp(0), so that its sum is at least 1.
+    return exp_TE / exp_TE.sum(-1, keepdim=True).clamp(min=1)
+
+
+def bias_choice(scaled_logits_TE: Tensor, scores_TE: Tensor | None, expert_bias_E, spec: RouterSpec) -> Tensor:
+    """What is ranked: scores (or logits) plus expert_bias; a logit of -inf is never chosen. [SEL-4, SEL-9]"""
+    ranked_TE = scaled_logits_TE if spec.select_by == "logit" or scores_TE is None else scores_TE
+    # The choice is a step function: nothing flows back through it. The sum is a copy even without a bias:
+    # sum_of_best_two writes to it.
+    biased_TE = ranked_TE.detach() + (0 if expert_bias_E is None else expert_bias_E.detach())
+    if spec.select_by == "logit":
+        return biased_TE
+    masked_TE = scaled_logits_TE.detach()
+    # Masking costs two passes over (T, E), looking for something to mask a fraction of one.
+    if host_reads_are_free(masked_TE) and masked_TE.numel() and masked_TE.amin() > NEG_INF:
+        return biased_TE
+    return torch.where(masked_TE == NEG_INF, NEG_INF, biased_TE)
+
+
+def limit_groups(biased_scores_TE: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+    """The L best groups of each token, best first; a group's score sums its best k choice scores. [GRP-1]
+
+    Returns:
+        group_scores_TG, and group_ids_TL; ties go to the lower group id.
+    """
+    assert spec.num_expert_groups is not None
+    assert spec.num_limited_groups is not None
+    grouped_TGP = biased_scores_TE.unflatten(-1, (spec.num_expert_groups, spec.experts_per_group))
+    if spec.group_score_k == 1:
+        group_scores_TG = grouped_TGP.amax(-1)
+    elif spec.group_score_k == 2:
+        group_scores_TG = sum_of_best_two(grouped_TGP)
+    else:
+        group_scores_TG = grouped_TGP.topk(spec.group_score_k, dim=-1).values.sum(-1)
+    return group_scores_TG, top_k(group_scores_TG, spec.num_limited_groups)
+
+
+def sum_of_best_two(grouped_TGP: Tensor) -> Tensor:
+    """The sum of the two largest of each group, in two passes of max: a third of the time of topk(2)."""
+    best_TG1, where_TG1 = grouped_TGP.max(-1, keepdim=True)
+    if host_reads_are_free(grouped_TGP):
+        # Taken out and put back: no copy of (T, E).
+        second_TG = grouped_TGP.scatter_(-1, where_TG1, NEG_INF).amax(-1)
+        grouped_TGP.scatter_(-1, where_TG1, best_TG1)
+    else:
+        # A compiler makes no array of this.
+        columns_P = torch.arange(grouped_TGP.shape[-1], device=grouped_TGP.device)
+        second_TG = torch.where(columns_P == where_TG1, NEG_INF, grouped_TGP).amax(-1)
+    return best_TG1.squeeze(-1) + second_TG
+
+
+def kept_experts(group_ids_TL: Tensor, group_scores_TG: Tensor, biased_scores_TE: Tensor) -> Tensor:
+    """Whether each expert belongs to a kept group. Expert i belongs to group i // P. [GRP-2]"""
+    kept_TG = torch.zeros_like(group_scores_TG, dtype=torch.bool).scatter(-1, group_ids_TL, True)
+    return kept_TG.repeat_interleave(biased_scores_TE.shape[-1] // group_scores_TG.shape[-1], dim=-1)
+
+
+def select(biased_scores_TE: Tensor, group_scores_TG, group_ids_TL, spec: RouterSpec) -> Tensor:
+    """Each token selects the top_k choices with the best choice scores, none of them -inf. [SEL-1, SEL-2, SEL-3]"""
+    if group_ids_TL is None:
+        return _fillable(top_k(biased_scores_TE, spec.top_k), biased_scores_TE)
+    if spec.mask_fill != NEG_INF:
+        kept_TE = kept_experts(group_ids_TL, group_scores_TG, biased_scores_TE)
+        scores_for_choice_TE = biased_scores_TE.masked_fill(~kept_TE, spec.mask_fill)
+        return _fillable(top_k(scores_for_choice_TE, spec.top_k), scores_for_choice_TE)
+    # Only the experts of kept groups are ranked: L * P columns instead of E. Their groups stay in ascending order, so
+    # that the lower column is the lower expert id.
+    T, G, P = len(biased_scores_TE), group_scores_TG.shape[-1], spec.experts_per_group
+    ascending_TL = group_ids_TL.sort(-1).values
+    first_group_T1 = torch.arange(T, device=ascending_TL.device)[:, None] * G
+    group_rows_N = (first_group_T1 + ascending_TL).flatten()
+    kept_scores_TJ = biased_scores_TE.reshape(-1, P).index_select(0, group_rows_N).view(T, ascending_TL.shape[-1] * P)
+    columns_TK = _fillable(top_k(kept_scores_TJ, spec.top_k), kept_scores_TJ)
+    places_TK = columns_TK.clamp(min=0) // P
+    ids_TK = columns_TK + (ascending_TL.gather(-1, places_TK) - places_TK) * P
+    return torch.where(columns_TK == UNUSED, UNUSED, ids_TK)
+
+
+def _fillable(expert_ids_TK: Tensor, scores_for_choice_TE: Tensor) -> Tensor:
+    # moe_ref refuses a token with fewer than K choices; to refuse here would read the device. The slot stays unused.
+    return torch.where(scores_for_choice_TE.gather(-1, expert_ids_TK) == NEG_INF, UNUSED, expert_ids_TK)
+
+
+def top_k(scores_TE: Tensor, k: int) -> Tensor:
+    """Ids of the k largest entries of each row, descending; ties go to the lower id. [SEL-5, SEL-6]"""
+    if not host_reads_are_free(scores_TE):
+        return _top_k_of_keys(scores_TE, k)
+    # torch.topk promises no order of equal entries (pytorch/pytorch#27542): rows that have some are done again. One
+    # entry more than asked for shows a tie at the boundary as well.
+    values_TK, ids_TK = scores_TE.topk(min(k + 1, scores_TE.shape[-1]), dim=-1)
+    tied_T = (values_TK[:, 1:] == values_TK[:, :-1]).any(-1)
+    if tied_T.any():
+        rows_R = tied_T.nonzero().squeeze(-1)
+        ids_TK[rows_R] = _top_k_of_keys(scores_TE[rows_R], ids_TK.shape[-1])
+    return ids_TK[:, :k]
+
+
+def _top_k_of_keys(scores_TE: Tensor, k: int) -> Tensor:
+    """`top_k` with no look at the data: of distinct integer keys, the score above and the id, reversed, below."""
+    unsigned_zero_TE = torch.where(scores_TE == 0, 0.0, scores_TE)  # -0.0 ties with 0.0
+    if scores_TE.dtype != torch.float32:
+        return torch.sort(unsigned_zero_TE, dim=-1, descending=True, stable=True).indices[:, :k]
+    bits_TE = unsigned_zero_TE.view(torch.int32)
+    # The bits of a negative float sort in reverse, all but the sign flipped they do not.
+    ordered_TE = torch.where(bits_TE < 0, bits_TE ^ 0x7FFFFFFF, bits_TE).to(torch.int64)
+    last = scores_TE.shape[-1] - 1
+    reversed_E = torch.arange(last, -1, -1, device=scores_TE.device)
+    keys_TK = ((ordered_TE << 32) | reversed_E).topk(k, dim=-1).values
+    return last - (keys_TK & 0xFFFFFFFF)
+
+
+def sparsemixer(scaled_logits_TE: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+    """Slot j takes the best remaining expert, weighted by a softmax over the band below it. [SEL-13, WGT-12]
+
+    Source: arXiv:2409.12136. The band is a constant of the gradient.
+    """
+    fixed_TE, remaining_TE = scaled_logits_TE.detach(), scaled_logits_TE
+    ids, weights = [], []
+    for _ in range(spec.top_k):
+        # Of equal maxima torch.max documents the first.
+        best_T1, ids_T1 = remaining_TE.detach().max(-1, keepdim=True)
+        in_band_TE = best_T1 - fixed_TE <= 2 * spec.mixer_eps * torch.maximum(fixed_TE.abs(), best_T1)
+        weights_TE = softmax(torch.where(in_band_TE, remaining_TE, NEG_INF))
+        ids.append(torch.where(best_T1 == NEG_INF, UNUSED, ids_T1))
+        weights.append(weights_TE.gather(-1, ids_T1))
+        remaining_TE = remaining_TE.scatter(-1, ids_T1, NEG_INF)
+    return torch.cat(ids, dim=-1), torch.cat(weights, dim=-1)
+
+
+def gather(values_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+    """The values of the selected experts; an unused slot reads 0. [WGT-8, WGT-11]"""
+    return torch.where(expert_ids_TK == UNUSED, 0, values_TE.gather(-1, expert_ids_TK.clamp(min=0)))
+
+
+def weigh(scaled_logits_TE: Tensor, scores_TE: Tensor | None, expert_ids_TK: Tensor, spec: RouterSpec) -> Tensor:
+    """Weights are the selected scores, without any bias. [WGT-1, WGT-3]"""
+    if scores_TE is not None:
+        return gather(scores_TE, expert_ids_TK)
+    return softmax(torch.where(expert_ids_TK == UNUSED, NEG_INF, gather(scaled_logits_TE, expert_ids_TK)))
+
+
+def normalise(raw_weights_TK: Tensor, shared_scores_TS: Tensor | None, spec: RouterSpec):
+    """With route_norm a token's weights are divided by their norm; a norm of 0 leaves them 0. [WGT-2, WGT-6, WGT-7]"""
+    if not spec.route_norm:
+        return raw_weights_TK, shared_scores_TS
+    in_norm_TK = raw_weights_TK
+    if spec.norm_with_shared and shared_scores_TS is not None:
+        in_norm_TK = torch.cat([raw_weights_TK, shared_scores_TS], dim=-1)
+    norm_T1 = norm(in_norm_TK, spec.norm_p)
+    divisor_T1 = norm_T1 + spec.norm_eps if spec.norm_form == "add_eps" else norm_T1.clamp(min=spec.norm_eps)
+    # Close to the smallest normal number (with 2**10 to spare for what comes from above) a gradient over the divisor
+    # is not finite: there the weight is exact, and a constant. In float32 that is a sigmoid at -80.
+    vanishing_T1 = divisor_T1 < torch.finfo(divisor_T1.dtype).tiny * 2**10
+    numerator_TK = torch.where(vanishing_T1, in_norm_TK.detach(), in_norm_TK)
+    denominator_T1 = torch.where(vanishing_T1, divisor_T1.detach(), divisor_T1)
+    normed_TK = numerator_TK / torch.where(denominator_T1 == 0, 1, denominator_T1)
+    K = raw_weights_TK.shape[-1]
+    return normed_TK[:, :K], (normed_TK[:, K:] if spec.norm_with_shared else shared_scores_TS)
+
+
+def norm(weights_TK: Tensor, p: float) -> Tensor:
+    """The p-norm of each row of weights >= 0; an entry of 0 takes no gradient."""
+    if p == 1:
+        return weights_TK.sum(-1, keepdim=True)
+    # The largest is factored out so that no power over- or underflows. The norm is homogeneous: it is a constant.
+    largest_T1 = weights_TK.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(weights_TK.dtype).tiny)
+    positive_TK = weights_TK > 0
+    powers_TK = torch.where(positive_TK, torch.where(positive_TK, weights_TK / largest_T1, 1) ** p, 0)
+    sum_T1 = powers_TK.sum(-1, keepdim=True)
+    return torch.where(sum_T1 == 0, 0, largest_T1 * torch.where(sum_T1 == 0, 1, sum_T1) ** (1 / p))
+
+
+def scale_weights(weights_TK: Tensor, expert_ids_TK: Tensor, learned_scale, spec: RouterSpec) -> Tensor:
+    """route_scale, then the learned scale, multiply the weights once; a skipped choice weighs 0. [WGT-4, WGT-9]"""
+    scaled_TK = weights_TK if spec.route_scale == 1 else weights_TK * spec.route_scale
+    if spec.learned_scale == "per_expert":
+        scaled_TK = scaled_TK * learned_scale.to(scaled_TK.dtype)[expert_ids_TK.clamp(min=0)]
+    elif spec.learned_scale == "global":
+        scaled_TK = scaled_TK * learned_scale
+    if spec.null_kind == "skip":
+        return torch.where(expert_ids_TK >= spec.num_experts, 0, scaled_TK)
+    return scaled_TK
+
+
+def route(
+    logits_TE: Tensor,
+    spec: RouterSpec,
+    *,
+    expert_bias_E: Tensor | None = None,
+    learned_scale: Tensor | None = None,
+    token_ids_T: Tensor | None = None,
+    table_VK: Tensor | None = None,
+    given_ids_TK: Tensor | None = None,
+    token_mask_T: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Routing:
+    """Every stage of routing in order.
+
+    Args:
+        logits_TE: (T, num_logits) floats, finite or -inf (never chosen).
+        spec: what is computed.
+        expert_bias_E: (E,) added to what is ranked, for the choice only; None is zeros.
+        learned_scale: (E,) for learned_scale 'per_expert', a scalar for 'global'.
+        token_ids_T, table_VK: (T,) ints and the (V, K) table they index, for selector 'table'.
+        given_ids_TK: (T, K) ids to replay, for selector 'given'; -1 is an unused slot of weight 0.
+        token_mask_T: (T,) bools; a padding token (False) gets ids -1 and weights 0, whatever its row holds.
+        generator: of the draw for selector 'random'.
+
+    Returns:
+        ids in int64; the rest in float64 for float64 logits, else in float32. A slot for which no choice is left that
+        is not -inf has id -1 and weight 0.
+
+    Raises:
+        ValueError: wrong shapes or dtypes. Values (NaN, ids out of range) are not looked at: that would stall a device.
+    """
+    _check_inputs(logits_TE, spec, expert_bias_E, learned_scale, token_ids_T, table_VK, given_ids_TK, token_mask_T)
+    T, E = len(logits_TE), spec.num_choices
+    logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    if token_mask_T is not None:
+        logits_TE = logits_TE.masked_fill(~token_mask_T[:, None], 0)  # also keeps a NaN out of the gradient
+    scores_TE = biased_scores_TE = group_scores_TG = group_ids_TL = raw_shared_TS = None
+
+    scaled_logits_TE = scale_logits(logits_TE, spec)
+    choices_TE = scaled_logits_TE
+    if spec.num_scored_shared_experts:
+        choices_TE, raw_shared_TS = scaled_logits_TE[:, :E], score(scaled_logits_TE[:, E:], spec)
+    if spec.has_scores:
+        scores_TE = score(choices_TE, spec)
+
+    raw_weights_TK = None
+    if spec.selector == "top_k":
+        bias_E = None if expert_bias_E is None else expert_bias_E.to(choices_TE.dtype)
+        biased_scores_TE = bias_choice(choices_TE, scores_TE, bias_E, spec)
+        if spec.num_expert_groups is not None:
+            group_scores_TG, group_ids_TL = limit_groups(biased_scores_TE, spec)
+        expert_ids_TK = select(biased_scores_TE, group_scores_TG, group_ids_TL, spec)
+    elif spec.selector == "sparsemixer":
+        expert_ids_TK, raw_weights_TK = sparsemixer(choices_TE, spec)
+    elif table_VK is not None and token_ids_T is not None:
+        rows_T = token_ids_T if token_mask_T is None else token_ids_T.masked_fill(~token_mask_T, 0)
+        expert_ids_TK = table_VK.to(torch.int64)[rows_T]
+    elif given_ids_TK is not None:
+        expert_ids_TK = given_ids_TK.to(torch.int64)
+    elif spec.selector == "round_robin":
+        slots_N = torch.arange(T * spec.top_k, device=logits_TE.device)
+        expert_ids_TK = (slots_N % spec.num_experts).view(T, spec.top_k)
+    else:
+        expert_ids_TK = top_k(torch.rand(T, E, generator=generator, device=logits_TE.device), spec.top_k)
+    if token_mask_T is not None:
+        expert_ids_TK = expert_ids_TK.masked_fill(~token_mask_T[:, None], UNUSED)
+
+    if raw_weights_TK is None:
+        weighed_TE = scores_TE
+        if spec.weights_from == "masked_scores" and scores_TE is not None and biased_scores_TE is not None:
+            assert group_ids_TL is not None
+            assert group_scores_TG is not None
+            weighed_TE = scores_TE.masked_fill(~kept_experts(group_ids_TL, group_scores_TG, biased_scores_TE), 0)
+        raw_weights_TK = weigh(choices_TE, weighed_TE, expert_ids_TK, spec)
+    else:
+        raw_weights_TK = torch.where(expert_ids_TK == UNUSED, 0, raw_weights_TK)
+    normed_weights_TK, normed_shared_TS = normalise(raw_weights_TK, raw_shared_TS, spec)
+    shared_weights_TS = None
+    if normed_shared_TS is not None:
+        shared_weights_TS = scale_shared(normed_shared_TS, learned_scale, spec)
+        if token_mask_T is not None:
+            shared_weights_TS = shared_weights_TS.masked_fill(~token_mask_T[:, None], 0)
+
+    return Routing(
+        expert_ids_TK=expert_ids_TK,
+        weights_TK=scale_weights(normed_weights_TK, expert_ids_TK, learned_scale, spec),
+        scores_TE=scores_TE,
+        biased_scores_TE=biased_scores_TE,
+        group_scores_TG=group_scores_TG,
+        group_ids_TL=group_ids_TL,
+        shared_weights_TS=shared_weights_TS,
+        mask_fill=spec.mask_fill,
+    )
+
+
+def scale_shared(normed_shared_TS: Tensor, learned_scale, spec: RouterSpec) -> Tensor:
+    """Router-scored shared experts take route_scale and the global scale, like the selected ones. [WGT-13]"""
+    return normed_shared_TS * spec.route_scale * (learned_scale if spec.learned_scale == "global" else 1)
+
+
+def _check_inputs(
+    logits_TE, spec: RouterSpec, expert_bias_E, learned_scale, token_ids_T, table_VK, given_ids_TK, mask_T
+):
+    _expect("logits_TE", logits_TE, (None, spec.num_logits), "float")
+    T, E, K = len(logits_TE), spec.num_choices, spec.top_k
+    scale_shape = {"none": None, "per_expert": (E,), "global": ()}[spec.learned_scale]
+    # (field, value, the shape it has where the spec reads it, kind)
+    for field, value, shape, kind in (
+        ("learned_scale", learned_scale, scale_shape, "float"),
+        ("token_ids_T", token_ids_T, (T,) if spec.selector == "table" else None, "int"),
+        ("table_VK", table_VK, (None, K) if spec.selector == "table" else None, "int"),
+        ("given_ids_TK", given_ids_TK, (T, K) if spec.selector == "given" else None, "int"),
+    ):
+        if (value is None) != (shape is None):
+            raise ValueError(f"{field} is {'None' if value is None else 'given'}; the spec has learned_scale "
+                             f"{spec.learned_scale!r} and selector {spec.selector!r}")  # fmt: skip
+        if shape is not None:
+            _expect(field, value, shape, kind)
+    if expert_bias_E is not None:
+        # Elsewhere nothing is ranked, so a bias would be silently ignored.
+        if spec.selector != "top_k":
+            raise ValueError(f"expert_bias_E is given, but selector {spec.selector!r} takes none")
+        _expect("expert_bias_E", expert_bias_E, (E,), "float")
+    if mask_T is not None:
+        _expect("token_mask_T", mask_T, (T,), "bool")
+
+
+def _expect(field: str, value: Tensor, shape: tuple[int | None, ...], kind: str) -> None:
+    dtype = value.dtype
+    found = "float" if dtype.is_floating_point else "bool" if dtype == torch.bool else "int"
+    if found != kind:
+        raise ValueError(f"{field} has dtype {dtype}; it is {kind}")
+    if value.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, value.shape, strict=True)):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{field} has shape {tuple(value.shape)}; it is ({wanted})")
