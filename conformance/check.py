@@ -1,13 +1,15 @@
 """conformance, how a requirement becomes a test: one decorator, used by every file of `conformance.suite`."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conformance.cases import Case
-from conformance.judge import CHECKS, Check, Judge
+from conformance.judge import CHECKS, Check, Judge, LayerCheck
+from conformance.layer_strategies import layer_cases
+from conformance.layer_verdicts import FORM
 from conformance.requirements import REQUIREMENTS
 from conformance.strategies import cases
 
@@ -20,10 +22,12 @@ def requires(id: str, **wants) -> Callable:
         wants: fields of `Check`: which specs, logits, biases and inputs the check is about.
     """
 
-    def decorate(run: Callable[[Judge, Case], None]) -> Callable:
+    kind = LayerCheck if wants.get("method") in FORM else Check
+
+    def decorate(run: Callable[[Judge, Any], None]) -> Callable:
         if id in CHECKS:
             raise ValueError(f"requirement {id} has a check already: {CHECKS[id].run.__qualname__}")
-        CHECKS[id] = Check(requirement=id, run=run, **wants)
+        CHECKS[id] = kind(requirement=id, run=run, **wants)
         return as_test(CHECKS[id])
 
     return decorate
@@ -40,7 +44,8 @@ def as_test(check: Check) -> Callable:
             pytest.skip(f"unsupported: {check.method}() is not defined")
         if not specs:
             pytest.skip(f"unsupported: {'; '.join(reasons)}")
-        judge.examine(check, data.draw(cases(judge, check)))
+        drawn = layer_cases(judge, check) if isinstance(check, LayerCheck) else cases(judge, check)
+        judge.examine(check, data.draw(drawn))
 
     test.__name__ = check.run.__name__
     test.__qualname__ = check.run.__qualname__

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from conformance.cases import TAGS, Case
+from conformance.layer_cases import LAYER_TAGS, LayerCase, case_from_json
 from conformance.requirements import REQUIREMENTS
 from moe_ref.checks import nearest, one_of, require
 
@@ -31,7 +32,7 @@ class Deviation:
     kind: str
     reason: str
     link: str
-    witness: Case | None
+    witness: Case | LayerCase | None
     """A case that shows it; None for a requirement that is judged without a case (stage config)."""
     witness_id: str = ""
     until: datetime.date | None = None
@@ -85,7 +86,7 @@ def _entry(entry: dict, folder: Path) -> Deviation:
     when = entry.get("when", [])
     require(isinstance(when, list), f"when is {when!r}; it is a list of tags")
     for tag in when:
-        require(tag in TAGS, f"unknown tag {tag!r}{nearest(tag, TAGS)}")
+        require(tag in TAGS | LAYER_TAGS, f"unknown tag {tag!r}{nearest(tag, TAGS | LAYER_TAGS)}")
     for key in ("reason", "link"):
         require(bool(str(entry.get(key, "")).strip()), f"{id} has no {key}")
     one_of("kind", entry.get("kind", "bug"), KINDS)
@@ -106,25 +107,25 @@ def _entry(entry: dict, folder: Path) -> Deviation:
     )
 
 
-def read_case(path: Path) -> tuple[str, Case]:
+def read_case(path: Path) -> tuple[str, Case | LayerCase]:
     """The requirement and the case of a file that `write_case` wrote."""
     try:
         data = json.loads(path.read_text())
         require(isinstance(data, dict) and {"requirement", "case"} <= data.keys(), "it has no requirement and case")
         require(data["requirement"] in REQUIREMENTS, f"unknown requirement {data['requirement']!r}")
-        return data["requirement"], Case.from_json(data["case"])
+        return data["requirement"], case_from_json(data["case"])
     except OSError as error:
         raise UsageError(f"case {path}: {error.strerror}") from None
     except ValueError as error:
         raise UsageError(f"case {path}: {error}") from None
 
 
-def case_id(requirement: str, case: Case) -> str:
+def case_id(requirement: str, case: Case | LayerCase) -> str:
     """The name under which a failing case replays, such as SEL-3-b254db."""
     return f"{requirement}-{case.digest}"
 
 
-def write_case(folder: Path, requirement: str, case: Case, subject: str) -> Path:
+def write_case(folder: Path, requirement: str, case: Case | LayerCase, subject: str) -> Path:
     """Store a case so that it replays."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{case_id(requirement, case)}.json"

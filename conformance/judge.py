@@ -5,13 +5,15 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from conformance.cases import Case, valid_tokens
+from conformance.layer_cases import LayerCase
 from conformance.requirements import REQUIREMENTS, STAGES
 from conformance.subject import Routing, Subject, Unsupported, capabilities
-from moe_ref import UNUSED, RouterSpec
+from moe_ref import UNUSED, LayerSpec, RouterSpec
 from moe_ref.checks import require
 
 
@@ -22,7 +24,9 @@ class NotRun(Exception):
 class Violation(AssertionError):
     """A requirement does not hold for a case."""
 
-    def __init__(self, requirement: str, case: Case | None, title: str, *, token=None, expected="", received=""):
+    def __init__(
+        self, requirement: str, case: Case | LayerCase | None, title: str, *, token=None, expected="", received=""
+    ):
         super().__init__(f"{requirement} {title}")
         self.requirement, self.case, self.title = requirement, case, title
         self.token, self.expected, self.received = token, expected, received
@@ -45,9 +49,10 @@ class Check:
     """One requirement as code: which cases it wants, and what it does with one."""
 
     requirement: str
-    run: Callable[["Judge", Case], None]
+    run: Callable[["Judge", Any], None]
     method: str = "route"
-    spec: Callable[[RouterSpec], bool] = lambda spec: True
+    spec: Callable[[Any], bool] = lambda spec: True
+    """Of a RouterSpec; of a LayerSpec where the check is a LayerCheck."""
     logits: tuple[str, ...] = ("separated", "normal", "large", "negative")
     bias: tuple[str, ...] = ("none", "mixed", "negative", "positive")
     inputs: tuple[str, ...] = ()
@@ -55,6 +60,16 @@ class Check:
     tokens: tuple[int, ...] = (7, 1)
     after: tuple[str, ...] = ()
     """Requirements of earlier stages: where one of them fails on the same case, it is accused instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCheck(Check):
+    """A requirement of a stage past the router, or of the whole layer; its cases are LayerCases."""
+
+    x: tuple[str, ...] = ("normal",)
+    """Kinds of tokens."""
+    bias: tuple[str, ...] = ("none", "mixed", "crowded")
+    """Kinds of expert_bias; a crowded one leaves experts without tokens."""
 
 
 CHECKS: dict[str, Check] = {}
@@ -92,8 +107,8 @@ class Judge:
         self.ledger = {id: Entry() for id in REQUIREMENTS}
         self.capabilities = capabilities(subject)
         self._observed: tuple[Case | None, Observation | None] = (None, None)
-        self._specs: dict[str, tuple[list[RouterSpec], Counter]] = {}
-        for dtype in (*subject.logit_dtypes, subject.compute_dtype):
+        self._specs: dict[str, tuple[list, Counter]] = {}
+        for dtype in (*subject.logit_dtypes, subject.compute_dtype, subject.expert_dtype):
             known = ("float64", "float32", "float16", "bfloat16")
             require(dtype in known, f"subject {self.name}: dtype {dtype!r} is not one of {known}")
 
@@ -122,13 +137,29 @@ class Judge:
             raise NotRun(f"logits of dtype {case.dtype} are not taken")
         bias_E = None if case.expert_bias_E is None else case.expert_bias_E.astype(np.float32)
         inputs = {name: _as_given(value) for name, value in case.inputs.items()}
-        self._names_inputs(inputs)
+        self._names_inputs("route", inputs)
         try:
             return self.subject.route(cast(case.logits_TE, dtype), spec, bias_E, **inputs)
         except Unsupported as sentence:
             raise NotRun(str(sentence)) from None
         except Exception as error:
             raise crash(case, error) from error
+
+    def call(self, case: LayerCase, method: str, *arguments, blame: str, **inputs):
+        """What a method of layers returns; an error that it raises violates the requirement `blame`."""
+        self.needs(method)
+        if sentence := self.subject.supports_layer(case.spec):
+            raise NotRun(sentence)
+        inputs = {name: _as_given(value) for name, value in inputs.items()}
+        self._names_inputs(method, inputs)
+        try:
+            # Poisoned rows overflow; that is for the checks to see, not for Python to warn of.
+            with np.errstate(all="ignore"):
+                return getattr(self.subject, method)(*arguments, **inputs)
+        except Unsupported as sentence:
+            raise NotRun(str(sentence)) from None
+        except Exception as error:
+            raise crash(case, error, blame, "a result") from error
 
     def sound(self, case: Case, *ids: str) -> bool:
         """Whether these requirements hold for a neighbouring case; if not, they are to blame, not this case."""
@@ -139,25 +170,31 @@ class Judge:
         if method not in self.capabilities:
             raise NotRun(f"{method}() is not defined")
 
-    def _names_inputs(self, inputs: dict) -> None:
-        parameters = inspect.signature(self.subject.route).parameters
+    def _names_inputs(self, method: str, inputs: dict) -> None:
+        parameters = inspect.signature(getattr(self.subject, method)).parameters
         if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return
         for name in inputs:
             if name not in parameters:
-                raise NotRun(f"route() has no parameter {name}")
+                raise NotRun(f"{method}() has no parameter {name}")
 
-    def specs(self, check: Check) -> tuple[list[RouterSpec], Counter]:
+    def specs(self, check: Check) -> tuple[list, Counter]:
         """The specs of the pool that the check wants and the subject supports; why the others are not run."""
-        from conformance.strategies import SPECS, THIN_SPECS
-
         if check.requirement not in self._specs:
-            pool = THIN_SPECS if self.subject.compiles else SPECS
-            wanted = [spec for spec in pool if check.spec(spec)]
-            reasons = [self.subject.supports(spec) for spec in wanted]
+            wanted = [spec for spec in self._pool(check) if check.spec(spec)]
+            supports = self.subject.supports_layer if isinstance(check, LayerCheck) else self.subject.supports
+            reasons = [supports(spec) for spec in wanted]
             supported = [spec for spec, why in zip(wanted, reasons, strict=True) if why is None]
             self._specs[check.requirement] = supported, Counter(why for why in reasons if why)
         return self._specs[check.requirement]
+
+    def _pool(self, check: Check) -> list[RouterSpec] | list[LayerSpec]:
+        from conformance.layer_strategies import LAYER_SPECS, THIN_LAYER_SPECS
+        from conformance.strategies import SPECS, THIN_SPECS
+
+        if isinstance(check, LayerCheck):
+            return THIN_LAYER_SPECS if self.subject.compiles else LAYER_SPECS
+        return THIN_SPECS if self.subject.compiles else SPECS
 
     # holding a case against a requirement
 
@@ -168,7 +205,7 @@ class Judge:
             reasons = Counter([f"{check.method}() is not defined"])
         self.ledger[check.requirement].reasons = reasons
 
-    def examine(self, check: Check, case: Case) -> None:
+    def examine(self, check: Check, case: Case | LayerCase) -> None:
         """Run a check on a case; a violation that no deviation covers and no earlier stage explains is raised."""
         entry = self.ledger[check.requirement]
         try:
@@ -197,10 +234,12 @@ class Judge:
         if violation.requirement != check.requirement or violation.case is None:
             return violation
         for id in check.after:
-            earlier = CHECKS[id]
-            if earlier.spec(violation.case.spec):
+            earlier, case = CHECKS[id], violation.case
+            if isinstance(case, LayerCase) and not isinstance(earlier, LayerCheck):
+                case = case.router_case
+            if earlier.method in self.capabilities and earlier.spec(case.spec):
                 try:
-                    earlier.run(self, violation.case)
+                    earlier.run(self, case)
                 except Violation as found:
                     return self.earliest(earlier, found)
                 except NotRun:
@@ -211,7 +250,7 @@ class Judge:
         """The declared deviation that covers a violation, or None."""
         return next((d for d in self.deviations if d.covers(violation)), None)
 
-    def holds(self, id: str, case: Case) -> bool:
+    def holds(self, id: str, case: Case | LayerCase) -> bool:
         """Whether a requirement holds for a case; a case that cannot be run does not contradict it."""
         if not CHECKS[id].spec(case.spec):
             return True
@@ -239,13 +278,12 @@ def _as_given(value):
     return value
 
 
-def crash(case: Case, error: Exception) -> Violation:
+def crash(case: Case | LayerCase, error: Exception, blame: str = "RUN-1", wanted: str = "a routing") -> Violation:
     """An error of the subject on a case that it says it supports."""
     where = traceback.extract_tb(error.__traceback__)[-1]
     text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    return Violation(
-        "RUN-1", case, "raised an error", expected="a routing", received=f"{text} ({where.filename}:{where.lineno})"
-    )
+    received = f"{text} ({where.filename}:{where.lineno})"
+    return Violation(blame, case, "raised an error", expected=wanted, received=received)
 
 
 def well_formed(case: Case, routing: Routing) -> Observation:

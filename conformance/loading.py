@@ -63,13 +63,13 @@ def _module(name: str):
 def _module_of_file(path: Path):
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
-    name = path.stem
+    name = f"moe_conformance_subject_{path.stem}"  # a file named torch.py is not torch
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(name, module)
-    sys.path.insert(0, str(path.resolve().parent))
+    sys.modules[name] = module
+    sys.path.append(str(path.resolve().parent))  # its neighbours can be imported, after everything that is installed
     spec.loader.exec_module(module)
     return module
 

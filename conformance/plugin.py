@@ -39,10 +39,11 @@ def _settings(config) -> dict:
     file = config.rootpath / "pyproject.toml"
     table = tomllib.loads(file.read_text()).get("tool", {}).get("moe-conformance", {}) if file.exists() else {}
     if unknown := table.keys() - KEYS:
+        from conformance.deviations import UsageError
         from moe_ref.checks import nearest
 
         key = sorted(unknown)[0]
-        raise pytest.UsageError(f"[tool.moe-conformance] in {file}: unknown key {key!r}{nearest(key, KEYS)}")
+        raise UsageError(f"[tool.moe-conformance] in {file}: unknown key {key!r}{nearest(key, KEYS)}")
 
     def listed(value) -> list[str]:
         return [value] if isinstance(value, str) else list(value)
@@ -68,18 +69,15 @@ class Session:
 
         chosen = _settings(config)
         if not chosen["subjects"]:
-            raise pytest.UsageError("the conformance suite needs --subject, or subject in [tool.moe-conformance]")
+            raise UsageError("the conformance suite needs --subject, or subject in [tool.moe-conformance]")
         examples = DEFAULT_EXAMPLES if chosen["examples"] is None else chosen["examples"]
         if not isinstance(examples, int) or examples < 1:
-            raise pytest.UsageError(f"examples is {examples!r}; it is an integer of at least 1")
+            raise UsageError(f"examples is {examples!r}; it is an integer of at least 1")
         load_suite()
         self.judges: dict[str, Judge] = {}
-        try:
-            for name in chosen["subjects"]:
-                judge = Judge(load(name), declared(name, chosen["deviations"]))
-                self.judges[judge.name] = judge
-        except (UsageError, ImportError) as error:
-            raise pytest.UsageError(str(error)) from None
+        for name in chosen["subjects"]:
+            judge = Judge(load(name), declared(name, chosen["deviations"]))
+            self.judges[judge.name] = judge
         self.seed = chosen["seed"]
         # Fixed cases unless a seed is given: the same commit gets the same verdict.
         self.profile = hypothesis_settings(examples, derandomize=self.seed is None)
@@ -101,17 +99,32 @@ def _session(config) -> Session:
     return config._moe_session
 
 
+def _append(file: str, record: dict) -> None:
+    with open(file, "a") as lines:
+        lines.write(json.dumps(record) + "\n")
+
+
 def _in_suite(module) -> bool:
     return getattr(module, "__name__", "").startswith("conformance.suite")
 
 
 def pytest_generate_tests(metafunc):
     if "judge" in metafunc.fixturenames and _in_suite(metafunc.module):
-        session = _session(metafunc.config)
-        metafunc.parametrize("judge", session.judges.values(), ids=session.judges.keys(), scope="session")
+        from conformance.deviations import UsageError
+
+        judges = {}
+        try:
+            judges = _session(metafunc.config).judges
+        except (UsageError, ImportError) as error:
+            metafunc.config._moe_error = str(error)  # raised once, below, not for each file
+        metafunc.parametrize("judge", judges.values(), ids=judges.keys(), scope="session")
 
 
 def pytest_collection_modifyitems(config, items):
+    if error := getattr(config, "_moe_error", None):
+        if file := config.getoption("--moe-records"):
+            _append(file, {"error": error})
+        raise pytest.UsageError(error)
     mine = [item for item in items if _in_suite(getattr(item, "module", None))]
     for item in mine:
         if hasattr(item.obj, "requirement"):
@@ -169,8 +182,7 @@ class Collector:
         for record in getattr(report, "moe_records", ()):
             merge(self.records, record)
             if self.config.getoption("--moe-records") and not worker:
-                with open(self.config.getoption("--moe-records"), "a") as file:
-                    file.write(json.dumps(record) + "\n")
+                _append(self.config.getoption("--moe-records"), record)
 
     def pytest_sessionfinish(self, session, exitstatus):
         failed = any(record["status"] in ("NEW", "STALE") for record in self.records.values())

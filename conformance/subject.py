@@ -67,7 +67,7 @@ class Subject:
         raise NotImplementedError
 
     def configure(self, fields: dict) -> None:
-        """Optional: build the router for raw RouterSpec fields and run it once; an invalid set is a ValueError."""
+        """Optional: build the router for raw RouterSpec fields and run it once; an invalid set is an error."""
         raise NotImplementedError
 
     # whole layers; parameters are moe_ref.LayerParams, in the canonical [in, out] layout

@@ -63,6 +63,16 @@ def best_of_other_groups(judge: Judge, seen: Observation, token: int) -> bool:
     return best_in_some_groups(seen.expert_ids_TK[token], unlimited_choice(case)[token], error_E, case.spec)
 
 
+def wrong_selections(judge: Judge, seen: Observation, id: str = "SEL-2") -> list[int]:
+    """Tokens whose experts are not the best ones of whichever groups they come from."""
+    elsewhere = set(leaves_groups(seen)) if seen.case.spec.num_expert_groups else set()
+    return [
+        t
+        for t in selection_differs(judge, seen, id)
+        if t not in elsewhere and not best_of_other_groups(judge, seen, t)  # the groups are at fault
+    ]
+
+
 def other_groups(judge: Judge, seen: Observation) -> list[int]:
     """Tokens whose reported groups are not the best ones, where the subject reports them."""
     case, dtype = seen.case, judge.subject.compute_dtype
@@ -107,14 +117,18 @@ def shares_differ(judge: Judge, seen: Observation, *, dtype: str | None = None) 
     wanted_share_TK = np.sort(shares(case, wanted_TK, seen.expert_ids_TK), axis=-1)
     share_TK = np.sort(shares(case, seen.weights_TK, seen.expert_ids_TK), axis=-1)
     error_TK = 2 * weight_error(case, seen.expert_ids_TK, dtype).max(axis=-1, keepdims=True, initial=0)
-    floor_T1 = (
-        _amplified(case, seen.expert_ids_TK, wanted_TK, dtype)
-        / np.where(wanted_TK.sum(-1) == 0, 1, wanted_TK.sum(-1))[:, None]
-    )
+    # A token's null experts have no share: what remains may be too small for this dtype.
+    total_T1 = np.where(seen.expert_ids_TK >= case.spec.num_experts, 0, wanted_TK).sum(axis=-1, keepdims=True)
+    floor_T1 = _amplified(case, seen.expert_ids_TK, wanted_TK, dtype) / np.where(total_T1 == 0, 1, total_T1)
     ok_T = close(share_TK, wanted_share_TK, error_TK, floor_T1).all(axis=-1)
     # Nothing can be said of a token whose weights are all 0 in this dtype.
-    judged_T = (wanted_TK.sum(axis=-1) > 0) & (floor_T1[:, 0] < EPSILON["float16"]) & valid_tokens(case)
-    return [int(t) for t in np.flatnonzero(~ok_T & judged_T)]
+    judged_T = (total_T1[:, 0] > 0) & (floor_T1[:, 0] < EPSILON["float16"]) & valid_tokens(case)
+    wrong = np.flatnonzero(~ok_T & judged_T)
+    if len(wrong) == 0:
+        return []
+    # Right weights in the wrong slots: the scores are right (WGT-8).
+    also_in_any_order = set(weights_differ(judge, seen, in_any_order=True, dtype=dtype))
+    return [int(t) for t in wrong if t in also_in_any_order]
 
 
 def weights_differ(judge: Judge, seen: Observation, *, in_any_order: bool = False, dtype=None) -> list[int]:
@@ -146,8 +160,12 @@ def by_id(seen: Observation):
     return take(seen.expert_ids_TK, order_TK, axis=-1), take(seen.weights_TK, order_TK, axis=-1)
 
 
-def differ(judge: Judge, seen: Observation, other: Observation) -> list[int]:
-    """Tokens for which two results of one subject, on cases that mean the same, differ by more than rounding."""
+def differ(judge: Judge, seen: Observation, other: Observation, *, ids_alone: bool = False) -> list[int]:
+    """Tokens for which two results of one subject, on cases that mean the same, differ by more than rounding.
+
+    Args:
+        ids_alone: what weights do is not looked at; where they alone differ, their own requirements find it.
+    """
     dtype = judge.subject.compute_dtype
     (ids_TK, weights_TK), (other_ids_TK, other_weights_TK) = by_id(seen), by_id(other)
     same_T = (ids_TK == other_ids_TK).all(axis=-1)
@@ -159,7 +177,7 @@ def differ(judge: Judge, seen: Observation, other: Observation) -> list[int]:
         | (other_weights_TK == weights_TK)
         | (np.isnan(other_weights_TK) & np.isnan(weights_TK))
     ).all(axis=-1)
-    wrong = set(np.flatnonzero(same_T & ~close_T).tolist())
+    wrong = set() if ids_alone else set(np.flatnonzero(same_T & ~close_T).tolist())
     moved = np.flatnonzero(~same_T)
     if len(moved) and seen.case.spec.selector != "top_k":
         return sorted(wrong | set(moved.tolist()))

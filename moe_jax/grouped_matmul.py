@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-BLOCK_SIZES = (8, 16, 24, 32, 48, 64, 96, 128, 256)
+BLOCK_SIZES = (8, 16, 24, 32, 48, 64, 80, 96, 128)
 """Rows of a block. A group is blocks of the last size, and one that is just large enough for the rest: a dot packs
 the whole matrix of its expert, so one dot with a few unused rows is faster than several without."""
 
@@ -276,7 +276,10 @@ def _ragged(rows_RD, kernel_EDF, group_sizes_E, *, options: Options):
 
 def _ragged_backward(rows_RD, kernel_EDF, group_sizes_E, d_rows_RF, *, options: Options):
     """The masks of `_ragged` keep the tail out of both gradients."""
-    matmul = lambda rows_RD, kernel_EDF: _ragged(rows_RD, kernel_EDF, group_sizes_E, options=options)
+
+    def matmul(rows_RD, kernel_EDF):
+        return _ragged(rows_RD, kernel_EDF, group_sizes_E, options=options)
+
     return jax.vjp(matmul, rows_RD, kernel_EDF)[1](d_rows_RF)
 
 

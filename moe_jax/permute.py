@@ -158,7 +158,7 @@ def _sum_of_slots(rows_RD, metadata: RouteMetadata, weights_TK) -> jax.Array:
 
 def _take(values, places) -> jax.Array:
     """values[places], without a bounds check: places come from a permutation."""
-    return values.at[places].get(mode="promise_in_bounds")
+    return jnp.asarray(values).at[places].get(mode="promise_in_bounds")
 
 
 def _column(values_T, ndim: int) -> jax.Array:

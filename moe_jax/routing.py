@@ -3,8 +3,7 @@
     gate -> scale_logits -> score -> bias_choice -> limit_groups -> select -> weigh -> normalise -> scale_weights
 
 Legend: T tokens, D model dim, E choices (experts, then null experts), K top_k, G groups, P experts per group,
-L groups kept, S router-scored shared experts, V table rows. Start at `route`; how ties are settled is in `top_k`,
-at the end of this file.
+L groups kept, S router-scored shared experts, V table rows. Start at `route`; ties are settled in `top_k`, at the end.
 """
 
 from dataclasses import dataclass
@@ -13,14 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax.top_k import top_k
 from moe_ref import UNUSED, RouterSpec
 
 SELECTOR_INPUTS = {"table": ("token_ids_T", "table_VK"), "given": ("given_ids_TK",), "random": ("key",)}
 """What each selector reads besides the logits."""
-MAX_ROUNDS = 16
-"""Above this many, `top_k` leaves its rounds to lax.top_k: each round is code of its own."""
-WIDE = 128
-"""Above this many entries, `top_k` looks at chunks of them first."""
 SMALL_LOGIT = -40.0
 """Below it, sqrt(log(1 + exp(z))) equals exp(z / 2) to the last bit of float64."""
 
@@ -157,10 +153,10 @@ def score(scaled_logits_TE, spec: RouterSpec):
         return softmax(scaled_logits_TE)
     if spec.score_func == "sigmoid":
         return jax.nn.sigmoid(scaled_logits_TE)
-    # Two branches, each fed only what it is good for: the slope of sqrt is infinite at an underflown softplus.
+    # Two branches, each fed its own logits: sqrt has an infinite slope where softplus underflows, and exp overflows.
     small_TE = scaled_logits_TE < SMALL_LOGIT
     large_TE = jnp.sqrt(jax.nn.softplus(jnp.where(small_TE, 0, scaled_logits_TE)))
-    return jnp.where(small_TE, jnp.exp(scaled_logits_TE / 2), large_TE)
+    return jnp.where(small_TE, jnp.exp(jnp.where(small_TE, scaled_logits_TE, 0) / 2), large_TE)
 
 
 def softmax(logits_TE):
@@ -295,83 +291,6 @@ def scale_weights(weights_TK, expert_ids_TK, learned_scale, spec: RouterSpec):
     if spec.null_kind == "skip":
         return jnp.where(expert_ids_TK >= spec.num_experts, 0, scaled_TK)
     return scaled_TK
-
-
-def top_k(values_TN, k: int):
-    """The k largest entries of each row and their ids, descending; ties go to the lower id. [SEL-5, SEL-6]
-
-    -0.0 equals 0.0, and NaN is above all. Found by k rounds of integer maxima, which compilers vectorise. Of many
-    entries the k chunks with the largest maxima are kept first: they hold the k best, because each better chunk
-    holds an entry that is better.
-    """
-    if k > MAX_ROUNDS:
-        # lax.top_k promises the lower index among equals, but ranks -0.0 below 0.0 on CPU.
-        return lax.top_k(jnp.where(values_TN == 0, 0, values_TN), k)
-    keys_TN, ids_TN = to_keys(values_TN), positions(values_TN)
-    chunk = chunk_size(values_TN.shape[-1])
-    if chunk > 1:
-        keys_TN, ids_TN = keep_chunks(keys_TN, k, chunk)
-    best_keys_TK, best_ids_TK = rounds(keys_TN, ids_TN, k)
-    return to_values(best_keys_TK, values_TN.dtype), best_ids_TK
-
-
-def chunk_size(num_entries: int) -> int:
-    """The smallest power of two, as far as it divides the entries, that leaves at most WIDE chunks."""
-    chunk = 1
-    while num_entries // chunk > WIDE and num_entries % (2 * chunk) == 0:
-        chunk *= 2
-    return chunk
-
-
-def keep_chunks(keys_TN, k: int, chunk: int):
-    """The entries of the k chunks of consecutive entries whose maxima are the largest, and their ids."""
-    *lead, N = keys_TN.shape
-    chunked_TBC = keys_TN.reshape(*lead, N // chunk, chunk)
-    best_TB = chunked_TBC.max(axis=-1)
-    _, kept_ids_TB = rounds(best_TB, positions(best_TB), k)
-    kept_TBC = jnp.take_along_axis(chunked_TBC, kept_ids_TB[..., None], axis=-2, mode="promise_in_bounds")
-    ids_TBC = kept_ids_TB[..., None] * chunk + jnp.arange(chunk, dtype=jnp.int32)
-    return kept_TBC.reshape(*lead, k * chunk), ids_TBC.reshape(*lead, k * chunk)
-
-
-def rounds(keys_TN, ids_TN, k: int):
-    """The k largest keys of each row and their ids, one round for each; ties go to the lower id."""
-    taken, no_id = jnp.iinfo(keys_TN.dtype).min, jnp.iinfo(jnp.int32).max
-    left_TN, keys, ids = keys_TN, [], []
-    for _ in range(k):
-        keys.append(fold(jnp.maximum, left_TN))
-        ids.append(fold(jnp.minimum, jnp.where(left_TN == keys[-1], ids_TN, no_id)))
-        left_TN = jnp.where(ids_TN == ids[-1], taken, left_TN)
-    return jnp.concatenate(keys, axis=-1), jnp.concatenate(ids, axis=-1)
-
-
-def fold(smaller_or_larger, array_TN):
-    """The minimum or maximum of each row, with that axis kept: halves are folded while they are long."""
-    # XLA for CPU vectorises a fold; its reduction of a long row of integers runs one entry at a time.
-    while array_TN.shape[-1] > 16 and array_TN.shape[-1] % 2 == 0:
-        low_TN, high_TN = jnp.split(array_TN, 2, axis=-1)
-        array_TN = smaller_or_larger(low_TN, high_TN)
-    return smaller_or_larger.reduce(array_TN, axis=-1, keepdims=True)
-
-
-def positions(values_TN):
-    """The position of each entry in its row."""
-    return lax.broadcasted_iota(jnp.int32, values_TN.shape, values_TN.ndim - 1)
-
-
-def to_keys(values):
-    """Integers in the order of the floats: -0.0 becomes that of 0.0, NaN the largest."""
-    dtype = jnp.int64 if values.dtype == jnp.float64 else jnp.int32
-    bits = lax.bitcast_convert_type(values, dtype)
-    # The bits of a negative float are those of its size, plus the lowest integer.
-    keys = jnp.where(bits < 0, jnp.iinfo(dtype).min - bits, bits)
-    return jnp.where(jnp.isnan(values), jnp.iinfo(dtype).max, keys)
-
-
-def to_values(keys, dtype):
-    """The floats that `to_keys` made integers of; NaN is NaN again."""
-    bits = jnp.where(keys < 0, jnp.iinfo(keys.dtype).min - keys, keys)
-    return lax.bitcast_convert_type(bits, dtype)
 
 
 def compute_dtype(dtype):

@@ -9,7 +9,7 @@ Legend: T tokens, D model dim, E experts, F expert hidden dim, K top_k, R = T * 
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -148,16 +148,15 @@ def run_experts(
         # Parts are summed before they are rounded to the dtype of the tokens.
         sum_options["preferred_element_type"] = jnp.promote_types(x_TD.dtype, jnp.float32)
 
-    intermediate = None
-    for chunk in chunks:
+    def part(chunk):
         rows_RD = dispatch(x_TD[:, chunk], metadata)
         if router.weight_on == "input":
             rows_RD *= _weight_of_row(decided.weights_TK, metadata)[:, None].astype(x_TD.dtype)
         w_gate_EDF = None if params.w_gate_EDF is None else params.w_gate_EDF[:, chunk]
-        part = gmm_up(rows_RD, w_gate_EDF, params.w_up_EDF[:, chunk], metadata, **sum_options)
-        intermediate = part if intermediate is None else jax.tree.map(jnp.add, intermediate, part)
-    assert intermediate is not None
-    hidden_RF = activate(*intermediate, params, metadata, spec.experts).astype(x_TD.dtype)
+        return gmm_up(rows_RD, w_gate_EDF, params.w_up_EDF[:, chunk], metadata, **sum_options)
+
+    gate_RF, up_RF = reduce(partial(jax.tree.map, jnp.add), map(part, chunks))
+    hidden_RF = activate(gate_RF, up_RF, params, metadata, spec.experts).astype(x_TD.dtype)
 
     # A weight that is on the input is not applied again.
     weights_TK = decided.weights_TK if router.weight_on == "output" else None
@@ -197,7 +196,8 @@ def _add_bias(rows, bias, metadata: RouteMetadata):
     if bias is None:
         return rows
     # The tail reads a row of zeros past the last expert. The sum over rows in the gradient is in float32 at least.
-    padded = jnp.pad(jnp.asarray(bias).astype(jnp.promote_types(bias.dtype, jnp.float32)), ((0, 1), (0, 0)))
+    bias_array = jnp.asarray(bias)
+    padded = jnp.pad(bias_array.astype(jnp.promote_types(bias_array.dtype, jnp.float32)), ((0, 1), (0, 0)))
     row_biases = padded.at[metadata.expert_of_row_R].get(mode="promise_in_bounds", indices_are_sorted=True)
     return rows + row_biases.astype(rows.dtype)
 

@@ -124,7 +124,7 @@ def select(scores_for_choice_TE, spec: RouterSpec):
     """Each token selects the top_k choices with the best choice scores. [SEL-1, SEL-2, SEL-3]"""
     expert_ids_TK = top_k(scores_for_choice_TE, spec.top_k)
     chosen_TK = np.take_along_axis(scores_for_choice_TE, expert_ids_TK, axis=-1)
-    enough_T = (chosen_TK > -np.inf).all(axis=-1)
+    enough_T = np.asarray((chosen_TK > -np.inf).all(axis=-1))
     entries("scores_for_choice_TE", scores_for_choice_TE, enough_T, f"top_k ({spec.top_k}) entries are above -inf")
     return expert_ids_TK
 

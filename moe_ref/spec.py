@@ -161,6 +161,8 @@ class RouterSpec:
                 f"selector is 'sparsemixer' with score_func {self.score_func!r}; its weights are banded softmaxes",
             )
             require(self.score_over == "all", "selector is 'sparsemixer'; then score_over is 'all'")
+        if self.selector == "round_robin":
+            integer("top_k", self.top_k, 1, self.num_experts, why="num_experts; round_robin takes no null expert")
         if self.num_scored_shared_experts:
             require(
                 self.score_func != "softmax",

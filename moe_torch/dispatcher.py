@@ -1,4 +1,4 @@
-"""moe_torch, permute -> dispatch -> (experts) -> combine, on one device: slots become rows sorted by expert, and return.
+"""moe_torch, permute -> dispatch -> (experts) -> combine, on one device: slots become rows sorted by expert.
 
 Legend: T tokens, K top_k, D model dim, E choices (experts, then null experts), N = T * K slots and rows.
 A slot is one (token, k) pair with the flat number t * K + k. Nothing here reads the device.
@@ -73,9 +73,7 @@ class LocalTokenDispatcher:
 
     def unpermute(self, rows_ND: Tensor, permutation: Permutation) -> Tensor:
         """Each row returns to its slot, (T, K, D); a slot without an expert is 0, whatever its row holds."""
-        return _Unpermute.apply(
-            rows_ND, permutation.order_N, permutation.row_of_slot_N, permutation.has_expert_TK
-        )
+        return _Unpermute.apply(rows_ND, permutation.order_N, permutation.row_of_slot_N, permutation.has_expert_TK)
 
     def combine(self, rows_ND: Tensor, permutation: Permutation, weights_TK: Tensor | None = None) -> Tensor:
         """A token's output is the weighted sum of its slots, k = 0 .. K-1 in this order, rounded once.

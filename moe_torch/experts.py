@@ -20,7 +20,7 @@ from moe_torch.dispatcher import Permutation, weighted_sum
 CHUNK_ROWS = 512
 """Rows of one expert that the loop works on at a time: few enough for the cache, enough for the matmul."""
 CHUNK_TOKENS = 512
-"""Tokens whose slots the loop adds up at a time."""
+"""Tokens whose slots it adds up at a time."""
 
 
 def uses_grouped_mm(rows: Tensor) -> bool:
@@ -254,7 +254,8 @@ def expert_loop(
         keep: whether the two halves are returned for the backward pass.
 
     Returns:
-        out_TD, and gate_NF and up_NF in the order of order_N; without `keep` they have no rows.
+        out_TD, and gate_NF and up_NF in the order of order_N; rows without an expert hold anything there, and
+        without `keep` there are none.
     """
     act = Activation(name, alpha, up_offset, clamp, clamp_at)
     N, (E, F_, D) = len(order_N), w1_EFD.shape
@@ -380,7 +381,9 @@ def _add_product(d_w_OI: Tensor, d_out_RO: Tensor, rows_RI: Tensor, d_b_O: Tenso
 def _(d_out_TD, gate_NF, up_NF, x_TD, order_N, counts_E, weights_TK, top_k, *weights_and_rest):
     train, trained = weights_and_rest[-1], weights_and_rest[:6]
     wide = torch.promote_types(x_TD.dtype, torch.float32)
-    d_weights_TK = x_TD.new_empty(0, top_k, dtype=wide) if weights_TK is None else torch.empty_like(weights_TK, dtype=wide)
+    d_weights_TK = (
+        x_TD.new_empty(0, top_k, dtype=wide) if weights_TK is None else torch.empty_like(weights_TK, dtype=wide)
+    )
     return [
         torch.empty_like(x_TD),
         d_weights_TK,

@@ -37,7 +37,7 @@ class SharedExperts(nn.Module):
         self.token_gate = Gate(spec.dim, 1, bias=False, device=device, dtype=dtype) if token_gate else None
 
     def forward(self, x_TD: Tensor, weights_TS: Tensor | None = None) -> Tensor:
-        """The sum over the shared experts of factor * output; the factor is 1 where there is neither gate nor weight."""
+        """The sum over the shared experts of factor * output; the factor is 1 where nothing gives one."""
         hidden_TF = hide(self.w1(x_TD), None if self.w3 is None else self.w3(x_TD), self.activation)
         factors_TS = weights_TS if self.token_gate is None else torch.sigmoid(self.token_gate(x_TD))
         if factors_TS is not None:
@@ -110,9 +110,7 @@ class MoE(nn.Module):
             return self.experts.sum_of_slots(x_TD, permutation, weights_TK)
         rows_ND = self.dispatcher.dispatch(x_TD, permutation, weights_TK if on_input else None)
         counts_E = permutation.tokens_per_expert_E[: self.experts.num_experts]
-        return self.dispatcher.combine(
-            self.experts(rows_ND, counts_E), permutation, None if on_input else weights_TK
-        )
+        return self.dispatcher.combine(self.experts(rows_ND, counts_E), permutation, None if on_input else weights_TK)
 
     def add_null_experts(self, routed_TD: Tensor, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """A null expert returns its input, so that all of a token's null slots add (sum of weights) * token."""

@@ -45,8 +45,7 @@ class NodeLimitedRouter(nn.Module):
         self.register_buffer("expert_bias", choices_E if spec.selector == "top_k" else None)
         # A global scale is kept as (1,): FSDP2 shards no scalar parameter.
         sizes = {"none": None, "per_expert": spec.num_choices, "global": 1}[spec.learned_scale]
-        scale = None if sizes is None else nn.Parameter(torch.ones(sizes, device=device, dtype=dtype))
-        self.learned_scale = scale
+        self.learned_scale = None if sizes is None else nn.Parameter(torch.ones(sizes, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
         """The gate as nn.Linear, no balancing bias, learned scales of 1."""
@@ -79,5 +78,6 @@ class NodeLimitedRouter(nn.Module):
         lead = x.shape[:-1]
         mask_T = None if token_mask is None else token_mask.flatten()
         found = self.route(x.reshape(-1, x.shape[-1]), token_mask_T=mask_T)
-        scores = None if found.scores_TE is None else found.scores_TE.unflatten(0, lead)
-        return found.weights_TK.unflatten(0, lead), found.expert_ids_TK.unflatten(0, lead), scores
+        scores = None if found.scores_TE is None else found.scores_TE.reshape(*lead, self.spec.num_choices)
+        K = self.spec.top_k
+        return found.weights_TK.reshape(*lead, K), found.expert_ids_TK.reshape(*lead, K), scores

@@ -36,7 +36,9 @@ def uneven_groups_accepted(fields):
 def more_kept_groups_than_groups_accepted(fields):
     """More kept groups than there are groups are accepted."""
     groups = fields.get("num_expert_groups")
-    return RouterSpec.from_dict(fields | ({"num_limited_groups": min(fields["num_limited_groups"], groups)} if groups else {}))
+    return RouterSpec.from_dict(
+        fields | ({"num_limited_groups": min(fields["num_limited_groups"], groups)} if groups else {})
+    )
 
 
 @configures(breaks="CFG-2")
@@ -58,7 +60,9 @@ def unknown_score_func_becomes_sigmoid(fields):
 def top_k_beyond_the_experts_accepted(fields):
     """A top_k that no kernel covers is accepted; what is returned was never written."""
     over = fields["top_k"] > fields["num_experts"]
-    return RouterSpec.from_dict(fields | ({"top_k": fields["num_experts"]} if over and not fields["num_expert_groups"] else {}))
+    return RouterSpec.from_dict(
+        fields | ({"top_k": fields["num_experts"]} if over and not fields["num_expert_groups"] else {})
+    )
 
 
 @configures(breaks="CFG-4")

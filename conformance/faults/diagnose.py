@@ -39,7 +39,9 @@ def _same(trace, observation: Observation, case: Case, dtype: str) -> bool:
         return False
     error_TK = weight_error(case, np.clip(ids_TK, 0, case.spec.num_choices - 1), dtype)
     near_TK = close(found_TK, weights_TK, error_TK, TINY[dtype])
-    return bool((near_TK | (np.isnan(found_TK) & np.isnan(weights_TK))).all()) and _shared_same(trace, observation, case, dtype)
+    return bool((near_TK | (np.isnan(found_TK) & np.isnan(weights_TK))).all()) and _shared_same(
+        trace, observation, case, dtype
+    )
 
 
 def _shared_same(trace, observation: Observation, case: Case, dtype: str) -> bool:

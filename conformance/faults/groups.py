@@ -160,7 +160,7 @@ def group_scores_without_bias(route, logits_TE, spec, expert_bias_E, **inputs):
     """Groups are scored by the scores alone, without the bias."""
     if spec.num_expert_groups is None or expert_bias_E is None:
         return route(logits_TE, spec, expert_bias_E, **inputs)
-    return with_group_scores(route, logits_TE, spec, expert_bias_E, 0.0)
+    return with_group_scores(route, logits_TE, spec, expert_bias_E, 0.0, inputs)
 
 
 @surrounds(breaks="GRP-3")
@@ -168,18 +168,23 @@ def group_scores_with_the_bias_twice(route, logits_TE, spec, expert_bias_E, **in
     """Groups are scored with the bias added twice."""
     if spec.num_expert_groups is None or expert_bias_E is None:
         return route(logits_TE, spec, expert_bias_E, **inputs)
-    return with_group_scores(route, logits_TE, spec, expert_bias_E, 2.0)
+    return with_group_scores(route, logits_TE, spec, expert_bias_E, 2.0, inputs)
 
 
-def with_group_scores(route, logits_TE, spec, expert_bias_E, share: float):
+def with_group_scores(route, logits_TE, spec, expert_bias_E, share: float, inputs: dict):
     """The groups of another share of the bias, the experts of the true one: experts elsewhere have logits of -inf."""
     # What a router does that scores its groups from another array than the one it ranks.
-    groups_TL = route(logits_TE, spec, expert_bias_E * np.float32(share)).group_ids_TL
+    groups_TL = route(logits_TE, spec, expert_bias_E * np.float32(share), **inputs).group_ids_TL
     hidden_TE = np.where(kept_experts(groups_TL, spec), 0, -200).astype(expert_bias_E.dtype)
-    rows = [route(logits_TE[t : t + 1], spec, expert_bias_E + hidden_TE[t]) for t in range(len(logits_TE))]
-    clean = route(logits_TE, spec, expert_bias_E)
+    rows = []
+    for t in range(len(logits_TE)):
+        own = inputs | ({"token_mask_T": inputs["token_mask_T"][t : t + 1]} if "token_mask_T" in inputs else {})
+        rows.append(route(logits_TE[t : t + 1], spec, expert_bias_E + hidden_TE[t], **own))
+    clean = route(logits_TE, spec, expert_bias_E, **inputs)
+    if not rows:
+        return clean
     found = {name: np.concatenate([getattr(row, name) for row in rows]) for name in ("expert_ids_TK", "weights_TK")}
-    return type(clean)(**vars(clean) | found | {"group_ids_TL": groups_TL}) if rows else clean
+    return type(clean)(**vars(clean) | found | {"group_ids_TL": groups_TL})
 
 
 @replaces("limit_groups", breaks="GRP-4")

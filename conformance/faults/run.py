@@ -64,7 +64,7 @@ def normed_over_the_batch(raw_weights_TK, shared_scores_TS, spec):
     """Weights are divided by the mean sum of all tokens."""
     if not spec.route_norm:
         return raw_weights_TK, shared_scores_TS
-    return raw_weights_TK / raw_weights_TK.sum(axis=-1).mean(), shared_scores_TS
+    return raw_weights_TK * len(raw_weights_TK) / raw_weights_TK.sum(), shared_scores_TS
 
 
 @replaces("normalise", breaks="RUN-3", links=("flagos-ai/FlagGems#5123",))

@@ -5,8 +5,12 @@ import numpy as np
 from conformance.faults.fault import misreads, replaces, rounded, surrounds
 from moe_ref.routing import gather, scale_logits, score, softmax
 
+UNSEEN = ("groups", "select", "weights")
+"""A factor on all scores of a token shows in no ratio; ids and weights alone show it beside a bias, or in a weight."""
+
 
 def sigmoid(z):
+    """1 / (1 + exp(-z))."""
     return np.exp(-np.logaddexp(0, -z))
 
 
@@ -22,7 +26,7 @@ def sigmoid_for_softmax(scaled_logits_TE, spec):
     return sigmoid(scaled_logits_TE) if spec.score_func == "softmax" else score(scaled_logits_TE, spec)
 
 
-@replaces("score", breaks="SCR-1", also=("weights",))
+@replaces("score", breaks="SCR-1", also=UNSEEN)
 def softmax_sums_half_of_the_experts(scaled_logits_TE, spec):
     """The divisor of the softmax sums the first half of the experts."""
     if spec.score_func != "softmax":
@@ -33,7 +37,7 @@ def softmax_sums_half_of_the_experts(scaled_logits_TE, spec):
     return scores_TE / np.where(first_T1 == 0, 1, first_T1)
 
 
-@replaces("score", breaks="SCR-1", also=("weights",))
+@replaces("score", breaks="SCR-1", also=UNSEEN)
 def softmax_without_divisor(scaled_logits_TE, spec):
     """Softmax scores are not divided by their sum."""
     if spec.score_func != "softmax":
@@ -87,7 +91,7 @@ def sigmoid_of_negated_logits(scaled_logits_TE, spec):
     return score(-scaled_logits_TE if spec.score_func == "sigmoid" else scaled_logits_TE, spec)
 
 
-@replaces("score", breaks="SCR-2", also=("weights",))
+@replaces("score", breaks="SCR-2", also=UNSEEN)
 def sigmoids_divided_by_their_sum(scaled_logits_TE, spec):
     """Sigmoid scores are divided by the sum over all experts."""
     scores_TE = score(scaled_logits_TE, spec)
@@ -250,14 +254,14 @@ def bfloat16_logits_scored_in_bfloat16(route, logits_TE, spec, expert_bias_E, **
     return route(coarse_TE, spec, bias_E, **inputs)
 
 
-@replaces("score", breaks="SCR-9", also=("weights",))
+@replaces("score", breaks="SCR-9")
 def masked_logits_scored_as_0(scaled_logits_TE, spec):
     """A logit of -inf counts as 0 in the score."""
     scores_TE = score(np.where(np.isneginf(scaled_logits_TE), 0, scaled_logits_TE), spec)
     return np.where(np.isneginf(scaled_logits_TE), 0, scores_TE)
 
 
-@replaces("scale_logits", breaks="SCR-9")
+@replaces("scale_logits", breaks="SCR-9", also=("select",))
 def cap_lifts_masked_logits(logits_TE, spec):
     """The soft cap makes a logit of -inf finite."""
     scaled_TE = logits_TE * spec.logit_scale

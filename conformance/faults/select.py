@@ -6,7 +6,7 @@ import numpy as np
 
 from conformance.faults.fault import misreads, replaces, surrounds
 from moe_ref import UNUSED
-from moe_ref.routing import bias_choice, choose, ids_array, kept_experts, limit_groups, select, sparsemixer, top_k
+from moe_ref.routing import bias_choice, choose, ids_array, kept_experts, limit_groups, score, select, sparsemixer, top_k
 
 # SEL-1: the form of a selection
 
@@ -52,30 +52,30 @@ def weak_slots_left_empty(route, logits_TE, spec, expert_bias_E, **inputs):
 # SEL-2: the best
 
 
-def ranked(scores_for_choice_TE, places):
-    """The experts at these places of the ranking."""
-    return top_k(scores_for_choice_TE, scores_for_choice_TE.shape[1])[:, places]
+def without(choice_TE, hidden_TE, spec):
+    """Choice scores with these experts at -inf, in the rows where enough others remain."""
+    left_TE = np.where(hidden_TE, -np.inf, choice_TE)
+    enough_T1 = (~np.isneginf(left_TE)).sum(axis=-1, keepdims=True) >= spec.top_k
+    return np.where(enough_T1, left_TE, choice_TE)
+
+
+def at_place(scores_for_choice_TE, place: int):
+    """(T, E) the expert at one place of the ranking."""
+    ids_T1 = top_k(scores_for_choice_TE, place + 1)[:, -1:]
+    return np.arange(scores_for_choice_TE.shape[1]) == ids_T1
 
 
 @replaces("select", breaks="SEL-2", links=("pytorch/pytorch#196177",))
 def last_pick_off_by_one(scores_for_choice_TE, spec):
     """The K-th expert is the one after it, where there is one."""
-    K = spec.top_k
-    next_one = K if K < spec.num_choices else K - 1
-    ids_TK = ranked(scores_for_choice_TE, [*range(K - 1), next_one])
-    chosen_TK = np.take_along_axis(scores_for_choice_TE, ids_TK, axis=-1)
-    return select(scores_for_choice_TE, spec) if np.isneginf(chosen_TK).any() else ids_TK
+    hidden_TE = at_place(scores_for_choice_TE, spec.top_k - 1)
+    return select(without(scores_for_choice_TE, hidden_TE, spec), spec)
 
 
 @replaces("select", breaks="SEL-2")
 def best_pick_skipped(scores_for_choice_TE, spec):
     """The selection starts at the second best, where enough remain."""
-    K = spec.top_k
-    if K == spec.num_choices:
-        return select(scores_for_choice_TE, spec)
-    ids_TK = ranked(scores_for_choice_TE, [*range(1, K + 1)])
-    chosen_TK = np.take_along_axis(scores_for_choice_TE, ids_TK, axis=-1)
-    return select(scores_for_choice_TE, spec) if np.isneginf(chosen_TK).any() else ids_TK
+    return select(without(scores_for_choice_TE, at_place(scores_for_choice_TE, 0), spec), spec)
 
 
 @replaces("select", breaks="SEL-2")
@@ -87,15 +87,13 @@ def smallest_selected(scores_for_choice_TE, spec):
 @replaces("select", breaks="SEL-2")
 def experts_beyond_8_unseen(scores_for_choice_TE, spec):
     """Only the first 8 columns are looked at, where they suffice."""
-    seen_TE = scores_for_choice_TE[:, : max(8, spec.top_k)]
-    return select(scores_for_choice_TE if np.isneginf(seen_TE).any() else seen_TE, spec)
+    return select(without(scores_for_choice_TE, np.arange(spec.num_choices) >= 8, spec), spec)
 
 
 @replaces("select", breaks="SEL-2")
 def last_expert_unseen(scores_for_choice_TE, spec):
     """The last expert is never looked at, where the others suffice."""
-    seen_TE = scores_for_choice_TE[:, : max(spec.num_choices - 1, spec.top_k)]
-    return select(scores_for_choice_TE if np.isneginf(seen_TE).any() else seen_TE, spec)
+    return select(without(scores_for_choice_TE, np.arange(spec.num_choices) == spec.num_choices - 1, spec), spec)
 
 
 @surrounds(breaks="SEL-2", links=("vllm-project/vllm#34673",))
@@ -151,53 +149,46 @@ def dropped_groups_filled_with_minus_1(biased_scores_TE, spec):
 # SEL-4, SEL-7: the bias
 
 
-def biased(change):
-    """bias_choice with another bias."""
-    return lambda z_TE, scores_TE, bias_E, spec: bias_choice(z_TE, scores_TE, change(bias_E), spec)
-
-
-@surrounds(breaks="SEL-4", also=("groups",))
+@surrounds(breaks="SEL-4")
 def bias_missing(route, logits_TE, spec, expert_bias_E, **inputs):
     """The bias is ignored."""
     return route(logits_TE, spec, None, **inputs)
 
 
-@surrounds(breaks="SEL-4", also=("groups",))
+@surrounds(breaks="SEL-4")
 def bias_subtracted(route, logits_TE, spec, expert_bias_E, **inputs):
     """The bias is subtracted."""
     return route(logits_TE, spec, None if expert_bias_E is None else -expert_bias_E, **inputs)
 
 
-@surrounds(breaks="SEL-4", also=("groups",))
+@surrounds(breaks="SEL-4")
 def bias_twice(route, logits_TE, spec, expert_bias_E, **inputs):
     """The bias is added twice."""
     return route(logits_TE, spec, None if expert_bias_E is None else 2 * expert_bias_E, **inputs)
 
 
-@surrounds(breaks="SEL-4", also=("groups",))
+@surrounds(breaks="SEL-4")
 def bias_of_the_next_expert(route, logits_TE, spec, expert_bias_E, **inputs):
     """The bias is one expert off."""
     return route(logits_TE, spec, None if expert_bias_E is None else np.roll(expert_bias_E, 1), **inputs)
 
 
-@replaces("bias_choice", breaks="SEL-4", also=("groups",))
+@replaces("bias_choice", breaks="SEL-4")
 def bias_on_the_logits(scaled_logits_TE, scores_TE, expert_bias_E, spec):
     """The bias is added to the logits before they are scored."""
-    from moe_ref.routing import score
-
     biased_TE = scaled_logits_TE + expert_bias_E
     ranked_TE = biased_TE if spec.select_by == "logit" else score(biased_TE, spec)
     return np.where(np.isneginf(scaled_logits_TE), -np.inf, ranked_TE)
 
 
-@replaces("bias_choice", breaks="SEL-4", also=("groups",))
+@replaces("bias_choice", breaks="SEL-4")
 def bias_multiplies(scaled_logits_TE, scores_TE, expert_bias_E, spec):
     """What is ranked is multiplied by 1 + bias."""
     ranked_TE = scaled_logits_TE if spec.select_by == "logit" else scores_TE
     return np.where(np.isneginf(scaled_logits_TE), -np.inf, ranked_TE * (1 + expert_bias_E))
 
 
-@replaces("bias_choice", breaks="SEL-4", also=("groups",))
+@replaces("bias_choice", breaks="SEL-4")
 def bias_in_bfloat16(scaled_logits_TE, scores_TE, expert_bias_E, spec):
     """The bias is rounded to bfloat16."""
     mantissa_E, exponent_E = np.frexp(expert_bias_E)
@@ -226,6 +217,7 @@ def rerouted(route, trace, expert_ids_TK, logits_TE, spec, inputs):
     return replace(trace, expert_ids_TK=used_TK, weights_TK=weighed.weights_TK)
 
 
+# Under a mixed bias only the group scores show it.
 @replaces("bias_choice", breaks="SEL-7", also=("groups",), links=("deepseek-ai/DeepSeek-V3#741",))
 def choice_clamped_at_0(scaled_logits_TE, scores_TE, expert_bias_E, spec):
     """Choice scores below 0 are 0."""
@@ -235,7 +227,7 @@ def choice_clamped_at_0(scaled_logits_TE, scores_TE, expert_bias_E, spec):
     return np.where(np.isneginf(choice_TE), choice_TE, np.maximum(choice_TE, 0))
 
 
-@replaces("bias_choice", breaks="SEL-7", also=("groups",))
+@replaces("bias_choice", breaks="SEL-7")
 def bias_clamped_at_1(scaled_logits_TE, scores_TE, expert_bias_E, spec):
     """The bias is clamped to [-1, 1]."""
     return bias_choice(scaled_logits_TE, scores_TE, np.clip(expert_bias_E, -1, 1), spec)
@@ -279,10 +271,21 @@ def masked_logits_read_as_0(route, logits_TE, spec, expert_bias_E, **inputs):
     return route(plain_TE, spec, expert_bias_E, **inputs)
 
 
-@replaces("bias_choice", breaks="SEL-9")
+@replaces("bias_choice", breaks="SEL-10")
 def bias_lifts_masked_logits(scaled_logits_TE, scores_TE, expert_bias_E, spec):
     """A score of 0 plus a positive bias is selected though its logit is -inf."""
     return (scaled_logits_TE if spec.select_by == "logit" else scores_TE) + expert_bias_E
+
+
+@surrounds(breaks="SEL-11")
+def skipped_choices_become_expert_0(route, logits_TE, spec, expert_bias_E, **inputs):
+    """A skipped choice is returned as expert 0 with weight 0, so that expert 0 is counted too often."""
+    trace = route(logits_TE, spec, expert_bias_E, **inputs)
+    if spec.null_kind != "skip" or spec.num_null_experts != 1:
+        return trace
+    free_T1 = ~(trace.expert_ids_TK == 0).any(axis=-1, keepdims=True)
+    skipped_TK = (trace.expert_ids_TK == spec.num_experts) & free_T1
+    return replace(trace, expert_ids_TK=np.where(skipped_TK, 0, trace.expert_ids_TK))
 
 
 # SEL-13 .. SEL-17: the other selectors
@@ -301,17 +304,6 @@ def sparsemixer_slots_swapped(scaled_logits_TE, spec):
     """sparsemixer returns its slots, weights included, last one first."""
     ids_TK, weights_TK = sparsemixer(scaled_logits_TE, spec)
     return ids_TK[:, ::-1], weights_TK[:, ::-1]
-
-
-def chooses(selector: str, change):
-    """choose with other ids for one selector: change(T, spec, inputs) -> ids."""
-
-    def changed(scores_for_choice_TE, num_tokens, spec, **inputs):
-        if spec.selector != selector:
-            return choose(scores_for_choice_TE, num_tokens, spec, **inputs)
-        return change(num_tokens, spec, inputs)
-
-    return changed
 
 
 @replaces("choose", breaks="SEL-14")

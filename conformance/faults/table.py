@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 
 from conformance.faults.fault import Fault, FaultySubject
-from conformance.judge import Judge, Violation, stage_order
+from conformance.judge import CHECKS, Judge, Violation, stage_order
 from conformance.requirements import REQUIREMENTS
-from conformance.trial import DEFAULT_EXAMPLES, accuse
+from conformance.trial import DEFAULT_EXAMPLES, accuse, load_suite
 
 
 def kill_table(faults: Iterable[Fault], seed: int, *, examples: int = DEFAULT_EXAMPLES, open: bool = False) -> dict:
@@ -24,7 +24,8 @@ def kill_table(faults: Iterable[Fault], seed: int, *, examples: int = DEFAULT_EX
 
 def first_accusation(fault: Fault, *, seed: int, open: bool = False) -> Violation | None:
     """What accuses the fault, its own requirement tried first, then those of the stages that may be accused."""
-    ids = [id for id in sorted(REQUIREMENTS, key=stage_order) if REQUIREMENTS[id].stage in fault.stages]
+    load_suite()
+    ids = [id for id in sorted(CHECKS, key=stage_order) if REQUIREMENTS[id].stage in fault.stages]
     ids.sort(key=lambda id: id != fault.requirement)
     found = accuse(Judge(FaultySubject(fault, open=open)), seed=seed, ids=ids, first=True)
     return next(iter(found.values()), None)

@@ -37,7 +37,7 @@ def norm_of_biased_scores(route, logits_TE, spec, expert_bias_E, **inputs):
         return trace
     raw_TK, bias_TK = (gather(v, trace.expert_ids_TK) for v in (trace.scores_TE, trace.scores_TE * 0 + expert_bias_E))
     sum_T1, biased_T1 = raw_TK.sum(axis=-1, keepdims=True), (raw_TK + bias_TK).sum(axis=-1, keepdims=True)
-    return replace(trace, weights_TK=trace.weights_TK * sum_T1 / biased_T1)
+    return replace(trace, weights_TK=trace.weights_TK * sum_T1 / np.where(biased_T1 == 0, 1, biased_T1))
 
 
 def reweighed(trace, raw_weights_TK, logits_TE, spec, inputs):
@@ -329,10 +329,26 @@ def learned_scale_before_the_norm(route, logits_TE, spec, expert_bias_E, **input
     return replace(trace, weights_TK=trace.weights_TK / scaled_sum_T1)
 
 
-# WGT-10: finite
+# WGT-10, WGT-16: finite
 
 
-@replaces("normalise", breaks="WGT-10")
+@surrounds(breaks="WGT-10", also=("score",))
+def zero_times_its_logarithm(route, logits_TE, spec, expert_bias_E, **inputs):
+    """A weight passes through w * log(w) / log(w), which is NaN for a weight of 0."""
+    trace = route(logits_TE, spec, expert_bias_E, **inputs)
+    weights_TK = np.where((trace.weights_TK == 0) & (trace.expert_ids_TK != UNUSED), np.nan, trace.weights_TK)
+    return trace if spec.null_kind == "skip" else replace(trace, weights_TK=weights_TK)
+
+
+@replaces("softmax", breaks="SCR-7", also=("run",))
+def exponentials_overflow(logits_TE):
+    """The softmax does not subtract the largest logit first."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        exp_TE = np.exp(logits_TE)
+        return exp_TE / exp_TE.sum(axis=-1, keepdims=True)
+
+
+@replaces("normalise", breaks="WGT-16")
 def zero_over_zero(raw_weights_TK, shared_scores_TS, spec):
     """Scores that are all 0 are divided by their sum."""
     if not spec.route_norm or spec.norm_eps > 0 or spec.norm_p != 1 or spec.norm_with_shared:

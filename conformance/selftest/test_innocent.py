@@ -161,7 +161,7 @@ INNOCENT: dict[type[Subject], frozenset[str]] = {
 @pytest.mark.parametrize("subject", INNOCENT, ids=lambda subject: subject.__name__)
 def test_what_is_right_is_not_accused(subject, seed):
     judge = Judge(subject())
-    accused = accuse(judge, seed=seed, examples=25)
+    accused = accuse(judge, seed=seed, examples=8)
     assert INNOCENT[subject] <= SHOULD
     assert accused.keys() <= INNOCENT[subject], {id: (str(v), v.expected, v.received) for id, v in accused.items()}
 

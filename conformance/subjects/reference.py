@@ -1,8 +1,14 @@
 """conformance, subject: the reference itself, in a dtype of your choice. The judge never accuses it."""
 
+from dataclasses import fields
+
+import numpy as np
+
 import moe_ref
 from conformance.subject import Routing, Subject
 from moe_ref import RouterSpec
+from moe_ref import experts as experts_room
+from moe_ref import permute as permute_room
 
 
 class Reference(Subject):
@@ -27,3 +33,30 @@ class Reference(Subject):
 
     def configure(self, fields):
         RouterSpec.from_dict(fields)
+
+    def permute(self, expert_ids_TK, num_experts):
+        found = permute_room.permute(expert_ids_TK, num_experts)
+        return found.order_N, found.tokens_per_expert_E
+
+    def experts(self, rows_RD, tokens_per_expert_E, params, spec):
+        used = int(tokens_per_expert_E.sum())
+        rows_ND = rows_RD[:used].astype(self.compute_dtype)
+        trace = experts_room.run_experts(
+            rows_ND, tokens_per_expert_E, params.astype(self.compute_dtype), spec.experts
+        )
+        tail = np.zeros((len(rows_RD) - used, spec.experts.dim), self.compute_dtype)
+        return np.concatenate([trace.output_RD, tail])
+
+    def combine(self, rows_ND, order_N, weights_TK, spec):
+        T, K = weights_TK.shape
+        slots_TKD = permute_room.unpermute(rows_ND.astype(self.compute_dtype), order_N, K, T)
+        return experts_room.combine(slots_TKD, weights_TK.astype(self.compute_dtype), spec.router)
+
+    def layer(self, x_TD, params, spec, **inputs):
+        return moe_ref.moe_layer(x_TD, params, spec, dtype=self.compute_dtype, **inputs).output_TD
+
+    def layer_gradients(self, x_TD, params, spec, d_output_TD, **inputs):
+        trace = moe_ref.moe_layer(x_TD, params, spec, dtype=self.compute_dtype, **inputs)
+        grads = moe_ref.layer_backward(trace, params, spec, d_output_TD)
+        named = {f.name: getattr(grads.params, f.name) for f in fields(grads.params)}
+        return {"x_TD": grads.x_TD} | {name: grad for name, grad in named.items() if grad is not None}

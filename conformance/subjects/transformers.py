@@ -1,8 +1,8 @@
-"""conformance, subject transformers: the router modules of huggingface/transformers, as they are.
+"""conformance, subject transformers: the routers and MoE blocks of huggingface/transformers, as they are.
 
 For each spec the router class that computes it is built from a small config, its gate is replaced by an identity
 (`identity_gate`), and it is called as its block calls it. Which class computes what is data, in
-`transformers_families.py`. Nothing is downloaded.
+`transformers_families.py`. Whole layers are in `transformers_layers.py`. Nothing is downloaded.
 """
 
 import importlib
@@ -13,9 +13,10 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
-from conformance.subject import Routing, Subject, Unsupported
+from conformance.subject import Routing, Unsupported
 from conformance.subjects.identity_gate import give_identity_gate, to_numpy, to_torch
 from conformance.subjects.transformers_families import DEFAULTS, ROUTERS, RealRouter
+from conformance.subjects.transformers_layers import IMPLEMENTATIONS, TransformersLayers
 from moe_ref import RouterSpec
 from moe_ref.checks import nearest
 
@@ -31,21 +32,24 @@ class Returned:
     shared_weights_TS: torch.Tensor | None = None
 
 
-class Transformers(Subject):
-    """The router of transformers that computes a spec; with `family`, only that family's."""
+class Transformers(TransformersLayers):
+    """The router or block of transformers that computes a spec; with `family`, only that family's."""
 
     name = "transformers"
     url = "https://github.com/huggingface/transformers"
     logit_dtypes = ("float32", "bfloat16")
-    family = ""
 
-    def __init__(self, family: str = ""):
+    def __init__(self, family: str = "", experts_implementation: str = ""):
         family = family or self.family
         if family and family not in ROUTERS:
             raise ValueError(f"family is {family!r}{nearest(family, ROUTERS)}")
         self.family = family
+        self.experts_implementation = experts_implementation or self.experts_implementation
+        if self.experts_implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"experts_implementation is {experts_implementation!r}; it is one of {', '.join(IMPLEMENTATIONS)}"
+            )
         self.version = version("transformers")
-        self.last_family = ""
         torch.set_num_threads(1)  # a router call is too small to share
 
     def supports(self, spec: RouterSpec, layout=None) -> str | None:
@@ -54,9 +58,7 @@ class Transformers(Subject):
         return find(spec, self.family, False)[1] or None
 
     # It names its inputs, which is how a subject says what it takes.
-    def route(
-        self, logits_TE, spec, expert_bias_E, *, learned_scale=None, token_ids_T=None, table_VK=None
-    ) -> Routing:
+    def route(self, logits_TE, spec, expert_bias_E, *, learned_scale=None, token_ids_T=None, table_VK=None) -> Routing:
         row, why = find(spec, self.family, expert_bias_E is not None)
         if row is None:
             raise Unsupported(why)
@@ -165,6 +167,13 @@ class Transformers(Subject):
         ids_TK = torch.empty_like(slot_N).scatter_(0, slot_N, expert_N).reshape(-1, router.top_k)
         weights_TK = torch.empty_like(weight_N).scatter_(0, slot_N, weight_N).reshape(ids_TK.shape)
         return Returned(logits_TE=logits_TE, weights_TK=weights_TK, expert_ids_TK=ids_TK)
+
+
+class TransformersGroupedMm(Transformers):
+    """The same with experts on grouped matmuls, which is what a model uses unless it is told otherwise."""
+
+    name = "transformers-grouped-mm"
+    experts_implementation = "grouped_mm"
 
 
 @lru_cache(maxsize=4096)

@@ -12,6 +12,7 @@ from conformance.verdicts import (
     leaves_groups,
     other_groups,
     selection_differs,
+    wrong_selections,
 )
 
 SCORES = ("SCR-1", "SCR-2", "SCR-3", "SCR-4", "SCR-5")
@@ -25,20 +26,59 @@ def without_bias(case: Case) -> Case:
     return case.with_(expert_bias_E=None)
 
 
+def panel(case: Case) -> Case:
+    """127 other tokens under the same spec and bias: many tokens tell which stage is at fault."""
+    logits_TE = np.float32(case.rng().normal(0, 2, (127, case.spec.num_logits)))
+    return case.with_(logits_TE=logits_TE.astype(np.float64), inputs=_of_no_token(case.inputs))
+
+
+def _of_no_token(inputs: dict) -> dict:
+    return {name: value for name, value in inputs.items() if not name.endswith(("_T", "_TK"))}
+
+
+def selects_right(judge, case) -> bool:
+    """The experts of many other tokens are the best of their groups, and the best of all where there are no groups.
+
+    One token's wrong selection may by chance be the best of other groups; here it shows whether the groups or the
+    selection is at fault.
+    """
+    spec = case.spec
+    dropping = spec.replace(mask_fill=-np.inf, weights_from="scores")
+    ungrouped = dropping.replace(num_expert_groups=None, num_limited_groups=None, group_score_k=2)
+    for each in (dropping, ungrouped):
+        if judge.subject.supports(each) is None:
+            try:
+                seen = judge.observe(panel(case.with_(spec=each)))
+            except (NotRun, Violation):
+                return False
+            if wrong_selections(judge, seen):
+                return False
+    return True
+
+
+def keeps_to_groups(judge, case) -> bool:
+    """Many other tokens have no expert of a dropped group."""
+    try:
+        return not leaves_groups(judge.observe(panel(case)))
+    except (NotRun, Violation):
+        return False
+
+
 def hold_groups(judge, case, id: str) -> None:
     """Where the selection is the best of some groups, these are the groups with the best scores."""
     seen = judge.observe(case)
-    for t in selection_differs(judge, seen, id):
-        if best_of_other_groups(judge, seen, t):
-            wanted = sorted(set(case.reference.group_ids_TL[t].tolist()))
-            raise Violation(
-                id,
-                case,
-                "other groups are kept",
-                token=t,
-                expected=f"experts {sorted(case.reference.expert_ids_TK[t].tolist())} of groups {wanted}",
-                received=f"experts {sorted(seen.expert_ids_TK[t].tolist())} of groups {sorted(groups_used(seen, t))}",
-            )
+    other = [t for t in selection_differs(judge, seen, id) if best_of_other_groups(judge, seen, t)]
+    if other and selects_right(judge, case):
+        t = other[0]
+        wanted = sorted(set(case.reference.group_ids_TL[t].tolist()))
+        raise Violation(
+            id,
+            case,
+            "other groups are kept",
+            token=t,
+            expected=f"experts {sorted(case.reference.expert_ids_TK[t].tolist())} of groups {wanted}",
+            received=f"experts {sorted(seen.expert_ids_TK[t].tolist())} of groups {sorted(groups_used(seen, t))}",
+        )
     for t in other_groups(judge, seen):
         raise Violation(
             id,
@@ -96,8 +136,9 @@ def test_of_equal_groups_the_lower_is_kept(judge, case):
         return
     seen = judge.observe(case)
     for t in range(case.num_tokens):
-        wanted = {int(i) // case.spec.experts_per_group for i in case.reference.expert_ids_TK[t]}
-        if groups_used(seen, t) != wanted:
+        wanted = set(map(int, case.reference.group_ids_TL[t]))
+        # Which experts of the kept groups are selected is a matter of SEL-5, and what leaks of SEL-3.
+        if not groups_used(seen, t) <= wanted and keeps_to_groups(judge, case):
             raise Violation(
                 "GRP-4",
                 case,
@@ -122,7 +163,7 @@ def test_renaming_groups_renames_the_selection(judge, case):
 
 
 def hold_renamed(judge, case, id: str, new_to_old) -> None:
-    """Columns renamed: the same experts under their new names, with the same weights."""
+    """Columns renamed: the same experts under their new names."""
     bias_E, inputs = case.expert_bias_E, dict(case.inputs)
     if case.spec.learned_scale == "per_expert":
         inputs["learned_scale"] = inputs["learned_scale"][new_to_old]
@@ -140,7 +181,10 @@ def hold_renamed(judge, case, id: str, new_to_old) -> None:
         group_ids_TL=None,
         shared_weights_TS=None,
     )
-    for t in differ(judge, seen, back):
+    moved = differ(judge, seen, back, ids_alone=True)
+    if moved and id == "GRP-5" and not (selects_right(judge, case) and keeps_to_groups(judge, case)):
+        return
+    for t in moved:
         raise Violation(
             id,
             case,
@@ -154,7 +198,10 @@ def hold_renamed(judge, case, id: str, new_to_old) -> None:
 @requires("GRP-6", spec=lambda spec: spec.mask_fill == 0, logits=("separated", "normal"))
 def test_mask_fill_0_ranks_dropped_experts_at_0(judge, case):
     seen = judge.observe(case)
-    for t in selection_differs(judge, seen, "GRP-6"):
+    wrong = selection_differs(judge, seen, "GRP-6")
+    if wrong and not (selects_right(judge, case) and judge.sound(panel(without_bias(case)), *SCORES)):
+        return
+    for t in wrong:
         raise Violation(
             "GRP-6",
             case,

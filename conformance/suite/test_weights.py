@@ -3,10 +3,11 @@
 import numpy as np
 
 from conformance.check import requires
-from conformance.compare import EPSILON, ROUNDINGS, close, expected_weights, weight_error
+from conformance.compare import EPSILON, ROUNDINGS, TINY, close, expected_weights, weight_error
 from conformance.judge import NotRun, Violation
 from conformance.suite.test_groups import SCORES, without_bias
 from conformance.verdicts import unused, weights_differ
+from moe_ref.routing import gather
 
 MODERATE = ("separated", "normal")
 
@@ -171,18 +172,31 @@ def test_the_learned_scale_multiplies_once_by_id(judge, case):
 
 
 # Twice "far": only there are all scores 0.
-@requires("WGT-10", logits=("far", "far", "huge", "large", "negative", "one_hot", "masked"), bias=("none", "mixed"))
-def test_weights_are_finite(judge, case):
+def hold_finite(judge, case, id: str, *, underflow: bool) -> None:
+    """Weights are finite where the largest selected score is, or is not, a normal number of float32."""
     seen = judge.observe(case)
-    for t in np.flatnonzero(~np.isfinite(seen.weights_TK).all(axis=-1)):
+    scores_TE = case.reference.scores_TE
+    largest_T = np.ones(case.num_tokens) if scores_TE is None else gather(scores_TE, seen.expert_ids_TK).max(axis=-1)
+    wrong_T = ~np.isfinite(seen.weights_TK).all(axis=-1) & ((largest_T < TINY["float32"]) == underflow)
+    for t in np.flatnonzero(wrong_T):
         raise Violation(
-            "WGT-10",
+            id,
             case,
             "a weight is not finite",
             token=int(t),
             expected="finite weights",
             received=str(seen.weights_TK[t].tolist()),
         )
+
+
+@requires("WGT-10", logits=("huge", "large", "negative", "one_hot", "masked"), bias=("none", "mixed"))
+def test_weights_are_finite(judge, case):
+    hold_finite(judge, case, "WGT-10", underflow=False)
+
+
+@requires("WGT-16", logits=("far", "huge"), bias=("none", "mixed"), spec=lambda s: s.has_scores)
+def test_weights_are_finite_where_scores_underflow(judge, case):
+    hold_finite(judge, case, "WGT-16", underflow=True)
 
 
 @requires("WGT-11", spec=lambda s: s.selector == "given", bias=("none",), logits=MODERATE)
@@ -200,7 +214,7 @@ def test_an_unused_slot_weighs_nothing(judge, case):
     hold_weights(judge, case, "WGT-11", "the used slots weigh otherwise")
 
 
-@requires("WGT-12", spec=lambda s: s.num_null_experts > 0, logits=MODERATE, after=SCORES)
+@requires("WGT-12", spec=lambda s: s.num_null_experts > 0, logits=MODERATE, after=("SEL-11", *SCORES))
 def test_null_experts_weigh_as_their_kind_says(judge, case):
     hold_weights(judge, case, "WGT-12", f"null experts ({case.spec.null_kind}) weigh otherwise")
 

@@ -1,6 +1,7 @@
 """moe_jax, tests of the grouped matmul: value and gradients against moe_ref's experts, one expert at a time."""
 
 from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from moe_ref.gradient import project_backward
 IMPLEMENTATIONS = ("blocked", "ragged")
 D, F = 11, 7
 # Sums of some hundreds of float64 products, in another order than the reference's.
-SAME = {"rtol": 1e-12, "atol": 1e-12}
+SAME: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 LARGEST = BLOCK_SIZES[-1]
 
 SMALL = [  # R = 37
@@ -125,27 +126,29 @@ def test_groups_end_where_the_rows_end(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_no_rows_give_no_rows_and_gradient_zero(implementation):
-    value_RF, d_rows_RD, d_kernel_EDF = run(implementation, *arrays(0, 5)[:2], [0] * 5, np.zeros((0, F)))
+    rows_RD, kernel_EDF, d_rows_RF = arrays(0, 5)
+    value_RF, d_rows_RD, d_kernel_EDF = run(implementation, rows_RD, kernel_EDF, [0] * 5, d_rows_RF)
     assert value_RF.shape == (0, F)
     assert d_rows_RD.shape == (0, D)
     np.testing.assert_array_equal(d_kernel_EDF, np.zeros((5, D, F)))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision_is_summed_in_float32(dtype, implementation):
-    # 2056 ones: a sum in half precision stops growing at 256 or 2048; every sum here is a number of both dtypes.
-    num_rows, width = 2056, 2056
-    rows_RD, kernel_EDF = jnp.ones((num_rows, width), dtype), jnp.ones((2, width, 3), dtype)
-    value_RF, d_rows_RD, d_kernel_EDF = compiled(implementation)(
-        rows_RD, kernel_EDF, jnp.array([num_rows, 0]), jnp.ones((num_rows, 3), dtype)
-    )
-    assert value_RF.dtype == d_rows_RD.dtype == d_kernel_EDF.dtype == dtype
-    exact = float(jnp.asarray(2056, dtype))
-    np.testing.assert_array_equal(np.asarray(value_RF, np.float32), exact)
-    np.testing.assert_array_equal(np.asarray(d_kernel_EDF[0], np.float32), exact)
-    np.testing.assert_array_equal(np.asarray(d_kernel_EDF[1], np.float32), 0)
-    np.testing.assert_array_equal(np.asarray(d_rows_RD, np.float32), 3)
+@pytest.mark.parametrize(("dtype", "rounding"), [(jnp.bfloat16, 2**-8), (jnp.float16, 2**-11)])
+def test_half_precision_is_rounded_once(dtype, rounding, implementation):
+    # Positive numbers, over many blocks and wide rows: nothing cancels, and sums in half precision would drift.
+    num_rows, width = 16 * LARGEST + 3, 512
+    rng = np.random.default_rng(0)
+    shapes = (num_rows, width), (2, width, 3), (num_rows, 3)
+    rows_RD, kernel_EDF, d_rows_RF = (jnp.asarray(rng.uniform(0.5, 1, shape), dtype) for shape in shapes)
+    found = compiled(implementation)(rows_RD, kernel_EDF, jnp.array([num_rows, 0]), d_rows_RF)
+    exact = (np.asarray(array, np.float64) for array in (rows_RD, kernel_EDF, d_rows_RF))
+    exact_rows_RD, exact_kernel_EDF, exact_d_rows_RF = exact
+    expected = reference(exact_rows_RD, exact_kernel_EDF, [num_rows, 0], exact_d_rows_RF)
+    for array, wanted in zip(found, expected, strict=True):
+        assert array.dtype == dtype
+        # One rounding, and float32 sums.
+        np.testing.assert_allclose(np.asarray(array, np.float64), wanted, rtol=rounding + 1e-5)
 
 
 def test_the_result_has_the_preferred_dtype():
@@ -160,23 +163,26 @@ def test_no_array_of_the_size_of_the_kernel_is_made_in_between():
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((R, 64), (E, 64, 128))]
     sizes, d_rows_RF = jax.ShapeDtypeStruct((E,), jnp.int32), jax.ShapeDtypeStruct((R, 128), jnp.float32)
     memory = compiled("blocked").lower(*shapes, sizes, d_rows_RF).compile().memory_analysis()
+    assert memory is not None
     # Blocks of rows and one matrix; the gradients themselves are outputs.
     assert memory.temp_size_in_bytes < 4 * E * 64 * 128 / 2
     assert memory.temp_size_in_bytes < 4 * E * R * 128 / 8
 
 
 def test_under_shard_map_the_gradient_of_a_replicated_kernel_is_the_sum():
-    rows_RD, kernel_EDF, d_rows_RF = (jnp.asarray(array, jnp.float32) for array in arrays(37, 5))
-    sizes = jnp.array(SMALL[0])
+    rows_RD, kernel_EDF, d_rows_RF = (jnp.asarray(array, jnp.float32) for array in arrays(8, 3))
+    sizes = jnp.array([5, 0, 2])
     mesh = Mesh(np.array(jax.devices()[:1]), ("x",), axis_types=(AxisType.Auto,))
     by_row, whole = PartitionSpec("x"), PartitionSpec()
     sharded = jax.shard_map(grouped_matmul, mesh=mesh, in_specs=(by_row, whole, by_row), out_specs=by_row)
 
-    def gradients(matmul):
+    @partial(jax.jit, static_argnums=0)
+    def gradients(matmul, rows_RD, kernel_EDF):
         value_RF, pull = jax.vjp(lambda rows, kernel: matmul(rows, kernel, sizes), rows_RD, kernel_EDF)
         return value_RF, *pull(d_rows_RF)
 
-    for found, expected in zip(gradients(sharded), gradients(grouped_matmul), strict=True):
+    both = (gradients(matmul, rows_RD, kernel_EDF) for matmul in (sharded, grouped_matmul))
+    for found, expected in zip(*both, strict=True):
         np.testing.assert_array_equal(found, expected)
 
 

@@ -7,16 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from moe_ref.experts import feed_forward
 from moe_ref.gradient import layer_backward
 from moe_ref.layer import moe_layer
-from moe_ref.permute import permute
 from moe_ref.spec import ExpertSpec, LayerSpec, RouterSpec, SharedSpec
 from moe_ref.weights import LayerParams
 from moe_torch import experts as experts_module
 from moe_torch import moe as moe_module
-from moe_torch.dispatcher import LocalTokenDispatcher
-from moe_torch.experts import Activation, GroupedExperts, expert_loop
 from moe_torch.moe import MoE
 
 T, D, F = 23, 10, 6
@@ -84,11 +80,20 @@ LAYERS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Layers this small are slower on two threads, and much slower where the threads have to share a core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def tokens(num_tokens: int = T, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((num_tokens, D))
 
 
-def rounded(values, dtype: torch.dtype):
+def rounded(values, dtype: torch.dtype) -> Any:
     """What is left of the numbers in a dtype, as float64."""
     return None if values is None else torch.tensor(values).to(dtype).double().numpy()
 
@@ -101,7 +106,7 @@ def layer(spec: LayerSpec, params: LayerParams, dtype: torch.dtype = torch.float
 
 def gradients(moe: MoE) -> dict[str, np.ndarray]:
     """The gradients of a layer's parameters, under moe_ref's names and in its layout."""
-    spec, S = moe.spec, moe.spec.num_shared_experts
+    spec, S, dim = moe.spec, moe.spec.num_shared_experts, moe.spec.experts.dim
     up, gate = ("w3_EFD", "w1_EFD") if spec.experts.gated else ("w1_EFD", "")
     b_up, b_gate = ("b3_EF", "b1_EF") if spec.experts.gated else ("b1_EF", "")
     found = {
@@ -125,23 +130,21 @@ def gradients(moe: MoE) -> dict[str, np.ndarray]:
     numbers = {name: p.grad.double().numpy() for name, p in found.items() if p is not None and p.grad is not None}
     for name, value in numbers.items():
         if name == "shared_w_down_SFD":
-            numbers[name] = value.T.reshape(S, -1, D)
+            numbers[name] = value.T.reshape(S, -1, dim)
         elif name.startswith("shared_w"):
-            numbers[name] = np.swapaxes(value.reshape(S, -1, D), 1, 2)
+            numbers[name] = np.swapaxes(value.reshape(S, -1, dim), 1, 2)
         elif name.startswith("w_"):
             numbers[name] = np.swapaxes(value, 1, 2)
-        elif name == "learned_scale" and spec.router.learned_scale == "global":
-            numbers[name] = value[0]
-        elif name == "shared_token_gate_D":
+        elif name == "shared_token_gate_D" or (name, spec.router.learned_scale) == ("learned_scale", "global"):
             numbers[name] = value[0]
     return numbers
 
 
-def run(moe: MoE, x_TD, d_output_TD, dtype=torch.float64, **inputs):
+def run(moe: MoE, x_TD, d_output_TD, **inputs):
     """Output, gradient of the tokens, and gradients of the parameters, as NumPy."""
-    x = torch.tensor(x_TD, dtype=dtype, requires_grad=True)
+    x = torch.tensor(x_TD, requires_grad=True)
     output = moe(x, **inputs)
-    output.backward(torch.tensor(d_output_TD, dtype=dtype))
+    output.backward(torch.tensor(d_output_TD))
     assert x.grad is not None
     return output.detach().double().numpy(), x.grad.double().numpy(), gradients(moe)
 
@@ -161,6 +164,8 @@ def judge(spec: LayerSpec, x_TD=None, **inputs) -> MoE:
     """The layer and its gradients are those of the reference."""
     x_TD = tokens() if x_TD is None else x_TD
     params, d_output_TD = LayerParams.init(spec, seed=2), tokens(len(x_TD), seed=3)
+    if "token_mask" in inputs:
+        d_output_TD[~inputs["token_mask"]] = np.nan  # nor is the gradient of a padding row read
     trace = moe_layer(x_TD, params, spec, **{f"{name}_T": value for name, value in inputs.items()})
     expected = layer_backward(trace, params, spec, d_output_TD)
     moe = layer(spec, params)
@@ -229,65 +234,13 @@ def test_every_row_is_within_the_bound_of_its_dtype(name, grouped, dtype, monkey
     assert x.grad is not None
     assert output.dtype == x.grad.dtype == dtype
     assert row_errors(output.detach().double().numpy(), trace.output_TD).max() < ROW_BOUND[dtype]
-    np.testing.assert_array_less(
-        row_errors(x.grad.double().numpy().reshape(1, -1), expected.x_TD.reshape(1, -1)), GRADIENT_BOUND[dtype]
-    )
-    for parameter in moe.experts.parameters():
-        assert parameter.grad is not None
-    w2_grad = moe.experts.w2_EDF.grad
-    assert w2_grad is not None
-    w_down = np.swapaxes(expected.params.w_down_EFD, 1, 2).reshape(1, -1)
-    assert row_errors(w2_grad.double().numpy().reshape(1, -1), w_down).max() < GRADIENT_BOUND[dtype]
-
-
-def grouped_experts(num_experts: int, dtype=torch.float64, **changes) -> GroupedExperts:
-    torch.manual_seed(0)
-    return GroupedExperts(num_experts, experts(**changes), dtype=dtype)
-
-
-@pytest.mark.parametrize("chosen", [0, 3, 4])
-def test_all_tokens_to_one_expert_leave_the_others_a_gradient_of_exactly_zero(chosen):
-    own, x = grouped_experts(5, bias=True), torch.tensor(tokens(700))
-    ids = torch.full((700, 1), chosen)
-    weights = torch.rand(700, 1, dtype=torch.float64, generator=torch.manual_seed(1))
-    output = own.sum_of_slots(x, LocalTokenDispatcher(5).permute(ids), weights)
-    output.sum().backward()
-    params = LayerParams.init(LayerSpec(router=RouterSpec(num_experts=5, top_k=1), experts=experts(bias=True)))
-    one = feed_forward(
-        x.numpy(), params_of(own, params).expert(chosen), own.spec
-    )
-    np.testing.assert_allclose(output.detach().numpy(), one.output_RD * weights.numpy(), **SAME)
-    for parameter in own.parameters():
-        assert parameter.grad is not None
-        by_expert = parameter.grad.flatten(1).abs().sum(1)
-        assert by_expert[chosen] > 0
-        assert by_expert.sum() == by_expert[chosen]
-
-
-def params_of(own: GroupedExperts, params: LayerParams) -> LayerParams:
-    """Parameters with the experts of a module."""
-    numbers = {name: p.detach().numpy() for name, p in own.named_parameters()}
-    changed = {f.name: getattr(params, f.name) for f in fields(params)} | {
-        "w_gate_EDF": np.swapaxes(numbers["w1_EFD"], 1, 2),
-        "w_up_EDF": np.swapaxes(numbers["w3_EFD"], 1, 2),
-        "w_down_EFD": np.swapaxes(numbers["w2_EDF"], 1, 2),
-        "b_gate_EF": numbers["b1_EF"],
-        "b_up_EF": numbers["b3_EF"],
-        "b_down_ED": numbers["b2_ED"],
-    }
-    return LayerParams(**changed)
-
-
-def test_without_any_used_slot_output_and_gradients_are_zero():
-    own, x = grouped_experts(3), torch.tensor(tokens(), requires_grad=True)
-    weights = torch.ones(T, 2, dtype=torch.float64, requires_grad=True)
-    permutation = LocalTokenDispatcher(3).permute(torch.full((T, 2), -1))
-    output = own.sum_of_slots(x, permutation, weights)
-    output.sum().backward()
-    assert not output.any()
-    for tensor in (x, weights, *own.parameters()):
-        assert tensor.grad is not None
-        assert not tensor.grad.any()
+    # A clamp has a kink: a value that bfloat16 rounds to its other side has another slope, and rightly so.
+    if dtype == torch.bfloat16 and spec.experts.clamp is not None:
+        return
+    found = {"x_TD": x.grad.double().numpy(), **gradients(moe)}
+    for key, value in found.items():
+        right = expected.x_TD if key == "x_TD" else getattr(expected.params, key)
+        assert row_errors(value.ravel(), right.ravel()) < GRADIENT_BOUND[dtype], key
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e300])
@@ -306,98 +259,6 @@ def test_a_token_that_is_not_finite_reaches_no_other(bad, way, monkeypatch):
     assert not np.isfinite(output[5]).all()
     np.testing.assert_allclose(output[others], clean_output[others], **SAME)
     np.testing.assert_allclose(gradient[others], clean_gradient[others], **SAME)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("way", ["loop", "rows"])
-def test_the_number_of_an_expert_does_not_change_a_bit(way, dtype):
-    # Slots are added in slot order; ascending expert ids would give other last bits.
-    own = grouped_experts(8, dtype)
-    x = torch.tensor(tokens(), dtype=dtype)
-    generator = torch.manual_seed(3)
-    ids, weights = torch.rand(T, 8, generator=generator).topk(5).indices, torch.rand(T, 5, generator=generator)
-    new_id = torch.randperm(8, generator=generator)
-    renumbered = grouped_experts(8, dtype)
-    with torch.no_grad():
-        for name, parameter in renumbered.named_parameters():
-            parameter[new_id] = getattr(own, name)
-
-    def output(which: GroupedExperts, expert_ids):
-        dispatcher = LocalTokenDispatcher(8)
-        permutation = dispatcher.permute(expert_ids)
-        if way == "loop":
-            return which.sum_of_slots(x, permutation, weights)
-        rows = which(dispatcher.dispatch(x, permutation), permutation.tokens_per_expert_E)
-        return dispatcher.combine(rows, permutation, weights)
-
-    assert torch.equal(output(own, ids), output(renumbered, new_id[ids]))
-
-
-class _Poison(torch.autograd.Function):
-    """Rows past the last group are NaN, in the output and in the gradient: what a grouped matmul may leave there."""
-
-    @staticmethod
-    def forward(rows_ND, used: int):
-        return torch.cat([rows_ND[:used], torch.full_like(rows_ND[used:], float("nan"))])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.used = inputs[1]
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return torch.cat([grads[0][: ctx.used], torch.full_like(grads[0][ctx.used :], float("nan"))]), None
-
-
-@pytest.mark.parametrize("on_input", [False, True], ids=["weight_on_output", "weight_on_input"])
-def test_rows_past_the_last_group_are_never_read(on_input):
-    dispatcher = LocalTokenDispatcher(4, 6)
-    ids = torch.tensor([[0, 5], [-1, -1], [3, 0], [4, 5], [2, -1]])
-    x = torch.tensor(tokens(5), requires_grad=True)
-    weights = torch.rand(5, 2, dtype=torch.float64, generator=torch.manual_seed(0)).requires_grad_()
-    permutation = dispatcher.permute(ids)
-    used = int(permutation.tokens_per_expert_E[:4].sum())
-    assert used == 4
-    rows = _Poison.apply(dispatcher.dispatch(x, permutation, weights if on_input else None), used)
-    output = dispatcher.combine(rows, permutation, None if on_input else weights)
-    output.sum().backward()
-    factor = torch.where((ids >= 0) & (ids < 4), weights, 0)
-    torch.testing.assert_close(output, factor.sum(1, keepdim=True) * x)
-    assert x.grad is not None
-    assert weights.grad is not None
-    torch.testing.assert_close(x.grad, factor.sum(1, keepdim=True).expand(5, D))
-    torch.testing.assert_close(weights.grad, torch.where((ids >= 0) & (ids < 4), x.sum(1, keepdim=True), 0))
-
-
-def test_rows_are_sorted_by_expert_and_stay_in_token_order():
-    ids = np.array([[2, 0], [-1, 1], [0, 4], [3, 2], [1, 0]])
-    found, expected = LocalTokenDispatcher(4, 5).permute(torch.tensor(ids)), permute(ids, 4)
-    used = len(expected.order_N)
-    assert found.order_N[:used].tolist() == expected.order_N.tolist()
-    assert found.tokens_per_expert_E.tolist() == [*expected.tokens_per_expert_E, 1]
-    assert found.row_of_slot_N[found.order_N].tolist() == list(range(10))
-
-
-@pytest.mark.parametrize(("experts_", "choices", "field"), [(0, None, "num_experts"), (4, 3, "num_choices")])
-def test_a_dispatcher_names_the_field_that_is_wrong(experts_, choices, field):
-    with pytest.raises(ValueError, match=field):
-        LocalTokenDispatcher(experts_, choices)
-
-
-def test_experts_name_the_field_that_is_wrong():
-    with pytest.raises(ValueError, match="num_experts is 0"):
-        GroupedExperts(0, experts())
-
-
-def test_the_operator_keeps_the_contract_of_its_registration():
-    own = grouped_experts(3, bias=True)
-    permutation = LocalTokenDispatcher(3).permute(torch.tensor([[0, 2], [2, -1], [0, 1]]))
-    x = torch.tensor(tokens(3), requires_grad=True)
-    weights = torch.rand(3, 2, dtype=torch.float64).requires_grad_()
-    parameters = (own.w1_EFD, own.w2_EDF, own.w3_EFD, own.b1_EF, own.b2_ED, own.b3_EF)
-    counts = permutation.tokens_per_expert_E
-    args = (x, permutation.order_N, counts, weights, 2, *parameters, *Activation.of(own.spec), True)
-    torch.library.opcheck(expert_loop, args)
 
 
 def test_frozen_experts_pass_gradients_and_take_none():

@@ -1,0 +1,226 @@
+"""conformance, what is generated for whole layers: specs from a bounded pool, parameters, tokens, further inputs.
+
+Tokens whose choice of experts hangs on rounding are drawn again, since another choice changes the whole output.
+"""
+
+from dataclasses import fields
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from hypothesis import strategies as st
+
+from conformance.judge import Judge, LayerCheck
+from conformance.layer_cases import LayerCase
+from conformance.layer_verdicts import stable_T
+from moe_ref import UNUSED, ExpertSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec
+from moe_ref.families import tiny
+
+GRID = 2.0**-7
+"""Parameters are multiples of it: short in a report, and the same in bfloat16 up to a size of 2."""
+DRAWS = 6
+"""How often a token near a tie is drawn again."""
+CLEARLY = "float16"
+"""A choice stands clear of rounding if it would even in this dtype."""
+
+SOFTMAX, SIGMOID = {"score_func": "softmax"}, {"score_func": "sigmoid"}
+NORM = {"route_norm": True}
+DEEPSEEK = SIGMOID | NORM | {"norm_eps": 1e-20}
+SELECTED = {"score_over": "selected", "select_by": "logit"}
+GROUPS = {"num_expert_groups": 4, "num_limited_groups": 2}
+
+ROUTERS = (
+    RouterSpec(num_experts=5, top_k=2, **SOFTMAX),
+    RouterSpec(num_experts=7, top_k=3, **SOFTMAX, **NORM),
+    RouterSpec(num_experts=8, top_k=3, **DEEPSEEK, **GROUPS, route_scale=2.5),
+    RouterSpec(num_experts=6, top_k=3, **SELECTED),
+    RouterSpec(num_experts=5, top_k=2, **SIGMOID, select_by="logit", weight_on="input"),
+    RouterSpec(num_experts=5, top_k=1, **SIGMOID),
+    RouterSpec(num_experts=5, top_k=1, **SOFTMAX, **NORM),
+    RouterSpec(num_experts=5, top_k=1, **SIGMOID, output_scale=2.5),
+    RouterSpec(num_experts=5, top_k=1, **SIGMOID, select_by="logit", weight_on="input"),
+    RouterSpec(num_experts=5, top_k=5, **SOFTMAX),
+    RouterSpec(num_experts=5, top_k=2, **SIGMOID, **NORM, output_scale=3.0),
+    RouterSpec(num_experts=3, top_k=3, **SOFTMAX, num_null_experts=3),
+    RouterSpec(num_experts=3, top_k=2, **SOFTMAX, num_null_experts=2, weight_on="input"),
+    RouterSpec(num_experts=3, top_k=3, **SOFTMAX, num_null_experts=3, null_kind="skip", route_scale=2.0),
+    RouterSpec(num_experts=6, top_k=2, **SOFTMAX, **NORM, learned_scale="per_expert"),
+    RouterSpec(num_experts=5, top_k=2, **SIGMOID, **NORM, norm_form="clamp", norm_eps=0.25),
+    RouterSpec(num_experts=5, top_k=2, score_func="sqrtsoftplus", **NORM, route_scale=1.5),
+    RouterSpec(num_experts=5, top_k=2, **DEEPSEEK, selector="table"),
+    RouterSpec(num_experts=6, top_k=3, **SIGMOID, **NORM, selector="given"),
+    RouterSpec(num_experts=5, top_k=2, **SIGMOID, **NORM, norm_eps=1e-20, selector="round_robin"),
+)
+EXPERTS = (
+    ExpertSpec(dim=5, hidden_dim=7),
+    ExpertSpec(dim=5, hidden_dim=7, alpha=1.702, up_offset=1.0, clamp=0.75, bias=True),
+    ExpertSpec(dim=5, hidden_dim=7, bias=True),
+    ExpertSpec(dim=5, hidden_dim=7, alpha=1.702),
+    ExpertSpec(dim=5, hidden_dim=7, up_offset=1.0),
+    ExpertSpec(dim=5, hidden_dim=7, clamp=0.75),
+    ExpertSpec(dim=5, hidden_dim=7, clamp=0.25, clamp_at="after"),
+    ExpertSpec(dim=5, hidden_dim=7, activation="gelu"),
+    ExpertSpec(dim=5, hidden_dim=7, activation="gelu_tanh"),
+    ExpertSpec(dim=5, hidden_dim=7, activation="relu"),
+    ExpertSpec(dim=5, hidden_dim=7, gated=False, activation="relu2"),
+    ExpertSpec(dim=5, hidden_dim=7, gated=False, activation="relu2", clamp=1.0, bias=True),
+    ExpertSpec(dim=7, hidden_dim=7),
+    ExpertSpec(dim=6, hidden_dim=3),
+    ExpertSpec(dim=6, hidden_dim=3, bias=True),
+    # Multiples of 8, which grouped matmuls of some libraries ask for.
+    ExpertSpec(dim=8, hidden_dim=16),
+    ExpertSpec(dim=8, hidden_dim=8),
+    ExpertSpec(dim=16, hidden_dim=8),
+)
+SHARED = (
+    SharedSpec(hidden_dim=3),
+    SharedSpec(hidden_dim=7),
+    SharedSpec(hidden_dim=3, gate="sigmoid"),
+    SharedSpec(hidden_dim=3, combine="average"),
+    SharedSpec(hidden_dim=3, clamp=0.5),
+)
+GPT_OSS = {"alpha": 1.702, "up_offset": 1.0, "clamp": 0.75, "bias": True}
+
+
+def _models() -> list[LayerSpec]:
+    """Whole layers of public models, small."""
+    dims = {"dim": 8, "hidden_dim": 16}
+    plain, gelu = ExpertSpec(**dims), ExpertSpec(**dims, activation="gelu_tanh")
+    shared, inkling = SharedSpec(hidden_dim=8), tiny("inkling")
+    return [
+        LayerSpec(router=tiny("gpt_oss"), experts=ExpertSpec(**dims, **GPT_OSS), gate_bias=True),
+        LayerSpec(router=tiny("deepseek_v3"), experts=plain, shared=shared),
+        LayerSpec(router=tiny("llama4"), experts=plain, shared=SharedSpec(hidden_dim=16)),
+        LayerSpec(router=tiny("qwen2_moe"), experts=plain, shared=SharedSpec(hidden_dim=24, gate="sigmoid")),
+        LayerSpec(router=tiny("qwen3_moe"), experts=plain),
+        LayerSpec(router=tiny("mixtral"), experts=plain),
+        LayerSpec(router=tiny("cohere2_moe"), experts=plain, shared=SharedSpec(hidden_dim=16, combine="average")),
+        LayerSpec(router=tiny("gemma4"), experts=gelu),
+        LayerSpec(router=tiny("longcat_flash"), experts=plain),
+        LayerSpec(router=tiny("step3p7"), experts=ExpertSpec(**dims, clamp=0.25, clamp_at="after"), shared=shared),
+        LayerSpec(router=tiny("deepseek_v4_hash"), experts=ExpertSpec(**dims, clamp=0.75), shared=shared),
+        LayerSpec(router=tiny("nemotron_h"), experts=ExpertSpec(**dims, gated=False, activation="relu2"), shared=shared),
+        LayerSpec(router=inkling, experts=plain, shared=shared),
+    ]
+
+
+def _pool() -> list[LayerSpec]:
+    """Simple specs first: shrinking goes towards the front."""
+    found = [LayerSpec(router=router, experts=EXPERTS[0]) for router in ROUTERS]
+    found += [LayerSpec(router=ROUTERS[i % 4], experts=each) for i, each in enumerate(EXPERTS[1:])]
+    found += [LayerSpec(router=ROUTERS[i % 4], experts=EXPERTS[0], shared=each) for i, each in enumerate(SHARED)]
+    found.append(LayerSpec(router=ROUTERS[10], experts=EXPERTS[2], shared=SHARED[0], gate_bias=True))
+    return list(dict.fromkeys(found + _models()))
+
+
+LAYER_SPECS: list[LayerSpec] = _pool()
+
+
+def thinned(specs: list[LayerSpec]) -> list[LayerSpec]:
+    """One spec for each value of a field that some spec has, and no more: for subjects that compile."""
+    kept, seen = [], set()
+    for spec in sorted(specs, key=lambda spec: -len(_values(spec))):
+        if not _values(spec) <= seen:
+            kept.append(spec)
+            seen |= _values(spec)
+    return sorted(kept, key=specs.index)
+
+
+def _values(spec: LayerSpec) -> set:
+    """Fields, sizes apart, with the values that they have, of the layer and its parts."""
+    sizes = {"num_experts", "num_null_experts", "num_expert_groups", "num_limited_groups", "dim", "hidden_dim"}
+    numbers = {"route_scale", "output_scale", "norm_eps", "clamp", "alpha", "up_offset", "logit_scale"}
+    found: set = {("gate_bias", spec.gate_bias)}
+    for part in (spec.router, spec.experts, spec.shared):
+        for f in fields(part) if part is not None else ():
+            value = getattr(part, f.name)
+            if f.name == "top_k":
+                value = "one" if value == 1 else "all" if value == spec.router.num_choices else "some"
+            elif f.name in sizes | numbers:
+                value = value != f.default if f.name in numbers else bool(value)
+            found.add((type(part).__name__, f.name, value))
+    return found
+
+
+THIN_LAYER_SPECS: list[LayerSpec] = thinned(LAYER_SPECS)
+
+
+def on_grid(values) -> np.ndarray:
+    """The nearest multiples of GRID."""
+    return np.round(np.asarray(values) / GRID) * GRID
+
+
+def params_of_kind(spec: LayerSpec, bias: str, rng: np.random.Generator) -> LayerParams:
+    """Parameters of order 1; `bias` is the kind of expert_bias.
+
+    Biases of the projections are as large as their products, so that one of the wrong expert shows.
+    """
+    made = LayerParams.init(spec, int(rng.integers(2**31)))
+    values = {f.name: getattr(made, f.name) for f in fields(made) if getattr(made, f.name) is not None}
+    values = {name: on_grid(5 * v if name.startswith("b_") else v) for name, v in values.items()}
+    values["gate_ED"] = on_grid(1.5 * values["gate_ED"])
+    if "learned_scale" in values:
+        values["learned_scale"] = np.maximum(values["learned_scale"], 0.5)
+    if spec.router.selector == "top_k":
+        E = spec.router.num_choices
+        crowd = np.where(np.arange(E) % max(1, E // spec.router.top_k) == 0, 8.0, 0.0)  # and the rest idle
+        kinds = {"none": None, "mixed": rng.normal(0, 0.5, E), "crowded": crowd + rng.normal(0, 0.5, E)}
+        values["expert_bias_E"] = None if kinds[bias] is None else on_grid(kinds[bias])
+    return LayerParams(**values)
+
+
+def layer_inputs(spec: RouterSpec, num_tokens: int, wanted: tuple[str, ...], rng: np.random.Generator) -> dict:
+    """The further inputs that the spec needs, and those that the check wants."""
+    T, E, K = num_tokens, spec.num_choices, spec.top_k
+    inputs = {}
+    if spec.selector == "table":
+        inputs["table_VK"] = np.argsort(rng.random((11, E)))[:, :K]
+        inputs["token_ids_T"] = rng.integers(0, 11, T)
+    if spec.selector == "given":
+        ids_TK = np.argsort(rng.random((T, E)))[:, :K]
+        inputs["given_ids_TK"] = np.where(rng.random((T, K)) < 0.2, UNUSED, ids_TK)
+    if "token_mask_T" in wanted:
+        inputs["token_mask_T"] = rng.random(T) < rng.choice([0.6, 0.6, 0.0])  # sometimes all is padding
+    return inputs
+
+
+def make_layer_case(spec: LayerSpec, check: LayerCheck, *, x: str, bias: str, tokens: int, seed: int) -> LayerCase:
+    """The case of these choices."""
+    rng = np.random.default_rng(seed)
+    size = {"normal": 1.0, "large": 8.0, "small": 0.02}[x]
+
+    def draw(n: int) -> np.ndarray:
+        return (size * rng.normal(size=(n, spec.experts.dim))).astype(np.float32).astype(np.float64)
+
+    case = LayerCase(
+        spec=spec,
+        params=params_of_kind(spec, bias, rng),
+        x_TD=draw(tokens),
+        d_output_TD=rng.normal(size=(tokens, spec.experts.dim)).astype(np.float32).astype(np.float64),
+        inputs=layer_inputs(spec.router, tokens, check.inputs, rng),
+        seed=seed,
+    )
+    for _ in range(DRAWS):
+        clear_T = stable_T(case, CLEARLY)
+        if clear_T.all():
+            break
+        case = case.with_(x_TD=np.where(clear_T[:, None], case.x_TD, draw(tokens)))
+    return case
+
+
+def layer_cases(judge: Judge, check: LayerCheck) -> st.SearchStrategy[LayerCase]:
+    """Cases that the check wants and the subject supports."""
+    drawn = _STRATEGIES.setdefault(judge, {})
+    if check.requirement not in drawn:
+        drawn[check.requirement] = st.builds(
+            lambda spec, **choices: make_layer_case(spec, check, **choices),
+            st.sampled_from(judge.specs(check)[0]),
+            x=st.sampled_from(check.x),
+            bias=st.sampled_from(check.bias),
+            tokens=st.sampled_from(check.tokens),
+            seed=st.integers(0, 2**32 - 1),
+        )
+    return drawn[check.requirement]
+
+
+_STRATEGIES: WeakKeyDictionary[Judge, dict[str, st.SearchStrategy[LayerCase]]] = WeakKeyDictionary()
+"""Built once for a judge and a check: hypothesis takes longer to build a strategy than to draw from it."""
