@@ -21,4 +21,4 @@ install: .venv/installed
 
 # SPEC.md and the generated parts of README.md.
 docs: install
-	$(BIN)/python -m conformance.docs
+	$(BIN)/python -m tools.docs

@@ -9,6 +9,7 @@ to fresh memory. Results are compared with those of ragged_dot.
 
 import argparse
 import time
+from collections.abc import Callable
 
 from benchmarks.harness import RESULTS, machine, paired, table, use_cores, write_json
 
@@ -95,7 +96,7 @@ def measure(calls: dict, *, rounds: int, slow_rounds: int) -> dict:
     found["of_roof"] = 1 / quick[1].speedup["roof"]
     # Apart from ours, and after it: ragged_dot takes and frees gigabytes, which slows down whatever comes next.
     kept: dict = {}
-    ragged_dot = {"ragged_dot": lambda: kept.update(arrays=calls["ragged_dot"]())}
+    ragged_dot: dict[str, Callable[[], object]] = {"ragged_dot": lambda: kept.update(arrays=calls["ragged_dot"]())}
     slow = paired(ragged_dot, baselines=(), rounds=slow_rounds, warmup=0)
     check_agreement(calls["ours"](), kept["arrays"])
     found["speedup"] = slow[0].median_ms / quick[1].median_ms

@@ -136,7 +136,9 @@ def routing_weights(case: LayerCase, logits_TE: Ball) -> tuple[Ball, Ball]:
     # Their scores are rounded as those of the choices are, of other logits.
     shared_logits_TS = np.abs(logits_TE.centre[:, case.spec.router.num_choices :])
     size_T1 = shared_logits_TS.max(axis=-1, keepdims=True)
-    error_T1 = error_TK.max(axis=-1, keepdims=True) + from_logits_T1 + 2 * (ROUNDINGS + size_T1) * EPSILON[logits_TE.dtype]
+    error_T1 = (
+        error_TK.max(axis=-1, keepdims=True) + from_logits_T1 + 2 * (ROUNDINGS + size_T1) * EPSILON[logits_TE.dtype]
+    )
     return weights_TK, logits_TE.made(routing.shared_weights_TS, error_T1 * np.abs(routing.shared_weights_TS))
 
 

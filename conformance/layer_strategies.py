@@ -98,7 +98,9 @@ def _models() -> list[LayerSpec]:
         LayerSpec(router=tiny("longcat_flash"), experts=plain),
         LayerSpec(router=tiny("step3p7"), experts=ExpertSpec(**dims, clamp=0.25, clamp_at="after"), shared=shared),
         LayerSpec(router=tiny("deepseek_v4_hash"), experts=ExpertSpec(**dims, clamp=0.75), shared=shared),
-        LayerSpec(router=tiny("nemotron_h"), experts=ExpertSpec(**dims, gated=False, activation="relu2"), shared=shared),
+        LayerSpec(
+            router=tiny("nemotron_h"), experts=ExpertSpec(**dims, gated=False, activation="relu2"), shared=shared
+        ),
         LayerSpec(router=inkling, experts=plain, shared=shared),
     ]
 

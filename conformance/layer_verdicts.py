@@ -6,6 +6,7 @@ Legend: T tokens, K top_k, D model dim, E experts, N used slots, R rows.
 """
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import fields
 
 import numpy as np
@@ -70,6 +71,16 @@ def judged_T(judge: Judge, case: LayerCase, id: str) -> np.ndarray:
 # calling a subject
 
 
+@contextmanager
+def blaming(case: LayerCase):
+    """A violation in here is shown, and replayed, as one of this case: it makes its variations itself."""
+    try:
+        yield
+    except Violation as violation:
+        violation.case = case
+        raise
+
+
 def permuted(judge: Judge, case: LayerCase, expert_ids_TK, num_experts: int, id: str):
     """The subject's order and counts, as int64."""
     returned = judge.call(case, "permute", expert_ids_TK.copy(), num_experts, blame=id)
@@ -127,7 +138,9 @@ def wanted_gradients(case: LayerCase) -> dict[str, np.ndarray]:
     """The reference's gradients by name, but for that of expert_bias_E."""
     grads = case.gradients.params
     named = {f.name: getattr(grads, f.name) for f in fields(LayerParams) if f.name != "expert_bias_E"}
-    return {"x_TD": case.gradients.x_TD} | {name: np.asarray(value) for name, value in named.items() if value is not None}
+    return {"x_TD": case.gradients.x_TD} | {
+        name: np.asarray(value) for name, value in named.items() if value is not None
+    }
 
 
 def _array(case, value, shape, id: str, name: str = "output") -> np.ndarray:

@@ -7,6 +7,8 @@ from pathlib import Path
 from conformance.cases import Case
 from conformance.deviations import case_id
 from conformance.judge import Entry, Judge, NotRun, Violation, stage_order
+from conformance.layer_cases import LayerCase
+from conformance.layer_verdicts import output
 from conformance.requirements import REQUIREMENTS, SPEC_VERSION, STAGES
 
 STATUSES = ("ok", "known", "NEW", "STALE", "advice", "unsupported", "not judged")
@@ -19,17 +21,7 @@ def failure_page(judge: Judge, violation: Violation, diagnoses=()) -> str:
     token = "" if violation.token is None else f", token {violation.token}"
     rows: list[tuple[str, str]] = [("expected", violation.expected), ("received", violation.received), ("", "")]
     if case is not None:
-        spec = " ".join(f"{name}={value}" for name, value in case.spec.to_dict().items())
-        rows.append(("spec", f"{spec} tokens={case.num_tokens} dtype={case.dtype}"))
-        t = violation.token if violation.token is not None else 0
-        if case.num_tokens:
-            rows.append((f"logits[{t}]", _numbers(case.logits_TE[t])))
-            trace = case.reference if "nan_logits" not in case.tags else None
-            if trace is not None and trace.scores_TE is not None:
-                rows.append((f"scores[{t}]", _numbers(trace.scores_TE[t])))
-        if case.expert_bias_E is not None:
-            rows.append(("bias", _numbers(case.expert_bias_E)))
-        rows += [(name, _numbers(value)) for name, value in case.inputs.items()]
+        rows += _layer_rows(case, violation.token) if isinstance(case, LayerCase) else _rows(case, violation.token)
         rows.append(("tags", " ".join(sorted(case.tags))))
     for fault in diagnoses:
         rows.append(("looks like", f"{fault.name}: {fault.summary} {fault.link}".rstrip()))
@@ -41,6 +33,46 @@ def failure_page(judge: Judge, violation: Violation, diagnoses=()) -> str:
     body = [f"    {name:<{width}}  {text}".rstrip() for name, text in rows]
     title = f"{requirement.id} {requirement.level}  {requirement.sentence}"
     return "\n".join([title, "", f"    {judge.name}: {violation.title}{token}", *body])
+
+
+def _rows(case: Case, token: int | None) -> list[tuple[str, str]]:
+    """What a page shows of a router's case."""
+    rows = [("spec", f"{_fields(case.spec)} tokens={case.num_tokens} dtype={case.dtype}")]
+    t = token if token is not None else 0
+    if case.num_tokens:
+        rows.append((f"logits[{t}]", _numbers(case.logits_TE[t])))
+        trace = case.reference if "nan_logits" not in case.tags else None
+        if trace is not None and trace.scores_TE is not None:
+            rows.append((f"scores[{t}]", _numbers(trace.scores_TE[t])))
+    if case.expert_bias_E is not None:
+        rows.append(("bias", _numbers(case.expert_bias_E)))
+    return rows + [(name, _numbers(value)) for name, value in case.inputs.items()]
+
+
+def _layer_rows(case: LayerCase, token: int | None) -> list[tuple[str, str]]:
+    """What a page shows of a layer's case: the specs, and the token with its experts; the file has the parameters."""
+    spec, trace = case.spec, case.reference
+    shared = "none" if spec.shared is None else _fields(spec.shared)
+    rows = [
+        ("router", f"{_fields(spec.router)}{' gate_bias=True' if spec.gate_bias else ''} tokens={case.num_tokens}"),
+        ("experts", _fields(spec.experts)),
+        ("shared", shared),
+        ("rows", f"{_numbers(trace.permutation.tokens_per_expert_E)} of each expert"),
+    ]
+    t = token if token is not None else 0
+    if case.num_tokens:
+        rows += [
+            (f"token[{t}]", _numbers(case.x_TD[t])),
+            (f"ids[{t}]", _numbers(trace.routing.expert_ids_TK[t])),
+            (f"weights[{t}]", _numbers(trace.routing.weights_TK[t])),
+        ]
+    if case.params.expert_bias_E is not None:
+        rows.append(("bias", _numbers(case.params.expert_bias_E)))
+    return rows + [(name, _numbers(value)) for name, value in case.inputs.items()]
+
+
+def _fields(spec) -> str:
+    return " ".join(f"{name}={value}" for name, value in spec.to_dict().items())
 
 
 def _numbers(values) -> str:
@@ -56,8 +88,10 @@ def _numbers_row(row: list) -> str:
     return "[" + " ".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row) + "]"
 
 
-def side_by_side(judge: Judge, case: Case, most_tokens: int = 4) -> str:
+def side_by_side(judge: Judge, case: Case | LayerCase, most_tokens: int = 4) -> str:
     """Every stage of the reference for each token, and what the subject returned beside it."""
+    if isinstance(case, LayerCase):
+        return _layers_side_by_side(judge, case, most_tokens)
     lines, trace = [], case.reference
     try:
         seen = judge.observe(case)
@@ -81,6 +115,32 @@ def side_by_side(judge: Judge, case: Case, most_tokens: int = 4) -> str:
                 lines.append(f"      {name:<21} reference {_numbers(wanted[t])}")
                 if found is not None:
                     lines.append(f"      {'':<21} {judge.name:<9} {_numbers(found[t])}")
+    if case.num_tokens > most_tokens:
+        lines.append(f"    and {case.num_tokens - most_tokens} more tokens")
+    return "\n".join(lines)
+
+
+def _layers_side_by_side(judge: Judge, case: LayerCase, most_tokens: int) -> str:
+    """Each token's way through the reference, and the subject's output beside it where it has whole layers."""
+    lines, trace = [], case.reference
+    try:
+        found_TD = output(judge, case, "LAY-1")
+    except (NotRun, Violation) as error:
+        found_TD = None
+        lines.append(f"    {judge.name} returned no output of the layer: {error}")
+    for t in range(min(case.num_tokens, most_tokens)):
+        lines.append(f"    token {t}")
+        for name, values in (
+            ("x_TD", trace.x_TD),
+            ("expert_ids_TK", trace.routing.expert_ids_TK),
+            ("weights_TK", trace.routing.weights_TK),
+            ("slot_outputs_TKD", trace.slot_outputs_TKD),
+            ("shared_TD", trace.shared_TD),
+            ("output_TD", trace.output_TD),
+        ):
+            lines.append(f"      {name:<21} reference {_numbers(values[t])}")
+        if found_TD is not None:
+            lines.append(f"      {'':<21} {judge.name:<9} {_numbers(found_TD[t])}")
     if case.num_tokens > most_tokens:
         lines.append(f"    and {case.num_tokens - most_tokens} more tokens")
     return "\n".join(lines)

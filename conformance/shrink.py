@@ -6,6 +6,8 @@ import numpy as np
 
 from conformance.cases import Case
 from conformance.judge import CHECKS, Judge, Violation
+from conformance.layer_cases import LayerCase
+from moe_ref.weights import param_shapes
 
 TRIES = 400
 
@@ -27,7 +29,7 @@ def shrink(judge: Judge, violation: Violation) -> Violation:
     return violation
 
 
-def violated(judge: Judge, id: str, case: Case) -> Violation | None:
+def violated(judge: Judge, id: str, case: Case | LayerCase) -> Violation | None:
     """The undeclared violation of this very requirement by a case, or None."""
     near_ties = judge.ledger[id].near_ties
     try:
@@ -43,13 +45,17 @@ def violated(judge: Judge, id: str, case: Case) -> Violation | None:
     return None
 
 
-def _smaller(case: Case, token: int | None) -> Iterator[Case]:
+def _smaller(case: Case | LayerCase, token: int | None) -> Iterator[Case | LayerCase]:
     """Simpler neighbours of a case, the greatest simplification first."""
     if case.num_tokens > 1:
         if token is not None:
             yield case.tokens(np.array([token]))
         for t in range(min(case.num_tokens, 20)):
             yield case.tokens(np.delete(np.arange(case.num_tokens), t))
+    yield from _simpler_layer(case) if isinstance(case, LayerCase) else _simpler_router(case)
+
+
+def _simpler_router(case: Case) -> Iterator[Case]:
     bias_E = case.expert_bias_E
     if bias_E is not None:
         yield case.with_(expert_bias_E=None)
@@ -57,6 +63,19 @@ def _smaller(case: Case, token: int | None) -> Iterator[Case]:
             yield case.with_(expert_bias_E=np.where(np.arange(len(bias_E)) == e, 0, bias_E))
         yield from (case.with_(expert_bias_E=rounder) for rounder in _rounder(bias_E))
     yield from (case.with_(logits_TE=rounder) for rounder in _rounder(case.logits_TE))
+
+
+def _simpler_layer(case: LayerCase) -> Iterator[LayerCase]:
+    if case.params.expert_bias_E is not None:
+        yield case.with_params(expert_bias_E=None)
+    for name in param_shapes(case.spec):
+        value = getattr(case.params, name)
+        if value is not None:
+            if name.startswith("b_") and value.any():
+                yield case.with_params(**{name: np.zeros_like(value)})
+            yield from (case.with_params(**{name: rounder}) for rounder in _rounder(value))
+    yield from (case.with_(x_TD=rounder) for rounder in _rounder(case.x_TD))
+    yield from (case.with_(d_output_TD=rounder) for rounder in _rounder(case.d_output_TD))
 
 
 def _rounder(values) -> Iterator[np.ndarray]:

@@ -171,8 +171,8 @@ class GroupedExperts(nn.Module):
         """dispatch, forward and combine in one pass that makes no copy of all rows; for the loop alone."""
         rows_TD, weights = self._cast(x_TD)
         counts_E = permutation.tokens_per_expert_E[: self.num_experts]
-        top_k = weights_TK.shape[1]
-        return _loop(rows_TD, permutation.order_N, counts_E, weights_TK, top_k, weights, self.activation).to(x_TD.dtype)
+        order_N, K = permutation.order_N, weights_TK.shape[1]
+        return _loop(rows_TD, order_N, counts_E, weights_TK, K, weights, self.activation).to(x_TD.dtype)
 
     def _cast(self, x: Tensor):
         """The rows and the weights (w1, w2, w3, b1, b2, b3) in the dtype to compute in."""
@@ -201,8 +201,7 @@ def _grouped(x_RD: Tensor, tokens_per_expert_E: Tensor, weights, act: Activation
 
 def _loop(x_TD, order_N, counts_E, weights_TK, top_k: int, weights, act: Activation) -> Tensor:
     """The loop as one operator, which autograd and torch.compile take as it is."""
-    differentiable = [x_TD, weights_TK, *weights]
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TD, weights_TK, *weights))
     return expert_loop(x_TD, order_N, counts_E, weights_TK, top_k, *weights, *act, keep)[0]
 
 
@@ -262,21 +261,15 @@ def expert_loop(
     token_of_row_N = order_N // top_k
     kept_rows = N if keep else 0
     gate_NF = x_TD.new_empty(kept_rows, F_)
-    up_NF = x_TD.new_empty(kept_rows if w3_EFD is not None else 0, F_)
+    up_NF = x_TD.new_empty(0 if w3_EFD is None else kept_rows, F_)
     slots_ND = x_TD.new_empty(N, D)
     w1, w2, w3, b1, b2, b3 = (_of_each_expert(w, E) for w in (w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF))
-    done = 0
     for e, first, end in _chunks(counts_E):
         rows_RD = x_TD.index_select(0, token_of_row_N[first:end])
         gate_RF = _project(rows_RD, w1[e], b1[e], gate_NF[first:end] if keep else None)
-        up_RF = None
-        if w3[e] is not None:
-            up_RF = _project(rows_RD, w3[e], b3[e], up_NF[first:end] if keep else None)
+        up_RF = None if w3[e] is None else _project(rows_RD, w3[e], b3[e], up_NF[first:end] if keep else None)
         slots_ND.index_copy_(0, order_N[first:end], _project(hide(gate_RF, up_RF, act), w2[e], b2[e]))
-        done = end
-    if done < N:
-        slots_ND.index_fill_(0, order_N[done:], 0)
-
+    slots_ND.index_fill_(0, order_N[int(counts_E.sum()) :], 0)
     if weights_TK is None:
         return slots_ND, gate_NF, up_NF
     slots_TKD = slots_ND.view(-1, top_k, D)
@@ -335,10 +328,9 @@ def expert_loop_backward(
     grads = [torch.empty_like(w) if w is not None and train else x_TD.new_empty(0) for w in trained]
     w1, w2, w3, _, b2, _ = (_of_each_expert(w, E) for w in trained)
     d_w1, d_w2, d_w3, d_b1, d_b2, d_b3 = (_of_each_expert(g if len(g) else None, E) for g in grads)
-    for e in (counts_E == 0).nonzero().flatten().tolist():
-        for grad_E in grads:
-            if len(grad_E):
-                grad_E[e].zero_()
+    for grad_E in grads:
+        if len(grad_E):
+            grad_E[counts_E == 0] = 0
 
     last_expert = -1
     for e, first, end in _chunks(counts_E):
@@ -381,14 +373,9 @@ def _add_product(d_w_OI: Tensor, d_out_RO: Tensor, rows_RI: Tensor, d_b_O: Tenso
 def _(d_out_TD, gate_NF, up_NF, x_TD, order_N, counts_E, weights_TK, top_k, *weights_and_rest):
     train, trained = weights_and_rest[-1], weights_and_rest[:6]
     wide = torch.promote_types(x_TD.dtype, torch.float32)
-    d_weights_TK = (
-        x_TD.new_empty(0, top_k, dtype=wide) if weights_TK is None else torch.empty_like(weights_TK, dtype=wide)
-    )
-    return [
-        torch.empty_like(x_TD),
-        d_weights_TK,
-        *(torch.empty_like(w) if w is not None and train else x_TD.new_empty(0) for w in trained),
-    ]
+    d_weights_TK = x_TD.new_empty(0 if weights_TK is None else len(weights_TK), top_k, dtype=wide)
+    grads = (torch.empty_like(w) if w is not None and train else x_TD.new_empty(0) for w in trained)
+    return [torch.empty_like(x_TD), d_weights_TK, *grads]
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:

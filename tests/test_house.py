@@ -83,7 +83,7 @@ def test_the_specification_page_is_up_to_date():
 
 
 def test_the_generated_parts_of_the_readme_are_up_to_date():
-    from conformance.docs import with_parts
+    from tools.docs import with_parts
 
     readme = (ROOT / "README.md").read_text()
     assert with_parts(readme) == readme, "run `make docs`"

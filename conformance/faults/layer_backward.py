@@ -18,7 +18,6 @@ from moe_ref.gradient import (
     weigh_inputs_backward,
 )
 from moe_ref.gradient_routing import normalise_backward, route_backward, scale_weights_backward
-from moe_ref.permute import unpermute
 
 IDLE = ("w_up_EDF", "w_gate_EDF", "w_down_EFD")
 
@@ -240,7 +239,9 @@ def the_norm_is_detached(d_normed_TK, d_normed_shared_TS, raw_TK, shared_scores_
 
 
 @surrounds(breaks="BWD-9", links=("huggingface/transformers#45621", "pytorch/pytorch#193633"))
-def gradients_of_padding_are_multiplied_by_0(run, memory, x_TD, params, spec, d_output_TD, *, token_mask_T=None, **more):
+def gradients_of_padding_are_multiplied_by_0(
+    run, memory, x_TD, params, spec, d_output_TD, *, token_mask_T=None, **more
+):
     """Padding rows are multiplied by 0, which NaN survives."""
     found = run(x_TD, params, spec, d_output_TD, token_mask_T=token_mask_T, **more)
     if token_mask_T is None:
@@ -252,8 +253,7 @@ def gradients_of_padding_are_multiplied_by_0(run, memory, x_TD, params, spec, d_
 @surrounds(breaks="BWD-9", links=("AI-Hypercomputer/maxtext#3699",))
 def padding_is_part_of_the_loss(run, memory, x_TD, params, spec, d_output_TD, *, token_mask_T=None, **more):
     """The rows of padding are computed backward as any."""
-    clean_TD = x_TD if token_mask_T is None else np.where(token_mask_T[:, None], x_TD, 0.5)
-    return run(clean_TD, params, spec, d_output_TD, **more)
+    return run(np.nan_to_num(x_TD), params, spec, d_output_TD, **more)
 
 
 @surrounds(breaks="BWD-9", links=("huggingface/transformers#48205",))
@@ -325,7 +325,8 @@ def backward_of_the_weight_on_the_output(run, memory, x_TD, params, spec, d_outp
     return run(x_TD, params, with_router(spec, weight_on="output"), d_output_TD, **inputs)
 
 
-@replaces("unpermute", breaks="BWD-2")
-def gradients_return_to_the_wrong_tokens(rows_ND, order_N, top_k, num_tokens):
-    """The gradients of the rows return to the tokens in another order than they came."""
-    return unpermute(rows_ND[::-1], order_N, top_k, num_tokens)
+@replaces("weigh_inputs_backward", breaks="BWD-2")
+def gradients_return_to_the_next_token(d_slot_inputs_TKD, x_TD, weights_TK, spec):
+    """The gradients of the rows return to their tokens one place too far."""
+    d_x_TD, d_weights_TK = weigh_inputs_backward(d_slot_inputs_TKD, x_TD, weights_TK, spec)
+    return np.roll(d_x_TD, 1, axis=0), d_weights_TK

@@ -99,34 +99,27 @@ def tokens_share_a_scale(run, memory, x_TD, params, spec, **inputs):
 @surrounds(breaks="LAY-5", links=("vllm-project/vllm#39391",))
 def a_nan_spreads_over_the_batch(run, memory, x_TD, params, spec, **inputs):
     """A NaN in one token reaches all by a sum with weight 0."""
-    return run(x_TD, params, spec, **inputs) + 0 * x_TD.sum()
+    return run(np.nan_to_num(x_TD), params, spec, **inputs) + 0 * x_TD.sum()
 
 
 @surrounds(breaks="LAY-5")
 def a_nan_reaches_the_next_token(run, memory, x_TD, params, spec, **inputs):
     """Rows are multiplied by a one-hot matrix of tokens, in which 0 * NaN is NaN."""
-    found_TD = run(x_TD, params, spec, **inputs)
+    found_TD = run(np.nan_to_num(x_TD), params, spec, **inputs)
     return found_TD + 0 * np.roll(x_TD.sum(axis=1, keepdims=True), 1, axis=0)
 
 
 @surrounds(breaks="LAY-6", links=("marin-community/marin#8953",))
 def padding_is_computed(run, memory, x_TD, params, spec, *, token_mask_T=None, **inputs):
     """Padding tokens are tokens as any."""
-    return run(x_TD, params, spec, **inputs)
+    return run(np.nan_to_num(x_TD), params, spec, **inputs)
 
 
 @surrounds(breaks="LAY-6", links=("huggingface/transformers#45621",))
 def padding_is_multiplied_by_0(run, memory, x_TD, params, spec, *, token_mask_T=None, **inputs):
     """The output of padding is multiplied by 0, which NaN survives."""
-    found_TD = run(x_TD, params, spec, **inputs)
-    return found_TD if token_mask_T is None else found_TD * token_mask_T[:, None]
-
-
-@replaces("share_weights", breaks="LAY-6")
-def shared_experts_see_padding(x_TD, shared_weights_TS, params, spec):
-    """The shared experts' biases and gates give padding an output."""
-    factors_TS = share_weights(x_TD, shared_weights_TS, params, spec)
-    return factors_TS
+    found_TD = run(np.nan_to_num(x_TD), params, spec, **inputs)
+    return found_TD if token_mask_T is None else (found_TD + 0 * x_TD) * token_mask_T[:, None]
 
 
 @surrounds(breaks="LAY-6", links=("vllm-project/vllm#57471",))

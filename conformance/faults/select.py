@@ -4,9 +4,19 @@ from dataclasses import replace
 
 import numpy as np
 
-from conformance.faults.fault import misreads, replaces, surrounds
+from conformance.faults.fault import replaces, surrounds
 from moe_ref import UNUSED
-from moe_ref.routing import bias_choice, choose, ids_array, kept_experts, limit_groups, score, select, sparsemixer, top_k
+from moe_ref.routing import (
+    bias_choice,
+    choose,
+    ids_array,
+    kept_experts,
+    limit_groups,
+    score,
+    select,
+    sparsemixer,
+    top_k,
+)
 
 # SEL-1: the form of a selection
 
@@ -227,7 +237,7 @@ def choice_clamped_at_0(scaled_logits_TE, scores_TE, expert_bias_E, spec):
     return np.where(np.isneginf(choice_TE), choice_TE, np.maximum(choice_TE, 0))
 
 
-@replaces("bias_choice", breaks="SEL-7")
+@replaces("bias_choice", breaks="SEL-7", also=("groups",))
 def bias_clamped_at_1(scaled_logits_TE, scores_TE, expert_bias_E, spec):
     """The bias is clamped to [-1, 1]."""
     return bias_choice(scaled_logits_TE, scores_TE, np.clip(expert_bias_E, -1, 1), spec)
@@ -306,7 +316,7 @@ def sparsemixer_slots_swapped(scaled_logits_TE, spec):
     return ids_TK[:, ::-1], weights_TK[:, ::-1]
 
 
-@replaces("choose", breaks="SEL-14")
+@replaces("choose", breaks="SEL-14", also=("run",))
 def table_by_position(scores_for_choice_TE, num_tokens, spec, **inputs):
     """The table is indexed by the token's position."""
     if spec.selector == "table":

@@ -326,7 +326,7 @@ def learned_scale_before_the_norm(route, logits_TE, spec, expert_bias_E, **input
     if spec.learned_scale == "none" or not spec.route_norm:
         return trace
     scaled_sum_T1 = trace.weights_TK.sum(axis=-1, keepdims=True) / spec.route_scale
-    return replace(trace, weights_TK=trace.weights_TK / scaled_sum_T1)
+    return replace(trace, weights_TK=trace.weights_TK / np.where(scaled_sum_T1 == 0, 1, scaled_sum_T1))
 
 
 # WGT-10, WGT-16: finite
@@ -359,7 +359,7 @@ def zero_over_zero(raw_weights_TK, shared_scores_TS, spec):
 # WGT-11 .. WGT-15: unused slots, null experts, shared experts, masked scores, sparsemixer
 
 
-@replaces("gather", breaks="WGT-11", also=("score",))
+@replaces("gather", breaks="WGT-11")
 def unused_slots_weigh_expert_0(values_TE, expert_ids_TK):
     """An unused slot reads the score of expert 0."""
     return np.take_along_axis(values_TE, np.maximum(expert_ids_TK, 0), axis=-1)

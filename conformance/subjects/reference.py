@@ -41,9 +41,7 @@ class Reference(Subject):
     def experts(self, rows_RD, tokens_per_expert_E, params, spec):
         used = int(tokens_per_expert_E.sum())
         rows_ND = rows_RD[:used].astype(self.compute_dtype)
-        trace = experts_room.run_experts(
-            rows_ND, tokens_per_expert_E, params.astype(self.compute_dtype), spec.experts
-        )
+        trace = experts_room.run_experts(rows_ND, tokens_per_expert_E, params.astype(self.compute_dtype), spec.experts)
         tail = np.zeros((len(rows_RD) - used, spec.experts.dim), self.compute_dtype)
         return np.concatenate([trace.output_RD, tail])
 

@@ -120,8 +120,10 @@ class Torchtitan(Subject):
 
     def experts(self, rows_RD, tokens_per_expert_E, params, spec):
         experts = load(spec, params, self.expert_dtype).routed_experts.inner_experts
+        # An empty NumPy array has strides of 0, which a grouped matmul refuses.
+        rows = torch.empty(rows_RD.shape).copy_(to_torch(rows_RD))
         with torch.no_grad():
-            return to_numpy(experts(to_torch(rows_RD), to_torch(tokens_per_expert_E)))
+            return to_numpy(experts(rows, to_torch(tokens_per_expert_E)))
 
     def combine(self, rows_ND, order_N, weights_TK, spec):
         """What its dispatcher does with its own metadata, which are token and weight of each row."""

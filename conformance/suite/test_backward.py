@@ -6,6 +6,7 @@ from conformance import layer_bounds
 from conformance.check import requires
 from conformance.judge import NotRun
 from conformance.layer_verdicts import (
+    blaming,
     dtypes,
     gradients,
     hold,
@@ -60,7 +61,8 @@ def test_an_expert_without_tokens_gets_gradients_of_0(judge, case):
     if not idle_E.any() or not judged_T(judge, case, "BWD-6").all():
         raise NotRun("judged where an expert is surely without tokens")
     # Memory that a fuller call has used is not 0.
-    gradients(judge, case.with_params(expert_bias_E=None), "BWD-6")
+    with blaming(case):
+        gradients(judge, case.with_params(expert_bias_E=None), "BWD-6")
     found = gradients(judge, case, "BWD-6")
     for name in (n for n in (*MATRICES, *BIASES) if n in found):
         nothing = np.zeros(found[name].shape)
@@ -89,10 +91,13 @@ def test_padding_adds_nothing_to_any_gradient(judge, case):
     valid_T1 = case.valid_T[:, None]
     # The same without padding, where the loss does not look at these tokens.
     unread = unmasked(case).with_(d_output_TD=np.where(valid_T1, case.d_output_TD, 0))
-    wanted, balls = gradients(judge, unread, "BWD-9"), layer_bounds.gradients(unread, *dtypes(judge))
+    with blaming(case):
+        wanted = gradients(judge, unread, "BWD-9")
+    balls = layer_bounds.gradients(unread, *dtypes(judge))
     for poison in POISON:
         spoiled = poisoned(case, poison).with_(d_output_TD=np.where(valid_T1, case.d_output_TD, 1e30))
-        found = gradients(judge, spoiled, "BWD-9")
+        with blaming(case):
+            found = gradients(judge, spoiled, "BWD-9")
         nothing = np.zeros(case.x_TD.shape)
         title = f"with {poison:g} in the padding"
         hold(case, "BWD-9", f"{title} it has a gradient", found["x_TD"], nothing, nothing, rows=~case.valid_T)
@@ -111,7 +116,8 @@ def test_the_gradients_of_a_batch_are_the_sums_of_its_parts(judge, case):
     if not judged_T(judge, case, "BWD-11").all():
         raise NotRun("judged where every choice is beyond doubt")
     whole = gradients(judge, case, "BWD-11")
-    parts = [gradients(judge, case.tokens(np.array([t])), "BWD-11") for t in range(2)]
+    with blaming(case):
+        parts = [gradients(judge, case.tokens(np.array([t])), "BWD-11") for t in range(2)]
     balls = layer_bounds.gradients(case, *dtypes(judge))
     for name in wanted_gradients(case):
         sum_of_parts = sum(part[name] for part in parts) if name != "x_TD" else np.concatenate([p[name] for p in parts])

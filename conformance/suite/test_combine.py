@@ -83,5 +83,3 @@ def test_without_rows_the_sums_are_0(judge, case):
     found_TD = combined(judge, case, rows_ND[:0], order_N[:0], weights_TK, "CMB-8")
     wanted_TD = np.zeros(found_TD.shape)
     hold(case, "CMB-8", "not 0 without any row", found_TD, wanted_TD, wanted_TD)
-
-

@@ -5,8 +5,8 @@ from dataclasses import fields, replace
 import numpy as np
 
 from conformance.check import requires
-from conformance.judge import NotRun, Violation
-from conformance.layer_verdicts import expert_rows, experts_radius, hold, hold_experts
+from conformance.judge import NotRun
+from conformance.layer_verdicts import blaming, expert_rows, experts_radius, hold, hold_experts
 
 FORMULA = ("EXP-1", "EXP-2")
 TAIL = 3
@@ -158,8 +158,5 @@ def test_experts_of_any_size_are_exact(judge, case):
         if value is not None and name.startswith(("w_", "b_"))
     }
     changed = case.with_params(**scaled)
-    try:
-        hold_experts(judge, changed, *rows_of(case), "EXP-10", f"with experts of sizes {sizes_E.tolist()}")
-    except Violation as violation:
-        violation.case = case  # which draws the same sizes again
-        raise
+    with blaming(case):
+        hold_experts(judge, changed, *rows_of(changed), "EXP-10", f"with experts of sizes {sizes_E.tolist()}")

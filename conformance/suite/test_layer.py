@@ -7,7 +7,7 @@ import numpy as np
 from conformance import layer_bounds
 from conformance.check import requires
 from conformance.judge import NotRun, Violation
-from conformance.layer_verdicts import dtypes, hold, hold_layer, judged_T, output
+from conformance.layer_verdicts import blaming, dtypes, hold, hold_layer, judged_T, output
 from moe_ref import LayerParams
 
 ROUTING = (
@@ -90,7 +90,8 @@ def test_a_token_depends_on_itself_alone(judge, case):
     clear_T = judged_T(judge, case, "LAY-4")
     order = case.rng().permutation(case.num_tokens)
     for rows in (order, order[:5], order[:1]):
-        other_TD = output(judge, case.tokens(rows), "LAY-4")
+        with blaming(case):
+            other_TD = output(judge, case.tokens(rows), "LAY-4")
         wrong_T = ~(np.abs(other_TD - found_TD[rows]) <= 2 * radius_TD[rows]).all(axis=-1) & clear_T[rows]
         for place in np.flatnonzero(wrong_T):
             token = int(rows[place])
@@ -108,11 +109,11 @@ def test_a_nan_stays_in_its_token(judge, case):
     spoiled_TD = np.where(others[:, None] | ~columns_D, case.x_TD, np.nan)
     clean_TD = output(judge, case, "LAY-5")
     try:
-        found_TD = output(judge, case.with_(x_TD=spoiled_TD), "LAY-5")
+        with blaming(case):
+            found_TD = output(judge, case.with_(x_TD=spoiled_TD), "LAY-5")
     except Violation as violation:
         if violation.received.startswith("ValueError"):
             return  # refused
-        violation.case = case
         raise
     clear_T = judged_T(judge, case, "LAY-5")
     title = f"changed by a NaN in token {token}"
@@ -122,7 +123,8 @@ def test_a_nan_stays_in_its_token(judge, case):
 @requires("LAY-6", method="layer", inputs=("token_mask_T",), tokens=(7,), after=("LAY-1",))
 def test_the_output_of_padding_is_0(judge, case):
     for poison in POISON:
-        found_TD = output(judge, poisoned(case, poison), "LAY-6")
+        with blaming(case):
+            found_TD = output(judge, poisoned(case, poison), "LAY-6")
         nothing = np.zeros(found_TD.shape)
         hold(case, "LAY-6", f"padding that holds {poison:g} has an output", found_TD, nothing, nothing,
              rows=~case.valid_T)  # fmt: skip
@@ -130,10 +132,12 @@ def test_the_output_of_padding_is_0(judge, case):
 
 @requires("LAY-7", method="layer", inputs=("token_mask_T",), tokens=(7,), after=("LAY-1",))
 def test_padding_changes_no_other_token(judge, case):
-    plain_TD = output(judge, unmasked(case), "LAY-7")
+    with blaming(case):
+        plain_TD = output(judge, unmasked(case), "LAY-7")
     clear_T = judged_T(judge, case, "LAY-7") & case.valid_T
     for poison in POISON:
-        found_TD = output(judge, poisoned(case, poison), "LAY-7")
+        with blaming(case):
+            found_TD = output(judge, poisoned(case, poison), "LAY-7")
         title = f"changed by padding that holds {poison:g}"
         hold(case, "LAY-7", title, found_TD, plain_TD, 2 * radius_of(judge, case), rows=clear_T)
 
@@ -181,7 +185,8 @@ def test_a_null_expert_adds_its_token_or_nothing(judge, case):
 def test_the_output_doubles_with_the_down_projections(judge, case):
     names = [name for name in ("w_down_EFD", "b_down_ED") if getattr(case.params, name) is not None]
     doubled = case.with_params(**{name: 2 * getattr(case.params, name) for name in names})
-    found_TD, twice_TD = output(judge, case, "LAY-14"), output(judge, doubled, "LAY-14")
+    with blaming(case):
+        found_TD, twice_TD = output(judge, case, "LAY-14"), output(judge, doubled, "LAY-14")
     clear_T = judged_T(judge, case, "LAY-14")
     title = "not doubled with the down projections"
     hold(case, "LAY-14", title, twice_TD, 2 * found_TD, 4 * radius_of(judge, case), rows=clear_T)
@@ -203,7 +208,8 @@ def test_renamed_experts_give_the_same_output(judge, case):
         if value is not None and value.ndim and not field.name.startswith("shared_"):
             changes[field.name] = np.concatenate([value[names_E], value[E:]])
     renamed = case.with_params(**changes)
-    found_TD, other_TD = output(judge, case, "LAY-15"), output(judge, renamed, "LAY-15")
+    with blaming(case):
+        found_TD, other_TD = output(judge, case, "LAY-15"), output(judge, renamed, "LAY-15")
     clear_T = judged_T(judge, case, "LAY-15")
     title = f"changed by experts in the order {names_E.tolist()}"
     hold(case, "LAY-15", title, other_TD, found_TD, 2 * radius_of(judge, case), rows=clear_T)

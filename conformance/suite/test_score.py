@@ -14,17 +14,14 @@ MODERATE = ("separated", "normal")
 def scored(score_func: str):
     """Specs that score every choice with this function, from logits as they are."""
     return lambda spec: (
-        spec.score_func == score_func
-        and spec.has_scores
-        and spec.weights_from == "scores"
-        and spec.logit_scale == 1
-        and spec.logit_softcap is None
+        spec.score_func == score_func and whatever_groups(spec) and spec.logit_scale == 1 and spec.logit_softcap is None
     )
 
 
 def whatever_groups(spec) -> bool:
-    """Specs whose weights show the scores, whichever groups are kept."""
-    return spec.has_scores and spec.weights_from == "scores"
+    """Specs whose weights show the scores, whichever groups are kept and whichever experts selected."""
+    # Given ids can leave slots unused: WGT-11.
+    return spec.has_scores and spec.weights_from == "scores" and spec.selector != "given"
 
 
 def hold_scores(judge, case, id: str) -> None:
@@ -96,7 +93,12 @@ def test_sqrtsoftplus_scores(judge, case):
     hold_scores(judge, case, "SCR-3")
 
 
-@requires("SCR-4", spec=lambda spec: spec.score_over == "selected", logits=MODERATE, after=("WGT-8",))
+@requires(
+    "SCR-4",
+    spec=lambda spec: spec.score_over == "selected" and spec.selector != "given",
+    logits=MODERATE,
+    after=("WGT-8",),
+)
 def test_softmax_over_the_selected(judge, case):
     seen = judge.observe(case)
     wrong = weights_differ(judge, seen)

@@ -100,6 +100,8 @@ def assert_experts_agree(subject, spec: LayerSpec, params: LayerParams, bound: f
     found = subject.experts(rows_RD, trace.permutation.tokens_per_expert_E, params, spec)
     assert found.shape == rows_RD.shape
     assert_near(found[: len(rows_ND)], trace.experts.output_RD, bound)
+    no_counts_E = np.zeros(spec.router.num_experts, dtype=np.int64)
+    assert subject.experts(rows_RD[:0], no_counts_E, params, spec).shape == (0, D)
 
 
 def assert_combine_agrees(subject, spec: LayerSpec, params: LayerParams):

@@ -1,14 +1,19 @@
-"""conformance, docs: writes SPEC.md, and the generated parts of README.md between their markers. `make docs`."""
+"""tools, docs: writes SPEC.md, and the generated parts of README.md between their markers. `make docs`."""
 
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.tables import markdown as benchmarks_markdown
 from conformance.cli import options_markdown
 from conformance.requirements import spec_markdown
 from moe_ref.names import glossary_markdown
 
-PARTS: dict[str, Callable[[], str]] = {"glossary": glossary_markdown, "options": options_markdown}
+PARTS: dict[str, Callable[[], str]] = {
+    "benchmarks": benchmarks_markdown,
+    "options": options_markdown,
+    "glossary": glossary_markdown,
+}
 """Marker in README.md -> what stands between it and its end."""
 
 
