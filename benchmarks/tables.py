@@ -31,7 +31,8 @@ def grouped_matmul() -> list[str]:
     """moe_jax.grouped_matmul beside jax.lax.ragged_dot, and beside a dense matmul of equal FLOPs."""
     found = read("grouped_matmul")
     lines = [
-        f"**JAX grouped_matmul**, {found['rows']} rows, D={found['D']} F={found['F']} {found['dtype']}, {where(found)}. "
+        f"**JAX grouped_matmul**, {found['rows']} rows, D={found['D']} F={found['F']} {found['dtype']}, "
+        f"{where(found)}. "
         "The roof is a dense matmul of equal FLOPs plus one reading of each used expert's weights:",
         "",
         "| experts | pass | times as fast as `jax.lax.ragged_dot` | of the roof | compile |",
@@ -43,9 +44,8 @@ def grouped_matmul() -> list[str]:
             if row:
                 speedup = f"{row['speedup']:.0f}" if row.get("speedup") else "-"
                 compiled = case["compile_s"][name]
-                lines.append(
-                    f"| {case['experts']}, {case['load']} load | {name} | {speedup} | {row['of_roof']:.2f}x | {compiled:.1f} s |"
-                )
+                cells = (f"{case['experts']}, {case['load']} load", name, speedup, f"{row['of_roof']:.2f}x")
+                lines.append(f"| {' | '.join(cells)} | {compiled:.1f} s |")
     return lines
 
 

@@ -181,7 +181,7 @@ class Judge:
     def specs(self, check: Check) -> tuple[list, Counter]:
         """The specs of the pool that the check wants and the subject supports; why the others are not run."""
         if check.requirement not in self._specs:
-            wanted = [spec for spec in self._pool(check) if check.spec(spec)]
+            wanted: list[Any] = [spec for spec in self._pool(check) if check.spec(spec)]
             supports = self.subject.supports_layer if isinstance(check, LayerCheck) else self.subject.supports
             reasons = [supports(spec) for spec in wanted]
             supported = [spec for spec, why in zip(wanted, reasons, strict=True) if why is None]

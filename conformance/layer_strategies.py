@@ -4,6 +4,7 @@ Tokens whose choice of experts hangs on rounding are drawn again, since another 
 """
 
 from dataclasses import fields
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -22,11 +23,13 @@ DRAWS = 6
 CLEARLY = "float16"
 """A choice stands clear of rounding if it would even in this dtype."""
 
-SOFTMAX, SIGMOID = {"score_func": "softmax"}, {"score_func": "sigmoid"}
-NORM = {"route_norm": True}
-DEEPSEEK = SIGMOID | NORM | {"norm_eps": 1e-20}
-SELECTED = {"score_over": "selected", "select_by": "logit"}
-GROUPS = {"num_expert_groups": 4, "num_limited_groups": 2}
+SOFTMAX: dict[str, Any] = {"score_func": "softmax"}
+SIGMOID: dict[str, Any] = {"score_func": "sigmoid"}
+NORM: dict[str, Any] = {"route_norm": True}
+DEEPSEEK: dict[str, Any] = SIGMOID | NORM | {"norm_eps": 1e-20}
+SELECTED: dict[str, Any] = {"score_over": "selected", "select_by": "logit"}
+GROUPS: dict[str, Any] = {"num_expert_groups": 4, "num_limited_groups": 2}
+GPT_OSS: dict[str, Any] = {"alpha": 1.702, "up_offset": 1.0, "clamp": 0.75, "bias": True}
 
 ROUTERS = (
     RouterSpec(num_experts=5, top_k=2, **SOFTMAX),
@@ -52,7 +55,7 @@ ROUTERS = (
 )
 EXPERTS = (
     ExpertSpec(dim=5, hidden_dim=7),
-    ExpertSpec(dim=5, hidden_dim=7, alpha=1.702, up_offset=1.0, clamp=0.75, bias=True),
+    ExpertSpec(dim=5, hidden_dim=7, **GPT_OSS),
     ExpertSpec(dim=5, hidden_dim=7, bias=True),
     ExpertSpec(dim=5, hidden_dim=7, alpha=1.702),
     ExpertSpec(dim=5, hidden_dim=7, up_offset=1.0),
@@ -78,12 +81,11 @@ SHARED = (
     SharedSpec(hidden_dim=3, combine="average"),
     SharedSpec(hidden_dim=3, clamp=0.5),
 )
-GPT_OSS = {"alpha": 1.702, "up_offset": 1.0, "clamp": 0.75, "bias": True}
 
 
 def _models() -> list[LayerSpec]:
     """Whole layers of public models, small."""
-    dims = {"dim": 8, "hidden_dim": 16}
+    dims: dict[str, Any] = {"dim": 8, "hidden_dim": 16}
     plain, gelu = ExpertSpec(**dims), ExpertSpec(**dims, activation="gelu_tanh")
     shared, inkling = SharedSpec(hidden_dim=8), tiny("inkling")
     return [
@@ -120,14 +122,21 @@ LAYER_SPECS: list[LayerSpec] = _pool()
 def thinned(specs: list[LayerSpec]) -> list[LayerSpec]:
     """One spec for each value of a field that some spec has, and no more: for subjects that compile."""
     kept, seen = [], set()
-    for spec in sorted(specs, key=lambda spec: -len(_values(spec))):
-        if not _values(spec) <= seen:
+    for spec in sorted(specs, key=lambda spec: -len(field_values(spec))):
+        if not field_values(spec) <= seen:
             kept.append(spec)
-            seen |= _values(spec)
+            seen |= field_values(spec)
     return sorted(kept, key=specs.index)
 
 
-def _values(spec: LayerSpec) -> set:
+def evenly(specs: list[LayerSpec]) -> list[LayerSpec]:
+    """The specs, repeated so that each value of a field comes about as often as any other, however few have it."""
+    values = sorted({value for spec in specs for value in field_values(spec)}, key=str)
+    groups = [[spec for spec in specs if value in field_values(spec)] for value in values]
+    return [group[i % len(group)] for i in range(max(map(len, groups), default=0)) for group in groups]
+
+
+def field_values(spec: LayerSpec) -> set:
     """Fields, sizes apart, with the values that they have, of the layer and its parts."""
     sizes = {"num_experts", "num_null_experts", "num_expert_groups", "num_limited_groups", "dim", "hidden_dim"}
     numbers = {"route_scale", "output_scale", "norm_eps", "clamp", "alpha", "up_offset", "logit_scale"}
@@ -157,7 +166,7 @@ def params_of_kind(spec: LayerSpec, bias: str, rng: np.random.Generator) -> Laye
     Biases of the projections are as large as their products, so that one of the wrong expert shows.
     """
     made = LayerParams.init(spec, int(rng.integers(2**31)))
-    values = {f.name: getattr(made, f.name) for f in fields(made) if getattr(made, f.name) is not None}
+    values: dict[str, Any] = {f.name: getattr(made, f.name) for f in fields(made) if getattr(made, f.name) is not None}
     values = {name: on_grid(5 * v if name.startswith("b_") else v) for name, v in values.items()}
     values["gate_ED"] = on_grid(1.5 * values["gate_ED"])
     if "learned_scale" in values:
@@ -165,8 +174,8 @@ def params_of_kind(spec: LayerSpec, bias: str, rng: np.random.Generator) -> Laye
     if spec.router.selector == "top_k":
         E = spec.router.num_choices
         crowd = np.where(np.arange(E) % max(1, E // spec.router.top_k) == 0, 8.0, 0.0)  # and the rest idle
-        kinds = {"none": None, "mixed": rng.normal(0, 0.5, E), "crowded": crowd + rng.normal(0, 0.5, E)}
-        values["expert_bias_E"] = None if kinds[bias] is None else on_grid(kinds[bias])
+        noise = rng.normal(0, 0.5, E)
+        values["expert_bias_E"] = {"none": None, "mixed": on_grid(noise), "crowded": on_grid(crowd + noise)}[bias]
     return LayerParams(**values)
 
 
@@ -215,7 +224,7 @@ def layer_cases(judge: Judge, check: LayerCheck) -> st.SearchStrategy[LayerCase]
     if check.requirement not in drawn:
         drawn[check.requirement] = st.builds(
             lambda spec, **choices: make_layer_case(spec, check, **choices),
-            st.sampled_from(judge.specs(check)[0]),
+            st.sampled_from(evenly(judge.specs(check)[0])),
             x=st.sampled_from(check.x),
             bias=st.sampled_from(check.bias),
             tokens=st.sampled_from(check.tokens),

@@ -14,8 +14,9 @@ import numpy as np
 from conformance import layer_bounds
 from conformance.balls import Ball, exact, feed_forward, narrower
 from conformance.compare import EPSILON, choice_error, unlimited_choice
-from conformance.judge import Judge, Violation
+from conformance.judge import Judge, NotRun, Violation
 from conformance.layer_cases import LayerCase
+from conformance.verdicts import selection_differs, weights_differ
 from moe_ref import UNUSED, LayerParams
 from moe_ref.experts import combine, run_experts
 from moe_ref.permute import unpermute
@@ -180,21 +181,14 @@ def shown(values) -> str:
     return f"[{numbers}{' ...' if len(flat) > 12 else ''}]"
 
 
-def hold_experts(judge: Judge, case: LayerCase, rows_RD, counts_E, id: str, title: str, *, found=None) -> np.ndarray:
-    """The rows of the experts are the reference's; returns them as the subject has them.
-
-    Args:
-        rows_RD: inputs that float32 holds; those past the counts are not judged.
-        found: what the subject returned, where it was called already.
-    """
-    if found is None:
-        found = expert_rows(judge, case, rows_RD, counts_E, id)
+def hold_experts(judge: Judge, case: LayerCase, rows_RD, counts_E, id: str, title: str) -> None:
+    """The rows of the experts are the reference's; those past the counts are not judged."""
+    found = expert_rows(judge, case, rows_RD, counts_E, id)
     N = int(counts_E.sum())
     wanted_ND = run_experts(rows_RD[:N], counts_E, case.params, case.spec.experts).output_RD
     owner_N = np.repeat(np.arange(len(counts_E)), counts_E)
     radius_ND = experts_radius(judge, case, rows_RD[:N], counts_E)
     hold(case, id, title, found[:N], wanted_ND, radius_ND, label=lambda row: f"row {row}, of expert {owner_N[row]}")
-    return found
 
 
 def experts_radius(judge: Judge, case: LayerCase, rows_ND, counts_E) -> np.ndarray:
@@ -218,26 +212,52 @@ def combined_ball(judge: Judge, case: LayerCase, rows_ND, order_N, weights_TK) -
     return ball.made(combine(slots_TKD, weights_TK, case.spec.router), ball.radius)
 
 
-def hold_layer(judge: Judge, case: LayerCase, id: str, title: str, *, found=None) -> None:
+def hold_layer(judge: Judge, case: LayerCase, id: str, title: str) -> None:
     """The output is the reference's, for the tokens whose choice is beyond doubt."""
-    if found is None:
-        found = output(judge, case, id)
+    found = output(judge, case, id)
     radius_TD = layer_bounds.layer(case, *dtypes(judge)).output_TD.radius
-    hold(case, id, title, found, case.reference.output_TD, radius_TD, rows=judged_T(judge, case, id))
+    with excusing(judge, case, id):
+        hold(case, id, title, found, case.reference.output_TD, radius_TD, rows=judged_T(judge, case, id))
 
 
-def hold_gradients(judge: Judge, case: LayerCase, names, id: str, title: str, *, found=None) -> None:
+def hold_gradients(judge: Judge, case: LayerCase, names, id: str, title: str) -> None:
     """The gradients of these names are the reference's; a case with a near tie has none that could be judged."""
-    if found is None:
-        found = gradients(judge, case, id)
+    found = gradients(judge, case, id)
     balls, wanted = layer_bounds.gradients(case, *dtypes(judge)), wanted_gradients(case)
     clear_T = judged_T(judge, case, id)
-    for name in names:
-        if name == "x_TD":
-            hold(case, id, title, found[name], wanted[name], balls[name].radius, rows=clear_T)
-        elif name in wanted and clear_T.all():
-            each = balls[name].radius
-            hold(case, id, title, found[name], wanted[name], each, label=lambda row, name=name: f"{name}[{row}]")
+    with excusing(judge, case, id):
+        for name in names:
+            if name == "x_TD":
+                hold(case, id, title, found[name], wanted[name], balls[name].radius, rows=clear_T)
+            elif name in wanted and clear_T.all():
+                hold_parameter(case, id, title, name, found[name], wanted[name], balls[name].radius)
+
+
+def hold_parameter(case: LayerCase, id: str, title: str, name: str, found, wanted, radius, *, rows=None) -> None:
+    """`hold` of what belongs to a parameter."""
+    hold(case, id, title, found, wanted, radius, rows=rows, label=lambda row: f"{name}[{row}]")
+
+
+@contextmanager
+def excusing(judge: Judge, case: LayerCase, id: str):
+    """What a wrong router makes wrong is not judged: the requirements of the router accuse it."""
+    try:
+        yield
+    except Violation:
+        if router_is_wrong(judge, case, id):
+            raise NotRun("judged where the subject's router is right") from None
+        raise
+
+
+def router_is_wrong(judge: Judge, case: LayerCase, id: str) -> bool:
+    """The subject's own `route` selects or weighs otherwise on this case, where it has one."""
+    try:
+        seen = judge.observe(case.router_case)
+    except NotRun:
+        return False
+    except Violation:
+        return True
+    return bool(selection_differs(judge, seen, id) or weights_differ(judge, seen))
 
 
 def unused_or_null(expert_ids_TK, num_experts: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from conformance.cases import Case
 from conformance.deviations import write_case
 from conformance.judge import Entry, Judge, Violation
 from conformance.report import failure_page, record
@@ -42,7 +43,7 @@ def conclude(judge: Judge, id: str | None, excinfo) -> list[dict]:
 
 def diagnoses(judge: Judge, violation: Violation) -> list:
     """Faults whose output is the subject's on this case."""
-    if violation.case is None or "nan_logits" in violation.case.tags:
+    if not isinstance(violation.case, Case) or "nan_logits" in violation.case.tags:
         return []
     try:
         from conformance.faults.diagnose import diagnose

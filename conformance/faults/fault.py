@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -116,7 +117,8 @@ def route_under(fault: Fault, logits_TE, spec: RouterSpec, expert_bias_E, *, dty
     """The reference with the fault in it."""
 
     def route(logits_TE, spec, expert_bias_E, **inputs) -> RoutingTrace:
-        with patch.multiple(routing, **fault.patches) if fault.patches else np.errstate():
+        patches: dict[str, Any] = dict(fault.patches)
+        with patch.multiple(routing, **patches) if patches else np.errstate():
             return routing.route(logits_TE, spec, expert_bias_E=expert_bias_E, dtype=dtype, **inputs)
 
     # A fault may overflow or divide by 0; that is for the judge to see, not for Python to warn of.

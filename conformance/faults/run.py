@@ -1,4 +1,4 @@
-"""conformance, faults of the run: what no stage does wrong by itself. Other tokens, padding, NaN, repetition, crashes."""
+"""conformance, faults of the run: no single stage is wrong. Other tokens, padding, NaN, repetition, crashes."""
 
 from dataclasses import replace
 

@@ -11,6 +11,7 @@ from conformance.layer_verdicts import (
     gradients,
     hold,
     hold_gradients,
+    hold_parameter,
     judged_T,
     wanted_gradients,
 )
@@ -66,8 +67,8 @@ def test_an_expert_without_tokens_gets_gradients_of_0(judge, case):
     found = gradients(judge, case, "BWD-6")
     for name in (n for n in (*MATRICES, *BIASES) if n in found):
         nothing = np.zeros(found[name].shape)
-        hold(case, "BWD-6", "an expert without tokens has a gradient", found[name], nothing, nothing, rows=idle_E,
-             label=lambda row, name=name: f"{name}[{row}]")  # fmt: skip
+        title = "an expert without tokens has a gradient"
+        hold_parameter(case, "BWD-6", title, name, found[name], nothing, nothing, rows=idle_E)
 
 
 @requires("BWD-7", method="layer_gradients", spec=lambda s: s.router.selector == "top_k", bias=("mixed",),
@@ -76,7 +77,7 @@ def test_expert_bias_gets_no_gradient(judge, case):
     found = gradients(judge, case, "BWD-7").get("expert_bias_E")
     if found is not None:
         nothing = np.zeros(found.shape)
-        hold(case, "BWD-7", "not 0", found, nothing, nothing, label=lambda row: f"expert_bias_E[{row}]")
+        hold_parameter(case, "BWD-7", "not 0", "expert_bias_E", found, nothing, nothing)
 
 
 @requires("BWD-8", method="layer_gradients", spec=constant_weights, after=FORWARD)
@@ -102,8 +103,7 @@ def test_padding_adds_nothing_to_any_gradient(judge, case):
         title = f"with {poison:g} in the padding"
         hold(case, "BWD-9", f"{title} it has a gradient", found["x_TD"], nothing, nothing, rows=~case.valid_T)
         for name in wanted_gradients(case):
-            hold(case, "BWD-9", title, found[name], wanted[name], 2 * balls[name].radius,
-                 label=lambda row, name=name: f"{name}[{row}]")  # fmt: skip
+            hold_parameter(case, "BWD-9", title, name, found[name], wanted[name], 2 * balls[name].radius)
 
 
 @requires("BWD-10", method="layer_gradients", spec=lambda s: s.shared is not None, after=FORWARD)
@@ -121,12 +121,12 @@ def test_the_gradients_of_a_batch_are_the_sums_of_its_parts(judge, case):
     balls = layer_bounds.gradients(case, *dtypes(judge))
     for name in wanted_gradients(case):
         sum_of_parts = sum(part[name] for part in parts) if name != "x_TD" else np.concatenate([p[name] for p in parts])
-        hold(case, "BWD-11", "not the sum of two single tokens", whole[name], sum_of_parts, 3 * balls[name].radius,
-             label=lambda row, name=name: f"{name}[{row}]")  # fmt: skip
+        title = "not the sum of two single tokens"
+        hold_parameter(case, "BWD-11", title, name, whole[name], sum_of_parts, 3 * balls[name].radius)
 
 
 @requires("BWD-12", method="layer_gradients", tokens=(0,), bias=("none",))
 def test_zero_tokens_give_gradients_of_0(judge, case):
     for name, found in gradients(judge, case, "BWD-12").items():
         nothing = np.zeros(found.shape)
-        hold(case, "BWD-12", "not 0", found, nothing, nothing, label=lambda row, name=name: f"{name}[{row}]")
+        hold_parameter(case, "BWD-12", "not 0", name, found, nothing, nothing)

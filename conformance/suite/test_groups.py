@@ -28,7 +28,7 @@ def without_bias(case: Case) -> Case:
 
 def panel(case: Case) -> Case:
     """127 other tokens under the same spec and bias, half of them negative: many tell which stage is at fault."""
-    logits_TE = np.float32(case.rng().normal(0, 2, (127, case.spec.num_logits)))
+    logits_TE = case.rng().normal(0, 2, (127, case.spec.num_logits)).astype(np.float32)
     logits_TE[::2] -= 6
     return case.with_(logits_TE=logits_TE.astype(np.float64), inputs=_of_no_token(case.inputs))
 

@@ -10,12 +10,7 @@ from conformance.judge import NotRun, Violation
 from conformance.layer_verdicts import blaming, dtypes, hold, hold_layer, judged_T, output
 from moe_ref import LayerParams
 
-ROUTING = (
-    "GAT-1", "GAT-2", "SCR-1", "SCR-2", "SCR-3", "SCR-4", "SCR-5", "GRP-1", "GRP-2", "SEL-1", "SEL-2", "SEL-3", "SEL-4",
-    "SEL-14", "SEL-15", "SEL-16", "WGT-1", "WGT-8", "WGT-2", "WGT-3", "WGT-4", "WGT-5", "WGT-9", "WGT-11", "WGT-12",
-    "WGT-13",
-)  # fmt: skip
-STAGES = (*ROUTING, "EXP-2", "EXP-3", "EXP-4", "EXP-5", "CMB-2", "CMB-3", "CMB-5", "CMB-7", "LAY-1")
+STAGES = ("EXP-2", "EXP-3", "EXP-4", "EXP-5", "CMB-2", "CMB-3", "CMB-5", "CMB-7", "LAY-1")
 """Where one of these fails on the same case, the layer fails too, and is not the one to blame."""
 POISON = (np.nan, 1e30, np.nan)
 """What rows hold that nobody reads, in calls one after the other."""

@@ -1,5 +1,7 @@
 """moe_ref, routing: worked examples by hand, and every error by its text."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -17,7 +19,8 @@ DEEPSEEK = RouterSpec(
 
 
 def spec(**fields) -> RouterSpec:
-    return RouterSpec(**{"num_experts": 4, "top_k": 2} | fields)
+    values: dict[str, Any] = {"num_experts": 4, "top_k": 2} | fields
+    return RouterSpec(**values)
 
 
 def test_softmax_weights_are_the_scores_of_the_two_best():
