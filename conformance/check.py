@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conformance.judge import CHECKS, Check, Judge, LayerCheck
-from conformance.layer_strategies import layer_cases
+from conformance.judge import CHECKS, Check, Judge, LayerCheck, Violation
+from conformance.layer_strategies import layer_cases, survey_cases
 from conformance.layer_verdicts import FORM
 from conformance.requirements import REQUIREMENTS
 from conformance.strategies import cases
@@ -44,6 +44,8 @@ def as_test(check: Check) -> Callable:
             pytest.skip(f"unsupported: {check.method}() is not defined")
         if not specs:
             pytest.skip(f"unsupported: {'; '.join(reasons)}")
+        if isinstance(check, LayerCheck):
+            survey(judge, check)
         drawn = layer_cases(judge, check) if isinstance(check, LayerCheck) else cases(judge, check)
         judge.examine(check, data.draw(drawn))
 
@@ -53,3 +55,16 @@ def as_test(check: Check) -> Callable:
     test.__doc__ = f"{check.requirement}: {REQUIREMENTS[check.requirement].sentence}"
     test.requirement = check.requirement  # type: ignore[attr-defined]
     return test
+
+
+def survey(judge: Judge, check: LayerCheck) -> None:
+    """Examine the fixed cases of a check, once; what they found is raised in every example, so that none is flaky."""
+    if check.requirement not in judge.surveys:
+        judge.surveys[check.requirement] = None
+        try:
+            for case in survey_cases(judge, check):
+                judge.examine(check, case)
+        except Violation as violation:
+            judge.surveys[check.requirement] = violation
+    if found := judge.surveys[check.requirement]:
+        raise found

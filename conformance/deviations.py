@@ -22,7 +22,7 @@ class UsageError(ValueError):
     """What the user gave cannot be used; the text says what and why. Exit status 4."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # one entry of one file: equal to itself alone
 class Deviation:
     """One declared difference from one requirement."""
 

@@ -106,6 +106,8 @@ class Judge:
         self.deviations = tuple(deviations)
         self.ledger = {id: Entry() for id in REQUIREMENTS}
         self.capabilities = capabilities(subject)
+        self.surveys: dict[str, Violation | None] = {}
+        """What the fixed cases of a layer's requirement found; they are run once."""
         self._observed: tuple[Case | None, Observation | None] = (None, None)
         self._specs: dict[str, tuple[list, Counter]] = {}
         for dtype in (*subject.logit_dtypes, subject.compute_dtype, subject.expert_dtype):

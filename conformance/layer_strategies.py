@@ -3,6 +3,7 @@
 Tokens whose choice of experts hangs on rounding are drawn again, since another choice changes the whole output.
 """
 
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -48,6 +49,7 @@ ROUTERS = (
     RouterSpec(num_experts=3, top_k=3, **SOFTMAX, num_null_experts=3, null_kind="skip", route_scale=2.0),
     RouterSpec(num_experts=6, top_k=2, **SOFTMAX, **NORM, learned_scale="per_expert"),
     RouterSpec(num_experts=5, top_k=2, **SIGMOID, **NORM, norm_form="clamp", norm_eps=0.25),
+    RouterSpec(num_experts=5, top_k=2, **SIGMOID, learned_scale="global", route_scale=1.5),
     RouterSpec(num_experts=5, top_k=2, score_func="sqrtsoftplus", **NORM, route_scale=1.5),
     RouterSpec(num_experts=5, top_k=2, **DEEPSEEK, selector="table"),
     RouterSpec(num_experts=6, top_k=3, **SIGMOID, **NORM, selector="given"),
@@ -107,49 +109,65 @@ def _models() -> list[LayerSpec]:
     ]
 
 
+def _mixed() -> list[LayerSpec]:
+    """Every router with some experts, and often with a gate bias or shared experts: much is tried at once."""
+    found = []
+    for i, router in enumerate(ROUTERS):
+        shared = SHARED[i % len(SHARED)] if i % 3 == 0 or router.num_scored_shared_experts else None
+        experts = EXPERTS[(3 * i + 1) % len(EXPERTS)]
+        found.append(LayerSpec(router=router, experts=experts, shared=shared, gate_bias=i % 2 == 1))
+    return found
+
+
 def _pool() -> list[LayerSpec]:
     """Simple specs first: shrinking goes towards the front."""
     found = [LayerSpec(router=router, experts=EXPERTS[0]) for router in ROUTERS]
     found += [LayerSpec(router=ROUTERS[i % 4], experts=each) for i, each in enumerate(EXPERTS[1:])]
     found += [LayerSpec(router=ROUTERS[i % 4], experts=EXPERTS[0], shared=each) for i, each in enumerate(SHARED)]
-    found.append(LayerSpec(router=ROUTERS[10], experts=EXPERTS[2], shared=SHARED[0], gate_bias=True))
-    return list(dict.fromkeys(found + _models()))
+    found += [LayerSpec(router=ROUTERS[i], experts=EXPERTS[2], shared=SHARED[0], gate_bias=True) for i in (2, 10)]
+    return list(dict.fromkeys(found + _models() + _mixed()))
 
 
 LAYER_SPECS: list[LayerSpec] = _pool()
 
 
 def thinned(specs: list[LayerSpec]) -> list[LayerSpec]:
-    """One spec for each value of a field that some spec has, and no more: for subjects that compile."""
+    """Specs until each fact that holds for some spec holds for one of these: for subjects that compile."""
     kept, seen = [], set()
-    for spec in sorted(specs, key=lambda spec: -len(field_values(spec))):
-        if not field_values(spec) <= seen:
+    for spec in sorted(specs, key=lambda spec: -len(facts(spec))):
+        if not facts(spec) <= seen:
             kept.append(spec)
-            seen |= field_values(spec)
+            seen |= facts(spec)
     return sorted(kept, key=specs.index)
 
 
-def evenly(specs: list[LayerSpec]) -> list[LayerSpec]:
-    """The specs, repeated so that each value of a field comes about as often as any other, however few have it."""
-    values = sorted({value for spec in specs for value in field_values(spec)}, key=str)
-    groups = [[spec for spec in specs if value in field_values(spec)] for value in values]
-    return [group[i % len(group)] for i in range(max(map(len, groups), default=0)) for group in groups]
-
-
-def field_values(spec: LayerSpec) -> set:
-    """Fields, sizes apart, with the values that they have, of the layer and its parts."""
-    sizes = {"num_experts", "num_null_experts", "num_expert_groups", "num_limited_groups", "dim", "hidden_dim"}
+def facts(spec: LayerSpec) -> set:
+    """What is not the default in a layer, sizes apart; and what some requirement asks for."""
+    router, experts, shared = spec.router, spec.experts, spec.shared
+    sizes = {"num_experts", "top_k", "num_limited_groups", "dim", "hidden_dim"}
     numbers = {"route_scale", "output_scale", "norm_eps", "clamp", "alpha", "up_offset", "logit_scale"}
-    found: set = {("gate_bias", spec.gate_bias)}
-    for part in (spec.router, spec.experts, spec.shared):
+    found: set = {"gate_bias"} if spec.gate_bias else {"plain"}
+    for part in (router, experts, shared):
         for f in fields(part) if part is not None else ():
             value = getattr(part, f.name)
-            if f.name == "top_k":
-                value = "one" if value == 1 else "all" if value == spec.router.num_choices else "some"
-            elif f.name in sizes | numbers:
-                value = value != f.default if f.name in numbers else bool(value)
-            found.add((type(part).__name__, f.name, value))
-    return found
+            if f.name not in sizes and value != f.default:
+                found.add((type(part).__name__, f.name, True if f.name in numbers else value))
+    slots = "one slot" if router.top_k == 1 else "all slots" if router.top_k == router.num_choices else "some slots"
+    square = experts.hidden_dim in (experts.dim, experts.dim / 2)
+    scaled = router.route_scale != 1 or router.output_scale != 1
+    return found | {
+        (slots, router.weight_on, "normed" if router.route_norm else ""),
+        ("square", square, experts.bias),
+        (shared and (shared.gate, shared.combine), scaled),
+        ("routed alone", shared is None, router.weight_on, bool(router.num_null_experts), router.top_k == 1),
+    }
+
+
+def evenly(specs: list[LayerSpec]) -> list[LayerSpec]:
+    """The specs, repeated so that each fact comes about as often as any other, however few specs it holds for."""
+    found = sorted({fact for spec in specs for fact in facts(spec)}, key=str)
+    groups = [[spec for spec in specs if fact in facts(spec)] for fact in found]
+    return [group[i % len(group)] for i in range(max(map(len, groups), default=0)) for group in groups]
 
 
 THIN_LAYER_SPECS: list[LayerSpec] = thinned(LAYER_SPECS)
@@ -216,6 +234,13 @@ def make_layer_case(spec: LayerSpec, check: LayerCheck, *, x: str, bias: str, to
             break
         case = case.with_(x_TD=np.where(clear_T[:, None], case.x_TD, draw(tokens)))
     return case
+
+
+def survey_cases(judge: Judge, check: LayerCheck) -> Iterator[LayerCase]:
+    """A case for each fact that holds for some spec, so that a rare one is not left to luck."""
+    for number, spec in enumerate(thinned(judge.specs(check)[0])):
+        x, bias = check.x[number % len(check.x)], check.bias[number % len(check.bias)]
+        yield make_layer_case(spec, check, x=x, bias=bias, tokens=check.tokens[0], seed=number)
 
 
 def layer_cases(judge: Judge, check: LayerCheck) -> st.SearchStrategy[LayerCase]:

@@ -4,7 +4,17 @@ They judge the judge: every fault is accused, at its own stage. They are the dia
 faults that reproduce what a subject returned.
 """
 
-from conformance.faults import config, gate, groups, run, score, select, weights  # noqa: F401  (they register)
+from conformance.faults import (  # noqa: F401  (they register)
+    config,
+    gate,
+    groups,
+    run,
+    score,
+    select,
+    selectors,
+    special_weights,
+    weights,
+)
 from conformance.faults.fault import REGISTER, Fault, FaultySubject, run_under
 from conformance.faults.table import kill_table
 from conformance.requirements import STAGES

@@ -8,13 +8,10 @@ from conformance.faults.fault import replaces, surrounds
 from moe_ref import UNUSED
 from moe_ref.routing import (
     bias_choice,
-    choose,
-    ids_array,
     kept_experts,
     limit_groups,
     score,
     select,
-    sparsemixer,
     top_k,
 )
 
@@ -296,120 +293,3 @@ def skipped_choices_become_expert_0(route, logits_TE, spec, expert_bias_E, **inp
     free_T1 = ~(trace.expert_ids_TK == 0).any(axis=-1, keepdims=True)
     skipped_TK = (trace.expert_ids_TK == spec.num_experts) & free_T1
     return replace(trace, expert_ids_TK=np.where(skipped_TK, 0, trace.expert_ids_TK))
-
-
-# SEL-13 .. SEL-17: the other selectors
-
-
-@replaces("sparsemixer", breaks="SEL-13")
-def sparsemixer_second_from_the_end(scaled_logits_TE, spec):
-    """sparsemixer takes its last slot from the worst logits."""
-    ids_TK, weights_TK = sparsemixer(scaled_logits_TE, spec)
-    ids_TK[:, -1] = np.argmin(scaled_logits_TE, axis=-1)
-    return ids_TK, weights_TK
-
-
-@replaces("sparsemixer", breaks="SEL-13")
-def sparsemixer_slots_swapped(scaled_logits_TE, spec):
-    """sparsemixer returns its slots, weights included, last one first."""
-    ids_TK, weights_TK = sparsemixer(scaled_logits_TE, spec)
-    return ids_TK[:, ::-1], weights_TK[:, ::-1]
-
-
-@replaces("choose", breaks="SEL-14", also=("run",))
-def table_by_position(scores_for_choice_TE, num_tokens, spec, **inputs):
-    """The table is indexed by the token's position."""
-    if spec.selector == "table":
-        inputs["token_ids_T"] = np.arange(num_tokens) % len(inputs["table_VK"])
-    return choose(scores_for_choice_TE, num_tokens, spec, **inputs)
-
-
-@replaces("choose", breaks="SEL-14")
-def table_one_row_off(scores_for_choice_TE, num_tokens, spec, **inputs):
-    """The table is read one row off."""
-    if spec.selector == "table":
-        inputs["table_VK"] = np.roll(inputs["table_VK"], 1, axis=0)
-    return choose(scores_for_choice_TE, num_tokens, spec, **inputs)
-
-
-@surrounds(breaks="SEL-14")
-def table_ignored(route, logits_TE, spec, expert_bias_E, **inputs):
-    """The table is ignored; the best scores are selected."""
-    if spec.selector == "table":
-        spec = spec.replace(selector="top_k")
-    return route(logits_TE, spec, expert_bias_E, **inputs)
-
-
-@surrounds(breaks="SEL-15")
-def given_ids_ignored(route, logits_TE, spec, expert_bias_E, **inputs):
-    """Given ids are ignored; the best scores are selected."""
-    if spec.selector == "given":
-        spec = spec.replace(selector="top_k")
-    return route(logits_TE, spec, expert_bias_E, **inputs)
-
-
-@surrounds(breaks="SEL-15", links=("radixark/miles#645",))
-def one_unused_slot_ends_the_replay(route, logits_TE, spec, expert_bias_E, **inputs):
-    """Given ids are ignored for the whole batch where one slot is unused."""
-    if spec.selector == "given" and (inputs["given_ids_TK"] == UNUSED).any():
-        spec = spec.replace(selector="top_k")
-    return route(logits_TE, spec, expert_bias_E, **inputs)
-
-
-@replaces("choose", breaks="SEL-15", links=("PrimeIntellect-ai/prime-rl#1807",))
-def unused_slots_become_experts(scores_for_choice_TE, num_tokens, spec, **inputs):
-    """An unused slot gets the lowest expert that its token does not have, 0 as a rule."""
-    ids_TK = choose(scores_for_choice_TE, num_tokens, spec, **inputs)
-    if spec.selector == "given":
-        for ids_K in ids_TK:
-            free = (i for i in range(spec.num_choices) if i not in ids_K)
-            for k in np.flatnonzero(ids_K == UNUSED):
-                ids_K[k] = next(free)
-    return ids_TK
-
-
-@replaces("ids_array", breaks="SEL-15", also=("run",), links=("radixark/miles#3146",))
-def given_ids_of_other_tokens(field, value, shape, bound, *, low=0):
-    """Given ids are flattened along the other axis first, so that tokens get the ids of others."""
-    ids = ids_array(field, value, shape, bound, low=low)
-    if field != "given_ids_TK" or len(ids) < 2:
-        return ids
-    return np.concatenate([ids[0::2], ids[1::2]])
-
-
-@replaces("ids_array", breaks="SEL-15", also=("run",), links=("AI-Hypercomputer/maxtext#5266",))
-def given_ids_one_token_late(field, value, shape, bound, *, low=0):
-    """Given ids stand one token late: an inclusive sum of lengths is taken for an exclusive one."""
-    ids = ids_array(field, value, shape, bound, low=low)
-    return np.roll(ids, 1, axis=0) if field == "given_ids_TK" else ids
-
-
-@replaces("choose", breaks="SEL-16")
-def round_robin_starts_anew(scores_for_choice_TE, num_tokens, spec, **inputs):
-    """Round-robin gives every token the first experts."""
-    if spec.selector != "round_robin":
-        return choose(scores_for_choice_TE, num_tokens, spec, **inputs)
-    return np.tile(np.arange(spec.top_k), (num_tokens, 1))
-
-
-@replaces("choose", breaks="SEL-16")
-def round_robin_steps_by_token(scores_for_choice_TE, num_tokens, spec, **inputs):
-    """Round-robin moves on by one expert for a token, not by K."""
-    if spec.selector != "round_robin":
-        return choose(scores_for_choice_TE, num_tokens, spec, **inputs)
-    return (np.arange(num_tokens)[:, None] + np.arange(spec.top_k)) % spec.num_experts
-
-
-@surrounds(breaks="SEL-17")
-def random_follows_the_logits(route, logits_TE, spec, expert_bias_E, **inputs):
-    """Random selection draws, but the logits decide."""
-    if spec.selector == "random":
-        spec = spec.replace(selector="top_k")
-        inputs = {k: v for k, v in inputs.items() if k != "seed"}
-    return route(logits_TE, spec, expert_bias_E, **inputs)
-
-
-@surrounds(breaks="SEL-17")
-def seed_ignored(route, logits_TE, spec, expert_bias_E, **inputs):
-    """Random selection is the same for every seed."""
-    return route(logits_TE, spec, expert_bias_E, **inputs | ({"seed": 0} if "seed" in inputs else {}))

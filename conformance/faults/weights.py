@@ -6,7 +6,7 @@ import numpy as np
 
 from conformance.faults.fault import misreads, replaces, rounded, surrounds
 from moe_ref import UNUSED
-from moe_ref.routing import factor_of, gather, normalise, scale_shared, scale_weights, softmax, sparsemixer, weigh
+from moe_ref.routing import factor_of, gather, normalise, scale_weights, softmax, weigh
 
 # WGT-1: the bias
 
@@ -354,97 +354,3 @@ def zero_over_zero(raw_weights_TK, shared_scores_TS, spec):
     if not spec.route_norm or spec.norm_eps > 0 or spec.norm_p != 1 or spec.norm_with_shared:
         return normalise(raw_weights_TK, shared_scores_TS, spec)
     return raw_weights_TK / raw_weights_TK.sum(axis=-1, keepdims=True), shared_scores_TS
-
-
-# WGT-11 .. WGT-15: unused slots, null experts, shared experts, masked scores, sparsemixer
-
-
-@replaces("gather", breaks="WGT-11")
-def unused_slots_weigh_expert_0(values_TE, expert_ids_TK):
-    """An unused slot reads the score of expert 0."""
-    return np.take_along_axis(values_TE, np.maximum(expert_ids_TK, 0), axis=-1)
-
-
-@surrounds(breaks="WGT-11")
-def unused_slots_in_the_norm(route, logits_TE, spec, expert_bias_E, **inputs):
-    """An unused slot weighs 0, but its share of the norm is gone."""
-    trace = route(logits_TE, spec, expert_bias_E, **inputs)
-    if spec.selector != "given" or not (spec.route_norm or spec.score_over == "selected"):
-        return trace
-    used_T1 = (trace.expert_ids_TK != UNUSED).mean(axis=-1, keepdims=True)
-    return replace(trace, weights_TK=trace.weights_TK * used_T1)
-
-
-@misreads(breaks="WGT-12")
-def skipped_choices_weigh(spec):
-    """A skipped choice keeps its weight."""
-    return spec.replace(null_kind="identity")
-
-
-@misreads(breaks="WGT-12")
-def identity_choices_weigh_0(spec):
-    """An identity choice weighs 0."""
-    return spec.replace(null_kind="skip")
-
-
-@replaces("normalise", breaks="WGT-13", also=("score",))
-def shared_left_out_of_the_norm(raw_weights_TK, shared_scores_TS, spec):
-    """Shared scores do not join the norm."""
-    return normalise(raw_weights_TK, shared_scores_TS, spec.replace(norm_with_shared=False))
-
-
-@misreads(breaks="WGT-13")
-def shared_in_every_norm(spec):
-    """Shared scores join the norm where the spec does not say so."""
-    if not spec.num_scored_shared_experts:
-        return spec
-    return spec.replace(norm_with_shared=True, route_norm=True)
-
-
-@replaces("scale_shared", breaks="WGT-13")
-def shared_weigh_1(normed_shared_TS, learned_scale, spec):
-    """Shared experts weigh 1."""
-    return np.ones_like(normed_shared_TS)
-
-
-@replaces("scale_shared", breaks="WGT-13")
-def shared_not_scaled(normed_shared_TS, learned_scale, spec):
-    """Shared experts do not take the scale of the routed ones."""
-    return normed_shared_TS
-
-
-@replaces("scale_shared", breaks="WGT-13")
-def shared_columns_swapped(normed_shared_TS, learned_scale, spec):
-    """Shared experts have each other's weights."""
-    return scale_shared(normed_shared_TS, learned_scale, spec)[:, ::-1]
-
-
-@surrounds(breaks="WGT-13")
-def shared_weights_not_returned(route, logits_TE, spec, expert_bias_E, **inputs):
-    """The weights of shared experts are not returned."""
-    return replace(route(logits_TE, spec, expert_bias_E, **inputs), shared_weights_TS=None)
-
-
-@misreads(breaks="WGT-14")
-def masked_scores_ignored(spec):
-    """Weights are read before the fill."""
-    return spec.replace(weights_from="scores")
-
-
-@replaces("sparsemixer", breaks="WGT-15")
-def sparsemixer_without_band(scaled_logits_TE, spec):
-    """sparsemixer takes the softmax over all remaining logits."""
-    return sparsemixer(scaled_logits_TE, spec.replace(mixer_eps=1e6))
-
-
-@replaces("sparsemixer", breaks="WGT-15")
-def sparsemixer_band_of_eps(scaled_logits_TE, spec):
-    """sparsemixer's band is mixer_eps wide, not twice that."""
-    return sparsemixer(scaled_logits_TE, spec.replace(mixer_eps=spec.mixer_eps / 2))
-
-
-@replaces("sparsemixer", breaks="WGT-15")
-def sparsemixer_weights_normed(scaled_logits_TE, spec):
-    """The weights of sparsemixer are made to sum to 1."""
-    ids_TK, weights_TK = sparsemixer(scaled_logits_TE, spec)
-    return ids_TK, weights_TK / weights_TK.sum(axis=-1, keepdims=True)

@@ -62,3 +62,12 @@ class Crashing(Sigmoid):
 
 class Empty(Subject):
     """Defines nothing."""
+
+
+class Interrupting(Sigmoid):
+    """Its version of a bug in the judge: `supports` itself raises."""
+
+    name = "interrupting"
+
+    def supports(self, spec, layout=None):
+        raise TypeError("supports() is broken")

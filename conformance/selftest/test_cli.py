@@ -114,6 +114,12 @@ def test_a_crash_is_a_violation_with_the_error_and_its_place(tmp_path):
     assert "routers.py" in printed
 
 
+def test_a_judgement_that_breaks_off_is_never_a_pass(tmp_path):
+    printed = run("Interrupting", "--stage", "select", cwd=tmp_path, code=1)
+    assert "the judge broke off: TypeError: supports() is broken" in printed
+    assert " ok " not in printed
+
+
 @pytest.mark.parametrize(
     ("subject", "message"),
     [

@@ -5,15 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from conformance.judge import Judge
+from conformance.judge import CHECKS, Judge, stage_order
 from conformance.requirements import REQUIREMENTS
 from conformance.subject import Subject
 from conformance.subjects.reference import Reference
-from conformance.trial import accuse
+from conformance.trial import accuse, load_suite
 from moe_ref import UNUSED, routing
 from moe_ref.routing import normalise, scale_weights, weigh
 
 SEEDS = (0, 1)
+load_suite()
+ROUTING = [id for id in sorted(CHECKS, key=stage_order) if CHECKS[id].method in ("configure", "gate", "route")]
 MUST = frozenset(id for id, requirement in REQUIREMENTS.items() if requirement.level == "MUST")
 SHOULD = frozenset(REQUIREMENTS) - MUST
 
@@ -161,15 +163,15 @@ INNOCENT: dict[type[Subject], frozenset[str]] = {
 @pytest.mark.parametrize("subject", INNOCENT, ids=lambda subject: subject.__name__)
 def test_what_is_right_is_not_accused(subject, seed):
     judge = Judge(subject())
-    accused = accuse(judge, seed=seed, examples=8)
+    accused = accuse(judge, seed=seed, examples=8, ids=ROUTING)
     assert INNOCENT[subject] <= SHOULD
     assert accused.keys() <= INNOCENT[subject], {id: (str(v), v.expected, v.received) for id, v in accused.items()}
 
 
-def test_the_reference_is_judged_by_every_requirement():
+def test_the_reference_is_judged_by_every_requirement_of_routing():
     judge = Judge(Reference())
-    accuse(judge, seed=0, examples=10)
-    assert {id for id, entry in judge.ledger.items() if entry.judged == 0} == set()
+    accuse(judge, seed=0, examples=10, ids=ROUTING)
+    assert [id for id in ROUTING if judge.ledger[id].judged == 0] == []
 
 
 @pytest.mark.parametrize("subject", [Reordered, HighestIdWins], ids=lambda subject: subject.__name__)

@@ -10,7 +10,7 @@ from conformance import layer_bounds
 from conformance.deviations import read_case, write_case
 from conformance.judge import CHECKS, Judge, LayerCheck, Violation
 from conformance.layer_cases import LayerCase, case_from_json
-from conformance.layer_strategies import LAYER_SPECS, THIN_LAYER_SPECS, field_values, make_layer_case
+from conformance.layer_strategies import LAYER_SPECS, THIN_LAYER_SPECS, make_layer_case
 from conformance.layer_verdicts import FORM, stable_T, wanted_gradients
 from conformance.report import failure_page, side_by_side
 from conformance.requirements import REQUIREMENTS
@@ -130,12 +130,15 @@ def test_a_choice_that_rounding_can_change_is_not_stable():
     assert not stable_T(case.with_params(gate_ED=gate_ED), "float32").any()
 
 
-def test_the_thinned_pool_has_every_value_of_every_field():
+def test_every_check_finds_specs_in_both_pools():
+    load_suite()
+    for id in IDS:
+        for pool in (LAYER_SPECS, THIN_LAYER_SPECS):
+            assert any(CHECKS[id].spec(spec) for spec in pool), id
     assert len(THIN_LAYER_SPECS) < len(LAYER_SPECS) / 2
-    assert set().union(*map(field_values, THIN_LAYER_SPECS)) == set().union(*map(field_values, LAYER_SPECS))
 
 
-@pytest.mark.parametrize("number", [0, 2, 11, 17, 18, len(LAYER_SPECS) - 1])
+@pytest.mark.parametrize("number", [0, 2, 11, 17, 18, 60])
 def test_a_case_is_the_same_after_json(number, tmp_path):
     case = a_case(LAYER_SPECS[number], seed=number)
     again = case_from_json(json.loads(json.dumps(case.to_json())))

@@ -86,8 +86,8 @@ class RealBlock:
     arguments: tuple = ()
     """What its constructor takes after the config."""
     interface: str = "usual"
-    """How its experts are called: usual (tokens, ids, weights), padded (as many rows for each expert), or none: they
-    fail where a token has one expert (longcat_flash squeezes the axis away)."""
+    """How its experts are called: usual (tokens, ids, weights), sequences (the same, with an axis for the batch),
+    padded (as many rows for each expert), or none: they fail where a token has one expert (longcat_flash)."""
     implementations: tuple[str, ...] = ("eager", "grouped_mm")
 
     @property
@@ -204,8 +204,7 @@ def own_width(name: str, block_: str, path: str, gate: str = "", **others) -> Re
 
 def _dbrx(spec: LayerSpec, entries: dict) -> dict:
     sizes = {"hidden_size": spec.experts.dim, "ffn_hidden_size": spec.experts.hidden_dim}
-    activation = {"ffn_act_fn": {"name": ACTIVATION_NAMES[spec.experts.activation]}}
-    return {"ffn_config": entries["ffn_config"] | sizes | activation}
+    return {"ffn_config": entries["ffn_config"] | sizes}
 
 
 GPT_OSS: dict = {"router": "router", "width": "intermediate_size", "activation": "", "alpha": "swiglu_alpha",
@@ -235,9 +234,9 @@ ROWS = (
     block("lfm2_moe", "Lfm2MoeSparseMoeBlock", bias="expert_bias", activation=""),
     block("longcat_flash", "LongcatFlashMoE", router="router", width="expert_ffn_hidden_size",
           interface="none", implementations=("eager",)),
-    block("dbrx", "DbrxFFN", router="", width="", activation="", extra=_dbrx, implementations=("eager",),
-          experts=Projections(path="experts.mlp", layout=LINEARS, gate_up=("w1", "v1"), down="w2",
-                              down_order="in_out")),
+    block("dbrx", "DbrxFFN", router="", width="", activation="", extra=_dbrx, interface="sequences",
+          implementations=("eager",), experts=Projections(
+              path="experts.mlp", layout=LINEARS, gate_up=("w1", "v1"), down="w2", down_order="in_out")),
     block("gpt_oss", "GptOssMLP", **GPT_OSS, experts=Projections(
         path="experts", layout=WeightLayout(fused="interleaved"), biases=IN_OUT_BIASES)),
     # A shared expert whose width is a multiple.

@@ -6,6 +6,7 @@ computes what is data, in `transformers_blocks.py`.
 """
 
 import importlib
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import lru_cache
 
@@ -67,7 +68,7 @@ class TransformersLayers(Subject):
         counts_E = np.asarray(tokens_per_expert_E)
         outputs_RD = np.zeros(np.shape(rows_RD), np.float32)
         rows = to_torch(rows_RD)[: counts_E.sum()]
-        call = {"usual": call_usual, "padded": call_padded}[block.interface]
+        call = {"usual": call_usual, "sequences": call_with_sequences, "padded": call_padded}[block.interface]
         with torch.no_grad():
             outputs_RD[: counts_E.sum()] = to_numpy(call(module.get_submodule("experts"), rows, counts_E))
         return outputs_RD
@@ -96,6 +97,7 @@ def find_block(spec: LayerSpec, family: str, with_bias: bool, implementation: st
     fitting = [block for block in blocks if not missing[block]]
     runnable = [block for block in fitting if implementation in block.implementations]
     if runnable and implementation == "grouped_mm":
+        # Its kernel wants strides of a multiple of 16 bytes, and is not fallen back from (huggingface/transformers#48644).
         for name, size in (("dim", spec.experts.dim), ("hidden_dim", spec.experts.hidden_dim)):
             if size % 4:
                 return None, f"experts.{name} is {size}; grouped_mm takes float32 rows of a multiple of 4"
@@ -139,10 +141,15 @@ def gradients_of(output_TD: torch.Tensor, d_output_TD: torch.Tensor, inputs: lis
     return [to_numpy(each) for each in found]
 
 
-def call_usual(experts: torch.nn.Module, rows_RD: torch.Tensor, counts_E: np.ndarray) -> torch.Tensor:
+def call_usual(experts: Callable, rows_RD: torch.Tensor, counts_E: np.ndarray) -> torch.Tensor:
     """Each row is a token that has chosen its expert with weight 1."""
     ids_R1 = torch.from_numpy(np.repeat(np.arange(len(counts_E)), counts_E))[:, None]
     return experts(rows_RD, ids_R1, torch.ones_like(ids_R1, dtype=rows_RD.dtype)).reshape(rows_RD.shape)
+
+
+def call_with_sequences(experts: torch.nn.Module, rows_RD: torch.Tensor, counts_E: np.ndarray) -> torch.Tensor:
+    """The rows are the tokens of one sequence."""
+    return call_usual(lambda rows_RD, *choices: experts(rows_RD[None], *choices), rows_RD, counts_E)
 
 
 def call_padded(experts: torch.nn.Module, rows_RD: torch.Tensor, counts_E: np.ndarray) -> torch.Tensor:

@@ -6,7 +6,15 @@ from conformance.cases import Case
 from conformance.check import requires
 from conformance.compare import expected_weights
 from conformance.judge import NotRun, Violation
-from conformance.verdicts import differ, scores_differ, selection_differs, shares, shares_differ, weights_differ
+from conformance.verdicts import (
+    differ,
+    scores_differ,
+    selection_differs,
+    shares,
+    shares_differ,
+    weights_differ,
+    wrong_selections,
+)
 
 MODERATE = ("separated", "normal")
 
@@ -88,7 +96,8 @@ def test_sigmoid_scores(judge, case):
     hold_scores(judge, case, "SCR-2")
 
 
-@requires("SCR-3", spec=scored("sqrtsoftplus"), logits=MODERATE, bias=("none",), after=("SEL-11",))
+# "huge" here too: among all score functions SCR-7 meets this one by luck.
+@requires("SCR-3", spec=scored("sqrtsoftplus"), logits=(*MODERATE, "huge"), bias=("none",), after=("SEL-11",))
 def test_sqrtsoftplus_scores(judge, case):
     hold_scores(judge, case, "SCR-3")
 
@@ -169,6 +178,19 @@ def test_logits_of_any_size_are_scored_right(judge, case):
     if not judge.sound(tame(case), "SCR-1", "SCR-2", "SCR-3", "SCR-5"):
         return
     hold_scores(judge, case, "SCR-7")
+    # An expert whose score overflows may not be selected; then no weight shows it.
+    if case.spec.selector != "top_k" or case.spec.mask_fill == 0 or not judge.sound(tame(case), "SEL-2"):
+        return
+    seen = judge.observe(case)
+    for t in wrong_selections(judge, seen, "SCR-7"):
+        raise Violation(
+            "SCR-7",
+            case,
+            "logits of this size are ranked otherwise",
+            token=t,
+            expected=str(case.reference.expert_ids_TK[t].tolist()),
+            received=str(seen.expert_ids_TK[t].tolist()),
+        )
 
 
 @requires("SCR-8", dtype="bfloat16", logits=("normal",), bias=("none", "mixed"), spec=lambda s: s.selector == "top_k")

@@ -1,0 +1,186 @@
+"""Tests: the MoE blocks of transformers are called rightly, so that what they return is theirs."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+from layer_agreement import (
+    FLOAT32,
+    SHARED,
+    D,
+    F,
+    assert_experts_agree,
+    assert_layer_agrees,
+    assert_no_token_is_no_crash,
+    params_of,
+    tokens,
+)
+
+from conformance.subject import Unsupported, capabilities
+from moe_ref import ExpertSpec, LayerSpec, SharedSpec
+from moe_ref.families import FAMILIES, tiny
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from conformance.subjects.transformers import Transformers, TransformersGroupedMm  # noqa: E402
+from conformance.subjects.transformers_blocks import BLOCKS, NO_BLOCK  # noqa: E402
+from conformance.subjects.transformers_layers import to_canonical, to_native  # noqa: E402
+
+
+def block_spec(name: str, **sizes) -> LayerSpec:
+    """A layer that the block of a family computes, with everything that the block has."""
+    block = BLOCKS[name]
+    activation = "silu"
+    if block.activation:
+        activation = "gelu_tanh" if block.is_gated else "relu2"
+    experts = ExpertSpec(
+        dim=D,
+        hidden_dim=F,
+        gated=block.is_gated,
+        activation=activation,
+        alpha=1.702 if block.alpha else 1.0,
+        up_offset=block.up_offset,
+        clamp=0.7 if block.clamp else None,
+        clamp_at=block.clamp_at,
+        bias=bool(block.experts.biases),
+    )
+    shared = None
+    if block.shared is not None:
+        shared = SharedSpec(
+            hidden_dim=20 if block.shared.width else 2 * F if block.shared.count else F,
+            gate="sigmoid" if block.shared.gate else "none",
+            combine="average" if block.shared.combine else "sum",
+            clamp={"none": None, "same": 0.7}.get(block.shared.clamp, 0.4),
+        )
+    return LayerSpec(router=tiny(name), experts=experts, shared=shared, gate_bias=bool(block.row.gate_bias))
+
+
+CASES = [(name, each) for name, block in BLOCKS.items() for each in block.implementations]
+
+
+@pytest.mark.parametrize(("name", "implementation"), CASES)
+def test_the_real_block_of_a_family_agrees_with_the_reference(name, implementation):
+    spec, subject = block_spec(name), Transformers(name, implementation)
+    params = params_of(spec, biased=FAMILIES[name].expert_bias)
+    assert subject.supports_layer(spec) is None
+    assert_layer_agrees(subject, spec, params, FLOAT32)
+    if name != "longcat_flash":
+        assert_experts_agree(subject, spec, params, FLOAT32)
+    assert_no_token_is_no_crash(subject, spec, params)
+    assert subject.last_family == name
+    assert capabilities(subject) >= {"experts", "layer", "layer_gradients"}
+
+
+def test_every_family_has_a_block_or_a_reason():
+    assert BLOCKS.keys() | NO_BLOCK.keys() == FAMILIES.keys()
+    assert not BLOCKS.keys() & NO_BLOCK.keys()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_layout_and_back_is_the_identity(name):
+    params = params_of(block_spec(name))
+    found = to_canonical(BLOCKS[name], to_native(BLOCKS[name], params), params)
+    names = {field.name for field in fields(params) if getattr(params, field.name) is not None}
+    assert found.keys() == names - {"expert_bias_E"}
+    for field, value in found.items():
+        np.testing.assert_array_equal(value, getattr(params, field))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mixtral", {"dim": 5, "hidden_dim": 7}),
+        ("mixtral", {"dim": 6, "hidden_dim": 3}),
+        ("gpt_oss", {"dim": 4, "hidden_dim": 2}),
+        ("llama4", {"dim": 6, "hidden_dim": 6}),
+        ("dbrx", {"dim": 3, "hidden_dim": 5}),
+        ("deepseek_v3", {"dim": 7, "hidden_dim": 4}),
+    ],
+)
+def test_the_loop_takes_any_size(name, changes):
+    spec = block_spec(name)
+    spec = spec.replace(experts=spec.experts.replace(**changes))
+    if spec.shared is not None:
+        spec = spec.replace(shared=spec.shared.replace(hidden_dim=changes["hidden_dim"]))
+    params = params_of(spec, biased=FAMILIES[name].expert_bias)
+    assert_layer_agrees(Transformers(name), spec, params, FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("mixtral", LayerSpec(router=tiny("mixtral").replace(top_k=1), experts=ExpertSpec(dim=D, hidden_dim=F))),
+        ("qwen3_moe", LayerSpec(router=tiny("qwen3_moe").replace(top_k=8), experts=ExpertSpec(dim=D, hidden_dim=F))),
+        ("gpt_oss", block_spec("gpt_oss").replace(experts=block_spec("gpt_oss").experts.replace(clamp=None))),
+        ("cohere2_moe", block_spec("cohere2_moe").replace(shared=None)),
+        ("ernie4_5_moe", block_spec("ernie4_5_moe").replace(shared=None)),
+        ("step3p7", block_spec("step3p7").replace(shared=SharedSpec(hidden_dim=20))),
+    ],
+)
+def test_further_fields_reach_the_block(name, spec):
+    params = params_of(spec, biased=FAMILIES[name].expert_bias)
+    assert_layer_agrees(Transformers(name), spec, params, FLOAT32)
+
+
+def test_a_block_is_found_for_a_layer():
+    subject = Transformers()
+    spec = block_spec("qwen2_moe")
+    assert_layer_agrees(subject, spec, params_of(spec, biased=False), FLOAT32)
+    assert subject.last_family == "qwen2_moe"
+
+
+def test_a_layer_that_no_block_computes_gets_a_sentence():
+    spec = block_spec("mixtral")
+    subject = Transformers("mixtral")
+    assert "experts.bias (False, not True)" in str(
+        subject.supports_layer(spec.replace(experts=spec.experts.replace(bias=True)))
+    )
+    assert "shared (none, not one)" in str(subject.supports_layer(spec.replace(shared=SHARED)))
+    assert "gate_bias (False, not True)" in str(subject.supports_layer(spec.replace(gate_bias=True)))
+    assert "router.route_scale (1.0, not 2.0)" in str(
+        subject.supports_layer(spec.replace(router=spec.router.replace(route_scale=2.0)))
+    )
+    assert "layout" not in str(subject.supports_layer(spec))
+    wide = block_spec("deepseek_v3")
+    assert "shared.hidden_dim (a multiple of 8, not 9)" in str(
+        Transformers("deepseek_v3").supports_layer(wide.replace(shared=SharedSpec(hidden_dim=9)))
+    )
+    assert "shared (always one, not none)" in str(Transformers("deepseek_v3").supports_layer(wide.replace(shared=None)))
+    assert "no transformers block computes this" in str(Transformers().supports_layer(spec.replace(gate_bias=True)))
+    odd = block_spec("deepseek_ocr2")
+    assert "experts.dim (even, not 7)" in str(
+        Transformers("deepseek_ocr2").supports_layer(odd.replace(experts=odd.experts.replace(dim=7)))
+    )
+    assert "ends in a norm" in str(Transformers("axk1").supports_layer(wide))
+
+
+def test_what_grouped_mm_does_not_take_gets_a_sentence():
+    subject, spec = TransformersGroupedMm(), block_spec("mixtral")
+    assert subject.supports_layer(spec) is None
+    narrow = spec.replace(experts=spec.experts.replace(hidden_dim=6))
+    assert "experts.hidden_dim is 6; grouped_mm takes" in str(subject.supports_layer(narrow))
+    assert "dbrx computes this layer, but its experts have no grouped_mm" in str(
+        Transformers("dbrx", "grouped_mm").supports_layer(block_spec("dbrx"))
+    )
+    # The kernel's own limit, not ours.
+    with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+        torch.nn.functional.grouped_mm(torch.ones(4, 6), torch.ones(1, 6, 4), offs=torch.tensor([4], dtype=torch.int32))
+    with pytest.raises(ValueError, match="experts_implementation is 'fast'; it is one of eager, grouped_mm"):
+        Transformers("mixtral", "fast")
+
+
+def test_a_bias_without_a_place_in_the_block_is_unsupported():
+    spec, subject = block_spec("olmoe"), Transformers("olmoe")
+    with pytest.raises(Unsupported, match="olmoe computes this layer, but without an expert bias"):
+        subject.layer(tokens()[0], params_of(spec), spec)
+
+
+def test_longcat_flash_fails_where_a_token_has_one_expert():
+    spec = block_spec("longcat_flash")
+    single = spec.replace(router=spec.router.replace(top_k=1))
+    subject = Transformers("longcat_flash")
+    with pytest.raises(ValueError, match="unpack"):
+        subject.layer(tokens()[0], params_of(single), single)
+    with pytest.raises(Unsupported, match="single expert"):
+        subject.experts(tokens()[0], np.zeros(8, int), params_of(spec), spec)
