@@ -10,12 +10,16 @@ from conformance.deviations import Deviation, UsageError, read
 from conformance.subject import Subject, capabilities
 from moe_ref.checks import nearest
 
+DEFAULT = ("reference", "jax", "torch", "transformers", "torchtitan")
+"""What `run` judges when nothing is named."""
 BUILT_IN = {
     "reference": "conformance.subjects.reference:Reference",
     "jax": "conformance.subjects.jax:Jax",
     "torch": "conformance.subjects.torch:Torch",
     "transformers": "conformance.subjects.transformers:Transformers",
     "torchtitan": "conformance.subjects.torchtitan:Torchtitan",
+    "transformers-grouped-mm": "conformance.subjects.transformers:TransformersGroupedMm",
+    "torchtitan-float32": "conformance.subjects.torchtitan:TorchtitanFloat32",
 }
 ENTRY_POINTS = "moe_conformance.subjects"
 """Packages that ship their own subject register it in this group, and its name works like a built-in one."""

@@ -65,7 +65,7 @@ class Session:
         from conformance.deviations import UsageError
         from conformance.judge import Judge
         from conformance.loading import declared, load
-        from conformance.trial import DEFAULT_EXAMPLES, hypothesis_settings, load_suite
+        from conformance.trial import DEFAULT_EXAMPLES, LAYERS_COST, hypothesis_settings, load_suite
 
         chosen = _settings(config)
         if not chosen["subjects"]:
@@ -80,16 +80,21 @@ class Session:
             self.judges[judge.name] = judge
         self.seed = chosen["seed"]
         # Fixed cases unless a seed is given: the same commit gets the same verdict.
-        self.profile = hypothesis_settings(examples, derandomize=self.seed is None)
+        fixed = self.seed is None
+        layer_examples = -(-examples // LAYERS_COST)
+        self.profiles = {
+            False: hypothesis_settings(examples, derandomize=fixed),
+            True: hypothesis_settings(layer_examples, derandomize=fixed),
+        }
 
     def as_test(self, id: str):
         """The hypothesis test of a requirement with the settings of this run."""
         import hypothesis
 
         from conformance.check import as_test
-        from conformance.judge import CHECKS
+        from conformance.judge import CHECKS, LayerCheck
 
-        test = self.profile(as_test(CHECKS[id]))
+        test = self.profiles[isinstance(CHECKS[id], LayerCheck)](as_test(CHECKS[id]))
         return test if self.seed is None else hypothesis.seed(self.seed)(test)
 
 

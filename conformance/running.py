@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from conformance.deviations import UsageError, read
-from conformance.loading import BUILT_IN, known_names, load
+from conformance.loading import BUILT_IN, DEFAULT, known_names, load
 from conformance.plugin import merge
 from conformance.report import FAILING, assemble, matrix, table, write
 from conformance.requirements import REQUIREMENTS
 
 EXIT_NEW = 1
-WANTED = {"jax": "jax", "torch": "torch", "transformers": "transformers", "torchtitan": "torchtitan"}
+WANTED = {name: name.partition("-")[0] for name in BUILT_IN if name != "reference"}
 """The package that a built-in subject needs."""
 
 
@@ -58,7 +58,7 @@ def run_subjects(options) -> int:
     """Judge the subjects of the command line; prints tables, failures and a matrix."""
     for file in options.deviations:
         read(Path(file))  # a usage error here, before anything runs
-    names = options.subjects or list(BUILT_IN)
+    names = options.subjects or list(DEFAULT)
     installed = []
     for name in names:
         if (why := _missing(name)) is None:

@@ -13,6 +13,8 @@ from conformance.judge import CHECKS, Judge, Violation, stage_order
 
 DEFAULT_EXAMPLES = 60
 """Cases per requirement."""
+LAYERS_COST = 4
+"""A run tries a whole layer this many times less often than a router: it costs that much more."""
 
 
 # A case is built by NumPy from a few drawn choices: what hypothesis finds slow or large is neither.

@@ -1,4 +1,4 @@
-"""conformance, faults of weigh: unused slots, null and shared experts, masked scores, sparsemixer."""
+"""conformance, faults of weigh where a slot is no expert: unused slots, null and shared experts, sparsemixer."""
 
 from dataclasses import replace
 

@@ -114,18 +114,16 @@ def test_every_fault_is_accused_at_its_stage(seed, open):
     assert elsewhere == {}
 
 
-EARLIER = ("bias-missing", "scale-missing", "norm-missing", "weights-reversed", "dropped-groups-filled-with-0",
-           "learned-scale-by-slot", "ids-sorted-after-weighing", "group-scores-without-bias", "eps-missing",
-           "weights-of-biased-scores", "last-pick-off-by-one", "shared-weigh-1")  # fmt: skip
+LATE = ("bias-missing", "scale-missing", "weights-reversed", "dropped-groups-filled-with-0", "learned-scale-by-slot",
+        "group-scores-without-bias", "last-pick-off-by-one", "shared-weigh-1")  # fmt: skip
 
 
-@pytest.mark.parametrize("name", EARLIER)
+@pytest.mark.parametrize("name", LATE)
 def test_no_earlier_stage_is_accused(name):
     fault = BY_NAME[name]
-    earlier = [id for id, requirement in REQUIREMENTS.items() if requirement.stage in ROUTING]
-    earlier = [id for id in earlier if STAGES.index(REQUIREMENTS[id].stage) < STAGES.index(fault.stage)]
-    earlier = [id for id in earlier if REQUIREMENTS[id].stage not in fault.also]
-    assert accuse(Judge(FaultySubject(fault)), seed=5, examples=12, ids=earlier) == {}
+    earlier = [id for id, r in REQUIREMENTS.items() if STAGES.index(r.stage) < STAGES.index(fault.stage)]
+    accused = accuse(Judge(FaultySubject(fault)), seed=5, examples=6, ids=earlier)
+    assert [id for id in accused if REQUIREMENTS[id].stage not in fault.stages] == []
 
 
 @pytest.mark.parametrize("id", [id for id, requirement in REQUIREMENTS.items() if requirement.stage in ROUTING])
@@ -161,7 +159,7 @@ def test_a_faulty_subject_shows_its_stages_only_where_it_is_open():
 
 def test_the_kill_table_lists_requirements_by_stage():
     faults = [BY_NAME["norm-missing"], BY_NAME["gate-bias-missing"]]
-    table = kill_table(faults, seed=0, examples=10)
+    table = kill_table(faults, seed=0, examples=5)
     assert list(table) == faults
     assert table[faults[1]] == ["GAT-2"]
     assert table[faults[0]][0] == "WGT-2"
