@@ -131,13 +131,35 @@ def _pool() -> list[LayerSpec]:
 LAYER_SPECS: list[LayerSpec] = _pool()
 
 
+def _thin() -> list[LayerSpec]:
+    """A few specs, each with much in it, so that every requirement finds one."""
+    gpt_oss, deepseek, _, qwen2, *_ = _models()
+    return [
+        gpt_oss,
+        deepseek,
+        qwen2,
+        LayerSpec(router=ROUTERS[6], experts=ExpertSpec(dim=7, hidden_dim=7)),
+        LayerSpec(router=ROUTERS[4], experts=ExpertSpec(dim=5, hidden_dim=7, activation="gelu", bias=True)),
+        LayerSpec(router=ROUTERS[10], experts=ExpertSpec(dim=5, hidden_dim=7, clamp=0.25, clamp_at="after"),
+                  shared=SharedSpec(hidden_dim=3, combine="average")),
+        LayerSpec(router=ROUTERS[11], experts=ExpertSpec(dim=6, hidden_dim=3), gate_bias=True),
+        LayerSpec(router=ROUTERS[14], experts=ExpertSpec(dim=5, hidden_dim=7, gated=False, activation="relu2"),
+                  shared=SHARED[0]),
+    ]  # fmt: skip
+
+
+THIN_LAYER_SPECS: list[LayerSpec] = _thin()
+"""For subjects that compile: a layer and its gradients take seconds for each spec and number of tokens."""
+
+
 def thinned(specs: list[LayerSpec]) -> list[LayerSpec]:
-    """Specs until each fact that holds for some spec holds for one of these: for subjects that compile."""
-    kept, seen = [], set()
-    for spec in sorted(specs, key=lambda spec: -len(facts(spec))):
-        if not facts(spec) <= seen:
-            kept.append(spec)
-            seen |= facts(spec)
+    """Few specs of which one has each fact that some spec has."""
+    facts_of = {spec: facts(spec) for spec in specs}
+    missing, kept = set().union(*facts_of.values()), []
+    while missing:
+        best = max(specs, key=lambda spec: len(facts_of[spec] & missing))
+        kept.append(best)
+        missing -= facts_of[best]
     return sorted(kept, key=specs.index)
 
 
@@ -168,10 +190,6 @@ def evenly(specs: list[LayerSpec]) -> list[LayerSpec]:
     found = sorted({fact for spec in specs for fact in facts(spec)}, key=str)
     groups = [[spec for spec in specs if fact in facts(spec)] for fact in found]
     return [group[i % len(group)] for i in range(max(map(len, groups), default=0)) for group in groups]
-
-
-THIN_LAYER_SPECS: list[LayerSpec] = thinned(LAYER_SPECS)[::4]
-"""For subjects that compile: a layer and its gradients take seconds each."""
 
 
 def on_grid(values) -> np.ndarray:

