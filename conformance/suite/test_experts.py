@@ -65,47 +65,52 @@ def without_biases(case):
 
 
 def without_a_formula(case):
-    """The same experts without alpha, offset, clamp and biases."""
+    """The same experts without alpha, offset and clamp."""
     plainer = {"alpha": 1.0, "up_offset": 0.0, "clamp": None, "clamp_at": "before"}
-    return without_biases(case.with_(spec=case.spec.replace(experts=case.spec.experts.replace(**plainer))))
+    return case.with_(spec=case.spec.replace(experts=case.spec.experts.replace(**plainer)))
+
+
+def plainest(case):
+    """The same experts without any of this."""
+    return without_biases(without_a_formula(case))
 
 
 def plain_is_wrong(judge, case) -> bool:
     """The plain experts are wrong already, where the subject supports them."""
-    plainest = without_a_formula(case)
-    return judge.subject.supports_layer(plainest.spec) is None and not judge.holds("EXP-2", plainest)
+    found = plainest(case)
+    return judge.subject.supports_layer(found.spec) is None and not judge.holds("EXP-2", found)
 
 
-def unbiased(judge, case):
-    """The case without biases, where the subject supports it."""
-    simpler = without_biases(case)
-    return simpler if judge.subject.supports_layer(simpler.spec) is None else case
+def simpler(judge, case, simplify):
+    """The simplified case, where the subject supports it."""
+    found = simplify(case)
+    return found if judge.subject.supports_layer(found.spec) is None else case
 
 
 @requires("EXP-3", method="experts", spec=has_a_formula, x=("normal", "large", "small"), after=FORMULA)
 def test_alpha_offset_and_clamp_apply_to_every_row(judge, case):
     if plain_is_wrong(judge, case):
         return
-    e, simpler = case.spec.experts, unbiased(judge, case)
+    e, unbiased = case.spec.experts, simpler(judge, case, without_biases)
     title = f"not alpha={e.alpha:g}, up_offset={e.up_offset:g}, clamp={e.clamp} {e.clamp_at} the activation"
-    hold_rows(judge, simpler, "EXP-3", title)
-    rows_ND, counts_E = rows_of(simpler)
+    hold_rows(judge, unbiased, "EXP-3", title)
+    rows_ND, counts_E = rows_of(unbiased)
     if len(rows_ND):
         first = np.flatnonzero(counts_E)[0]
         only = (np.arange(len(counts_E)) == first).astype(counts_E.dtype)
-        hold_experts(judge, simpler, rows_ND[:1], only, "EXP-3", f"{title}, a single row")
+        hold_experts(judge, unbiased, rows_ND[:1], only, "EXP-3", f"{title}, a single row")
 
 
 @requires("EXP-4", method="experts", spec=lambda s: s.experts.bias, after=(*FORMULA, "EXP-3", "EXP-5"))
 def test_each_row_gets_the_biases_of_its_expert_once(judge, case):
     if not plain_is_wrong(judge, case):
-        hold_rows(judge, case, "EXP-4", "not with its expert's biases")
+        hold_rows(judge, simpler(judge, case, without_a_formula), "EXP-4", "not with its expert's biases")
 
 
 @requires("EXP-5", method="experts", spec=square, after=FORMULA)
 def test_square_matrices_are_read_in_their_own_layout(judge, case):
     title = f"dim {case.spec.experts.dim}, hidden_dim {case.spec.experts.hidden_dim}"
-    hold_rows(judge, unbiased(judge, case), "EXP-5", title)
+    hold_rows(judge, simpler(judge, case, without_biases), "EXP-5", title)
 
 
 @requires("EXP-6", method="experts", after=(*FORMULA, "EXP-3", "EXP-4", "EXP-5"), bias=("none",), tokens=(1,))
@@ -114,7 +119,8 @@ def test_an_expert_without_rows_changes_nothing(judge, case):
     first, last, odd = (np.arange(E) > 0, np.arange(E) < E - 1, np.arange(E) % 2 == 1)
     for busy_E in (np.arange(E) == rng.integers(E), first, last, odd):
         counts_E = rng.multinomial(NUM_ROWS, busy_E / busy_E.sum())
-        hold_experts(judge, case, any_rows(case, counts_E), counts_E, "EXP-6", f"with counts {counts_E.tolist()}")
+        rows_ND, plainer = any_rows(case, counts_E), simpler(judge, case, plainest)
+        hold_experts(judge, plainer, rows_ND, counts_E, "EXP-6", f"with counts {counts_E.tolist()}")
 
 
 @requires("EXP-7", method="experts", after=(*FORMULA, "EXP-3", "EXP-4", "EXP-5"), bias=("none", "crowded"))
