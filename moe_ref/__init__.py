@@ -1,22 +1,61 @@
 """moe_ref: the reference. It says what a Mixture-of-Experts layer computes, in NumPy and float64."""
 
+from moe_ref.capacity import CapacityTrace, apply_capacity
 from moe_ref.gradient import layer_backward
+from moe_ref.gradient_load import balance_loss_backward, capacity_backward, z_loss_backward
 from moe_ref.layer import moe_layer
+from moe_ref.layout import ShardLayout
+from moe_ref.load import (
+    BalanceTrace,
+    LoadStatistics,
+    balance,
+    balance_loss,
+    bias_update,
+    load_statistics,
+    tokens_per_expert,
+    z_loss,
+)
+from moe_ref.load_spec import BALANCE_FORMS, BalanceSpec, BiasUpdateSpec, CapacitySpec
+from moe_ref.replay import RoutingRecord, capture, load_records, replay, replay_layer, save_records
 from moe_ref.routing import UNUSED, RoutingTrace, gate, route
 from moe_ref.spec import ExpertSpec, LayerSpec, RouterSpec, SharedSpec
 from moe_ref.weights import LayerParams, WeightLayout
 
 __all__ = [
+    "BALANCE_FORMS",
     "UNUSED",
+    "BalanceSpec",
+    "BalanceTrace",
+    "BiasUpdateSpec",
+    "CapacitySpec",
+    "CapacityTrace",
     "ExpertSpec",
     "LayerParams",
     "LayerSpec",
+    "LoadStatistics",
     "RouterSpec",
+    "RoutingRecord",
     "RoutingTrace",
+    "ShardLayout",
     "SharedSpec",
     "WeightLayout",
+    "apply_capacity",
+    "balance",
+    "balance_loss",
+    "balance_loss_backward",
+    "bias_update",
+    "capacity_backward",
+    "capture",
     "gate",
     "layer_backward",
+    "load_records",
+    "load_statistics",
     "moe_layer",
+    "replay",
+    "replay_layer",
     "route",
+    "save_records",
+    "tokens_per_expert",
+    "z_loss",
+    "z_loss_backward",
 ]

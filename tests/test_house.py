@@ -10,9 +10,26 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ("moe_ref", "moe_jax", "moe_torch", "conformance")
 FRAMEWORKS = {"jax", "torch", "transformers", "torchtitan", "flax", "tokamax"}
-REFERENCE_TYPES = {"moe_ref", "moe_ref.spec", "moe_ref.weights", "moe_ref.checks"}
+REFERENCE_TYPES = {
+    "moe_ref",
+    "moe_ref.spec",
+    "moe_ref.layout",
+    "moe_ref.weights",
+    "moe_ref.checks",
+    "moe_ref.load_spec",
+    "moe_ref.replay",
+}
 """What the implementations may import of the reference: data types and checks, never an algorithm."""
-REFERENCE_NAMES = {"RouterSpec", "ExpertSpec", "SharedSpec", "LayerSpec", "LayerParams", "WeightLayout", "UNUSED"}
+REFERENCE_NAMES = {
+    "RouterSpec",
+    "ExpertSpec",
+    "SharedSpec",
+    "LayerSpec",
+    "ShardLayout",
+    "LayerParams",
+    "WeightLayout",
+    "UNUSED",
+}
 
 
 def modules(room: str):
