@@ -1,6 +1,6 @@
 """moe_ref, gradients: the backward pass of a layer, every stage by hand, last stage first.
 
-    join -> shared | combine -> fill_slots -> experts -> dispatch -> weigh_inputs -> routing -> gate
+    join -> shared | combine -> fill_slots -> experts -> dispatch -> weigh_inputs (-> capacity) -> routing -> gate
 
 Each function takes the gradients of what a stage returned (d_*) and gives those of what it took. Nothing here comes
 from a framework; the tests check it by finite differences. Routing is in `gradient_routing.py`, with what it holds
@@ -25,8 +25,10 @@ from moe_ref.experts import (
     normal_cdf,
     sigmoid,
 )
+from moe_ref.gradient_load import capacity_backward
 from moe_ref.gradient_routing import gate_backward, route_backward
 from moe_ref.layer import LayerTrace
+from moe_ref.load_spec import CapacitySpec
 from moe_ref.permute import dispatch, unpermute
 from moe_ref.spec import ExpertSpec, LayerSpec, RouterSpec
 from moe_ref.weights import FeedForward, LayerParams
@@ -44,17 +46,20 @@ class LayerGradients:
     logits_TE: np.ndarray
 
 
-def layer_backward(trace: LayerTrace, params: LayerParams, spec: LayerSpec, d_output_TD) -> LayerGradients:
+def layer_backward(
+    trace: LayerTrace, params: LayerParams, spec: LayerSpec, d_output_TD, *, capacity: CapacitySpec | None = None
+) -> LayerGradients:
     """The gradient of sum(d_output_TD * output_TD); the choice of experts is a constant of it.
 
     Args:
         trace: what `moe_layer` returned for these params and this spec.
+        capacity: as given to `moe_layer`; what was kept is a constant.
         d_output_TD: (T, D); the rows of padding tokens are not read, and their tokens get gradient 0.
     """
     dtype, valid_T1 = trace.x_TD.dtype, trace.token_mask_T[:, None]
     params = params.astype(dtype)
     d_output_TD = np.where(valid_T1, array("d_output_TD", d_output_TD, trace.x_TD.shape).astype(dtype), 0)
-    ids_TK, weights_TK = trace.routing.expert_ids_TK, trace.routing.weights_TK
+    ids_TK, weights_TK = trace.expert_ids_TK, trace.weights_TK
 
     d_routed_TD, d_shared_TD = join_backward(d_output_TD, spec)
     d_slot_outputs_TKD, d_weights_at_output_TK = combine_backward(
@@ -71,6 +76,9 @@ def layer_backward(trace: LayerTrace, params: LayerParams, spec: LayerSpec, d_ou
     d_x_shared_TD, d_factors_TS, shared_grads = shared_backward(d_shared_TD, trace, params, spec)
 
     d_weights_TK = d_weights_at_output_TK + d_weights_at_input_TK
+    if capacity is not None:
+        assert trace.capacity is not None
+        d_weights_TK = capacity_backward(trace.capacity, capacity, d_weights_TK)
     d_logits_TE, d_learned_scale = route_backward(
         trace.routing,
         spec.router,

@@ -3,7 +3,7 @@
     weigh -> (norm -> scales) backwards, then score, scale_logits, gate
 
 What is constant by definition: the choice itself (ids, kept groups, sparsemixer's band), so expert_bias has no
-gradient. An unused slot and a padding token pass none. Where a function has a kink or no slope:
+gradient. An unused slot, a padding token and a given weight pass none. Where a function has a kink or no slope:
 
 * a logit of -inf gets gradient 0;
 * max(norm, norm_eps) passes the gradient to the norm where norm >= norm_eps;
@@ -45,7 +45,8 @@ def route_backward(
     valid_T1 = np.ones((T, 1), bool) if token_mask_T is None else np.asarray(token_mask_T)[:, None]
     if d_shared_weights_TS is None:
         d_shared_weights_TS = np.zeros((T, spec.num_scored_shared_experts), routing.logits_TE.dtype)
-    d_used_TK = np.where(routing.expert_ids_TK == UNUSED, 0, d_weights_TK)
+    constant_TK = (routing.expert_ids_TK == UNUSED) | routing.weights_are_given
+    d_used_TK = np.where(constant_TK, 0, d_weights_TK)
     d_shared_TS = np.where(valid_T1, d_shared_weights_TS, 0)
 
     shared_logits_TS = routing.scaled_logits_TE[:, E:]

@@ -2,6 +2,8 @@
 
     gate -> score -> limit_groups -> select -> weigh -> permute -> dispatch -> experts -> combine (+ shared experts)
 
+A capacity, where there is one, stands between weigh and permute.
+
 Legend: T tokens, D model dim, E experts, K top_k, N rows, F expert hidden dim, S shared experts, V table rows.
 """
 
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_ref.capacity import CapacityTrace, apply_capacity
 from moe_ref.checks import array
 from moe_ref.experts import (
     FeedForwardTrace,
@@ -21,6 +24,7 @@ from moe_ref.experts import (
     share_weights,
     weigh_inputs,
 )
+from moe_ref.load_spec import CapacitySpec
 from moe_ref.permute import Permutation, dispatch, permute
 from moe_ref.routing import RoutingTrace, gate, route
 from moe_ref.spec import LayerSpec
@@ -35,6 +39,12 @@ class LayerTrace:
     """The tokens; padding rows are 0, whatever they held."""
     token_mask_T: np.ndarray
     routing: RoutingTrace
+    capacity: CapacityTrace | None
+    """What was kept and dropped; None without a capacity."""
+    expert_ids_TK: np.ndarray
+    """What the experts work on: the choice, less what was dropped."""
+    weights_TK: np.ndarray
+    """The weights of those."""
     permutation: Permutation
     slot_inputs_TKD: np.ndarray
     experts: FeedForwardTrace
@@ -59,7 +69,12 @@ def moe_layer(
     token_ids_T=None,
     table_VK=None,
     given_ids_TK=None,
-    seed: int = 0,
+    given_weights_TK=None,
+    first_token: int = 0,
+    seed: Any = 0,
+    capacity: CapacitySpec | None = None,
+    sequence_lengths=None,
+    shard_lengths=None,
     dtype: Any = np.float64,
 ) -> LayerTrace:
     """One MoE layer, every stage in order; the trace keeps all of them.
@@ -69,7 +84,10 @@ def moe_layer(
         params: the parameters, with the shapes that the spec asks for.
         spec: what is computed.
         token_mask_T: (T,) bools; a padding token (False) is not read, and its output is 0, shared experts included.
-        token_ids_T, table_VK, given_ids_TK, seed: as in `moe_ref.route`, for the selectors that need them.
+        token_ids_T, table_VK, given_ids_TK, given_weights_TK, first_token, seed: as in `moe_ref.route`, for the
+            selectors that need them.
+        capacity: what each expert takes; None: all. The later stages see a dropped slot as an unused one.
+        sequence_lengths, shard_lengths: as in `moe_ref.apply_capacity`, for the capacities that need them.
         dtype: of every stage; the specification is float64.
 
     Raises:
@@ -93,18 +111,25 @@ def moe_layer(
         token_ids_T=token_ids_T,
         table_VK=table_VK,
         given_ids_TK=given_ids_TK,
+        given_weights_TK=given_weights_TK,
+        first_token=first_token,
         token_mask_T=mask_T,
         seed=seed,
         dtype=dtype,
     )
-    permutation = permute(routing.expert_ids_TK, spec.router.num_experts)
-    slot_inputs_TKD = weigh_inputs(x_TD, routing.weights_TK, spec.router)
+    ids_TK, weights_TK, limited = routing.expert_ids_TK, routing.weights_TK, None
+    if capacity is not None:
+        limited = apply_capacity(
+            ids_TK, weights_TK, capacity, spec.router.num_experts, token_mask_T=mask_T,
+            sequence_lengths=sequence_lengths, shard_lengths=shard_lengths,
+        )  # fmt: skip
+        ids_TK, weights_TK = limited.expert_ids_TK, limited.weights_TK
+    permutation = permute(ids_TK, spec.router.num_experts)
+    slot_inputs_TKD = weigh_inputs(x_TD, weights_TK, spec.router)
     rows_ND = dispatch(slot_inputs_TKD, permutation.order_N)
     experts = run_experts(rows_ND, permutation.tokens_per_expert_E, params, spec.experts)
-    slot_outputs_TKD = fill_slots(
-        experts.output_RD, permutation.order_N, slot_inputs_TKD, routing.expert_ids_TK, spec.router
-    )
-    routed_TD = combine(slot_outputs_TKD, routing.weights_TK, spec.router)
+    slot_outputs_TKD = fill_slots(experts.output_RD, permutation.order_N, slot_inputs_TKD, ids_TK, spec.router)
+    routed_TD = combine(slot_outputs_TKD, weights_TK, spec.router)
 
     shared_factors_TS = np.where(mask_T[:, None], share_weights(x_TD, routing.shared_weights_TS, params, spec), 0)
     shared_experts = run_shared(x_TD, params, spec)
@@ -117,6 +142,9 @@ def moe_layer(
         x_TD=x_TD,
         token_mask_T=mask_T,
         routing=routing,
+        capacity=limited,
+        expert_ids_TK=ids_TK,
+        weights_TK=weights_TK,
         permutation=permutation,
         slot_inputs_TKD=slot_inputs_TKD,
         experts=experts,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from moe_ref.checks import array, entries, require
+from moe_ref.checks import array, entries, integer, require
 from moe_ref.spec import RouterSpec
 
 UNUSED = -1
@@ -37,6 +37,8 @@ class RoutingTrace:
     expert_ids_TK: np.ndarray
     weights_TK: np.ndarray
     shared_weights_TS: IfAny
+    weights_are_given: bool = False
+    """The weights were given with the ids: they are no function of the logits."""
 
 
 def gate(x_TD, gate_ED, gate_bias_E=None, *, dtype: DTypeLike = np.float64) -> np.ndarray:
@@ -152,7 +154,9 @@ def sparsemixer(scaled_logits_TE, spec: RouterSpec):
     return np.stack(ids, axis=-1), np.stack(weights, axis=-1)
 
 
-def choose(scores_for_choice_TE, num_tokens: int, spec: RouterSpec, *, token_ids_T, table_VK, given_ids_TK, seed):
+def choose(
+    scores_for_choice_TE, num_tokens: int, spec: RouterSpec, *, token_ids_T, table_VK, given_ids_TK, first_token, seed
+):
     """Expert ids by the spec's selector; all but top_k choose without looking at a score. [SEL-14 .. SEL-18]"""
     T, K = num_tokens, spec.top_k
     if spec.selector == "top_k":
@@ -163,7 +167,8 @@ def choose(scores_for_choice_TE, num_tokens: int, spec: RouterSpec, *, token_ids
     if spec.selector == "given":
         return ids_array("given_ids_TK", given_ids_TK, (T, K), spec.num_choices, low=UNUSED)
     if spec.selector == "round_robin":
-        return (np.arange(T * K) % spec.num_experts).reshape(T, K)
+        integer("first_token", first_token, 0)
+        return ((first_token * K + np.arange(T * K)) % spec.num_experts).reshape(T, K)
     draws_TE = np.random.default_rng(seed).random((T, spec.num_choices))
     return top_k(draws_TE, K)
 
@@ -219,8 +224,10 @@ def route(
     token_ids_T=None,
     table_VK=None,
     given_ids_TK=None,
+    given_weights_TK=None,
+    first_token: int = 0,
     token_mask_T=None,
-    seed: int = 0,
+    seed: Any = 0,
     dtype: DTypeLike = np.float64,
 ) -> RoutingTrace:
     """Every stage of routing in order; the trace keeps all of them.
@@ -232,8 +239,12 @@ def route(
         learned_scale: (E,) for learned_scale 'per_expert', a scalar for 'global'.
         token_ids_T, table_VK: (T,) ints and the (V, K) table they index, for selector 'table'.
         given_ids_TK: (T, K) ids to replay, for selector 'given'; -1 is an unused slot of weight 0.
+        given_weights_TK: (T, K) final weights to replay with them; None: the weights are those of these logits.
+        first_token: the number of the first token in the whole batch, for selector 'round_robin': with it, shards
+            choose what the whole batch would.
         token_mask_T: (T,) bools; a padding token (False) gets ids -1 and weights 0.
-        seed: of the draw for selector 'random'.
+        seed: of the draw for selector 'random', whatever `numpy.random.default_rng` takes; a shard that is to differ
+            from the others has a seed of its own, such as (seed, shard).
         dtype: of every stage; the specification is float64.
 
     Raises:
@@ -268,12 +279,14 @@ def route(
         expert_ids_TK, raw_weights_TK = sparsemixer(choices_TE, spec)
     else:
         expert_ids_TK = choose(scores_for_choice_TE, T, spec, token_ids_T=token_ids_T, table_VK=table_VK,
-                               given_ids_TK=given_ids_TK, seed=seed)  # fmt: skip
+                               given_ids_TK=given_ids_TK, first_token=first_token, seed=seed)  # fmt: skip
         raw_weights_TK = weigh(choices_TE, weighed_TE, expert_ids_TK, spec)
     raw_shared_TS = score(shared_TS, spec)
     normed_weights_TK, normed_shared_TS = normalise(raw_weights_TK, raw_shared_TS, spec)
     weights_TK = scale_weights(normed_weights_TK, expert_ids_TK, learned_scale, spec)
     shared_weights_TS = scale_shared(normed_shared_TS, learned_scale, spec)
+    if given_weights_TK is not None:
+        weights_TK = given_weights(given_weights_TK, expert_ids_TK, spec).astype(dtype)
 
     return RoutingTrace(
         logits_TE=logits_TE,
@@ -285,12 +298,21 @@ def route(
         expert_ids_TK=np.where(valid_T1, expert_ids_TK, UNUSED).astype(np.int64),
         weights_TK=np.where(valid_T1, weights_TK, 0),
         shared_weights_TS=np.where(valid_T1, shared_weights_TS, 0) if spec.num_scored_shared_experts else None,
+        weights_are_given=given_weights_TK is not None,
     )
 
 
 def scale_shared(normed_shared_TS, learned_scale, spec: RouterSpec):
     """Router-scored shared experts take route_scale and the global scale, like the selected ones. [WGT-13]"""
     return normed_shared_TS * spec.route_scale * (learned_scale if spec.learned_scale == "global" else 1)
+
+
+def given_weights(given_weights_TK, expert_ids_TK, spec: RouterSpec):
+    """Given weights are final, after norm and scales; an unused slot weighs 0 whatever is given. [RPL-3]"""
+    require(spec.selector == "given", f"given_weights_TK is given, but selector is {spec.selector!r}, not 'given'")
+    weights_TK = np.where(expert_ids_TK == UNUSED, 0, array("given_weights_TK", given_weights_TK, expert_ids_TK.shape))
+    entries("given_weights_TK", weights_TK, np.isfinite(weights_TK), "entries are finite")
+    return weights_TK
 
 
 def ids_array(field: str, value, shape, bound: int, *, low: int = 0) -> np.ndarray:

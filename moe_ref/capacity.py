@@ -1,0 +1,151 @@
+"""moe_ref, capacity: an expert takes a bounded number of slots, and the rest are dropped.
+
+    route -> apply_capacity -> permute ...
+
+A dropped slot becomes an unused one: id -1 and weight 0, so every later stage treats it as such, and its gradient is 0.
+Capacities, counts and orders are of valid tokens alone: padding takes no place and makes none.
+
+Legend: T tokens, K top_k, E experts, U units (batch, shards or sequences), C the largest capacity of a unit.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moe_ref.checks import array, integer
+from moe_ref.load import mask_array, part_of_tokens, tokens_per_expert
+from moe_ref.load_spec import CapacitySpec
+from moe_ref.routing import UNUSED
+
+__all__ = ["CapacitySpec", "CapacityTrace", "apply_capacity"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapacityTrace:
+    """What was kept, and every intermediate."""
+
+    expert_ids_TK: np.ndarray
+    """The choice; -1 where a slot was dropped."""
+    weights_TK: np.ndarray
+    """0 where a slot was dropped."""
+    dropped_TK: np.ndarray
+    """Slots that were used and are dropped."""
+    kept_TK: np.ndarray
+    """Slots that an expert still has, those of null experts included."""
+    used_TK: np.ndarray
+    """Slots that had an expert before."""
+    given_weights_TK: np.ndarray
+    """The weights before; 0 for unused slots."""
+    unit_of_T: np.ndarray
+    capacity_U: np.ndarray
+    wanted_UE: np.ndarray
+    """Slots that chose each expert of each unit."""
+    taken_UE: np.ndarray
+    """Slots that it keeps."""
+    place_TK: np.ndarray
+    """The place of a kept slot among its expert's in its unit, in drop order; -1 for others."""
+    slot_table_UEC: np.ndarray | None
+    """With pad_to_capacity: the flat slot number (t * K + k) at each place, -1 where it is empty."""
+    first: "CapacityTrace | None" = None
+    """Of a spec with `then`: the trace of the first limit."""
+
+
+def apply_capacity(
+    expert_ids_TK,
+    weights_TK,
+    spec: CapacitySpec,
+    num_experts: int,
+    *,
+    token_mask_T=None,
+    sequence_lengths=None,
+    shard_lengths=None,
+) -> CapacityTrace:
+    """An expert keeps the first C slots of each unit, in drop order, and the others are dropped. [CAP-1 .. CAP-6]
+
+    Args:
+        expert_ids_TK: (T, K) the choice; -1 is an unused slot. Null experts (num_experts and above) drop nothing.
+        weights_TK: (T, K) the routing weights.
+        spec: the rule.
+        num_experts: E, without null experts.
+        token_mask_T: (T,) bools; a padding token (False) gets ids -1 and weights 0, whatever it held.
+        sequence_lengths, shard_lengths: lengths of the consecutive sequences, and of the shards (ranks), sum T each;
+            for the scopes of those names. None: one.
+    """
+    integer("num_experts", num_experts, 1)
+    ids_TK = array("expert_ids_TK", expert_ids_TK, (None, None), kind="int").astype(np.int64)
+    T, K = ids_TK.shape
+    weights_TK = array("weights_TK", weights_TK, (T, K))
+    valid_T = mask_array(token_mask_T, T)
+    used_TK = valid_T[:, None] & (ids_TK != UNUSED)
+    given_TK = np.where(used_TK, weights_TK, 0)
+
+    lengths = {"global": None, "rank": shard_lengths, "sequence": sequence_lengths}[spec.scope]
+    field = "sequence_lengths" if spec.scope == "sequence" else "shard_lengths"
+    unit_of_T = part_of_tokens(field, lengths, T)
+    U = 1 if lengths is None else len(lengths)
+    tokens_U = np.bincount(unit_of_T[valid_T], minlength=U)
+    capacity_U = np.array([spec.capacity(int(tokens), K, num_experts) for tokens in tokens_U], dtype=np.int64)
+
+    place_TK = np.full((T, K), -1)
+    dropped_TK = np.zeros((T, K), bool)
+    table_UEC = np.full((U, num_experts, capacity_U.max(initial=0)), -1)
+    order_N = drop_order(given_TK, spec)
+    for unit, capacity in enumerate(capacity_U):
+        for expert in range(num_experts):
+            wants_TK = used_TK & (unit_of_T == unit)[:, None] & (ids_TK == expert)
+            wanted_N = order_N[wants_TK.reshape(-1)[order_N]]
+            kept_N = wanted_N[:capacity]
+            place_TK.reshape(-1)[kept_N] = np.arange(len(kept_N))
+            dropped_TK.reshape(-1)[wanted_N[capacity:]] = True
+            table_UEC[unit, expert, : len(kept_N)] = kept_N
+
+    kept_TK = used_TK & ~dropped_TK
+    kept_ids_TK = np.where(kept_TK, ids_TK, UNUSED)
+    trace = CapacityTrace(
+        expert_ids_TK=kept_ids_TK,
+        weights_TK=renormalise(given_TK, kept_TK, spec),
+        dropped_TK=dropped_TK,
+        kept_TK=kept_TK,
+        used_TK=used_TK,
+        given_weights_TK=given_TK,
+        unit_of_T=unit_of_T,
+        capacity_U=capacity_U,
+        wanted_UE=counts_of_units(np.where(used_TK, ids_TK, UNUSED), unit_of_T, U, num_experts),
+        taken_UE=counts_of_units(kept_ids_TK, unit_of_T, U, num_experts),
+        place_TK=place_TK,
+        slot_table_UEC=table_UEC if spec.pad_to_capacity else None,
+    )
+    if spec.then is None:
+        return trace
+    second = apply_capacity(
+        trace.expert_ids_TK, trace.weights_TK, spec.then, num_experts, token_mask_T=token_mask_T,
+        sequence_lengths=sequence_lengths, shard_lengths=shard_lengths,
+    )  # fmt: skip
+    return replace(second, first=trace)
+
+
+def drop_order(weights_TK, spec: CapacitySpec) -> np.ndarray:
+    """The flat slot numbers in the order in which slots are admitted. [CAP-3]"""
+    T, K = weights_TK.shape
+    numbers_TK = np.arange(T * K).reshape(T, K)
+    if spec.drop_order == "slot_major":
+        return numbers_TK.T.reshape(-1)
+    if spec.drop_order == "by_weight":
+        return np.argsort(-weights_TK.reshape(-1), kind="stable")
+    return numbers_TK.reshape(-1)
+
+
+def renormalise(given_TK, kept_TK, spec: CapacitySpec):
+    """Kept weights stay, or are divided by the sum of a token's weights, before or after the drop. [CAP-5]"""
+    kept_weights_TK = np.where(kept_TK, given_TK, 0)
+    if spec.renormalise == "no":
+        return kept_weights_TK
+    in_sum_TK = given_TK if spec.renormalise == "before" else kept_weights_TK
+    sum_T1 = in_sum_TK.sum(axis=-1, keepdims=True)
+    return spec.weight_sum * kept_weights_TK / np.where(sum_T1 == 0, 1, sum_T1)
+
+
+def counts_of_units(expert_ids_TK, unit_of_T, num_units: int, num_experts: int) -> np.ndarray:
+    """Tokens per expert of each unit."""
+    counts = [tokens_per_expert(expert_ids_TK[unit_of_T == unit], num_experts) for unit in range(num_units)]
+    return np.array(counts, dtype=np.int64).reshape(num_units, num_experts)
