@@ -96,8 +96,85 @@ class Subject:
         """Optional: gradients of sum(output * d_output): 'x_TD', and each parameter that the layer has, by name."""
         raise NotImplementedError
 
+    # layouts (moe_ref.ShardLayout). What is "by shard" is a list of one array for each token shard, in rank order.
 
-METHODS = ("route", "gate", "configure", "permute", "experts", "combine", "layer", "layer_gradients")
+    def dispatch(self, expert_ids_by_shard: list[np.ndarray], layout, spec: LayerSpec) -> list[dict]:
+        """Optional: the plan of every rank, tensor ranks counted once: arrays by name, of integers.
+
+        send_sizes_S and recv_sizes_S: rows to and from each rank of the expert axis; group_sizes_e: rows of each local
+        expert, in the order of their places; order_R2: (source rank of the expert axis, flat slot t * K + k of that
+        rank's shard) of each row, in the order of the local experts. Where the layout has a buffer_factor, also
+        dropped: how many rows this receiver had no room for.
+        """
+        raise NotImplementedError
+
+    def sharded_layer(self, x_by_shard, params: LayerParams, spec: LayerSpec, layout, **inputs: Any) -> list:
+        """Optional: the (T, D) output of the shard of each rank of the mesh, tensor ranks included, in rank order.
+
+        `inputs` are those of `layer`; token_mask_T, token_ids_T and given_ids_TK are by shard. A method that names
+        `buffer_fill` gets NaN and large numbers there, and has buffer rows that nobody sent start with it.
+        """
+        raise NotImplementedError
+
+    def sharded_gradients(
+        self, x_by_shard, params: LayerParams, spec: LayerSpec, layout, d_output_by_shard, **inputs: Any
+    ) -> list[dict]:
+        """Optional: for each rank of the mesh what `layer_gradients` returns, x_TD of its own shard.
+
+        The loss is sum(output * d_output) over all shards, each counted once; parameters have their full shape.
+        """
+        raise NotImplementedError
+
+    # load, capacity and replay. The specs and the record are data types of moe_ref. `inputs` hold what a case has of
+    # token_mask_T (T,) bools, sequence_lengths and tokens_per_shard (each a tuple that sums to T; absent: one of T).
+    # A parameter that a method does not name makes the cases that have it unsupported, as for `route`.
+
+    def supports_load(self, spec) -> str | None:
+        """None, or a sentence that says why this BalanceSpec, BiasUpdateSpec or CapacitySpec cannot be run."""
+        return None
+
+    def load(self, expert_ids_TK: np.ndarray, num_experts: int, **inputs: Any) -> np.ndarray:
+        """Optional: (E,) integers, the used slots of each expert; -1 and null ids are none. May get token_mask_T."""
+        raise NotImplementedError
+
+    def balance_loss(self, logits_TE: np.ndarray, expert_ids_TK: np.ndarray, balance, router: RouterSpec, **inputs):
+        """Optional: {'loss': a number, 'd_logits_TE': (T, E) its gradient} for a BalanceSpec, coeff included.
+
+        `router` says how the logits are scored. May get expert_bias_E, token_mask_T, sequence_lengths and
+        tokens_per_shard; then it is the loss of all ranks together, and the logits are those of all ranks in order.
+        """
+        raise NotImplementedError
+
+    def z_loss(self, logits_TE: np.ndarray, coeff: float, **inputs: Any) -> dict:
+        """Optional: {'loss', 'd_logits_TE'} of coeff * mean over tokens of logsumexp(logits) ** 2. token_mask_T."""
+        raise NotImplementedError
+
+    def bias_update(self, counts_SE: np.ndarray, update, expert_bias_E: np.ndarray) -> np.ndarray:
+        """Optional: the (E,) new bias by a BiasUpdateSpec; counts of S ranks or micro-batches of one step, unsummed."""
+        raise NotImplementedError
+
+    def capacity(self, expert_ids_TK: np.ndarray, weights_TK: np.ndarray, capacity, num_experts: int, **inputs) -> dict:
+        """Optional: {'expert_ids_TK': -1 in dropped slots, 'weights_TK': 0 there} under a CapacitySpec.
+
+        May get token_mask_T, sequence_lengths, tokens_per_shard; and d_weights_TK, the gradient of the weights that it
+        returns: then the dict has 'd_weights_TK' too, the gradient of the weights that it was given.
+        """
+        raise NotImplementedError
+
+    def record(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Any):
+        """Optional: the moe_ref.RoutingRecord of a layer's run on these tokens. May get token_mask_T."""
+        raise NotImplementedError
+
+    def replay(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, record) -> np.ndarray:
+        """Optional: (T, D) output of a layer that takes its expert ids, and weights if there are any, from a record."""
+        raise NotImplementedError
+
+
+METHODS = (
+    "route", "gate", "configure", "permute", "experts", "combine", "layer", "layer_gradients",
+    "dispatch", "sharded_layer", "sharded_gradients",
+    "load", "balance_loss", "z_loss", "bias_update", "capacity", "record", "replay",
+)  # fmt: skip
 
 
 def capabilities(subject: Subject) -> set[str]:
