@@ -2,13 +2,14 @@
 
 from moe_ref.capacity import CapacityTrace, apply_capacity
 from moe_ref.gradient import layer_backward
-from moe_ref.gradient_load import balance_loss_backward, capacity_backward, z_loss_backward
+from moe_ref.gradient_load import balance_layers_backward, balance_loss_backward, capacity_backward, z_loss_backward
 from moe_ref.layer import moe_layer
 from moe_ref.layout import ShardLayout
 from moe_ref.load import (
     BalanceTrace,
     LoadStatistics,
     balance,
+    balance_layers,
     balance_loss,
     bias_update,
     load_statistics,
@@ -41,6 +42,8 @@ __all__ = [
     "WeightLayout",
     "apply_capacity",
     "balance",
+    "balance_layers",
+    "balance_layers_backward",
     "balance_loss",
     "balance_loss_backward",
     "bias_update",

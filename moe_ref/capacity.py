@@ -12,12 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moe_ref.checks import array, integer
+from moe_ref.checks import array, entries, integer
 from moe_ref.load import mask_array, part_of_tokens, tokens_per_expert
 from moe_ref.load_spec import CapacitySpec
-from moe_ref.routing import UNUSED
-
-__all__ = ["CapacitySpec", "CapacityTrace", "apply_capacity"]
+from moe_ref.routing import UNUSED, ids_array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +45,7 @@ class CapacityTrace:
     slot_table_UEC: np.ndarray | None
     """With pad_to_capacity: the flat slot number (t * K + k) at each place, -1 where it is empty."""
     first: "CapacityTrace | None" = None
-    """Of a spec with `then`: the trace of the first limit."""
+    """Of a spec with `then`: the trace of the first limit; the other fields are of the second, dropped_TK of both."""
 
 
 def apply_capacity(
@@ -58,9 +56,9 @@ def apply_capacity(
     *,
     token_mask_T=None,
     sequence_lengths=None,
-    shard_lengths=None,
+    tokens_per_shard=None,
 ) -> CapacityTrace:
-    """An expert keeps the first C slots of each unit, in drop order, and the others are dropped. [CAP-1 .. CAP-6]
+    """An expert keeps the first C slots of each unit, in drop order, and the others are dropped.
 
     Args:
         expert_ids_TK: (T, K) the choice; -1 is an unused slot. Null experts (num_experts and above) drop nothing.
@@ -68,36 +66,36 @@ def apply_capacity(
         spec: the rule.
         num_experts: E, without null experts.
         token_mask_T: (T,) bools; a padding token (False) gets ids -1 and weights 0, whatever it held.
-        sequence_lengths, shard_lengths: lengths of the consecutive sequences, and of the shards (ranks), sum T each;
+        sequence_lengths, tokens_per_shard: lengths of the consecutive sequences, and of the shards (ranks), sum T each;
             for the scopes of those names. None: one.
     """
     integer("num_experts", num_experts, 1)
-    ids_TK = array("expert_ids_TK", expert_ids_TK, (None, None), kind="int").astype(np.int64)
-    T, K = ids_TK.shape
+    T, K = array("expert_ids_TK", expert_ids_TK, (None, None), kind="int").shape
     weights_TK = array("weights_TK", weights_TK, (T, K))
     valid_T = mask_array(token_mask_T, T)
-    used_TK = valid_T[:, None] & (ids_TK != UNUSED)
+    ids_TK = np.where(valid_T[:, None], expert_ids_TK, UNUSED)
+    ids_TK = ids_array("expert_ids_TK", ids_TK, (T, K), max(num_experts, ids_TK.max(initial=0) + 1), low=UNUSED)
+    used_TK = ids_TK != UNUSED
     given_TK = np.where(used_TK, weights_TK, 0)
+    entries("weights_TK", given_TK, np.isfinite(given_TK), "weights of used slots are finite")
 
-    lengths = {"global": None, "rank": shard_lengths, "sequence": sequence_lengths}[spec.scope]
-    field = "sequence_lengths" if spec.scope == "sequence" else "shard_lengths"
+    lengths = {"global": None, "rank": tokens_per_shard, "sequence": sequence_lengths}[spec.scope]
+    field = "sequence_lengths" if spec.scope == "sequence" else "tokens_per_shard"
     unit_of_T = part_of_tokens(field, lengths, T)
     U = 1 if lengths is None else len(lengths)
     tokens_U = np.bincount(unit_of_T[valid_T], minlength=U)
     capacity_U = np.array([spec.capacity(int(tokens), K, num_experts) for tokens in tokens_U], dtype=np.int64)
 
-    place_TK = np.full((T, K), -1)
-    dropped_TK = np.zeros((T, K), bool)
-    table_UEC = np.full((U, num_experts, capacity_U.max(initial=0)), -1)
     order_N = drop_order(given_TK, spec)
+    place_N, table_UEC = np.full(T * K, -1), np.full((U, num_experts, capacity_U.max(initial=0)), -1)
     for unit, capacity in enumerate(capacity_U):
         for expert in range(num_experts):
             wants_TK = used_TK & (unit_of_T == unit)[:, None] & (ids_TK == expert)
-            wanted_N = order_N[wants_TK.reshape(-1)[order_N]]
-            kept_N = wanted_N[:capacity]
-            place_TK.reshape(-1)[kept_N] = np.arange(len(kept_N))
-            dropped_TK.reshape(-1)[wanted_N[capacity:]] = True
-            table_UEC[unit, expert, : len(kept_N)] = kept_N
+            kept = order_N[wants_TK.reshape(-1)[order_N]][:capacity]
+            place_N[kept] = np.arange(len(kept))
+            table_UEC[unit, expert, : len(kept)] = kept
+    place_TK = place_N.reshape(T, K)
+    dropped_TK = used_TK & (ids_TK < num_experts) & (place_TK < 0)
 
     kept_TK = used_TK & ~dropped_TK
     kept_ids_TK = np.where(kept_TK, ids_TK, UNUSED)
@@ -110,7 +108,7 @@ def apply_capacity(
         given_weights_TK=given_TK,
         unit_of_T=unit_of_T,
         capacity_U=capacity_U,
-        wanted_UE=counts_of_units(np.where(used_TK, ids_TK, UNUSED), unit_of_T, U, num_experts),
+        wanted_UE=counts_of_units(ids_TK, unit_of_T, U, num_experts),
         taken_UE=counts_of_units(kept_ids_TK, unit_of_T, U, num_experts),
         place_TK=place_TK,
         slot_table_UEC=table_UEC if spec.pad_to_capacity else None,
@@ -119,13 +117,13 @@ def apply_capacity(
         return trace
     second = apply_capacity(
         trace.expert_ids_TK, trace.weights_TK, spec.then, num_experts, token_mask_T=token_mask_T,
-        sequence_lengths=sequence_lengths, shard_lengths=shard_lengths,
+        sequence_lengths=sequence_lengths, tokens_per_shard=tokens_per_shard,
     )  # fmt: skip
-    return replace(second, first=trace)
+    return replace(second, first=trace, dropped_TK=trace.dropped_TK | second.dropped_TK)
 
 
 def drop_order(weights_TK, spec: CapacitySpec) -> np.ndarray:
-    """The flat slot numbers in the order in which slots are admitted. [CAP-3]"""
+    """The flat slot numbers in the order in which slots are admitted."""
     T, K = weights_TK.shape
     numbers_TK = np.arange(T * K).reshape(T, K)
     if spec.drop_order == "slot_major":
@@ -136,7 +134,7 @@ def drop_order(weights_TK, spec: CapacitySpec) -> np.ndarray:
 
 
 def renormalise(given_TK, kept_TK, spec: CapacitySpec):
-    """Kept weights stay, or are divided by the sum of a token's weights, before or after the drop. [CAP-5]"""
+    """Kept weights stay, or are divided by the sum of a token's weights, before or after the drop."""
     kept_weights_TK = np.where(kept_TK, given_TK, 0)
     if spec.renormalise == "no":
         return kept_weights_TK

@@ -14,20 +14,38 @@ from moe_ref.capacity import CapacityTrace
 from moe_ref.checks import array
 from moe_ref.experts import sigmoid
 from moe_ref.gradient_routing import softmax_backward
-from moe_ref.load import balance, log_sum_exp, masked_logits, token_weights
+from moe_ref.load import balance, log_sum_exp, masked_logits, pool_layers, pooled_inputs, token_weights
 from moe_ref.load_spec import BalanceSpec, CapacitySpec
 
 
 def balance_loss_backward(
     logits_TE, expert_ids_TK, spec: BalanceSpec, *, dtype: DTypeLike = np.float64, **inputs: Any
 ) -> np.ndarray:
-    """The gradient of `balance_loss` with respect to the logits: it goes through the mean scores alone. [LOD-9]"""
+    """The gradient of `balance_loss` with respect to the logits: it goes through the mean scores alone."""
     trace = balance(logits_TE, expert_ids_TK, spec, dtype=dtype, **inputs)
     logits_TE, valid_T = masked_logits(logits_TE, inputs.get("token_mask_T"), dtype)
     factor = spec.coeff * float(logits_TE.shape[1]) ** spec.expert_power
     share_U = factor * trace.weights_U / np.maximum(trace.tokens_U, 1)
     d_scores_TE = (share_U[:, None] * trace.fractions_UE)[trace.unit_of_T]
     return np.where(valid_T[:, None], balance_scores_backward(d_scores_TE, logits_TE, trace.scores_TE, spec), 0)
+
+
+def balance_layers_backward(
+    logits_by_layer, expert_ids_by_layer, spec: BalanceSpec, *, token_mask_T=None, sequence_lengths=None,
+    tokens_per_shard=None, dtype: DTypeLike = np.float64,
+) -> list[np.ndarray]:  # fmt: skip
+    """The gradient of the summed `balance_layers` with respect to the logits of each layer."""
+    lengths = {"sequence_lengths": sequence_lengths, "tokens_per_shard": tokens_per_shard}
+    if spec.over_layers == "separate":
+        return [
+            balance_loss_backward(logits_TE, ids_TK, spec, dtype=dtype, token_mask_T=token_mask_T, **lengths)
+            for logits_TE, ids_TK in zip(logits_by_layer, expert_ids_by_layer, strict=True)
+        ]
+    num_layers, num_tokens = len(logits_by_layer), len(logits_by_layer[0])
+    inputs = pooled_inputs(num_layers, num_tokens, token_mask_T, **lengths)
+    logits_TE, ids_TK = pool_layers(logits_by_layer), pool_layers(expert_ids_by_layer)
+    d_logits_TE = balance_loss_backward(logits_TE, ids_TK, spec, dtype=dtype, **inputs)
+    return [d_logits_TE[layer::num_layers] for layer in range(num_layers)]
 
 
 def balance_scores_backward(d_scores_TE, logits_TE, scores_TE, spec: BalanceSpec):
@@ -49,24 +67,24 @@ def log_scores_slope(logits_TE, spec: BalanceSpec):
 
 
 def z_loss_backward(
-    logits_TE, *, coeff: float = 1.0, scope: str = "global", token_mask_T=None, shard_lengths=None,
+    logits_TE, *, coeff: float = 1.0, scope: str = "global", token_mask_T=None, tokens_per_shard=None,
     dtype: DTypeLike = np.float64,
 ) -> np.ndarray:  # fmt: skip
-    """The gradient of `z_loss`: 2 * log(sum(exp(logits))) * softmax(logits), times the token's share. [LOD-10]"""
+    """The gradient of `z_loss`: 2 * log(sum(exp(logits))) * softmax(logits), times the token's share."""
     logits_TE, valid_T = masked_logits(logits_TE, token_mask_T, dtype)
-    weights_T1 = token_weights(valid_T, scope, shard_lengths)[:, None]
+    weights_T1 = token_weights(valid_T, scope, tokens_per_shard)[:, None]
     log_sum_T1 = log_sum_exp(logits_TE)
     return 2 * coeff * weights_T1 * log_sum_T1 * np.exp(logits_TE - log_sum_T1)
 
 
 def capacity_backward(trace: CapacityTrace, spec: CapacitySpec, d_weights_TK) -> np.ndarray:
     """The gradient of the weights before a capacity, from that of the weights after; that of a dropped slot is 0,
-    but where 'before' has it in the sum that divides the others. [CAP-6]"""
+    but where 'before' has it in the sum that divides the others."""
     d_weights_TK = array("d_weights_TK", d_weights_TK, trace.kept_TK.shape).astype(trace.weights_TK.dtype)
     if spec.then is not None:
         assert trace.first is not None
-        d_weights_TK = capacity_backward(trace, spec.then.replace(then=None), d_weights_TK)
-        return capacity_backward(trace.first, spec.replace(then=None), d_weights_TK)
+        d_between_TK = capacity_backward(trace, spec.then, d_weights_TK)
+        return capacity_backward(trace.first, spec.replace(then=None), d_between_TK)
     d_kept_TK = np.where(trace.kept_TK, d_weights_TK, 0)
     if spec.renormalise == "no":
         return d_kept_TK

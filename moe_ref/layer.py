@@ -74,7 +74,7 @@ def moe_layer(
     seed: Any = 0,
     capacity: CapacitySpec | None = None,
     sequence_lengths=None,
-    shard_lengths=None,
+    tokens_per_shard=None,
     dtype: Any = np.float64,
 ) -> LayerTrace:
     """One MoE layer, every stage in order; the trace keeps all of them.
@@ -87,7 +87,7 @@ def moe_layer(
         token_ids_T, table_VK, given_ids_TK, given_weights_TK, first_token, seed: as in `moe_ref.route`, for the
             selectors that need them.
         capacity: what each expert takes; None: all. The later stages see a dropped slot as an unused one.
-        sequence_lengths, shard_lengths: as in `moe_ref.apply_capacity`, for the capacities that need them.
+        sequence_lengths, tokens_per_shard: as in `moe_ref.apply_capacity`, for the capacities that need them.
         dtype: of every stage; the specification is float64.
 
     Raises:
@@ -121,7 +121,7 @@ def moe_layer(
     if capacity is not None:
         limited = apply_capacity(
             ids_TK, weights_TK, capacity, spec.router.num_experts, token_mask_T=mask_T,
-            sequence_lengths=sequence_lengths, shard_lengths=shard_lengths,
+            sequence_lengths=sequence_lengths, tokens_per_shard=tokens_per_shard,
         )  # fmt: skip
         ids_TK, weights_TK = limited.expert_ids_TK, limited.weights_TK
     permutation = permute(ids_TK, spec.router.num_experts)

@@ -3,7 +3,7 @@
     expert ids -> tokens_per_expert -> balance_loss, bias_update, load_statistics;   logits -> z_loss
 
 A padding token is in no count, no mean and no sum. A batch that is spread over ranks, micro-batches or chunks is given
-here as one array of all its tokens; `shard_lengths` says how it was cut, and only a scope other than 'global' asks.
+here as one array of all its tokens; `tokens_per_shard` says how it was cut, and only a scope other than 'global' asks.
 Gradients are in `gradient_load.py`.
 
 Legend: T tokens, E choices (experts, then null experts), K top_k, U units (batches or sequences), S shards.
@@ -16,18 +16,14 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from moe_ref.checks import array, entries, integer, number, one_of, require
-from moe_ref.load_spec import BALANCE_FORMS, BalanceSpec, BiasUpdateSpec
+from moe_ref.load_spec import BalanceSpec, BiasUpdateSpec
 from moe_ref.routing import UNUSED, ids_array, top_k
-
-__all__ = ["BALANCE_FORMS", "BalanceSpec", "BalanceTrace", "BiasUpdateSpec", "LoadStatistics", "balance",
-           "balance_loss", "bias_update", "load_statistics", "tokens_per_expert", "z_loss"]  # fmt: skip
-
 
 # counts
 
 
 def tokens_per_expert(expert_ids_TK, num_experts: int, token_mask_T=None) -> np.ndarray:
-    """The count of an expert is the number of slots of valid tokens that chose it. [LOD-1]
+    """The count of an expert is the number of slots of valid tokens that chose it.
 
     Unused slots (-1) and null experts (num_experts and above) are not counted. The count of a whole batch is the sum of
     the counts of its shards, micro-batches and chunks. Counting is a pure function: a second forward pass under
@@ -59,7 +55,7 @@ class LoadStatistics:
 
 
 def load_statistics(counts_E, *, num_ranks: int = 1, placement=None) -> LoadStatistics:
-    """Statistics of a count; ranks own equal shares of the places, in order. [LOD-2]
+    """Statistics of a count; ranks own equal shares of the places, in order.
 
     Args:
         counts_E: tokens per expert, summed over everything that is to be described.
@@ -124,10 +120,10 @@ def balance(
     *,
     token_mask_T=None,
     sequence_lengths=None,
-    shard_lengths=None,
+    tokens_per_shard=None,
     dtype: DTypeLike = np.float64,
 ) -> BalanceTrace:
-    """The balance loss of one layer with every intermediate. [LOD-3 .. LOD-9]
+    """The balance loss of one layer with every intermediate.
 
     Args:
         logits_TE: (T, E) the logits that the router scores (after logit_scale and softcap), without any bias.
@@ -135,7 +131,7 @@ def balance(
         spec: which loss.
         token_mask_T: (T,) bools; a padding token (False) is in no sum.
         sequence_lengths: lengths of the consecutive sequences, sum T; None: the tokens are one sequence.
-        shard_lengths: lengths of the consecutive shards (ranks, micro-batches, chunks), sum T; None: one.
+        tokens_per_shard: lengths of the consecutive shards (ranks, micro-batches, chunks), sum T; None: one.
         dtype: of the scores and all that follows; the specification is float64.
     """
     logits_TE, valid_T = masked_logits(logits_TE, token_mask_T, dtype)
@@ -147,7 +143,7 @@ def balance(
 
     scores_TE = np.where(valid_T[:, None], balance_scores(logits_TE, spec), 0)
     counted_ids_TK = np.where(valid_T[:, None], counted_ids(logits_TE, scores_TE, ids_TK, slots, spec), UNUSED)
-    unit_of_T, shard_of_U = units(T, spec, sequence_lengths, shard_lengths)
+    unit_of_T, shard_of_U = units(T, spec, sequence_lengths, tokens_per_shard)
 
     U = len(shard_of_U)
     counts_UE, sums_UE, tokens_U = np.zeros((U, E)), np.zeros((U, E), dtype), np.zeros(U, dtype=np.int64)
@@ -183,6 +179,43 @@ def balance_loss(logits_TE, expert_ids_TK, spec: BalanceSpec, **inputs: Any) -> 
     return balance(logits_TE, expert_ids_TK, spec, **inputs).loss
 
 
+def balance_layers(
+    logits_by_layer, expert_ids_by_layer, spec: BalanceSpec, *, token_mask_T=None, sequence_lengths=None,
+    tokens_per_shard=None, dtype: DTypeLike = np.float64,
+) -> list[BalanceTrace]:  # fmt: skip
+    """The balance loss of a model is the sum of these: one for each layer, or one of all layers' tokens together.
+
+    Args:
+        logits_by_layer, expert_ids_by_layer: (T, E) and (T, K) of each layer; of equal shapes where they are pooled.
+        token_mask_T, sequence_lengths, tokens_per_shard: of the tokens, the same for every layer.
+    """
+    if spec.over_layers == "separate":
+        return [
+            balance(logits_TE, ids_TK, spec, token_mask_T=token_mask_T, sequence_lengths=sequence_lengths,
+                    tokens_per_shard=tokens_per_shard, dtype=dtype)
+            for logits_TE, ids_TK in zip(logits_by_layer, expert_ids_by_layer, strict=True)
+        ]  # fmt: skip
+    num_layers = len(logits_by_layer)
+    require(num_layers > 0, "logits_by_layer is empty; a pooled loss is of at least one layer")
+    inputs = pooled_inputs(num_layers, len(logits_by_layer[0]), token_mask_T, sequence_lengths, tokens_per_shard)
+    return [balance(pool_layers(logits_by_layer), pool_layers(expert_ids_by_layer), spec, dtype=dtype, **inputs)]
+
+
+def pool_layers(values_by_layer) -> np.ndarray:
+    """The rows of a token in all layers follow each other, so that sequences and shards stay whole."""
+    values_TLE = np.stack([np.asarray(values) for values in values_by_layer], axis=1)
+    return values_TLE.reshape(-1, values_TLE.shape[-1])
+
+
+def pooled_inputs(num_layers: int, num_tokens: int, token_mask_T, sequence_lengths, tokens_per_shard) -> dict:
+    """The mask and the lengths of pooled layers: every token is there once for each of them."""
+    lengths = {"sequence_lengths": sequence_lengths, "tokens_per_shard": tokens_per_shard}
+    return {"token_mask_T": np.repeat(mask_array(token_mask_T, num_tokens), num_layers)} | {
+        field: None if values is None else [num_layers * length for length in values]
+        for field, values in lengths.items()
+    }
+
+
 def log_scores(logits_TE, spec: BalanceSpec):
     """Logarithms of the scores before their norm: those of very negative logits keep their ratios."""
     if spec.score_func == "softmax":
@@ -195,7 +228,7 @@ def log_scores(logits_TE, spec: BalanceSpec):
 
 
 def balance_scores(logits_TE, spec: BalanceSpec):
-    """Scores are a function of the logits, once: shares of their sum, or raw. [LOD-4]"""
+    """Scores are a function of the logits, once: shares of their sum, or raw."""
     logs_TE = log_scores(logits_TE, spec)
     if not spec.scores_sum_to_1:
         return np.exp(logs_TE)
@@ -212,7 +245,7 @@ def log_sum_exp(values_TE):
 
 
 def counted_ids(logits_TE, scores_TE, expert_ids_TK, slots: int, spec: BalanceSpec):
-    """The ids that are counted: the first slots of the choice, or of the top k of the scores. [LOD-5]"""
+    """The ids that are counted: the first slots of the choice, or of the top k of the scores."""
     if spec.counts == "routed":
         return expert_ids_TK[:, :slots]
     K, E = expert_ids_TK.shape[1], logits_TE.shape[1]
@@ -222,14 +255,14 @@ def counted_ids(logits_TE, scores_TE, expert_ids_TK, slots: int, spec: BalanceSp
     return np.where(np.take_along_axis(never_TE, ids_TK, axis=-1), UNUSED, ids_TK)
 
 
-def units(num_tokens: int, spec: BalanceSpec, sequence_lengths, shard_lengths):
+def units(num_tokens: int, spec: BalanceSpec, sequence_lengths, tokens_per_shard):
     """The unit of each token, and the shard of each unit: sequences within shards, sequences, shards, or the batch.
 
-    Only a scope other than 'global' looks at the shards, so nothing else can depend on them. [LOD-6, LOD-7]
+    Only a scope other than 'global' looks at the shards, so nothing else can depend on them.
     """
     sequence_of_T = part_of_tokens("sequence_lengths", sequence_lengths, num_tokens)
-    shard_of_T = part_of_tokens("shard_lengths", shard_lengths, num_tokens)
-    num_shards = 1 if shard_lengths is None or spec.scope == "global" else len(shard_lengths)
+    shard_of_T = part_of_tokens("tokens_per_shard", tokens_per_shard, num_tokens)
+    num_shards = 1 if tokens_per_shard is None or spec.scope == "global" else len(tokens_per_shard)
     if spec.scope == "global":
         shard_of_T = np.zeros_like(shard_of_T)
     if spec.per == "batch":
@@ -240,7 +273,7 @@ def units(num_tokens: int, spec: BalanceSpec, sequence_lengths, shard_lengths):
 
 
 def unit_weights(tokens_U, shard_of_U):
-    """The mean over units of a shard, then over shards; one without a valid token is in no mean. [LOD-8]"""
+    """The mean over units of a shard, then over shards; one without a valid token is in no mean."""
     has_tokens_U = tokens_U > 0
     shards = np.unique(shard_of_U[has_tokens_U])
     weights_U = np.zeros(len(tokens_U))
@@ -254,24 +287,24 @@ def unit_weights(tokens_U, shard_of_U):
 
 
 def z_loss(
-    logits_TE, *, coeff: float = 1.0, scope: str = "global", token_mask_T=None, shard_lengths=None,
+    logits_TE, *, coeff: float = 1.0, scope: str = "global", token_mask_T=None, tokens_per_shard=None,
     dtype: DTypeLike = np.float64,
 ) -> float:  # fmt: skip
-    """The z-loss is coeff times the mean over valid tokens of log(sum(exp(logits))) ** 2. [LOD-10]
+    """The z-loss is coeff times the mean over valid tokens of log(sum(exp(logits))) ** 2.
 
     It reads the raw logits, not scores (huggingface/transformers#48421). Scope 'local' is the mean over shards of each
     shard's mean, those without a valid token aside. Source: arXiv:2202.08906.
     """
     number("coeff", coeff, low=0.0)
     logits_TE, valid_T = masked_logits(logits_TE, token_mask_T, dtype)
-    weights_T = token_weights(valid_T, scope, shard_lengths)
+    weights_T = token_weights(valid_T, scope, tokens_per_shard)
     return float(coeff * (weights_T * log_sum_exp(logits_TE)[:, 0] ** 2).sum())
 
 
-def token_weights(valid_T, scope: str, shard_lengths):
+def token_weights(valid_T, scope: str, tokens_per_shard):
     """The share of each token in a mean over valid tokens: of the batch, or of its shard and then over shards."""
     one_of("scope", scope, ("global", "local"))
-    shard_of_T = part_of_tokens("shard_lengths", shard_lengths, len(valid_T))
+    shard_of_T = part_of_tokens("tokens_per_shard", tokens_per_shard, len(valid_T))
     if scope == "global":
         shard_of_T = np.zeros_like(shard_of_T)
     tokens_S = np.bincount(shard_of_T[valid_T], minlength=1)
@@ -283,7 +316,7 @@ def token_weights(valid_T, scope: str, shard_lengths):
 
 
 def bias_update(counts_E, spec: BiasUpdateSpec, expert_bias_E) -> np.ndarray:
-    """An expert with less than the mean load gets a larger bias, one with more a smaller one. [LOD-11 .. LOD-14]
+    """An expert with less than the mean load gets a larger bias, one with more a smaller one.
 
     Args:
         counts_E: (E,) or (layers, E) counts of a whole step: summed over ranks, chunks and accumulation first, so that

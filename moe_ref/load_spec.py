@@ -208,8 +208,8 @@ class CapacitySpec(_Spec):
         )
         require(isinstance(self.pad_to_capacity, bool), f"pad_to_capacity is {self.pad_to_capacity!r}; it is a bool")
         require(
-            self.then is None or isinstance(self.then, CapacitySpec),
-            f"then is {self.then!r}; it is a CapacitySpec or None",
+            self.then is None or (isinstance(self.then, CapacitySpec) and self.then.then is None),
+            f"then is {self.then!r}; it is a CapacitySpec without another, or None",
         )
 
     @property
@@ -218,7 +218,7 @@ class CapacitySpec(_Spec):
         return Fraction(str(float(self.factor or 0))).as_integer_ratio()
 
     def capacity(self, num_tokens: int, top_k: int, num_experts: int) -> int:
-        """Slots of one expert in a unit of that many valid tokens; never more than the tokens. [CAP-1]"""
+        """Slots of one expert in a unit of that many valid tokens; never more than the tokens."""
         if self.slots is not None:
             wanted = self.slots
         elif self.rounding == "ceil_then_floor":

@@ -81,7 +81,7 @@ class RoutingRecord:
 
 
 def capture(routing: RoutingTrace, spec: RouterSpec, *, token_mask_T=None, sequence_lengths=None) -> RoutingRecord:
-    """A record holds what a router chose, in slot order, with float32 weights. [RPL-1]
+    """A record holds what a router chose, in slot order, with float32 weights.
 
     `routing` is a RoutingTrace or a CapacityTrace, or anything with expert_ids_TK and weights_TK.
     """
@@ -98,7 +98,7 @@ def capture(routing: RoutingTrace, spec: RouterSpec, *, token_mask_T=None, seque
 
 
 def replay_spec(spec: RouterSpec, *, with_weights: bool = False) -> RouterSpec:
-    """The same router with its choice replaced by a given one: no selection, no groups, no bias on the choice. [RPL-2]
+    """The same router with its choice replaced by a given one: no selection, no groups, no bias on the choice.
 
     Raises:
         ValueError: its weights are not a function of the chosen ids alone (sparsemixer).
@@ -117,7 +117,7 @@ def replay(
     record: RoutingRecord, logits_TE, spec: RouterSpec, *, with_weights: bool = False, learned_scale=None,
     dtype: DTypeLike = np.float64,
 ) -> RoutingTrace:  # fmt: skip
-    """The recorded choice on this router: its weights are those of these logits, or the recorded ones. [RPL-2, RPL-3]
+    """The recorded choice on this router: its weights are those of these logits, or the recorded ones.
 
     An unused slot stays unused. Recorded weights are constants: no gradient goes to the logits.
     """
@@ -131,7 +131,7 @@ def replay_layer(
     record: RoutingRecord, x_TD, params: LayerParams, spec: LayerSpec, *, with_weights: bool = False,
     dtype: DTypeLike = np.float64,
 ) -> LayerTrace:  # fmt: skip
-    """The layer with the recorded choice; expert_bias takes part in a choice alone, and is not asked. [RPL-2, RPL-3]"""
+    """The layer with the recorded choice; expert_bias takes part in a choice alone, and is not asked."""
     inputs = replay_inputs(record, spec.router, with_weights=with_weights)
     forced = spec.replace(router=replay_spec(spec.router, with_weights=with_weights))
     return moe_layer(x_TD, replace(params, expert_bias_E=None), forced, dtype=dtype, **inputs)

@@ -308,7 +308,7 @@ def scale_shared(normed_shared_TS, learned_scale, spec: RouterSpec):
 
 
 def given_weights(given_weights_TK, expert_ids_TK, spec: RouterSpec):
-    """Given weights are final, after norm and scales; an unused slot weighs 0 whatever is given. [RPL-3]"""
+    """Given weights are final, after norm and scales; an unused slot weighs 0 whatever is given."""
     require(spec.selector == "given", f"given_weights_TK is given, but selector is {spec.selector!r}, not 'given'")
     weights_TK = np.where(expert_ids_TK == UNUSED, 0, array("given_weights_TK", given_weights_TK, expert_ids_TK.shape))
     entries("given_weights_TK", weights_TK, np.isfinite(weights_TK), "entries are finite")
