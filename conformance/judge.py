@@ -11,6 +11,7 @@ import numpy as np
 
 from conformance.cases import Case, valid_tokens
 from conformance.layer_cases import LayerCase
+from conformance.layout_cases import LayoutCase
 from conformance.requirements import REQUIREMENTS, STAGES
 from conformance.subject import Routing, Subject, Unsupported, capabilities
 from moe_ref import UNUSED, LayerSpec, RouterSpec
@@ -61,6 +62,10 @@ class Check:
     after: tuple[str, ...] = ()
     """Requirements of earlier stages: where one of them fails on the same case, it is accused instead."""
 
+    def wants(self, case) -> bool:
+        """Whether it has something to say about a case of another check."""
+        return self.spec(case.spec)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCheck(Check):
@@ -71,6 +76,25 @@ class LayerCheck(Check):
     bias: tuple[str, ...] = ("none", "mixed", "crowded")
     """Kinds of expert_bias; a crowded one leaves experts without tokens."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutCheck(LayerCheck):
+    """A requirement of a layer laid over devices; its cases are LayoutCases."""
+
+    layout: Callable[[Any], bool] = lambda layout: layout.buffer_factor is None
+    """Of a ShardLayout. A small buffer loses rows, and most requirements are about layouts that lose none."""
+    bias: tuple[str, ...] = ("none", "mixed", "crowded", "one_rank")
+    loads: tuple[str, ...] = ("even", "skewed", "one_expert", "one_rank", "unused")
+    """Kinds of ids where they are given."""
+    counts: tuple[str, ...] = ("equal", "uneven", "prime", "some_empty")
+    """Kinds of token counts of the shards."""
+
+    def wants(self, case) -> bool:
+        return isinstance(case, LayoutCase) and super().wants(case) and self.layout(case.layout)
+
+
+LAYOUT_METHODS = ("dispatch", "sharded_layer", "sharded_gradients")
+"""Methods that get a layout."""
 
 CHECKS: dict[str, Check] = {}
 """Every check, by requirement; filled as the modules of `conformance.suite` are imported."""
@@ -150,7 +174,8 @@ class Judge:
     def call(self, case: LayerCase, method: str, *arguments, blame: str, **inputs):
         """What a method of layers returns; an error that it raises violates the requirement `blame`."""
         self.needs(method)
-        if sentence := self.subject.supports_layer(case.spec):
+        place = (case.layout,) if isinstance(case, LayoutCase) and method in LAYOUT_METHODS else ()
+        if sentence := self.subject.supports_layer(case.spec, *place):
             raise NotRun(sentence)
         inputs = {name: _as_given(value) for name, value in inputs.items()}
         self._names_inputs(method, inputs)
@@ -181,7 +206,14 @@ class Judge:
                 raise NotRun(f"{method}() has no parameter {name}")
 
     def specs(self, check: Check) -> tuple[list, Counter]:
-        """The specs of the pool that the check wants and the subject supports; why the others are not run."""
+        """The specs of the pool that the check wants and the subject supports; why the others are not run.
+
+        For a LayoutCheck they are settings: a spec with a layout.
+        """
+        if check.requirement not in self._specs and isinstance(check, LayoutCheck):
+            from conformance.layout_strategies import supported
+
+            self._specs[check.requirement] = supported(self, check)
         if check.requirement not in self._specs:
             wanted: list[Any] = [spec for spec in self._pool(check) if check.spec(spec)]
             supports = self.subject.supports_layer if isinstance(check, LayerCheck) else self.subject.supports
@@ -239,7 +271,7 @@ class Judge:
             earlier, case = CHECKS[id], violation.case
             if isinstance(case, LayerCase) and not isinstance(earlier, LayerCheck):
                 case = case.router_case
-            if earlier.method in self.capabilities and earlier.spec(case.spec):
+            if earlier.method in self.capabilities and earlier.wants(case):
                 try:
                     earlier.run(self, case)
                 except Violation as found:
@@ -254,7 +286,7 @@ class Judge:
 
     def holds(self, id: str, case: Case | LayerCase) -> bool:
         """Whether a requirement holds for a case; a case that cannot be run does not contradict it."""
-        if not CHECKS[id].spec(case.spec):
+        if not CHECKS[id].wants(case):
             return True
         try:
             CHECKS[id].run(self, case)

@@ -18,7 +18,7 @@ DISPATCH = (
     ("DSP-5", M, "Each local expert has the rows of its own global id, 0 included.", "vllm-project/vllm-ascend#4793",
                  "AI-Hypercomputer/maxtext#3678"),
     ("DSP-6", M, "A rank's rows are sorted by local expert.", "cusp-ai-oss/kUPS#186"),
-    ("DSP-7", S, "The rows of one expert are in the order of their source ranks, and of the slots of each.",
+    ("DSP-7", S, "The rows of one expert are in the order in which they arrive: by sender, and of one sender by token.",
                  "vllm-project/vllm#45683"),
     ("DSP-8", M, "A rank without tokens takes part: it sends nothing, and receives what is its own.",
                  "vllm-project/vllm#57471", "sgl-project/sglang#40672"),

@@ -99,12 +99,12 @@ class Subject:
     # layouts (moe_ref.ShardLayout). What is "by shard" is a list of one array for each token shard, in rank order.
 
     def dispatch(self, expert_ids_by_shard: list[np.ndarray], layout, spec: LayerSpec) -> list[dict]:
-        """Optional: the plan of every rank, tensor ranks counted once: arrays by name, of integers.
+        """Optional: the plan of every rank, tensor ranks counted once, as moe_ref.dispatch.plan: integers by name.
 
         send_sizes_S and recv_sizes_S: rows to and from each rank of the expert axis; group_sizes_e: rows of each local
         expert, in the order of their places; order_R2: (source rank of the expert axis, flat slot t * K + k of that
         rank's shard) of each row, in the order of the local experts. Where the layout has a buffer_factor, also
-        dropped: how many rows this receiver had no room for.
+        overflow: how many rows this rank had no room for.
         """
         raise NotImplementedError
 
