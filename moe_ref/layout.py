@@ -211,6 +211,12 @@ class ShardLayout(_Spec):
         """The rank of the expert axis that owns an expert."""
         return self.place_of(expert_id, num_experts) // (num_experts // self.expert)
 
+    def experts_of_node(self, node: int, num_experts: int) -> tuple[int, ...]:
+        """The experts that the ranks of a node own, in the order of their places."""
+        integer("node", node, 0, self.num_nodes - 1, why="num_nodes")
+        per_node = num_experts // self.num_nodes
+        return self._placed(num_experts)[node * per_node : (node + 1) * per_node]
+
     def _placed(self, num_experts: int) -> tuple[int, ...]:
         return tuple(range(num_experts)) if self.placement is None else self.placement
 
