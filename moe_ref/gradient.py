@@ -73,7 +73,9 @@ def layer_backward(
     )
     d_slot_inputs_TKD = d_passed_TKD + unpermute(d_rows_ND, trace.permutation.order_N, *reversed(ids_TK.shape))
     d_x_routed_TD, d_weights_at_input_TK = weigh_inputs_backward(d_slot_inputs_TKD, trace.x_TD, weights_TK, spec.router)
-    d_x_shared_TD, d_factors_TS, shared_grads = shared_backward(d_shared_TD, trace, params, spec)
+    d_x_shared_TD, d_factors_TS, shared_grads = shared_backward(
+        d_shared_TD, trace.x_TD, trace.shared_factors_TS, trace.shared_experts, params, spec
+    )
 
     d_weights_TK = d_weights_at_output_TK + d_weights_at_input_TK
     if capacity is not None:
@@ -222,16 +224,16 @@ def weigh_inputs_backward(d_slot_inputs_TKD, x_TD, weights_TK, spec: RouterSpec)
     return d_x_TD, (d_slot_inputs_TKD * x_TD[:, None, :]).sum(axis=-1)
 
 
-def shared_backward(d_shared_TD, trace: LayerTrace, params: LayerParams, spec: LayerSpec):
+def shared_backward(d_shared_TD, x_TD, factors_TS, shared_experts, params: LayerParams, spec: LayerSpec):
     """shared = sum of factor * expert(x): gradients of the tokens, of the factors, and of the parameters by name."""
-    d_x_TD = np.zeros_like(trace.x_TD)
-    d_factors_TS = np.zeros_like(trace.shared_factors_TS)
+    d_x_TD = np.zeros_like(x_TD)
+    d_factors_TS = np.zeros_like(factors_TS)
     if spec.shared_experts is None:
         return d_x_TD, d_factors_TS, {}
     grads = []
-    for shared_id, shared in enumerate(trace.shared_experts):
+    for shared_id, shared in enumerate(shared_experts):
         d_factors_TS[:, shared_id] = (d_shared_TD * shared.output_RD).sum(axis=-1)
-        d_rows_TD = d_shared_TD * trace.shared_factors_TS[:, shared_id, None]
+        d_rows_TD = d_shared_TD * factors_TS[:, shared_id, None]
         weights = params.shared_expert(shared_id)
         d_input_TD, grad = feed_forward_backward(d_rows_TD, shared, weights, spec.shared_experts)
         d_x_TD = d_x_TD + d_input_TD
@@ -242,10 +244,10 @@ def shared_backward(d_shared_TD, trace: LayerTrace, params: LayerParams, spec: L
         "shared_w_gate_SDF": _stacked(grads, "w_gate_DF"),
     }
     if params.shared_token_gate_D is not None:
-        factor_T = trace.shared_factors_TS[:, 0]
+        factor_T = factors_TS[:, 0]
         d_logit_T = d_factors_TS[:, 0] * factor_T * (1 - factor_T)
         d_x_TD = d_x_TD + d_logit_T[:, None] * params.shared_token_gate_D
-        named["shared_token_gate_D"] = trace.x_TD.T @ d_logit_T
+        named["shared_token_gate_D"] = x_TD.T @ d_logit_T
     return d_x_TD, d_factors_TS, named
 
 

@@ -69,6 +69,39 @@ class RoutingRecord:
         """The lengths of the sequences."""
         return tuple(np.diff(np.append(self.sequence_starts_B, len(self.expert_ids_TK))).tolist())
 
+    def split(self) -> list["RoutingRecord"]:
+        """One record for each sequence."""
+        bounds = zip(self.sequence_starts_B, self.sequence_lengths, strict=True)
+        return [self._rows(slice(start, start + length)) for start, length in bounds]
+
+    @classmethod
+    def join(cls, records: list["RoutingRecord"], *, pad_to: int | None = None) -> "RoutingRecord":
+        """One record of all sequences, in order; with `pad_to`, each is followed by padding up to that length."""
+        require(len(records) > 0, "records is empty; a record has a spec, and there is none")
+        for index, record in enumerate(records):
+            require(record.spec == records[0].spec, f"records[{index}].spec differs from that of records[0]")
+        lengths = [length for record in records for length in record.sequence_lengths]
+        longest = max(lengths, default=0)
+        require(pad_to is None or pad_to >= longest, f"pad_to is {pad_to}; the longest sequence has {longest} tokens")
+        room = np.array([length if pad_to is None else pad_to for length in lengths], dtype=np.int64)
+        starts_B = np.cumsum(room) - room
+        own_T = np.concatenate([np.arange(0), *map(np.arange, starts_B, starts_B + lengths)]).astype(np.int64)
+        arrays = {}
+        for name, fill in (("expert_ids_TK", UNUSED), ("weights_TK", 0), ("token_mask_T", False)):
+            rows = np.concatenate([getattr(record, name) for record in records])
+            arrays[name] = np.full((room.sum(), *rows.shape[1:]), fill, rows.dtype)
+            arrays[name][own_T] = rows
+        return cls(sequence_starts_B=starts_B, spec=records[0].spec, **arrays)
+
+    def _rows(self, rows: slice) -> "RoutingRecord":
+        return RoutingRecord(
+            expert_ids_TK=self.expert_ids_TK[rows],
+            weights_TK=self.weights_TK[rows],
+            token_mask_T=self.token_mask_T[rows],
+            sequence_starts_B=np.zeros(1, np.int64),
+            spec=self.spec,
+        )
+
     def to_arrays(self) -> dict[str, np.ndarray]:
         """The arrays by name, for any container."""
         names = ("expert_ids_TK", "weights_TK", "token_mask_T", "sequence_starts_B")
@@ -137,7 +170,7 @@ def replay_layer(
     return moe_layer(x_TD, replace(params, expert_bias_E=None), forced, dtype=dtype, **inputs)
 
 
-def replay_inputs(record: RoutingRecord, spec: RouterSpec, *, with_weights: bool = False) -> dict[str, np.ndarray]:
+def replay_inputs(record: RoutingRecord, spec: RouterSpec, *, with_weights: bool = False) -> dict[str, Any]:
     """What `route` and `moe_layer` take beside the tokens to replay a record on a router with as many choices."""
     for field in ("top_k", "num_choices"):
         recorded, wanted = getattr(record.spec, field), getattr(spec, field)
