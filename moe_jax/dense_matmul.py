@@ -1,6 +1,8 @@
 """moe_jax, dense matmul: the layer, every expert on every token; for few experts, and to check `sparse_matmul` by.
 
-Legend: T tokens, D model dim, E experts, F expert hidden dim, K top_k.
+With a capacity every expert works on that many places instead, and two masks (T, E, C) move tokens there and back.
+
+Legend: T tokens, D model dim, E experts, F expert hidden dim, K top_k, C places of an expert.
 """
 
 from functools import partial
@@ -10,8 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import routing
+from moe_jax.capacity import most_slots, slot_places
 from moe_jax.experts import hide, join, keep_tokens, null_output
-from moe_jax.sparse_matmul import RouteOutput, check_tokens, route
+from moe_jax.sparse_matmul import RouteOutput, check_tokens, limit, route
+from moe_ref.load_spec import CapacitySpec
 from moe_ref.spec import LayerSpec
 from moe_ref.weights import LayerParams
 
@@ -22,12 +26,18 @@ def dense_matmul(
     spec: LayerSpec,
     *,
     token_mask_T=None,
+    capacity: CapacitySpec | None = None,
+    sequence_of_T=None,
+    num_sequences: int = 1,
+    axis_name=None,
     precision: lax.PrecisionLike = None,
     **selector_inputs,
 ) -> tuple[jax.Array, RouteOutput]:
     """One MoE layer: every expert works on every token, and what was not routed is left out of the sum.
 
-    E / K times the work of `sparse_matmul`, and (T, E, F) in memory, without moving a row. Arguments as there.
+    E / K times the work of `sparse_matmul`, and (T, E, F) in memory, without moving a row. With a capacity it is the
+    work of E * C rows, tokens are moved by products with masks, and one that is not finite reaches the others.
+    Arguments as there.
     """
     check_tokens(x_TD, spec)
     clean_x_TD = keep_tokens(jnp.asarray(x_TD), token_mask_T)
@@ -40,7 +50,16 @@ def dense_matmul(
         token_mask_T=token_mask_T,
         **selector_inputs,
     )
-    routed_TD = _all_experts(clean_x_TD, params, decided, spec, precision)
+    if capacity is None:
+        routed_TD = _all_experts(clean_x_TD, params, decided, spec, precision)
+    else:
+        decided, _ = limit(
+            decided, capacity, spec.router.num_experts, token_mask_T=token_mask_T, sequence_of_T=sequence_of_T,
+            num_sequences=num_sequences, axis_name=axis_name,
+        )  # fmt: skip
+        batch = len(x_TD) if axis_name is None or capacity.scope != "global" else len(x_TD) * lax.axis_size(axis_name)
+        num_places = most_slots(capacity, batch, spec.router.top_k, spec.router.num_experts, num_sequences)
+        routed_TD = _places_of_experts(clean_x_TD, params, decided, spec, min(num_places, len(x_TD)), precision)
     summed_TD = routed_TD + null_output(clean_x_TD, decided.expert_ids_TK, decided.weights_TK, spec.router)
     scaled_TD = summed_TD * spec.router.output_scale
     output_TD = join(scaled_TD, clean_x_TD, decided.shared_weights_TS, params, spec, precision=precision)
@@ -66,6 +85,28 @@ def _all_experts(x_TD, params: LayerParams, decided: RouteOutput, spec: LayerSpe
     if params.b_down_ED is None:
         return routed_TD
     return routed_TD + einsum("te,ed->td", jnp.where(routed_TE1, output_weights, 0)[:, :, 0], params.b_down_ED)
+
+
+def _places_of_experts(x_TD, params: LayerParams, decided: RouteOutput, spec: LayerSpec, num_places: int, precision):
+    """Every expert works on its places; an empty place is a token of 0, and belongs to nobody."""
+    einsum, E = partial(jnp.einsum, precision=precision), spec.router.num_experts
+    ids_TK, dtype = decided.expert_ids_TK, x_TD.dtype
+    is_expert_TKE = (ids_TK[:, :, None] == jnp.arange(E)).astype(dtype)
+    is_place_TKC = (slot_places(ids_TK, E)[:, :, None] == jnp.arange(num_places)).astype(dtype)
+    dispatch_TEC = einsum("tke,tkc->tec", is_expert_TKE, is_place_TKC)
+    combine_TEC = einsum("tke,tkc,tk->tec", is_expert_TKE, is_place_TKC, decided.weights_TK.astype(dtype))
+    if spec.router.weight_on == "input":
+        dispatch_TEC, combine_TEC = combine_TEC, dispatch_TEC
+
+    def project(rows_ECD, w_EDF, b_EF):
+        projected_ECF = einsum("ecd,edf->ecf", rows_ECD, w_EDF)
+        return projected_ECF if b_EF is None else projected_ECF + b_EF[:, None]
+
+    rows_ECD = einsum("tec,td->ecd", dispatch_TEC, x_TD)
+    gate_ECF = None if params.w_gate_EDF is None else project(rows_ECD, params.w_gate_EDF, params.b_gate_EF)
+    hidden_ECF = hide(gate_ECF, project(rows_ECD, params.w_up_EDF, params.b_up_EF), spec.experts)
+    output_ECD = project(hidden_ECF, params.w_down_EFD, params.b_down_ED)
+    return einsum("tec,ecd->td", combine_TEC, output_ECD)
 
 
 def _by_expert(decided: RouteOutput, num_experts: int, dtype) -> tuple[jax.Array, jax.Array]:

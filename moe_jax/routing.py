@@ -39,6 +39,8 @@ class RoutingTrace:
     group_ids_TL: jax.Array | None
     """(T, L) int32, best first."""
     shared_weights_TS: jax.Array | None
+    logits_TE: jax.Array
+    """As they came, in the dtype of routing; 0 for padding tokens."""
 
 
 def gate(x_TD, gate_ED, gate_bias_E=None) -> jax.Array:
@@ -73,6 +75,8 @@ def route(
     token_ids_T=None,
     table_VK=None,
     given_ids_TK=None,
+    given_weights_TK=None,
+    first_token=0,
     token_mask_T=None,
     key=None,
 ) -> RoutingTrace:
@@ -89,6 +93,8 @@ def route(
         learned_scale: (E,) for learned_scale 'per_expert', a scalar for 'global'.
         token_ids_T, table_VK: (T,) ints and the (V, K) table they index, for selector 'table'.
         given_ids_TK: (T, K) ids to replay, for selector 'given'; a negative one is an unused slot of weight 0.
+        given_weights_TK: (T, K) final weights to replay with them; None: the weights are those of these logits.
+        first_token: the number of the first token in the whole batch, for selector 'round_robin'.
         token_mask_T: (T,) bools; a padding token (False) gets ids -1 and weights 0, whatever its row holds.
         key: a jax.random key, for selector 'random'.
 
@@ -103,7 +109,8 @@ def route(
     _check_selector_inputs(spec, token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, key=key)
 
     # Padding is cleared first, so that a NaN in it reaches neither a value nor a gradient.
-    scaled_TE = scale_logits(jnp.where(valid_T1, logits_TE, 0).astype(dtype), spec)
+    clean_TE = jnp.where(valid_T1, logits_TE, 0).astype(dtype)
+    scaled_TE = scale_logits(clean_TE, spec)
     choices_TE, shared_logits_TS = scaled_TE[:, :E], scaled_TE[:, E:]
     scores_TE = score(choices_TE, spec) if spec.has_scores else None
     scores_for_choice_TE = group_scores_TG = group_ids_TL = None
@@ -117,7 +124,7 @@ def route(
     elif spec.selector == "sparsemixer":
         chosen_TK = select(lax.stop_gradient(choices_TE), spec)
     else:
-        chosen_TK = choose(T, spec, token_ids_T, table_VK, given_ids_TK, key)
+        chosen_TK = choose(T, spec, token_ids_T, table_VK, given_ids_TK, first_token, key)
     expert_ids_TK = jnp.where(valid_T1, chosen_TK, UNUSED)
 
     if spec.selector == "sparsemixer":
@@ -126,14 +133,18 @@ def route(
         raw_TK = weigh(choices_TE, scores_TE, expert_ids_TK, group_ids_TL, spec)
     normed_TK, normed_shared_TS = normalise(raw_TK, score(shared_logits_TS, spec), spec)
     shared_TS = normed_shared_TS * spec.route_scale * (scale if spec.learned_scale == "global" else 1)
+    weights_TK = scale_weights(normed_TK, expert_ids_TK, scale, spec)
+    if given_weights_TK is not None:
+        weights_TK = _given_weights(given_weights_TK, expert_ids_TK, spec, dtype)
     return RoutingTrace(
         expert_ids_TK=expert_ids_TK,
-        weights_TK=scale_weights(normed_TK, expert_ids_TK, scale, spec),
+        weights_TK=weights_TK,
         scores_TE=scores_TE,
         scores_for_choice_TE=scores_for_choice_TE,
         group_scores_TG=group_scores_TG,
         group_ids_TL=group_ids_TL,
         shared_weights_TS=jnp.where(valid_T1, shared_TS, 0) if spec.num_scored_shared_experts else None,
+        logits_TE=clean_TE,
     )
 
 
@@ -205,7 +216,7 @@ def select(scores_for_choice_TE, spec: RouterSpec):
     return jnp.where(jnp.isneginf(chosen_scores_TK), UNUSED, expert_ids_TK)
 
 
-def choose(num_tokens: int, spec: RouterSpec, token_ids_T, table_VK, given_ids_TK, key):
+def choose(num_tokens: int, spec: RouterSpec, token_ids_T, table_VK, given_ids_TK, first_token, key):
     """Expert ids by a selector that looks at no score. [SEL-14 .. SEL-18]"""
     T, K = num_tokens, spec.top_k
     if spec.selector == "table":
@@ -215,7 +226,9 @@ def choose(num_tokens: int, spec: RouterSpec, token_ids_T, table_VK, given_ids_T
     if spec.selector == "given":
         return jnp.maximum(_array("given_ids_TK", given_ids_TK, (T, K), "int").astype(jnp.int32), UNUSED)
     if spec.selector == "round_robin":
-        return (jnp.arange(T * K, dtype=jnp.int32) % spec.num_experts).reshape(T, K)
+        # The first slot is reduced first: its number in a whole batch may exceed int32.
+        first_slot = first_token % spec.num_experts * K
+        return ((first_slot + jnp.arange(T * K, dtype=jnp.int32)) % spec.num_experts).reshape(T, K)
     return top_k(jax.random.uniform(key, (T, spec.num_choices)), K)[1]
 
 
@@ -337,6 +350,14 @@ def _learned_scale(learned_scale, spec: RouterSpec, dtype):
         raise ValueError(f"learned_scale is None; the spec's is {spec.learned_scale!r}")
     shape = (spec.num_choices,) if spec.learned_scale == "per_expert" else ()
     return _array("learned_scale", learned_scale, shape, "float").astype(dtype)
+
+
+def _given_weights(given_weights_TK, expert_ids_TK, spec: RouterSpec, dtype):
+    """Given weights are final, and constants; an unused slot weighs 0 whatever is given. [RPL-3]"""
+    if spec.selector != "given":
+        raise ValueError(f"given_weights_TK is given, but selector {spec.selector!r} takes none")
+    weights_TK = _array("given_weights_TK", given_weights_TK, expert_ids_TK.shape, "float").astype(dtype)
+    return jnp.where(expert_ids_TK == UNUSED, 0, weights_TK)
 
 
 def _mask(token_mask_T, num_tokens: int):

@@ -1,6 +1,6 @@
 """moe_jax, sparse matmul: the layer, every token on its own experts. Start reading at `sparse_matmul`.
 
-    gate -> route -> dispatch -> gmm_up -> activate -> gmm_down -> unpermute (+ shared experts)
+    gate -> route (-> limit) -> dispatch -> gmm_up -> activate -> gmm_down -> unpermute (+ shared experts)
 
 Each stage is public and usable alone. Routing never touches the tokens, and what moves rows never touches the router,
 so that one `route` serves any number of chunks, of tokens or of the model dim (AI-Hypercomputer/maxtext#3981).
@@ -8,7 +8,7 @@ so that one `route` serves any number of chunks, of tokens or of the model dim (
 Legend: T tokens, D model dim, E experts, F expert hidden dim, K top_k, R = T * K rows, S shared experts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 import jax
@@ -16,15 +16,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import routing
+from moe_jax.capacity import apply_capacity
 from moe_jax.experts import hide, join, keep_tokens, null_output
 from moe_jax.grouped_matmul import grouped_matmul
 from moe_jax.permute import RouteMetadata, dispatch, permute, unpermute
+from moe_ref.load_spec import CapacitySpec
 from moe_ref.spec import ExpertSpec, LayerSpec, RouterSpec
 from moe_ref.weights import LayerParams
 
 __all__ = [
-    "RouteMetadata", "RouteOutput", "activate", "dispatch", "gmm_down", "gmm_up", "permute", "route", "sparse_matmul",
-    "unpermute",
+    "RouteMetadata", "RouteOutput", "activate", "dispatch", "gmm_down", "gmm_up", "limit", "permute", "route",
+    "sparse_matmul", "unpermute",
 ]  # fmt: skip
 
 
@@ -40,6 +42,10 @@ class RouteOutput:
     """For losses; None where the spec scores no expert before the selection."""
     shared_weights_TS: jax.Array | None
     """None unless the router scores the shared experts."""
+    logits_TE: jax.Array | None = None
+    """For losses, with `routing.scale_logits` for those of scores; 0 for padding tokens."""
+    chosen_ids_TK: jax.Array | None = None
+    """The choice before a capacity dropped slots: what counts and losses are of."""
 
 
 def sparse_matmul(
@@ -48,6 +54,10 @@ def sparse_matmul(
     spec: LayerSpec,
     *,
     token_mask_T=None,
+    capacity: CapacitySpec | None = None,
+    sequence_of_T=None,
+    num_sequences: int = 1,
+    axis_name=None,
     num_token_chunks: int = 1,
     num_emb_chunks: int = 1,
     precision: lax.PrecisionLike = None,
@@ -61,10 +71,13 @@ def sparse_matmul(
         params: a pytree of arrays; init and layouts are in `moe_ref.weights`.
         spec: static.
         token_mask_T: (T,) bools; a padding token (False) is not read, and its output is 0, shared experts included.
+        capacity: how many slots an expert takes, static; None: all. Dropped slots move no row.
+        sequence_of_T, num_sequences, axis_name: as in `apply_capacity`, for the scopes that need them.
         num_token_chunks: the routed experts run on this many chunks of the tokens, one after the other.
         num_emb_chunks: rows are moved in this many chunks of the model dim; their up projections are summed.
         precision, implementation: as in `grouped_matmul`.
-        selector_inputs: token_ids_T, table_VK, given_ids_TK, key of `moe_jax.routing.route`.
+        selector_inputs: token_ids_T, table_VK, given_ids_TK, given_weights_TK, first_token and key, as in
+            `moe_jax.routing.route`.
 
     Returns:
         output_TD: (T, D) in the dtype of x_TD, and what the router decided.
@@ -80,6 +93,11 @@ def sparse_matmul(
         token_mask_T=token_mask_T,
         **selector_inputs,
     )
+    if capacity is not None:
+        decided, metadata = limit(
+            decided, capacity, spec.router.num_experts, token_mask_T=token_mask_T, sequence_of_T=sequence_of_T,
+            num_sequences=num_sequences, axis_name=axis_name,
+        )  # fmt: skip
     compute = partial(
         run_experts, spec=spec, num_emb_chunks=num_emb_chunks, precision=precision, implementation=implementation
     )
@@ -99,8 +117,19 @@ def route(logits_TE, spec: RouterSpec, **inputs) -> tuple[RouteOutput, RouteMeta
         weights_TK=trace.weights_TK,
         scores_TE=trace.scores_TE,
         shared_weights_TS=trace.shared_weights_TS,
+        logits_TE=trace.logits_TE,
+        chosen_ids_TK=trace.expert_ids_TK,
     )
     return decided, permute(trace.expert_ids_TK, spec.num_experts)
+
+
+def limit(
+    decided: RouteOutput, capacity: CapacitySpec, num_experts: int, **inputs
+) -> tuple[RouteOutput, RouteMetadata]:
+    """What is left of a choice, and where those rows go; `inputs` are those of `apply_capacity`."""
+    limited = apply_capacity(decided.expert_ids_TK, decided.weights_TK, capacity, num_experts, **inputs)
+    kept = replace(decided, expert_ids_TK=limited.expert_ids_TK, weights_TK=limited.weights_TK)
+    return kept, permute(limited.expert_ids_TK, num_experts)
 
 
 def gmm_up(rows_RD, w_gate_EDF, w_up_EDF, metadata: RouteMetadata, **options) -> tuple[jax.Array | None, jax.Array]:

@@ -1,20 +1,26 @@
 """moe_torch, the layer: start reading here. One Mixture-of-Experts layer, every stage in order.
 
-    route -> permute -> dispatch -> experts -> combine (+ shared experts)
+    route (-> capacity) -> permute -> dispatch -> experts -> combine (+ shared experts)
 
 Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, S shared experts. What is computed is
 `moe_ref.moe_layer`; it names and explains every stage.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_ref.load_spec import CapacitySpec
 from moe_ref.spec import ExpertSpec, LayerSpec
 from moe_ref.weights import LayerParams
-from moe_torch.dispatcher import LocalTokenDispatcher, Permutation
+from moe_torch.capacity import apply_capacity
+from moe_torch.dispatcher import LocalTokenDispatcher, Permutation, TokenDispatcher
 from moe_torch.experts import Activation, GroupedExperts, hide, uses_grouped_mm
-from moe_torch.router import Gate, NodeLimitedRouter
+from moe_torch.load import add_counts, tokens_per_expert
+from moe_torch.router import Gate, NodeLimitedRouter, Routing
 
 
 class SharedExperts(nn.Module):
@@ -46,21 +52,54 @@ class SharedExperts(nn.Module):
         return self.w2(hidden_TF)
 
 
+def run_experts(
+    experts: GroupedExperts,
+    dispatcher: LocalTokenDispatcher,
+    x_TD: Tensor,
+    permutation: Permutation,
+    weights_TK: Tensor,
+    *,
+    on_input: bool,
+) -> Tensor:
+    """dispatch, experts and combine of the slots whose experts are here."""
+    if not on_input and not uses_grouped_mm(x_TD):
+        return experts.sum_of_slots(x_TD, permutation, weights_TK)
+    rows_ND = dispatcher.dispatch(x_TD, permutation, weights_TK if on_input else None)
+    counts_E = permutation.tokens_per_expert_E[: experts.num_experts]
+    return dispatcher.combine(experts(rows_ND, counts_E), permutation, None if on_input else weights_TK)
+
+
 class MoE(nn.Module):
     """Router, routed experts, and shared experts.
 
-    `tokens_per_expert` counts the tokens of each choice over the training steps since it was last set to zero; the
-    balancing step reads it and moves `router.expert_bias`.
+    `tokens_per_expert` counts the tokens of each choice, before any capacity, over the training steps since it was last
+    set to zero; the balancing step (`bias_hook.py`) reads it and moves `router.expert_bias`. A forward pass that
+    activation checkpointing repeats counts once.
+
+    Args:
+        spec: what is computed.
+        capacity: how many slots an expert takes; None: all.
+        capacity_group: the ranks over which a batch is spread, for a capacity of scope 'global'; None: this process.
     """
 
     tokens_per_expert: Tensor
 
-    def __init__(self, spec: LayerSpec, *, device=None, dtype=None):
+    def __init__(
+        self,
+        spec: LayerSpec,
+        *,
+        capacity: CapacitySpec | None = None,
+        capacity_group: dist.ProcessGroup | None = None,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         router, experts = spec.router, spec.experts
         self.spec = spec
+        self.capacity = capacity
+        self.capacity_group = capacity_group
         self.router = NodeLimitedRouter(experts.dim, router, gate_bias=spec.gate_bias, device=device, dtype=dtype)
-        self.dispatcher = LocalTokenDispatcher(router.num_experts, router.num_choices)
+        self.dispatcher: TokenDispatcher = LocalTokenDispatcher(router.num_experts, router.num_choices)
         self.experts = GroupedExperts(router.num_experts, experts, device=device, dtype=dtype)
         self.shared_experts = None
         if spec.shared is not None and spec.shared_experts is not None:
@@ -81,7 +120,19 @@ class MoE(nn.Module):
         Args:
             x: (..., D) tokens.
             token_mask: (...) bools; a padding token (False) is not read, and its output is 0, shared experts included.
-            router_inputs: what the selector needs: token_ids_T and table_VK, given_ids_TK, or generator.
+            router_inputs: what the selector needs: token_ids_T and table_VK, given_ids_TK (and given_weights_TK),
+                first_token, or generator; and sequence_lengths.
+        """
+        return self.forward_and_routing(x, token_mask, **router_inputs)[0]
+
+    def forward_and_routing(
+        self, x: Tensor, token_mask: Tensor | None = None, *, sequence_lengths=None, **router_inputs
+    ) -> tuple[Tensor, Routing]:
+        """The output, and what the router decided, which losses, counts and records are of.
+
+        Args:
+            sequence_lengths: of consecutive sequences, for a capacity of that scope; None: (..., L, D) is sequences of
+                length L, and (L, D) is one.
         """
         x_TD = x.reshape(-1, x.shape[-1])
         mask_T = None if token_mask is None else token_mask.reshape(-1)
@@ -90,9 +141,16 @@ class MoE(nn.Module):
             x_TD = x_TD.masked_fill(~mask_T[:, None], 0)
 
         routing = self.router.route(x_TD, token_mask_T=mask_T, **router_inputs)
+        if self.capacity is not None:
+            lengths = _lengths(x) if sequence_lengths is None else sequence_lengths
+            routing = self.limit(routing, self.capacity, mask_T, lengths)
         permutation = self.dispatcher.permute(routing.expert_ids_TK)
         if self.training:
-            self.tokens_per_expert.add_(permutation.tokens_per_expert_E)
+            counts_E = permutation.tokens_per_expert_E
+            if self.capacity is not None and routing.chosen_ids_TK is not None:
+                # What was dropped is a part of the load that the bias is to even out.
+                counts_E = tokens_per_expert(routing.chosen_ids_TK, self.spec.router.num_choices)
+            add_counts(self.tokens_per_expert, counts_E)
         routed_TD = self.run_experts(x_TD, permutation, routing.weights_TK)
         routed_TD = self.add_null_experts(routed_TD, x_TD, routing.expert_ids_TK, routing.weights_TK)
         if self.spec.router.output_scale != 1:
@@ -101,16 +159,30 @@ class MoE(nn.Module):
 
         if mask_T is not None:
             output_TD = output_TD.masked_fill(~mask_T[:, None], 0)
-        return output_TD.reshape(x.shape)
+        return output_TD.reshape(x.shape), routing
 
-    def run_experts(self, x_TD: Tensor, permutation: Permutation, weights_TK: Tensor) -> Tensor:
+    def limit(self, routing: Routing, capacity: CapacitySpec, token_mask_T: Tensor | None, sequence_lengths) -> Routing:
+        """What is left of a choice."""
+        ids_TK, lengths_B = routing.expert_ids_TK, torch.tensor(sequence_lengths, dtype=torch.int64)
+        numbers_B = torch.arange(len(lengths_B))
+        limited = apply_capacity(
+            ids_TK,
+            routing.weights_TK,
+            capacity,
+            self.spec.router.num_experts,
+            token_mask_T=token_mask_T,
+            sequence_of_T=numbers_B.repeat_interleave(lengths_B).to(ids_TK.device),
+            num_sequences=len(lengths_B),
+            group=self.capacity_group,
+        )
+        return replace(routing, expert_ids_TK=limited.expert_ids_TK, weights_TK=limited.weights_TK)
+
+    def run_experts(self, x_TD: Tensor, permutation, weights_TK: Tensor) -> Tensor:
         """dispatch, experts and combine; the weight is on the output, or on the input."""
         on_input = self.spec.router.weight_on == "input"
-        if not on_input and not uses_grouped_mm(x_TD):
-            return self.experts.sum_of_slots(x_TD, permutation, weights_TK)
-        rows_ND = self.dispatcher.dispatch(x_TD, permutation, weights_TK if on_input else None)
-        counts_E = permutation.tokens_per_expert_E[: self.experts.num_experts]
-        return self.dispatcher.combine(self.experts(rows_ND, counts_E), permutation, None if on_input else weights_TK)
+        if isinstance(self.dispatcher, LocalTokenDispatcher):
+            return run_experts(self.experts, self.dispatcher, x_TD, permutation, weights_TK, on_input=on_input)
+        return self.dispatcher.run(self.experts, x_TD, permutation, weights_TK, on_input=on_input)
 
     def add_null_experts(self, routed_TD: Tensor, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """A null expert returns its input, so that all of a token's null slots add (sum of weights) * token."""
@@ -159,6 +231,12 @@ class MoE(nn.Module):
         _copy(shared.w2.weight, _turned(params.shared_w_down_SFD.reshape(-1, self.spec.experts.dim)))
         _copy(None if shared.w3 is None else shared.w3.weight, _turned(params.shared_w_up_SDF))
         _copy(None if shared.token_gate is None else shared.token_gate.weight, params.shared_token_gate_D)
+
+
+def _lengths(x: Tensor) -> list[int]:
+    """(..., L, D) is sequences of length L."""
+    length = x.shape[-2] if x.ndim > 1 else 1
+    return [length] * (x[..., 0].numel() // max(length, 1))
 
 
 def _turned(w):

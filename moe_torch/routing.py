@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe_ref import UNUSED, RouterSpec
+from moe_torch.routing_inputs import check_inputs
 
 NEG_INF = -float("inf")
 
@@ -31,6 +32,10 @@ class Routing:
     group_ids_TL: Tensor | None
     shared_weights_TS: Tensor | None
     mask_fill: float
+    logits_TE: Tensor | None = None
+    """As they came, in the dtype of routing; 0 for padding tokens. For losses."""
+    chosen_ids_TK: Tensor | None = None
+    """Before a capacity dropped slots, which is what counts and losses are of; None: expert_ids_TK."""
 
     @property
     def scores_for_choice_TE(self) -> Tensor | None:
@@ -268,6 +273,8 @@ def route(
     token_ids_T: Tensor | None = None,
     table_VK: Tensor | None = None,
     given_ids_TK: Tensor | None = None,
+    given_weights_TK: Tensor | None = None,
+    first_token: int = 0,
     token_mask_T: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Routing:
@@ -280,6 +287,8 @@ def route(
         learned_scale: (E,) for learned_scale 'per_expert', a scalar for 'global'.
         token_ids_T, table_VK: (T,) ints and the (V, K) table they index, for selector 'table'.
         given_ids_TK: (T, K) ids to replay, for selector 'given'; -1 is an unused slot of weight 0.
+        given_weights_TK: (T, K) final weights to replay with them; None: the weights are those of these logits.
+        first_token: the number of the first token in the whole batch, for selector 'round_robin'.
         token_mask_T: (T,) bools; a padding token (False) gets ids -1 and weights 0, whatever its row holds.
         generator: of the draw for selector 'random'.
 
@@ -290,7 +299,17 @@ def route(
     Raises:
         ValueError: wrong shapes or dtypes. Values (NaN, ids out of range) are not looked at: that would stall a device.
     """
-    _check_inputs(logits_TE, spec, expert_bias_E, learned_scale, token_ids_T, table_VK, given_ids_TK, token_mask_T)
+    check_inputs(
+        logits_TE,
+        spec,
+        expert_bias_E,
+        learned_scale,
+        token_ids_T,
+        table_VK,
+        given_ids_TK,
+        given_weights_TK,
+        token_mask_T,
+    )
     T, E = len(logits_TE), spec.num_choices
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     if token_mask_T is not None:
@@ -319,7 +338,7 @@ def route(
     elif given_ids_TK is not None:
         expert_ids_TK = given_ids_TK.to(torch.int64)
     elif spec.selector == "round_robin":
-        slots_N = torch.arange(T * spec.top_k, device=logits_TE.device)
+        slots_N = first_token * spec.top_k + torch.arange(T * spec.top_k, device=logits_TE.device)
         expert_ids_TK = (slots_N % spec.num_experts).view(T, spec.top_k)
     else:
         expert_ids_TK = top_k(torch.rand(T, E, generator=generator, device=logits_TE.device), spec.top_k)
@@ -342,55 +361,25 @@ def route(
         if token_mask_T is not None:
             shared_weights_TS = shared_weights_TS.masked_fill(~token_mask_T[:, None], 0)
 
+    weights_TK = scale_weights(normed_weights_TK, expert_ids_TK, learned_scale, spec)
+    if given_weights_TK is not None:
+        # Final weights: constants, and 0 where no slot is used.
+        weights_TK = torch.where(expert_ids_TK == UNUSED, 0, given_weights_TK.to(weights_TK.dtype))
+
     return Routing(
         expert_ids_TK=expert_ids_TK,
-        weights_TK=scale_weights(normed_weights_TK, expert_ids_TK, learned_scale, spec),
+        weights_TK=weights_TK,
         scores_TE=scores_TE,
         biased_scores_TE=biased_scores_TE,
         group_scores_TG=group_scores_TG,
         group_ids_TL=group_ids_TL,
         shared_weights_TS=shared_weights_TS,
         mask_fill=spec.mask_fill,
+        logits_TE=logits_TE,
+        chosen_ids_TK=expert_ids_TK,
     )
 
 
 def scale_shared(normed_shared_TS: Tensor, learned_scale, spec: RouterSpec) -> Tensor:
     """Router-scored shared experts take route_scale and the global scale, like the selected ones. [WGT-13]"""
     return normed_shared_TS * spec.route_scale * (learned_scale if spec.learned_scale == "global" else 1)
-
-
-def _check_inputs(
-    logits_TE, spec: RouterSpec, expert_bias_E, learned_scale, token_ids_T, table_VK, given_ids_TK, mask_T
-):
-    _expect("logits_TE", logits_TE, (None, spec.num_logits), "float")
-    T, E, K = len(logits_TE), spec.num_choices, spec.top_k
-    scale_shape = {"none": None, "per_expert": (E,), "global": ()}[spec.learned_scale]
-    # (field, value, the shape it has where the spec reads it, kind)
-    for field, value, shape, kind in (
-        ("learned_scale", learned_scale, scale_shape, "float"),
-        ("token_ids_T", token_ids_T, (T,) if spec.selector == "table" else None, "int"),
-        ("table_VK", table_VK, (None, K) if spec.selector == "table" else None, "int"),
-        ("given_ids_TK", given_ids_TK, (T, K) if spec.selector == "given" else None, "int"),
-    ):
-        if (value is None) != (shape is None):
-            raise ValueError(f"{field} is {'None' if value is None else 'given'}; the spec has learned_scale "
-                             f"{spec.learned_scale!r} and selector {spec.selector!r}")  # fmt: skip
-        if shape is not None:
-            _expect(field, value, shape, kind)
-    if expert_bias_E is not None:
-        # Elsewhere nothing is ranked, so a bias would be silently ignored.
-        if spec.selector != "top_k":
-            raise ValueError(f"expert_bias_E is given, but selector {spec.selector!r} takes none")
-        _expect("expert_bias_E", expert_bias_E, (E,), "float")
-    if mask_T is not None:
-        _expect("token_mask_T", mask_T, (T,), "bool")
-
-
-def _expect(field: str, value: Tensor, shape: tuple[int | None, ...], kind: str) -> None:
-    dtype = value.dtype
-    found = "float" if dtype.is_floating_point else "bool" if dtype == torch.bool else "int"
-    if found != kind:
-        raise ValueError(f"{field} has dtype {dtype}; it is {kind}")
-    if value.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, value.shape, strict=True)):
-        wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise ValueError(f"{field} has shape {tuple(value.shape)}; it is ({wanted})")

@@ -1,0 +1,174 @@
+"""moe_jax, capacity: an expert takes a bounded number of slots, and the rest are dropped.
+
+    route -> apply_capacity -> permute ...
+
+A dropped slot becomes an unused one, id -1 and weight 0, so that no later stage knows of capacity. Which slots are kept
+is a constant of the gradient. What is computed is `moe_ref.apply_capacity`.
+
+Legend: T tokens, K top_k, E experts, N = T * K slots, U units (the batch, or its sequences), C places of an expert.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from moe_jax.permute import _stable_order
+from moe_ref.load_spec import CapacitySpec
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Limited:
+    """What is left of a choice."""
+
+    expert_ids_TK: jax.Array
+    """-1 where a slot was dropped."""
+    weights_TK: jax.Array
+    """0 where a slot was dropped."""
+    dropped_TK: jax.Array
+    """Slots that had an expert and are dropped."""
+
+
+def apply_capacity(
+    expert_ids_TK,
+    weights_TK,
+    spec: CapacitySpec,
+    num_experts: int,
+    *,
+    token_mask_T=None,
+    sequence_of_T=None,
+    num_sequences: int = 1,
+    axis_name=None,
+) -> Limited:
+    """An expert keeps the first C slots of each unit, in drop order, and the others are dropped. [CAP-1 .. CAP-6]
+
+    `pad_to_capacity` changes no value; `dense_matmul` always computes on the padded form.
+
+    Args:
+        expert_ids_TK: (T, K) ints; -1 is an unused slot. Null experts (num_experts and above) drop nothing.
+        weights_TK: (T, K).
+        spec: static.
+        num_experts: E, without null experts.
+        token_mask_T: (T,) bools; a padding token (False) gets ids -1 and weights 0, and takes no place.
+        sequence_of_T: (T,) ints in [0, num_sequences), for scope 'sequence'; None: one sequence.
+        num_sequences: static.
+        axis_name: mesh axes of `jax.shard_map` over which the batch is spread, for scope 'global'; its choices are
+            gathered, T * K small numbers of each shard. None: these tokens are the batch.
+    """
+    ids_TK, weights_TK = jnp.asarray(expert_ids_TK).astype(jnp.int32), jnp.asarray(weights_TK)
+    valid_T = jnp.ones(len(ids_TK), bool) if token_mask_T is None else jnp.asarray(token_mask_T)
+    given_ids_TK = jnp.where(valid_T[:, None], ids_TK, -1)
+    given_TK = jnp.where(given_ids_TK >= 0, weights_TK, 0)
+    unit_of_T, num_units = jnp.zeros(len(ids_TK), jnp.int32), 1
+    if spec.scope == "sequence" and sequence_of_T is not None:
+        unit_of_T, num_units = jnp.asarray(sequence_of_T).astype(jnp.int32), num_sequences
+
+    choice = (given_ids_TK, lax.stop_gradient(given_TK), valid_T, unit_of_T)
+    if spec.scope == "global" and axis_name is not None:
+        ids, weights, valid, unit = lax.all_gather(choice, axis_name, tiled=True)
+        first = lax.axis_index(axis_name) * len(ids_TK)
+        kept_of_all = _kept(ids, weights, valid, unit, spec, num_experts, 1)
+        kept_TK = lax.dynamic_slice_in_dim(kept_of_all, first, len(ids_TK))
+    else:
+        kept_TK = _kept(*choice, spec, num_experts, num_units, all_valid=token_mask_T is None)
+    limited = Limited(
+        expert_ids_TK=jnp.where(kept_TK, given_ids_TK, -1),
+        weights_TK=_renormalise(given_TK, kept_TK, spec),
+        dropped_TK=(given_ids_TK >= 0) & ~kept_TK,
+    )
+    if spec.then is None:
+        return limited
+    second = apply_capacity(
+        limited.expert_ids_TK, limited.weights_TK, spec.then, num_experts, token_mask_T=token_mask_T,
+        sequence_of_T=sequence_of_T, num_sequences=num_sequences, axis_name=axis_name,
+    )  # fmt: skip
+    return Limited(
+        expert_ids_TK=second.expert_ids_TK,
+        weights_TK=second.weights_TK,
+        dropped_TK=limited.dropped_TK | second.dropped_TK,
+    )
+
+
+def _kept(
+    ids_TK, weights_TK, valid_T, unit_of_T, spec: CapacitySpec, num_experts: int, num_units: int, *, all_valid=False
+) -> jax.Array:
+    """Whether each slot keeps its expert; slots of null experts do."""
+    (T, K), E, U = ids_TK.shape, num_experts, num_units
+    has_expert_TK = (ids_TK >= 0) & (ids_TK < E)
+    keys_TK = jnp.where(has_expert_TK, ids_TK + unit_of_T[:, None] * E, U * E)
+    if spec.drop_order == "slot_major":
+        place_TK = _places(keys_TK.T.reshape(-1), U * E).reshape(K, T).T
+    elif spec.drop_order == "by_weight":
+        order_N = jnp.argsort(-weights_TK.reshape(-1), stable=True)
+        places_N = _places(keys_TK.reshape(-1)[order_N], U * E)
+        place_TK = jnp.zeros_like(places_N).at[order_N].set(places_N, unique_indices=True).reshape(T, K)
+    else:
+        place_TK = _places(keys_TK.reshape(-1), U * E).reshape(T, K)
+    if all_valid and U == 1:
+        capacity_T = jnp.full(T, spec.capacity(T, K, E))
+    else:
+        tokens_U = (valid_T[:, None] & (unit_of_T[:, None] == jnp.arange(U))).sum(axis=0, dtype=jnp.int32)
+        # A table: the product in a capacity exceeds int32, and in float32 it would not be exact.
+        capacity_T = jnp.asarray(capacities(spec, T, K, E))[tokens_U][unit_of_T]
+    return (ids_TK >= 0) & (~has_expert_TK | (place_TK < capacity_T[:, None]))
+
+
+def capacities(spec: CapacitySpec, max_tokens: int, top_k: int, num_experts: int) -> np.ndarray:
+    """`spec.capacity` of 0, 1, .. max_tokens valid tokens. [CAP-1]"""
+    tokens = np.arange(max_tokens + 1, dtype=np.int64)
+    over, under = spec.factor_ratio
+    if spec.slots is not None:
+        wanted = np.full_like(tokens, spec.slots)
+    elif spec.rounding == "ceil_then_floor":
+        wanted = -(-tokens * top_k // num_experts) * over // under
+    elif spec.rounding == "ceil":
+        wanted = -(-tokens * top_k * over // (num_experts * under))
+    else:
+        wanted = tokens * top_k * over // (num_experts * under)
+    return np.minimum(np.maximum(wanted, spec.min_slots), tokens).astype(np.int32)
+
+
+def most_slots(spec: CapacitySpec, num_tokens: int, top_k: int, num_experts: int, num_sequences: int = 1) -> int:
+    """A static bound on the slots that one expert keeps of all the tokens; the capacity itself where that is one."""
+    units = num_sequences if spec.scope == "sequence" else 1
+    if units == 1:
+        bound = spec.capacity(num_tokens, top_k, num_experts)
+    elif spec.slots is not None:
+        bound = units * max(spec.slots, spec.min_slots)
+    else:
+        # Each unit rounds up once, by less than 1 or, before the factor, by less than the factor.
+        factor = spec.factor or 0
+        balanced = ceil(factor * num_tokens * top_k / num_experts) + 1
+        bound = balanced + units * (max(1, ceil(factor)) + spec.min_slots)
+    if spec.then is not None:
+        bound = min(bound, most_slots(spec.then, num_tokens, top_k, num_experts, num_sequences))
+    return min(bound, num_tokens)
+
+
+def slot_places(expert_ids_TK, num_experts: int) -> jax.Array:
+    """(T, K) the place of each slot among those of its expert, in the order of the tokens."""
+    keys_TK = jnp.where((expert_ids_TK >= 0) & (expert_ids_TK < num_experts), expert_ids_TK, num_experts)
+    return _places(keys_TK.reshape(-1), num_experts).reshape(keys_TK.shape)
+
+
+def _places(keys_N, bound: int) -> jax.Array:
+    """How many earlier entries have the same key, for keys in [0, bound]."""
+    N = keys_N.size
+    order_N = _stable_order(keys_N, bound + 1)
+    sorted_N = keys_N[order_N]
+    starts = jnp.searchsorted(sorted_N, jnp.arange(bound + 1, dtype=keys_N.dtype), side="left").astype(jnp.int32)
+    places_N = lax.iota(jnp.int32, N) - starts[sorted_N]
+    return jnp.zeros_like(places_N).at[order_N].set(places_N, unique_indices=True)
+
+
+def _renormalise(given_TK, kept_TK, spec: CapacitySpec) -> jax.Array:
+    """Kept weights stay, or are divided by the sum of a token's weights, before or after the drop. [CAP-5]"""
+    kept_weights_TK = jnp.where(kept_TK, given_TK, 0)
+    if spec.renormalise == "no":
+        return kept_weights_TK
+    sum_T1 = (given_TK if spec.renormalise == "before" else kept_weights_TK).sum(axis=-1, keepdims=True)
+    return spec.weight_sum * kept_weights_TK / jnp.where(sum_T1 == 0, 1, sum_T1)
