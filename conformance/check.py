@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conformance.judge import CHECKS, Check, Judge, LayerCheck, Violation
+from conformance.judge import CHECKS, LAYOUT_METHODS, Check, Judge, LayerCheck, LayoutCheck, Violation
 from conformance.layer_strategies import layer_cases, survey_cases
 from conformance.layer_verdicts import FORM
+from conformance.layout_strategies import layout_cases, survey_layout_cases
 from conformance.requirements import REQUIREMENTS
 from conformance.strategies import cases
 
@@ -22,7 +23,8 @@ def requires(id: str, **wants) -> Callable:
         wants: fields of `Check`: which specs, logits, biases and inputs the check is about.
     """
 
-    kind = LayerCheck if wants.get("method") in FORM else Check
+    method = wants.get("method")
+    kind = LayoutCheck if method in LAYOUT_METHODS else LayerCheck if method in FORM else Check
 
     def decorate(run: Callable[[Judge, Any], None]) -> Callable:
         if id in CHECKS:
@@ -46,8 +48,7 @@ def as_test(check: Check) -> Callable:
             pytest.skip(f"unsupported: {'; '.join(reasons)}")
         if isinstance(check, LayerCheck):
             survey(judge, check)
-        drawn = layer_cases(judge, check) if isinstance(check, LayerCheck) else cases(judge, check)
-        judge.examine(check, data.draw(drawn))
+        judge.examine(check, data.draw(drawn_cases(judge, check)))
 
     test.__name__ = check.run.__name__
     test.__qualname__ = check.run.__qualname__
@@ -57,12 +58,20 @@ def as_test(check: Check) -> Callable:
     return test
 
 
+def drawn_cases(judge: Judge, check: Check) -> st.SearchStrategy:
+    """Cases of the kind that the check is about."""
+    if isinstance(check, LayoutCheck):
+        return layout_cases(judge, check)
+    return layer_cases(judge, check) if isinstance(check, LayerCheck) else cases(judge, check)
+
+
 def survey(judge: Judge, check: LayerCheck) -> None:
     """Examine the fixed cases of a check, once; what they found is raised in every example, so that none is flaky."""
     if check.requirement not in judge.surveys:
         judge.surveys[check.requirement] = None
         try:
-            for case in survey_cases(judge, check):
+            fixed = survey_layout_cases if isinstance(check, LayoutCheck) else survey_cases
+            for case in fixed(judge, check):
                 judge.examine(check, case)
         except Violation as violation:
             judge.surveys[check.requirement] = violation

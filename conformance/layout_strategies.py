@@ -137,7 +137,8 @@ def _with_options(plain: Setting, rng: np.random.Generator) -> Setting:
     E, ep = spec.router.num_experts, layout.expert
     options: list[dict] = [{"placement": tuple(rng.permutation(E).tolist())}]
     options += [{"ranks_per_node": n} for n in (1, 2, 4) if n < ep and ep % n == 0]
-    options += [{"num_token_chunks": int(rng.choice([2, 4]))}, {"num_emb_chunks": 2}]
+    if spec not in DISPATCH_SPECS:  # its plan is that of one exchange
+        options += [{"num_token_chunks": int(rng.choice([2, 4]))}, {"num_emb_chunks": 2}]
     if layout.strategy == "ragged_all_to_all":
         options += [{"buffer_factor": float(rng.choice([0.5, 1.0, 1.5]))}] * 2
     for number in rng.permutation(len(options))[: int(rng.integers(1, 4))]:
@@ -191,7 +192,10 @@ def supported(judge: Judge, check: LayoutCheck) -> tuple[list[Setting], Counter]
     if check.method not in judge.capabilities:
         return [], Counter([f"{check.method}() is not defined"])
     runnable, reasons = _runnable(judge, pool)
-    return [s for s in runnable if check.spec(s.spec) and check.layout(s.layout)], reasons
+    wanted = [s for s in runnable if check.spec(s.spec) and check.layout(s.layout)]
+    if judge.subject.compiles:  # its counts are those of the setting
+        wanted = [s for s in wanted if (s.layout.num_tokens == 0) == (check.counts == ("empty",))]
+    return wanted, reasons
 
 
 def _runnable(judge: Judge, specs: tuple[LayerSpec, ...]) -> tuple[list[Setting], Counter]:
@@ -308,6 +312,22 @@ def _params(spec: LayerSpec, layout: ShardLayout, bias: str, rng: np.random.Gene
     if bias == "one_rank" and made.expert_bias_E is not None:
         made.expert_bias_E[list(layout.experts_of(int(rng.integers(layout.expert)), spec.router.num_experts))] += 8
     return made
+
+
+def another_layout(judge: Judge, case: LayoutCase) -> ShardLayout | None:
+    """Another layout of the same tokens that the subject supports: any, or one rank where each costs a compilation."""
+    rng, one = case.rng(), ShardLayout(tokens_per_shard=(case.num_tokens,))
+    others = [s.layout for s in _runnable(judge, LAYOUT_SPECS)[0] if s.spec == case.spec and s.layout != case.layout]
+    tried = [] if judge.subject.compiles else [others[n] for n in rng.permutation(len(others))[:8]]
+    for layout in (*filter(lambda layout: layout.buffer_factor is None, tried), one):
+        shards = len(layout.tokens_per_shard)
+        for counts in (rng.multinomial(case.num_tokens, np.full(shards, 1 / shards)), case.num_tokens // shards):
+            spread = tuple(np.broadcast_to(counts, shards).tolist())
+            other = layout.replace(tokens_per_shard=spread)
+            fits = sum(spread) == case.num_tokens and other != case.layout
+            if fits and judge.subject.supports_layer(case.spec, other) is None:
+                return other
+    return None
 
 
 def survey_layout_cases(judge: Judge, check: LayoutCheck) -> Iterator[LayoutCase]:

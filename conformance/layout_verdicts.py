@@ -6,18 +6,21 @@ Legend: T tokens, K top_k, D model dim, E experts, e experts on this rank, R row
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import fields
 
 import numpy as np
 
 from conformance import layer_bounds
-from conformance.judge import Judge, Violation
+from conformance.judge import Judge, NotRun, Violation
 from conformance.layer_cases import LayerCase
 from conformance.layer_verdicts import (
     _array,
     dtypes,
     excusing,
     hold,
+    hold_gradients,
+    hold_layer,
     hold_parameter,
     judged_T,
     wanted_gradients,
@@ -26,6 +29,8 @@ from conformance.layout_cases import LayoutCase
 
 LAYOUT_FORM = {"dispatch": "DSP-1", "sharded_layer": "LYT-1", "sharded_gradients": "LYT-18"}
 """The requirement that a method runs at all, and returns what has the right shape."""
+POISON = (np.nan, 1e30)
+"""What rows hold that nobody reads, in calls one after the other."""
 DIRT = 1e30
 """Tokens of this size leave inf and NaN in every buffer, and a choice of experts that is a number."""
 
@@ -164,3 +169,49 @@ def soil(judge: Judge, case: LayoutCase, method: str, id: str) -> None:
     dirty = case.with_(x_TD=sign_TD, d_output_TD=np.full(case.d_output_TD.shape, DIRT))
     call = outputs if method == "sharded_layer" else gradients_by_rank
     call(judge, dirty, id)
+
+
+def hold_same(case: LayoutCase, id: str, title: str, by_rank: list[np.ndarray]) -> None:
+    """Ranks of one shard have the same, bit for bit."""
+    first_of: dict[int, int] = {}
+    for rank, found in enumerate(by_rank):
+        first = first_of.setdefault(case.layout.shard_of(rank), rank)
+        wanted, nothing = by_rank[first], np.zeros(found.shape)
+        full_title = f"{name_of(case, rank)}: {title} {name_of(case, first)}"
+        hold(case, id, full_title, found, wanted, nothing, label=lambda row: f"token {row} of the shard")
+
+
+def refused(call: Callable[[], list]) -> list | None:
+    """What the call returns; None where it refuses what it is given with a ValueError."""
+    try:
+        return call()
+    except Violation as violation:
+        if violation.title == "raised an error" and "ValueError" in violation.received:
+            return None
+        raise
+
+
+def layer_is_wrong(judge: Judge, case: LayoutCase, method: str) -> bool:
+    """The subject's own one-rank layer, or its gradients, are wrong on these tokens already."""
+    try:
+        if method == "layer":
+            hold_layer(judge, case, "LAY-2", "")
+        else:
+            hold_gradients(judge, case, wanted_gradients(case), "BWD-2", "")
+    except Violation:
+        return True
+    except NotRun:
+        return False
+    return False
+
+
+def truncated(case: LayoutCase):
+    """The oracle's trace of the layout itself, with the slots that no buffer admitted."""
+    from moe_ref.sharded import sharded_layer
+
+    return sharded_layer(case.by_shard(case.x_TD), case.params, case.spec, case.layout, **case.inputs_by_shard)
+
+
+def truncated_gradients(case: LayoutCase) -> dict[str, np.ndarray]:
+    """The oracle's gradients of that, by name."""
+    raise NotImplementedError

@@ -5,11 +5,13 @@ Ids are never reused. MUST fails a run; SHOULD is reported and leaves the exit s
 
 from dataclasses import dataclass
 
+from conformance import requirements_of_layouts as layouts
+
 SPEC_VERSION = "2026.11"
 
 STAGES = (
     "config", "run", "gate", "score", "groups", "select", "weights",
-    "permute", "experts", "combine", "layer", "backward",
+    "permute", "experts", "combine", "layer", "backward", "dispatch", "layout",
 )  # fmt: skip
 """In the order of the data; an earlier stage is accused first."""
 
@@ -239,6 +241,8 @@ REQUIREMENTS: dict[str, Requirement] = {
         ("BWD-11", M, "The gradients of a batch are the sums of those of its parts.", "NVIDIA-NeMo/Automodel#1260"),
         ("BWD-12", M, "Zero tokens give gradients of 0.", "meta-pytorch/MSLK#158"),
     ),
+    **_stage("dispatch", *layouts.DISPATCH),
+    **_stage("layout", *layouts.LAYOUT),
 }  # fmt: skip
 
 

@@ -13,9 +13,9 @@ from conformance.layer_verdicts import FORM
 from conformance.requirements import REQUIREMENTS
 from conformance.subjects.reference import Reference
 from conformance.trial import accuse
-from moe_ref import experts, gradient, gradient_routing, layer, permute, routing
+from moe_ref import dispatch, experts, gradient, gradient_routing, layer, permute, routing
 
-ROOMS = (moe_ref, permute, experts, layer, gradient, gradient_routing, routing)
+ROOMS = (moe_ref, permute, experts, layer, gradient, gradient_routing, routing, dispatch)
 """Where a function of the reference may be known under its name."""
 
 

@@ -9,6 +9,7 @@ from conformance.subject import Routing, Subject
 from moe_ref import RouterSpec
 from moe_ref import experts as experts_room
 from moe_ref import permute as permute_room
+from moe_ref.dispatch import plan
 
 
 class Reference(Subject):
@@ -58,3 +59,8 @@ class Reference(Subject):
         grads = moe_ref.layer_backward(trace, params, spec, d_output_TD)
         named = {f.name: getattr(grads.params, f.name) for f in fields(grads.params)}
         return {"x_TD": grads.x_TD} | {name: grad for name, grad in named.items() if grad is not None}
+
+    def dispatch(self, expert_ids_by_shard, layout, spec):
+        names = ("send_sizes_S", "recv_sizes_S", "group_sizes_e", "order_R2", "overflow")
+        plans = plan(expert_ids_by_shard, layout, spec)
+        return [{name: getattr(each, name) for name in names} for each in plans]
