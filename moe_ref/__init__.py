@@ -17,7 +17,8 @@ from moe_ref.load import (
     z_loss,
 )
 from moe_ref.load_spec import BALANCE_FORMS, BalanceSpec, BiasUpdateSpec, CapacitySpec
-from moe_ref.replay import RoutingRecord, capture, load_records, replay, replay_layer, save_records
+from moe_ref.record import RoutingRecord, load_records, save_records
+from moe_ref.replay import capture, replay, replay_layer
 from moe_ref.routing import UNUSED, RoutingTrace, gate, route
 from moe_ref.spec import ExpertSpec, LayerSpec, RouterSpec, SharedSpec
 from moe_ref.weights import LayerParams, WeightLayout

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from moe_ref.checks import array, entries, integer, require
+from moe_ref.given import give_weights
 from moe_ref.spec import RouterSpec
 
 UNUSED = -1
@@ -285,10 +286,8 @@ def route(
     normed_weights_TK, normed_shared_TS = normalise(raw_weights_TK, raw_shared_TS, spec)
     weights_TK = scale_weights(normed_weights_TK, expert_ids_TK, learned_scale, spec)
     shared_weights_TS = scale_shared(normed_shared_TS, learned_scale, spec)
-    if given_weights_TK is not None:
-        weights_TK = given_weights(given_weights_TK, expert_ids_TK, spec).astype(dtype)
 
-    return RoutingTrace(
+    routing = RoutingTrace(
         logits_TE=logits_TE,
         scaled_logits_TE=scaled_logits_TE,
         scores_TE=scores_TE,
@@ -298,21 +297,13 @@ def route(
         expert_ids_TK=np.where(valid_T1, expert_ids_TK, UNUSED).astype(np.int64),
         weights_TK=np.where(valid_T1, weights_TK, 0),
         shared_weights_TS=np.where(valid_T1, shared_weights_TS, 0) if spec.num_scored_shared_experts else None,
-        weights_are_given=given_weights_TK is not None,
     )
+    return give_weights(routing, given_weights_TK, spec)
 
 
 def scale_shared(normed_shared_TS, learned_scale, spec: RouterSpec):
     """Router-scored shared experts take route_scale and the global scale, like the selected ones. [WGT-13]"""
     return normed_shared_TS * spec.route_scale * (learned_scale if spec.learned_scale == "global" else 1)
-
-
-def given_weights(given_weights_TK, expert_ids_TK, spec: RouterSpec):
-    """Given weights are final, after norm and scales; an unused slot weighs 0 whatever is given."""
-    require(spec.selector == "given", f"given_weights_TK is given, but selector is {spec.selector!r}, not 'given'")
-    weights_TK = np.where(expert_ids_TK == UNUSED, 0, array("given_weights_TK", given_weights_TK, expert_ids_TK.shape))
-    entries("given_weights_TK", weights_TK, np.isfinite(weights_TK), "entries are finite")
-    return weights_TK
 
 
 def ids_array(field: str, value, shape, bound: int, *, low: int = 0) -> np.ndarray:

@@ -17,7 +17,7 @@ REFERENCE_TYPES = {
     "moe_ref.weights",
     "moe_ref.checks",
     "moe_ref.load_spec",
-    "moe_ref.replay",
+    "moe_ref.record",
 }
 """What the implementations may import of the reference: data types and checks, never an algorithm."""
 REFERENCE_NAMES = {
@@ -29,6 +29,8 @@ REFERENCE_NAMES = {
     "BiasUpdateSpec",
     "CapacitySpec",
     "RoutingRecord",
+    "load_records",
+    "save_records",
     "ShardLayout",
     "LayerParams",
     "WeightLayout",

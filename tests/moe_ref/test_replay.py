@@ -40,6 +40,7 @@ def recorded(name="sigmoid_norm", mask_T=MASK_T):
 
 def assert_same(found: RoutingRecord, expected: RoutingRecord):
     assert found.spec == expected.spec
+    assert found.to_arrays().keys() == expected.to_arrays().keys()
     for name, value in expected.to_arrays().items():
         np.testing.assert_array_equal(found.to_arrays()[name], value)
         assert found.to_arrays()[name].dtype == value.dtype
@@ -196,11 +197,29 @@ def test_a_record_may_have_no_token():
     assert replay(empty, np.zeros((0, 8)), SPEC).weights_TK.shape == (0, 3)
 
 
+def test_ids_alone_are_a_record_that_has_no_weights_to_replay():
+    record, _, logits_TE, _ = recorded()
+    alone = record.ids_alone()
+    assert alone.weights_TK is None
+    found, expected = replay(alone, logits_TE, alone.spec), replay(record, logits_TE, record.spec)
+    np.testing.assert_array_equal(found.weights_TK, expected.weights_TK)
+    assert_same(RoutingRecord.join(alone.split()), alone)
+    with pytest.raises(ValueError, match="with_weights is True, but weights_TK of the record is None"):
+        replay(alone, logits_TE, alone.spec, with_weights=True)
+    with pytest.raises(ValueError, match="weights_TK is None in 1 of 2 records"):
+        RoutingRecord.join([record, alone])
+
+
 # files
 
 
 def test_records_are_read_back_from_a_file(tmp_path):
-    records = {"layers.0": recorded()[0], "layers.1/moe": recorded("inkling")[0], "empty": empty_record()}
+    records = {
+        "layers.0": recorded()[0],
+        "layers.1/moe": recorded("inkling")[0],
+        "empty": empty_record(),
+        "ids": recorded()[0].ids_alone(),
+    }
     save_records(tmp_path / "records.safetensors", records)
     found = load_records(tmp_path / "records.safetensors")
     assert found.keys() == records.keys()
@@ -262,5 +281,5 @@ def test_given_weights_need_given_ids_and_are_finite():
     with pytest.raises(ValueError, match="given_weights_TK is given, but selector is 'top_k', not 'given'"):
         route(logits_TE, SPEC, given_weights_TK=record.weights_TK)
     given = SPEC.replace(selector="given")
-    with pytest.raises(ValueError, match="entries are finite"):
+    with pytest.raises(ValueError, match="weights of used slots are finite"):
         route(logits_TE, given, given_ids_TK=np.tile([0, 1, 2], (T, 1)), given_weights_TK=np.full((T, 3), np.nan))
