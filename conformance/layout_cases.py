@@ -4,8 +4,12 @@ It is a case of the layer as well: the tokens are those of all shards, one shard
 its outputs and gradients is the one-rank layer. It has the interface of the other cases: id, tags, JSON, replay.
 """
 
-from dataclasses import dataclass, fields
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 
@@ -37,8 +41,9 @@ class LayoutCase(LayerCase):
 
     @property
     def inputs_by_shard(self) -> dict:
-        """The further inputs as a sharded layer gets them: a list of parts for each that has an entry per token."""
-        return {name: self.by_shard(v) if name in ROW_INPUTS else v for name, v in self.inputs.items()}
+        """The further inputs as a sharded layer gets them: token_mask_T is token_mask_by_shard, a list of parts."""
+        rows = {name: f"{name.rpartition('_')[0]}_by_shard" for name in ROW_INPUTS}
+        return {rows.get(name, name): self.by_shard(v) if name in rows else v for name, v in self.inputs.items()}
 
     @cached_property
     def ids_by_shard(self) -> list[np.ndarray]:
@@ -50,7 +55,7 @@ class LayoutCase(LayerCase):
         """The oracle's plan for each rank of each group of expert ranks."""
         return plan(self.ids_by_shard, self.layout, self.spec)
 
-    def tokens(self, rows) -> "LayoutCase":
+    def tokens(self, rows) -> Self:
         """The case of some of its tokens, which stay in their order and on their shards."""
         rows = np.sort(rows)
         shard_of_T = np.repeat(np.arange(len(self.layout.tokens_per_shard)), self.layout.tokens_per_shard)
@@ -80,6 +85,11 @@ class LayoutCase(LayerCase):
         return made
 
 
+def digest_of(layout: ShardLayout) -> str:
+    """Eight hex digits that name a layout."""
+    return hashlib.sha256(json.dumps(layout.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
+
+
 def equal_counts(layout: ShardLayout) -> bool:
     """Whether every shard has as many tokens as any other."""
     return len(set(layout.tokens_per_shard)) <= 1
@@ -107,3 +117,42 @@ LAYOUT_TAGS = {
 """name -> whether a case of a layout has it, besides what its layer has."""
 
 assert not LAYOUT_TAGS.keys() & LAYER_TAGS.keys()
+
+
+def simpler_layouts(case: LayoutCase) -> Iterator[LayoutCase]:
+    """The case on simpler layouts: fewer ranks with the tokens of some, or without an option."""
+    layout, shards = case.layout, np.arange(case.layout.num_token_shards)
+    d_of_shard, f_of_shard = np.divmod(shards // layout.shards_per_group, layout.fsdp)
+    for axis, index_of_shard in (("data", d_of_shard), ("fsdp", f_of_shard)):
+        for index in range(getattr(layout, axis) if getattr(layout, axis) > 1 else 0):
+            yield from _only(case, shards[index_of_shard == index], **{axis: 1})
+    if layout.expert % 2 == 0:
+        tokens = np.array(layout.tokens_per_shard)
+        halved = tokens if layout.shards_per_group == 1 else tokens.reshape(-1, 2).sum(axis=1)
+        yield from _relaid(case, expert=layout.expert // 2, tokens_per_shard=tuple(halved.tolist()))
+    plain = {f.name: f.default for f in fields(layout) if f.default is not MISSING and f.name not in AXES}
+    for name, value in ({"tensor": 1} | plain).items():
+        if getattr(layout, name) != value:
+            yield from _relaid(case, **{name: value})
+
+
+AXES = ("data", "fsdp", "expert", "tensor")
+
+
+def _only(case: LayoutCase, shards, **changes) -> Iterator[LayoutCase]:
+    """The tokens of these shards alone, on a layout that has no others."""
+    tokens = np.array(case.layout.tokens_per_shard)
+    shard_of_T = np.repeat(np.arange(len(tokens)), tokens)
+    rows = np.flatnonzero(np.isin(shard_of_T, shards))
+    fewer = super(LayoutCase, case).tokens(rows)
+    yield from _relaid(fewer, tokens_per_shard=tuple(tokens[shards].tolist()), **changes)
+
+
+def _relaid(case: LayoutCase, **changes) -> Iterator[LayoutCase]:
+    """The case with other fields of its layout, where that is a layout of the layer."""
+    try:
+        layout = case.layout.replace(**changes)
+        layout.check(case.spec)
+    except ValueError:
+        return
+    yield case.with_(layout=layout)

@@ -111,8 +111,9 @@ class Subject:
     def sharded_layer(self, x_by_shard, params: LayerParams, spec: LayerSpec, layout, **inputs: Any) -> list:
         """Optional: the (T, D) output of the shard of each rank of the mesh, tensor ranks included, in rank order.
 
-        `inputs` are those of `layer`; token_mask_T, token_ids_T and given_ids_TK are by shard. A method that names
-        `buffer_fill` gets NaN and large numbers there, and has buffer rows that nobody sent start with it.
+        `inputs` are those of `moe_ref.sharded_layer` that the case has: token_mask_by_shard, token_ids_by_shard and
+        table_VK, given_ids_by_shard. A method that names `buffer_fill` gets NaN and large numbers there, and has buffer
+        rows that nobody sent start with it.
         """
         raise NotImplementedError
 
