@@ -121,18 +121,19 @@ class MoE(nn.Module):
             x: (..., D) tokens.
             token_mask: (...) bools; a padding token (False) is not read, and its output is 0, shared experts included.
             router_inputs: what the selector needs: token_ids_T and table_VK, given_ids_TK (and given_weights_TK),
-                first_token, or generator; and sequence_lengths.
+                first_token, or generator; router_spec, to replay a choice (`replay.py`); and sequence_lengths.
         """
         return self.forward_and_routing(x, token_mask, **router_inputs)[0]
 
     def forward_and_routing(
-        self, x: Tensor, token_mask: Tensor | None = None, *, sequence_lengths=None, **router_inputs
+        self, x: Tensor, token_mask: Tensor | None = None, *, sequence_lengths=None, router_spec=None, **router_inputs
     ) -> tuple[Tensor, Routing]:
         """The output, and what the router decided, which losses, counts and records are of.
 
         Args:
             sequence_lengths: of consecutive sequences, for a capacity of that scope; None: (..., L, D) is sequences of
                 length L, and (L, D) is one.
+            router_spec: as in `NodeLimitedRouter.route`; with it no capacity applies again.
         """
         x_TD = x.reshape(-1, x.shape[-1])
         mask_T = None if token_mask is None else token_mask.reshape(-1)
@@ -140,8 +141,8 @@ class MoE(nn.Module):
             # 0 * NaN is NaN: a padding row is replaced, not multiplied by a mask.
             x_TD = x_TD.masked_fill(~mask_T[:, None], 0)
 
-        routing = self.router.route(x_TD, token_mask_T=mask_T, **router_inputs)
-        if self.capacity is not None:
+        routing = self.router.route(x_TD, token_mask_T=mask_T, router_spec=router_spec, **router_inputs)
+        if self.capacity is not None and router_spec is None:
             lengths = _lengths(x) if sequence_lengths is None else sequence_lengths
             routing = self.limit(routing, self.capacity, mask_T, lengths)
         permutation = self.dispatcher.permute(routing.expert_ids_TK)

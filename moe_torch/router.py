@@ -63,12 +63,18 @@ class NodeLimitedRouter(nn.Module):
             self.expert_bias = before_E.to(self.expert_bias.device)
         return self
 
-    def route(self, x_TD: Tensor, **inputs) -> Routing:
-        """Everything that `route` knows about (T, D) tokens; `inputs` are its further inputs."""
+    def route(self, x_TD: Tensor, *, router_spec: RouterSpec | None = None, **inputs) -> Routing:
+        """Everything that `route` knows about (T, D) tokens; `inputs` are its further inputs.
+
+        Args:
+            router_spec: in place of the router's own, for this call: to replay a choice (`replay.replay_spec`).
+        """
+        spec = self.spec if router_spec is None else router_spec
         scale = self.learned_scale
-        if scale is not None and self.spec.learned_scale == "global":
+        if scale is not None and spec.learned_scale == "global":
             scale = scale[0]
-        return route(self.gate(x_TD), self.spec, expert_bias_E=self.expert_bias, learned_scale=scale, **inputs)
+        bias_E = self.expert_bias if spec.selector == "top_k" else None
+        return route(self.gate(x_TD), spec, expert_bias_E=bias_E, learned_scale=scale, **inputs)
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Weights (..., K), expert ids (..., K) and scores (..., E) of tokens (..., D).

@@ -1,0 +1,103 @@
+"""moe_torch, bias hook: after each optimizer step, every layer's balancing bias moves by the load of that step.
+
+    MoE.forward counts -> (micro-batches add up) -> one all-reduce for all layers -> bias_update -> counts of zero
+
+Legend: E choices (experts, then null experts), N choices of all layers.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from moe_ref.load_spec import BiasUpdateSpec
+from moe_torch.load import bias_update
+
+
+class BiasHook:
+    """Moves `router.expert_bias` of the MoE layers of a model by what their `tokens_per_expert` has counted.
+
+        hook = BiasHook(model, BiasUpdateSpec(rate=1e-3), group=data_parallel_group)
+        hook.register(optimizer)
+
+    Counts add up over micro-batches and chunks until the step, are summed over the group in one all-reduce for all
+    layers, and the sign is taken once, of the sum. Layers do not influence each other: one whose update is off keeps
+    its bias, and the others go on (pytorch/torchtitan#3686).
+
+    Args:
+        model: every submodule with `tokens_per_expert` and `router.expert_bias` is a layer.
+        spec: the rule of all layers; None: off.
+        overrides: the rule of a layer by its name in the model; None: off.
+        group: the ranks that see different tokens; ranks that see the same tokens (tensor parallel ones) count once.
+            None: one process sees all.
+
+    Raises:
+        ValueError: an override names no layer; a layer that is to be updated has no bias; or there are several
+            processes and no group, so that each would sign its own counts.
+    """
+
+    counts: dict[str, Tensor]
+    """The counts of the last step by layer, summed over the group: for `load_statistics`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: BiasUpdateSpec | None,
+        *,
+        overrides: Mapping[str, BiasUpdateSpec | None] | None = None,
+        group: dist.ProcessGroup | None = None,
+    ):
+        self.layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
+        overrides = dict(overrides or {})
+        if unknown := sorted(overrides.keys() - self.layers.keys()):
+            raise ValueError(f"overrides names {unknown}; the layers are {sorted(self.layers)}")
+        self.specs = {name: overrides.get(name, spec) for name in self.layers}
+        for name, layer in self.layers.items():
+            if self.specs[name] is not None and _bias(layer) is None:
+                raise ValueError(
+                    f"layer {name!r} has no expert_bias, as its selector is not 'top_k'; override it by None"
+                )
+        if group is None and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError(
+                f"group is None, but there are {dist.get_world_size()} processes; name the ranks that see different "
+                f"tokens (torch.distributed.group.WORLD, if all do)"
+            )
+        self.group = group
+        self.counts = {}
+
+    def register(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """`step` runs after every step of this optimizer; of several optimizers, register one."""
+        # After the step, so that the forward passes of a closure are counted.
+        return optimizer.register_step_post_hook(lambda *_: self.step())
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Sums the counts, moves the biases, and sets the counts to zero. Every rank of the group takes part."""
+        if not self.layers:
+            return
+        own = [_counts(layer) for layer in self.layers.values()]
+        summed_N = torch.cat(own)
+        if self.group is not None:
+            dist.all_reduce(summed_N, group=self.group)
+        self.counts = dict(zip(self.layers, summed_N.split([len(counts_E) for counts_E in own]), strict=True))
+        for name, layer in self.layers.items():
+            spec, bias_E = self.specs[name], _bias(layer)
+            if spec is not None and bias_E is not None:
+                bias_E.copy_(bias_update(self.counts[name], spec, bias_E))
+            _counts(layer).zero_()
+
+
+def _is_layer(module: nn.Module) -> bool:
+    router = getattr(module, "router", None)
+    return isinstance(getattr(module, "tokens_per_expert", None), Tensor) and hasattr(router, "expert_bias")
+
+
+def _counts(layer: nn.Module) -> Tensor:
+    return layer.get_buffer("tokens_per_expert")
+
+
+def _bias(layer: nn.Module) -> Tensor | None:
+    router = layer.get_submodule("router")
+    return router.expert_bias if isinstance(router.expert_bias, Tensor) else None
