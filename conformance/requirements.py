@@ -6,12 +6,14 @@ Ids are never reused. MUST fails a run; SHOULD is reported and leaves the exit s
 from dataclasses import dataclass
 
 from conformance import requirements_of_layouts as layouts
+from conformance import requirements_of_load as load
 
 SPEC_VERSION = "2026.11"
 
 STAGES = (
     "config", "run", "gate", "score", "groups", "select", "weights",
     "permute", "experts", "combine", "layer", "backward", "dispatch", "layout",
+    "load", "capacity", "mask", "replay",
 )  # fmt: skip
 """In the order of the data; an earlier stage is accused first."""
 
@@ -243,6 +245,10 @@ REQUIREMENTS: dict[str, Requirement] = {
     ),
     **_stage("dispatch", *layouts.DISPATCH),
     **_stage("layout", *layouts.LAYOUT),
+    **_stage("load", *load.LOAD),
+    **_stage("capacity", *load.CAPACITY),
+    **_stage("mask", *load.MASK),
+    **_stage("replay", *load.REPLAY),
 }  # fmt: skip
 
 
