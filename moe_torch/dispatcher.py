@@ -27,7 +27,19 @@ class Permutation:
     """Whether each slot belongs to an expert, and not to a null expert or to none."""
 
 
-class LocalTokenDispatcher:
+class TokenDispatcher:
+    """What a layer asks of its dispatcher. One that moves rows between ranks runs the experts in between itself."""
+
+    def permute(self, expert_ids_TK: Tensor):
+        """Where each slot goes; the result has `tokens_per_expert_E`, the slots of each choice on this rank."""
+        raise NotImplementedError
+
+    def run(self, experts, x_TD: Tensor, permutation, weights_TK: Tensor, *, on_input: bool) -> Tensor:
+        """dispatch, experts and combine; the weight is on the output, or on the input."""
+        raise NotImplementedError
+
+
+class LocalTokenDispatcher(TokenDispatcher):
     """Reorders tokens by expert, and combines their outputs; no parameters, no communication.
 
     Args:

@@ -167,11 +167,11 @@ class GroupedExperts(nn.Module):
         order_R = torch.arange(len(rows_RD), device=rows_RD.device)
         return _loop(rows_RD, order_R, tokens_per_expert_E, None, 1, weights, self.activation).to(x_RD.dtype)
 
-    def sum_of_slots(self, x_TD: Tensor, permutation: Permutation, weights_TK: Tensor) -> Tensor:
-        """dispatch, forward and combine in one pass that makes no copy of all rows; for the loop alone."""
+    def sum_of_slots(self, x_TD: Tensor, permutation: Permutation, weights_TK: Tensor | None) -> Tensor:
+        """dispatch, forward and combine in one pass, for the loop alone; without weights a token has one slot."""
         rows_TD, weights = self._cast(x_TD)
         counts_E = permutation.tokens_per_expert_E[: self.num_experts]
-        order_N, K = permutation.order_N, weights_TK.shape[1]
+        order_N, K = permutation.order_N, 1 if weights_TK is None else weights_TK.shape[1]
         return _loop(rows_TD, order_N, counts_E, weights_TK, K, weights, self.activation).to(x_TD.dtype)
 
     def _cast(self, x: Tensor):
