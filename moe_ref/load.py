@@ -145,15 +145,12 @@ def balance(
     counted_ids_TK = np.where(valid_T[:, None], counted_ids(logits_TE, scores_TE, ids_TK, slots, spec), UNUSED)
     unit_of_T, shard_of_U = units(T, spec, sequence_lengths, tokens_per_shard)
 
-    U = len(shard_of_U)
-    counts_UE, sums_UE, tokens_U = np.zeros((U, E)), np.zeros((U, E), dtype), np.zeros(U, dtype=np.int64)
-    for unit in range(U):
-        own_T = (unit_of_T == unit) & valid_T
-        counts_UE[unit] = tokens_per_expert(counted_ids_TK[own_T], E)
-        sums_UE[unit] = scores_TE[own_T].sum(axis=0)
-        tokens_U[unit] = own_T.sum()
+    own_UT = (unit_of_T == np.arange(len(shard_of_U))[:, None]) & valid_T
+    tokens_U = own_UT.sum(axis=1)
+    sums_UE = np.array([scores_TE[own_T].sum(axis=0) for own_T in own_UT], dtype).reshape(-1, E)
+    counts_UE = np.array([tokens_per_expert(counted_ids_TK[own_T], E) for own_T in own_UT], np.float64).reshape(-1, E)
     if spec.scope == "running":
-        counts_UE = counts_UE.cumsum(axis=0) / np.arange(1, U + 1)[:, None]
+        counts_UE = counts_UE.cumsum(axis=0) / np.arange(1, len(counts_UE) + 1)[:, None]
 
     divisor_U1 = np.maximum(tokens_U, 1)[:, None]
     fractions_UE = counts_UE.astype(dtype) / (divisor_U1 * (slots if spec.counts_over == "slots" else 1))

@@ -1,6 +1,7 @@
 """moe_ref, tests of capacity: how many slots an expert takes, which are kept, and what a dropped slot is afterwards."""
 
 import math
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -120,6 +121,26 @@ def test_the_published_orders_of_dropping(drop_order):
         expected_TK = np.array([[token in top_CE[:, e] for e in IDS_TK[token]] for token in range(T)])
     np.testing.assert_array_equal(found.kept_TK, expected_TK)
     assert not found.kept_TK.all()
+
+
+ORDERS = {
+    "first_come": lambda token, slot, weight: (token, slot),
+    "slot_major": lambda token, slot, weight: (slot, token),
+    "by_weight": lambda token, slot, weight: (-weight, token, slot),
+}
+
+
+@pytest.mark.parametrize("drop_order", ORDERS)
+def test_in_a_small_world_a_slot_is_kept_where_fewer_than_the_capacity_precede_it(drop_order):
+    choices = list(permutations(range(3), 2))
+    weights_TK = np.array([[0.6, 0.4], [0.4, 0.4], [0.9, 0.1]])
+    rank = {(t, k): ORDERS[drop_order](t, k, weights_TK[t, k]) for t in range(3) for k in range(2)}
+    for ids_TK in map(np.array, product(choices, repeat=3)):
+        rivals = {own: sum(ids_TK[other] == ids_TK[own] and rank[other] < rank[own] for other in rank) for own in rank}
+        for slots in range(4):
+            found = apply_capacity(ids_TK, weights_TK, CapacitySpec(slots=slots, drop_order=drop_order), 3)
+            for own, before in rivals.items():
+                assert found.kept_TK[own] == (before < slots), (ids_TK, slots, own)
 
 
 @pytest.mark.parametrize("drop_order", ["first_come", "slot_major", "by_weight"])

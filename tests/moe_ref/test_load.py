@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from load_cases import E, K, T, routed
 
-from moe_ref import BiasUpdateSpec, RouterSpec, bias_update, load_statistics, route, tokens_per_expert
+from moe_ref import BiasUpdateSpec, RouterSpec, ShardLayout, bias_update, load_statistics, route, tokens_per_expert
 from moe_ref.routing import UNUSED
 
 LOGITS_TE, IDS_TK, _ = routed()
@@ -43,6 +43,19 @@ def test_statistics_of_a_known_load():
     moved = load_statistics(np.array([6, 0, 2, 4]), num_ranks=2, placement=(0, 3, 1, 2))
     np.testing.assert_array_equal(moved.rows_of_rank_S, [10, 2])
     assert moved.required_buffer_factor == pytest.approx(10 / 6)
+
+
+def test_the_required_buffer_factor_is_the_smallest_that_drops_no_row():
+    counts_E = np.array([5, 9, 4, 0, 6, 6])
+    found = load_statistics(counts_E, num_ranks=3)
+    tokens_per_shard = (5, 5, 5)
+    rows = [
+        ShardLayout(
+            expert=3, strategy="ragged_all_to_all", buffer_factor=factor, tokens_per_shard=tokens_per_shard
+        ).buffer_rows(15, 6, 2)
+        for factor in (found.required_buffer_factor, found.required_buffer_factor - 0.11)
+    ]
+    assert rows == [found.rows_of_rank_S.max(), found.rows_of_rank_S.max() - 1]
 
 
 def test_statistics_without_tokens_are_0_and_of_a_collapse_are_e():

@@ -299,6 +299,7 @@ def test_without_valid_tokens_the_loss_is_0(form):
     spec = BalanceSpec.of(form)
     assert balance_loss(LOGITS_TE, IDS_TK, spec, token_mask_T=np.zeros(T, bool)) == 0
     assert balance_loss(np.zeros((0, E)), np.zeros((0, K), int), spec) == 0
+    assert balance_loss(np.zeros((0, E)), np.zeros((0, K), int), spec, tokens_per_shard=()) == 0
 
 
 # z-loss
