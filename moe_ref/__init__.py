@@ -1,8 +1,10 @@
 """moe_ref: the reference. It says what a Mixture-of-Experts layer computes, in NumPy and float64."""
 
 from moe_ref.capacity import CapacityTrace, apply_capacity
+from moe_ref.dispatch import RankPlan, plan, plan_chunks
 from moe_ref.gradient import layer_backward
 from moe_ref.gradient_load import balance_layers_backward, balance_loss_backward, capacity_backward, z_loss_backward
+from moe_ref.gradient_sharded import ShardedGradients, sharded_backward
 from moe_ref.layer import moe_layer
 from moe_ref.layout import ShardLayout
 from moe_ref.load import (
@@ -20,6 +22,7 @@ from moe_ref.load_spec import BALANCE_FORMS, BalanceSpec, BiasUpdateSpec, Capaci
 from moe_ref.record import RoutingRecord, load_records, save_records
 from moe_ref.replay import capture, replay, replay_layer
 from moe_ref.routing import UNUSED, RoutingTrace, gate, route
+from moe_ref.sharded import ShardedTrace, sharded_layer
 from moe_ref.spec import ExpertSpec, LayerSpec, RouterSpec, SharedSpec
 from moe_ref.weights import LayerParams, WeightLayout
 
@@ -35,10 +38,13 @@ __all__ = [
     "LayerParams",
     "LayerSpec",
     "LoadStatistics",
+    "RankPlan",
     "RouterSpec",
     "RoutingRecord",
     "RoutingTrace",
     "ShardLayout",
+    "ShardedGradients",
+    "ShardedTrace",
     "SharedSpec",
     "WeightLayout",
     "apply_capacity",
@@ -55,10 +61,14 @@ __all__ = [
     "load_records",
     "load_statistics",
     "moe_layer",
+    "plan",
+    "plan_chunks",
     "replay",
     "replay_layer",
     "route",
     "save_records",
+    "sharded_backward",
+    "sharded_layer",
     "tokens_per_expert",
     "z_loss",
     "z_loss_backward",
