@@ -58,7 +58,7 @@ def apply_capacity(
     sequence_lengths=None,
     tokens_per_shard=None,
 ) -> CapacityTrace:
-    """An expert keeps the first C slots of each unit, in drop order, and the others are dropped.
+    """An expert keeps the first C slots of each unit, in drop order, and the others are dropped. [CAP-2, CAP-5, MSK-7]
 
     Args:
         expert_ids_TK: (T, K) the choice; -1 is an unused slot. Null experts (num_experts and above) drop nothing.
@@ -123,7 +123,7 @@ def apply_capacity(
 
 
 def drop_order(weights_TK, spec: CapacitySpec) -> np.ndarray:
-    """The flat slot numbers in the order in which slots are admitted."""
+    """The flat slot numbers in the order in which slots are admitted. [CAP-6, CAP-7]"""
     T, K = weights_TK.shape
     numbers_TK = np.arange(T * K).reshape(T, K)
     if spec.drop_order == "slot_major":
@@ -134,7 +134,7 @@ def drop_order(weights_TK, spec: CapacitySpec) -> np.ndarray:
 
 
 def renormalise(given_TK, kept_TK, spec: CapacitySpec):
-    """Kept weights stay, or are divided by the sum of a token's weights, before or after the drop."""
+    """Kept weights stay, or are divided by the sum of a token's weights, before or after the drop. [CAP-8, CAP-9]"""
     kept_weights_TK = np.where(kept_TK, given_TK, 0)
     if spec.renormalise == "no":
         return kept_weights_TK

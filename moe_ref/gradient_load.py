@@ -21,13 +21,13 @@ from moe_ref.load_spec import BalanceSpec, CapacitySpec
 def balance_loss_backward(
     logits_TE, expert_ids_TK, spec: BalanceSpec, *, dtype: DTypeLike = np.float64, **inputs: Any
 ) -> np.ndarray:
-    """The gradient of `balance_loss` with respect to the logits: it goes through the mean scores alone."""
+    """The gradient of `balance_loss` with respect to the logits: it goes through the mean scores alone. [LOD-12]"""
     trace = balance(logits_TE, expert_ids_TK, spec, dtype=dtype, **inputs)
-    logits_TE, valid_T = masked_logits(logits_TE, inputs.get("token_mask_T"), dtype)
+    logits_TE, _ = masked_logits(logits_TE, inputs.get("token_mask_T"), dtype)
     factor = spec.coeff * float(logits_TE.shape[1]) ** spec.expert_power
     share_U = factor * trace.weights_U / np.maximum(trace.tokens_U, 1)
     d_scores_TE = (share_U[:, None] * trace.fractions_UE)[trace.unit_of_T]
-    return np.where(valid_T[:, None], balance_scores_backward(d_scores_TE, logits_TE, trace.scores_TE, spec), 0)
+    return balance_scores_backward(d_scores_TE, logits_TE, trace.scores_TE, spec)
 
 
 def balance_layers_backward(
@@ -49,10 +49,13 @@ def balance_layers_backward(
 
 
 def balance_scores_backward(d_scores_TE, logits_TE, scores_TE, spec: BalanceSpec):
-    """A score is exp of its log score, over a sum of those where it is a share; a score_eps changes only the sum."""
+    """A score is exp of its log score, over a sum of those where it is a share; a score_eps changes only the sum.
+
+    A score that is 0, of a padding token or of a logit of -inf, passes nothing.
+    """
     shares = spec.scores_sum_to_1
     d_logs_TE = softmax_backward(d_scores_TE, scores_TE) if shares else d_scores_TE * scores_TE
-    return np.where(np.isneginf(logits_TE), 0, d_logs_TE * log_scores_slope(logits_TE, spec))
+    return d_logs_TE * log_scores_slope(logits_TE, spec)
 
 
 def log_scores_slope(logits_TE, spec: BalanceSpec):
@@ -70,7 +73,7 @@ def z_loss_backward(
     logits_TE, *, coeff: float = 1.0, scope: str = "global", token_mask_T=None, tokens_per_shard=None,
     dtype: DTypeLike = np.float64,
 ) -> np.ndarray:  # fmt: skip
-    """The gradient of `z_loss`: 2 * log(sum(exp(logits))) * softmax(logits), times the token's share."""
+    """The gradient of `z_loss`: 2 * log(sum(exp(logits))) * softmax(logits), times the token's share. [LOD-17]"""
     logits_TE, valid_T = masked_logits(logits_TE, token_mask_T, dtype)
     weights_T1 = token_weights(valid_T, scope, tokens_per_shard)[:, None]
     log_sum_T1 = log_sum_exp(logits_TE)
@@ -79,7 +82,7 @@ def z_loss_backward(
 
 def capacity_backward(trace: CapacityTrace, spec: CapacitySpec, d_weights_TK) -> np.ndarray:
     """The gradient of the weights before a capacity, from that of the weights after; that of a dropped slot is 0,
-    but where 'before' has it in the sum that divides the others."""
+    but where 'before' has it in the sum that divides the others. [CAP-10]"""
     d_weights_TK = array("d_weights_TK", d_weights_TK, trace.kept_TK.shape).astype(trace.weights_TK.dtype)
     if spec.then is not None:
         assert trace.first is not None

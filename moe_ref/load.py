@@ -23,11 +23,11 @@ from moe_ref.routing import UNUSED, ids_array, top_k
 
 
 def tokens_per_expert(expert_ids_TK, num_experts: int, token_mask_T=None) -> np.ndarray:
-    """The count of an expert is the number of slots of valid tokens that chose it.
+    """The count of an expert is the number of slots of valid tokens that chose it. [LOD-2, LOD-3, MSK-1]
 
     Unused slots (-1) and null experts (num_experts and above) are not counted. The count of a whole batch is the sum of
     the counts of its shards, micro-batches and chunks. Counting is a pure function: a second forward pass under
-    activation checkpointing counts nothing twice (pytorch/torchtitan#1593).
+    activation checkpointing counts nothing twice (pytorch/torchtitan#1593). [LOD-4]
     """
     integer("num_experts", num_experts, 1)
     ids_TK = array("expert_ids_TK", expert_ids_TK, (None, None), kind="int")
@@ -123,7 +123,7 @@ def balance(
     tokens_per_shard=None,
     dtype: DTypeLike = np.float64,
 ) -> BalanceTrace:
-    """The balance loss of one layer with every intermediate.
+    """The balance loss of one layer with every intermediate. [LOD-6, LOD-8, MSK-2]
 
     Args:
         logits_TE: (T, E) the logits that the router scores (after logit_scale and softcap), without any bias.
@@ -214,7 +214,7 @@ def pooled_inputs(num_layers: int, num_tokens: int, token_mask_T, sequence_lengt
 
 
 def log_scores(logits_TE, spec: BalanceSpec):
-    """Logarithms of the scores before their norm: those of very negative logits keep their ratios."""
+    """Logarithms of the scores before their norm: those of very negative logits keep their ratios. [LOD-18]"""
     if spec.score_func == "softmax":
         return logits_TE
     if spec.score_func == "sigmoid":
@@ -225,7 +225,7 @@ def log_scores(logits_TE, spec: BalanceSpec):
 
 
 def balance_scores(logits_TE, spec: BalanceSpec):
-    """Scores are a function of the logits, once: shares of their sum, or raw."""
+    """Scores are a function of the logits, once: shares of their sum, or raw. [LOD-7, LOD-10]"""
     logs_TE = log_scores(logits_TE, spec)
     if not spec.scores_sum_to_1:
         return np.exp(logs_TE)
@@ -242,7 +242,7 @@ def log_sum_exp(values_TE):
 
 
 def counted_ids(logits_TE, scores_TE, expert_ids_TK, slots: int, spec: BalanceSpec):
-    """The ids that are counted: the first slots of the choice, or of the top k of the scores."""
+    """The ids that are counted: the first slots of the choice, or of the top k of the scores. [LOD-9]"""
     if spec.counts == "routed":
         return expert_ids_TK[:, :slots]
     K, E = expert_ids_TK.shape[1], logits_TE.shape[1]
@@ -255,7 +255,7 @@ def counted_ids(logits_TE, scores_TE, expert_ids_TK, slots: int, spec: BalanceSp
 def units(num_tokens: int, spec: BalanceSpec, sequence_lengths, tokens_per_shard):
     """The unit of each token, and the shard of each unit: sequences within shards, sequences, shards, or the batch.
 
-    Only a scope other than 'global' looks at the shards, so nothing else can depend on them.
+    Only a scope other than 'global' looks at the shards, so nothing else can depend on them. [LOD-13, LOD-14]
     """
     sequence_of_T = part_of_tokens("sequence_lengths", sequence_lengths, num_tokens)
     shard_of_T = part_of_tokens("tokens_per_shard", tokens_per_shard, num_tokens)
@@ -270,7 +270,7 @@ def units(num_tokens: int, spec: BalanceSpec, sequence_lengths, tokens_per_shard
 
 
 def unit_weights(tokens_U, shard_of_U):
-    """The mean over units of a shard, then over shards; one without a valid token is in no mean."""
+    """The mean over units of a shard, then over shards; one without a valid token is in no mean. [LOD-11, MSK-4]"""
     has_tokens_U = tokens_U > 0
     shards = np.unique(shard_of_U[has_tokens_U])
     weights_U = np.zeros(len(tokens_U))
@@ -287,7 +287,7 @@ def z_loss(
     logits_TE, *, coeff: float = 1.0, scope: str = "global", token_mask_T=None, tokens_per_shard=None,
     dtype: DTypeLike = np.float64,
 ) -> float:  # fmt: skip
-    """The z-loss is coeff times the mean over valid tokens of log(sum(exp(logits))) ** 2.
+    """The z-loss is coeff times the mean over valid tokens of log(sum(exp(logits))) ** 2. [LOD-16, MSK-5]
 
     It reads the raw logits, not scores (huggingface/transformers#48421). Scope 'local' is the mean over shards of each
     shard's mean, those without a valid token aside. Source: arXiv:2202.08906.
@@ -313,7 +313,7 @@ def token_weights(valid_T, scope: str, tokens_per_shard):
 
 
 def bias_update(counts_E, spec: BiasUpdateSpec, expert_bias_E) -> np.ndarray:
-    """An expert with less than the mean load gets a larger bias, one with more a smaller one.
+    """An expert with less than the mean load gets a larger bias, one with more a smaller one. [LOD-19 .. LOD-24]
 
     Args:
         counts_E: (E,) or (layers, E) counts of a whole step: summed over ranks, chunks and accumulation first, so that
@@ -331,7 +331,7 @@ def bias_update(counts_E, spec: BiasUpdateSpec, expert_bias_E) -> np.ndarray:
     E = counts.shape[-1]
     frozen_E = np.zeros(E, bool) if spec.frozen_E is None else array("frozen_E", spec.frozen_E, (E,), kind="bool")
     free_E = ~frozen_E
-    # In whole numbers: a mean that is rounded can give a balanced expert a sign.
+    # In whole numbers: a mean that is rounded can give a balanced expert a sign. [LOD-21, LOD-25]
     total = counts[..., free_E].sum(axis=-1, keepdims=True)
     excess = total - counts * free_E.sum()
     if spec.rule == "sign":
@@ -356,7 +356,7 @@ def mask_array(token_mask_T, num_tokens: int) -> np.ndarray:
 
 
 def masked_logits(logits_TE, token_mask_T, dtype: DTypeLike) -> tuple[np.ndarray, np.ndarray]:
-    """The logits, 0 where a token is padding (whatever it holds, NaN included, is not read), and the mask."""
+    """The logits, 0 where a token is padding (whatever it holds, NaN included, is not read), and the mask. [MSK-6]"""
     logits_TE = array("logits_TE", logits_TE, (None, None)).astype(dtype)
     valid_T = mask_array(token_mask_T, len(logits_TE))
     logits_TE = np.where(valid_T[:, None], logits_TE, 0)

@@ -218,7 +218,7 @@ class CapacitySpec(_Spec):
         return Fraction(str(float(self.factor or 0))).as_integer_ratio()
 
     def capacity(self, num_tokens: int, top_k: int, num_experts: int) -> int:
-        """Slots of one expert in a unit of that many valid tokens; never more than the tokens."""
+        """Slots of one expert in a unit of that many valid tokens; never more than the tokens. [CAP-3, CAP-4]"""
         if self.slots is not None:
             wanted = self.slots
         elif self.rounding == "ceil_then_floor":

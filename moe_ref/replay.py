@@ -25,7 +25,7 @@ from moe_ref.weights import LayerParams
 
 
 def capture(routing: RoutingTrace, spec: RouterSpec, *, token_mask_T=None, sequence_lengths=None) -> RoutingRecord:
-    """A record holds what a router chose, in slot order, with float32 weights.
+    """A record holds what a router chose, in slot order, with float32 weights. [RPL-8]
 
     `routing` is a RoutingTrace or a CapacityTrace, or anything with expert_ids_TK and weights_TK.
     """
@@ -63,7 +63,7 @@ def replay(
     record: RoutingRecord, logits_TE, spec: RouterSpec, *, with_weights: bool = False, learned_scale=None,
     dtype: DTypeLike = np.float64,
 ) -> RoutingTrace:  # fmt: skip
-    """The recorded choice on this router: its weights are those of these logits, or the recorded ones.
+    """The recorded choice on this router: its weights are those of these logits, or the recorded ones. [RPL-2 .. RPL-4]
 
     An unused slot stays unused. Recorded weights are constants: no gradient goes to the logits.
     """
@@ -77,7 +77,7 @@ def replay_layer(
     record: RoutingRecord, x_TD, params: LayerParams, spec: LayerSpec, *, with_weights: bool = False,
     dtype: DTypeLike = np.float64,
 ) -> LayerTrace:  # fmt: skip
-    """The layer with the recorded choice; expert_bias takes part in a choice alone, and is not asked."""
+    """The layer with the recorded choice; expert_bias takes part in a choice alone, and is not asked. [RPL-4]"""
     inputs = replay_inputs(record, spec.router, with_weights=with_weights)
     forced = spec.replace(router=replay_spec(spec.router, with_weights=with_weights))
     return moe_layer(x_TD, replace(params, expert_bias_E=None), forced, dtype=dtype, **inputs)

@@ -139,10 +139,11 @@ def test_the_sign_of_a_huge_load_is_exact():
     np.testing.assert_array_equal(bias_update(counts_E, BiasUpdateSpec(rate=1.0), np.zeros(4)), [1, 1, -1, 1])
 
 
-def test_layers_do_not_influence_each_other():
+@pytest.mark.parametrize("centred", [False, True])
+def test_layers_do_not_influence_each_other(centred):
     # pytorch/torchtitan#3686
     counts_LE, biases_LE = np.stack([COUNTS_E, np.full(7, 4), COUNTS_E[::-1]]), np.arange(21.0).reshape(3, 7)
-    spec = BiasUpdateSpec(rule="proportional", centred=True, frozen_E=(True,) + (False,) * 6)
+    spec = BiasUpdateSpec(rule="proportional", centred=centred, frozen_E=(True,) + (False,) * 6)
     found = bias_update(counts_LE, spec, biases_LE)
     for layer in range(3):
         np.testing.assert_array_equal(found[layer], bias_update(counts_LE[layer], spec, biases_LE[layer]))

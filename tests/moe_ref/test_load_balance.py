@@ -156,6 +156,8 @@ def test_an_eps_lets_very_negative_logits_fall_below_the_minimum_of_the_loss():
 def test_raw_scores_are_the_scores_of_the_router(score_func, raw):
     spec = BalanceSpec(score_func=score_func)
     np.testing.assert_allclose(balance_scores(LOGITS_TE, spec), raw(LOGITS_TE), rtol=1e-13)
+    wide_TE = np.linspace(-39, 39, 4 * E).reshape(4, E)
+    np.testing.assert_allclose(log_scores(wide_TE, spec), np.log(raw(wide_TE)), rtol=1e-13, atol=1e-15)
     near = np.array([[-40.0 - 1e-12, -40.0 + 1e-12]])
     np.testing.assert_allclose(*log_scores(near, spec)[0], rtol=1e-12)
 

@@ -165,7 +165,7 @@ CAPACITIES = {
 def test_the_gradient_through_a_capacity_is_its_difference_quotient(name):
     spec = CAPACITIES[name]
     ids_TK = IDS_TK.copy()
-    ids_TK[1, 0] = UNUSED
+    ids_TK[3, 0] = UNUSED
     inputs = {"token_mask_T": MASK_T, "tokens_per_shard": (6, 9)}
     d_weights_TK = np.random.default_rng(3).standard_normal((T, K))
     trace = apply_capacity(ids_TK, WEIGHTS_TK, spec, E, **inputs)
