@@ -19,6 +19,7 @@ BUILT_IN = {
     "transformers": "conformance.subjects.transformers:Transformers",
     "torchtitan": "conformance.subjects.torchtitan:Torchtitan",
     "transformers-grouped-mm": "conformance.subjects.transformers:TransformersGroupedMm",
+    "torch-layouts": "conformance.subjects.torch_layouts:TorchLayouts",
     "torchtitan-float32": "conformance.subjects.torchtitan:TorchtitanFloat32",
 }
 ENTRY_POINTS = "moe_conformance.subjects"

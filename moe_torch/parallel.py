@@ -144,7 +144,9 @@ def _shard_fully(moe: MoE, parallel: Parallel, options: dict) -> None:
 
     fully_shard(moe, mesh=parallel.mesh[axes], **{"shard_placement_fn": place, **options})
     assert isinstance(moe, FSDPModule)
+    # A sum, not an average; and as a plain sum, since gloo has no other.
     moe.set_gradient_divide_factor(1.0)
+    moe.set_force_sum_reduction_for_comms(True)
 
 
 def sync_gradients(moe: MoE) -> None:

@@ -71,8 +71,9 @@ def full_tensors(moe: MoE, *, gradients: bool = False) -> dict[str, Tensor]:
             continue
         parameter = getattr(moe.experts, name)
         # Only the first tensor rank has the down bias.
-        like = moe.experts.w2_EDF.new_zeros(moe.experts.num_experts, moe.spec.experts.dim)
-        own = like if parameter is None else _whole(parameter, gradients)
+        w2 = moe.experts.w2_EDF
+        nothing = torch.zeros(len(w2), moe.spec.experts.dim, dtype=w2.dtype, device=w2.device)
+        own = nothing if parameter is None else _whole(parameter, gradients)
         found[f"experts.{name}"] = _gathered(own, axis, parallel)
     return found
 
