@@ -56,8 +56,8 @@ def apply_capacity(
         token_mask_T: (T,) bools; a padding token (False) gets ids -1 and weights 0, and takes no place.
         sequence_of_T: (T,) ints in [0, num_sequences), for scope 'sequence'; None: one sequence.
         num_sequences: static.
-        axis_name: mesh axes of `jax.shard_map` over which the batch is spread, for scope 'global'; its choices are
-            gathered, T * K small numbers of each shard. None: these tokens are the batch.
+        axis_name: mesh axes of `jax.shard_map` over which the batch is spread, and its sequences may be: for scopes
+            'global' and 'sequence' the choices are gathered, T * K small numbers of each shard. None: all is here.
     """
     ids_TK, weights_TK = jnp.asarray(expert_ids_TK).astype(jnp.int32), jnp.asarray(weights_TK)
     valid_T = jnp.ones(len(ids_TK), bool) if token_mask_T is None else jnp.asarray(token_mask_T)
@@ -68,10 +68,10 @@ def apply_capacity(
         unit_of_T, num_units = jnp.asarray(sequence_of_T).astype(jnp.int32), num_sequences
 
     choice = (given_ids_TK, lax.stop_gradient(given_TK), valid_T, unit_of_T)
-    if spec.scope == "global" and axis_name is not None:
+    if spec.scope != "rank" and axis_name is not None:
         ids, weights, valid, unit = lax.all_gather(choice, axis_name, tiled=True)
         first = lax.axis_index(axis_name) * len(ids_TK)
-        kept_of_all = _kept(ids, weights, valid, unit, spec, num_experts, 1)
+        kept_of_all = _kept(ids, weights, valid, unit, spec, num_experts, num_units)
         kept_TK = lax.dynamic_slice_in_dim(kept_of_all, first, len(ids_TK))
     else:
         kept_TK = _kept(*choice, spec, num_experts, num_units, all_valid=token_mask_T is None)

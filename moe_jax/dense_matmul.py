@@ -57,7 +57,7 @@ def dense_matmul(
             decided, capacity, spec.router.num_experts, token_mask_T=token_mask_T, sequence_of_T=sequence_of_T,
             num_sequences=num_sequences, axis_name=axis_name,
         )  # fmt: skip
-        batch = len(x_TD) if axis_name is None or capacity.scope != "global" else len(x_TD) * lax.axis_size(axis_name)
+        batch = len(x_TD) if axis_name is None or capacity.scope == "rank" else len(x_TD) * lax.axis_size(axis_name)
         num_places = most_slots(capacity, batch, spec.router.top_k, spec.router.num_experts, num_sequences)
         routed_TD = _places_of_experts(clean_x_TD, params, decided, spec, min(num_places, len(x_TD)), precision)
     summed_TD = routed_TD + null_output(clean_x_TD, decided.expert_ids_TK, decided.weights_TK, spec.router)

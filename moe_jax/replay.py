@@ -1,7 +1,7 @@
 """moe_jax, replay: the choice of one run is recorded, and forced on another, here or in another framework.
 
     output_TD, decided = sparse_matmul(x_TD, params, spec)
-    record = capture(decided, spec.router)                       # save_records, load_records: moe_ref.replay
+    record = capture(decided, spec.router)                       # save_records, load_records: moe_ref.record
     again_TD, _ = replay_layer(x_TD, params, spec, record)       # ids alone: the weights are this router's
     again_TD, _ = replay_layer(x_TD, params, spec, record, with_weights=True)
 
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from moe_jax.sparse_matmul import RouteOutput, sparse_matmul
-from moe_ref.replay import RoutingRecord
+from moe_ref.record import RoutingRecord
 from moe_ref.spec import LayerSpec, RouterSpec
 from moe_ref.weights import LayerParams
 
@@ -91,4 +91,8 @@ def replay_inputs(record: RoutingRecord, spec: RouterSpec, *, with_weights: bool
         if recorded != wanted:
             raise ValueError(f"{field} is {wanted}; the record has {recorded}")
     inputs = {"given_ids_TK": record.expert_ids_TK, "token_mask_T": record.token_mask_T}
-    return inputs | {"given_weights_TK": record.weights_TK} if with_weights else inputs
+    if not with_weights:
+        return inputs
+    if record.weights_TK is None:
+        raise ValueError("with_weights is True, but weights_TK of the record is None")
+    return inputs | {"given_weights_TK": record.weights_TK}

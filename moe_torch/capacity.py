@@ -52,8 +52,8 @@ def apply_capacity(
         token_mask_T: (T,) bools; a padding token (False) gets ids -1 and weights 0, and takes no place.
         sequence_of_T: (T,) ints in [0, num_sequences), for scope 'sequence'; None: one sequence.
         num_sequences: how many.
-        group: the ranks over which the batch is spread, for scope 'global'; its choices are gathered, T * K small
-            numbers of each rank, which may have unequal numbers of tokens. None: these tokens are the batch.
+        group: the ranks over which the batch is spread, and its sequences may be: for scopes 'global' and 'sequence'
+            the choices are gathered, T * K small numbers of each rank. Ranks may have unequal numbers of tokens.
     """
     ids_TK = expert_ids_TK.long()
     T = len(ids_TK)
@@ -65,10 +65,11 @@ def apply_capacity(
     if spec.scope == "sequence" and sequence_of_T is not None:
         unit_of_T, num_units = sequence_of_T.long(), num_sequences
 
-    if spec.scope == "global" and group is not None:
-        kept_TK = _kept_of_group(given_ids_TK, given_TK.detach(), valid_T, spec, num_experts, group)
+    choice = (given_ids_TK, given_TK.detach(), valid_T, unit_of_T)
+    if spec.scope != "rank" and group is not None:
+        kept_TK = _kept_of_group(*choice, spec, num_experts, num_units, group)
     else:
-        kept_TK = _kept(given_ids_TK, given_TK.detach(), valid_T, unit_of_T, spec, num_experts, num_units)
+        kept_TK = _kept(*choice, spec, num_experts, num_units)
     kept_ids_TK, kept_weights_TK = given_ids_TK.masked_fill(~kept_TK, -1), _renormalise(given_TK, kept_TK, spec)
     if spec.then is not None:
         second = apply_capacity(
@@ -97,21 +98,23 @@ def _kept(ids_TK, weights_TK, valid_T, unit_of_T, spec: CapacitySpec, num_expert
     return (ids_TK >= 0) & (~has_expert_TK | (place_TK < capacity_T[:, None]))
 
 
-def _kept_of_group(ids_TK, weights_TK, valid_T, spec: CapacitySpec, num_experts: int, group) -> Tensor:
+def _kept_of_group(
+    ids_TK, weights_TK, valid_T, unit_of_T, spec: CapacitySpec, num_experts: int, num_units: int, group
+) -> Tensor:
     """The same for the batch of a whole group; every rank decides alike, and takes its own part."""
     (T, K), ranks = ids_TK.shape, dist.get_world_size(group)
     longest = torch.tensor(T, device=ids_TK.device)
     dist.all_reduce(longest, dist.ReduceOp.MAX, group=group)
     L = int(longest)
     # float64 holds ids exactly, so that one gather is enough; the rows that fill up are padding tokens.
-    own_L = ids_TK.new_zeros(L, 2 * K + 1, dtype=torch.float64)
-    own_L[:T] = torch.cat([ids_TK.double(), weights_TK.double(), valid_T.double()[:, None]], dim=1)
+    own_L = ids_TK.new_zeros(L, 2 * K + 2, dtype=torch.float64)
+    own_L[:T] = torch.cat([values.double() for values in (ids_TK, weights_TK, valid_T[:, None], unit_of_T[:, None])], 1)
     own_L[T:, :K] = -1
-    whole = own_L.new_empty(ranks * L, 2 * K + 1)
+    whole = own_L.new_empty(ranks * L, 2 * K + 2)
     dist.all_gather_into_tensor(whole, own_L, group=group)
-    all_ids_TK, all_weights_TK, all_valid_T1 = whole.split([K, K, 1], dim=1)
-    one_unit_T = torch.zeros(ranks * L, dtype=torch.int64, device=ids_TK.device)
-    kept_TK = _kept(all_ids_TK.long(), all_weights_TK, all_valid_T1[:, 0] > 0, one_unit_T, spec, num_experts, 1)
+    all_ids_TK, all_weights_TK, rest_T2 = whole.split([K, K, 2], dim=1)
+    valid_T, unit_of_T = rest_T2[:, 0] > 0, rest_T2[:, 1].long()
+    kept_TK = _kept(all_ids_TK.long(), all_weights_TK, valid_T, unit_of_T, spec, num_experts, num_units)
     return kept_TK[dist.get_rank(group) * L :][:T]
 
 

@@ -1,7 +1,7 @@
 """moe_torch, replay: the choice of one run is recorded, and forced on another, here or in another framework.
 
     output, routing = layer.forward_and_routing(x)
-    record = capture(routing, layer.spec.router)                 # save_records, load_records: moe_ref.replay
+    record = capture(routing, layer.spec.router)                 # save_records, load_records: moe_ref.record
     again = replay_layer(other_layer, x, record)                 # ids alone: the weights are the other router's
     again = replay_layer(other_layer, x, record, with_weights=True)
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ref.replay import RoutingRecord
+from moe_ref.record import RoutingRecord
 from moe_ref.spec import RouterSpec
 from moe_torch.moe import MoE
 from moe_torch.routing import Routing
@@ -87,4 +87,8 @@ def replay_inputs(
         "given_ids_TK": torch.tensor(record.expert_ids_TK, device=device),
         "token_mask_T": torch.tensor(record.token_mask_T, device=device),
     }
-    return inputs | {"given_weights_TK": torch.tensor(record.weights_TK, device=device)} if with_weights else inputs
+    if not with_weights:
+        return inputs
+    if record.weights_TK is None:
+        raise ValueError("with_weights is True, but weights_TK of the record is None")
+    return inputs | {"given_weights_TK": torch.tensor(record.weights_TK, device=device)}

@@ -2,14 +2,16 @@
 
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conformance.subject import Routing, Subject
+from conformance.subject import Routing
+from conformance.subjects.jax_load import JaxLoad
+from conformance.subjects.jax_load import narrow as _narrow
 from moe_jax import routing
+from moe_jax.replay import capture, replay_inputs, replay_spec
 from moe_jax.sparse_matmul import RouteMetadata, activate, gmm_down, gmm_up, permute, sparse_matmul, unpermute
 from moe_ref import LayerParams, LayerSpec, RouterSpec
 
@@ -19,7 +21,7 @@ _gate = jax.jit(routing.gate)
 _permute = jax.jit(permute, static_argnames="num_experts")
 
 
-class Jax(Subject):
+class Jax(JaxLoad):
     """`moe_jax.routing` and `moe_jax.sparse_matmul`, compiled."""
 
     name = "jax"
@@ -114,10 +116,29 @@ class Jax(Subject):
                 found[field.name] = np.asarray(getattr(d_params, field.name))
         return found
 
+    def record(self, x_TD, params, spec, **inputs):
+        """What `sparse_matmul` decided."""
+        named = _layer_inputs(spec, **inputs)
+        decided = _decided(_narrow(x_TD), _with_bias(params, spec), spec=spec, inputs=named)
+        return capture(decided, spec.router, token_mask_T=inputs.get("token_mask_T"))
+
+    def replay(self, x_TD, params, spec, record):
+        """`sparse_matmul` with the spec of a replay; a balancing bias takes part in a choice alone."""
+        with_weights = record.weights_TK is not None
+        forced = spec.replace(router=replay_spec(spec.router, with_weights=with_weights))
+        named = replay_inputs(record, spec.router, with_weights=with_weights)
+        params = _narrow_params(replace(params, expert_bias_E=None))
+        return np.asarray(_layer(_narrow(x_TD), params, spec=forced, inputs=named))
+
 
 @partial(jax.jit, static_argnames="spec")
 def _layer(x_TD, params: LayerParams, *, spec: LayerSpec, inputs: dict):
     return sparse_matmul(x_TD, params, spec, **inputs)[0]
+
+
+@partial(jax.jit, static_argnames="spec")
+def _decided(x_TD, params: LayerParams, *, spec: LayerSpec, inputs: dict):
+    return sparse_matmul(x_TD, params, spec, **inputs)[1]
 
 
 @partial(jax.jit, static_argnames="spec")
@@ -169,15 +190,6 @@ def _with_bias(params: LayerParams, spec: LayerSpec) -> LayerParams:
     if params.expert_bias_E is None and spec.router.selector == "top_k":
         params = replace(params, expert_bias_E=np.zeros(spec.router.num_choices))
     return _narrow_params(params)
-
-
-def _narrow(array) -> Any:
-    """float64 and int64 become their 32-bit kinds, as everywhere in JAX without jax_enable_x64."""
-    if array is None:
-        return None
-    array = np.asarray(array)
-    narrow = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
-    return jnp.asarray(array, dtype=narrow.get(array.dtype, array.dtype))
 
 
 def _numpy(array):

@@ -5,14 +5,16 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from conformance.subject import Routing, Subject
+from conformance.subject import Routing
+from conformance.subjects.torch_load import TorchLoad
 from moe_ref import LayerParams, LayerSpec, RouterSpec
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation
 from moe_torch.moe import MoE
+from moe_torch.replay import capture, replay_layer
 from moe_torch.router import Gate, NodeLimitedRouter, route
 
 
-class Torch(Subject):
+class Torch(TorchLoad):
     """`moe_torch`: the function that routes logits, and the modules of the router and of the layer."""
 
     name = "torch"
@@ -114,6 +116,19 @@ class Torch(Subject):
         )
         by_name = {name: gradient.numpy() for name, gradient in zip(trained, gradients, strict=True)}
         return {"x_TD": d_x_TD.numpy()} | to_canonical(by_name, params)
+
+    def record(self, x_TD, params, spec, **inputs):
+        """What the module decided."""
+        named = _layer_inputs(**inputs)
+        with torch.no_grad():
+            _, routing = _loaded(params, spec).forward_and_routing(_single(x_TD), **named)
+        return capture(routing, spec.router, token_mask=named["token_mask"])
+
+    def replay(self, x_TD, params, spec, record):
+        """The module, with the ids of the record, and its weights where it has any."""
+        with torch.no_grad():
+            moe, with_weights = _loaded(params, spec), record.weights_TK is not None
+            return replay_layer(moe, _single(x_TD), record, with_weights=with_weights).numpy()
 
 
 @lru_cache(maxsize=64)
