@@ -93,7 +93,7 @@ def parallelize(
 
     moe.dispatcher = _dispatcher(moe, parallel, ranks_per_node, num_token_chunks)
     moe.dispatcher.parallel = parallel
-    moe.experts = keep_own_experts(moe.experts, parallel)
+    keep_own_experts(moe.experts, parallel)
     if "fsdp" in groups:
         _shard_fully(moe, parallel, fully_shard_options)
     return moe

@@ -175,8 +175,11 @@ def sum_in_place(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
             tensor.copy_(total.view_as(tensor))
 
 
-def gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """The tensor of each rank of the group, all of one shape."""
-    found = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
-    dist.all_gather(found, tensor.contiguous(), group=group)
-    return found
+def gather(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[list[Tensor]]:
+    """For each tensor that of every rank of the group, alike in shape and dtype on all; one collective."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    of_ranks = [torch.empty_like(flat) for _ in range(group.size())]
+    dist.all_gather(of_ranks, flat, group=group)
+    sizes = [tensor.numel() for tensor in tensors]
+    parts = zip(*(of_rank.split(sizes) for of_rank in of_ranks), strict=True)
+    return [[part.view(tensor.shape) for part in of_tensor] for tensor, of_tensor in zip(tensors, parts, strict=True)]

@@ -24,27 +24,26 @@ def parallel_of(moe: MoE) -> Parallel:
     return moe.dispatcher.parallel
 
 
-def keep_own_experts(experts: GroupedExperts, parallel: Parallel) -> GroupedExperts:
-    """The experts at this rank's places, with its columns of F.
+def keep_own_experts(experts: GroupedExperts, parallel: Parallel) -> None:
+    """The experts at this rank's places stay, with its columns of F.
 
     The down bias belongs to the first tensor rank: it is added to a sum over all of them.
     """
     ids = own_experts(experts.num_experts, parallel)
     rank, size = parallel.rank("tensor"), parallel.size("tensor")
-    spec = experts.spec.replace(hidden_dim=experts.spec.hidden_dim // size)
-    own = GroupedExperts(len(ids), spec, device="meta").train(experts.training)
     for name, axis in AXIS_OF_F.items():
         parameter = getattr(experts, name)
         if parameter is None:
             continue
         if axis is None and rank > 0:
-            own.register_parameter(name, None)
+            experts.register_parameter(name, None)
             continue
         kept = parameter.detach()[torch.tensor(ids, device=parameter.device)]
         if axis is not None:
             kept = kept.chunk(size, dim=axis)[rank].contiguous()
-        own.register_parameter(name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
-    return own
+        experts.register_parameter(name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+    experts.num_experts = len(ids)
+    experts.spec = experts.spec.replace(hidden_dim=experts.spec.hidden_dim // size)
 
 
 def own_experts(num_experts: int, parallel: Parallel) -> list[int]:
@@ -66,16 +65,12 @@ def full_tensors(moe: MoE, *, gradients: bool = False) -> dict[str, Tensor]:
     for name, parameter in moe.named_parameters():
         if not name.startswith("experts."):
             found[name] = _whole(parameter, gradients)
-    for name, axis in AXIS_OF_F.items():
-        if not _has(moe, name):
-            continue
-        parameter = getattr(moe.experts, name)
-        # Only the first tensor rank has the down bias.
-        w2 = moe.experts.w2_EDF
-        nothing = torch.zeros(len(w2), moe.spec.experts.dim, dtype=w2.dtype, device=w2.device)
-        own = nothing if parameter is None else _whole(parameter, gradients)
-        found[f"experts.{name}"] = _gathered(own, axis, parallel)
-    return found
+    w2 = moe.experts.w2_EDF
+    # Only the first tensor rank has the down bias.
+    nothing = torch.zeros(len(w2), moe.spec.experts.dim, dtype=w2.dtype, device=w2.device)
+    own = {name: getattr(moe.experts, name) for name in AXIS_OF_F if _has(moe, name)}
+    own = {name: nothing if value is None else _whole(value, gradients) for name, value in own.items()}
+    return found | {f"experts.{name}": value for name, value in _gathered(own, parallel).items()}
 
 
 def _has(moe: MoE, name: str) -> bool:
@@ -91,14 +86,19 @@ def _whole(parameter: Tensor, gradients: bool) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value.detach()
 
 
-def _gathered(own: Tensor, axis: int | None, parallel: Parallel) -> Tensor:
+def _gathered(own: dict[str, Tensor], parallel: Parallel) -> dict[str, Tensor]:
     """Over tensor, then over expert."""
+    found = own
     if "tensor" in parallel.groups:
-        parts = gather(own, parallel.groups["tensor"])
-        own = parts[0] if axis is None else torch.cat(parts, dim=axis)
-    by_place = own if "expert" not in parallel.groups else torch.cat(gather(own, parallel.groups["expert"]))
+        parts = gather(list(found.values()), parallel.groups["tensor"])
+        found = {
+            name: of_ranks[0] if AXIS_OF_F[name] is None else torch.cat(of_ranks, dim=AXIS_OF_F[name])
+            for name, of_ranks in zip(found, parts, strict=True)
+        }
+    if "expert" in parallel.groups:
+        parts = gather(list(found.values()), parallel.groups["expert"])
+        found = {name: torch.cat(of_ranks) for name, of_ranks in zip(found, parts, strict=True)}
     if parallel.placement is None:
-        return by_place
-    full = torch.empty_like(by_place)
-    full[torch.tensor(parallel.placement, device=full.device)] = by_place
-    return full
+        return found
+    place_of_expert = sorted(range(len(parallel.placement)), key=parallel.placement.__getitem__)
+    return {name: value[torch.tensor(place_of_expert, device=value.device)] for name, value in found.items()}
