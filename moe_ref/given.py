@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 def give_weights(routing: "RoutingTrace", given_weights_TK, spec: RouterSpec) -> "RoutingTrace":
-    """Given weights are final, after norm and scales; an unused slot weighs 0 whatever is given for it. [RPL-3]"""
+    """Given weights are final, after norm and scales; an unused slot weighs 0 whatever is given for it. [RPL-3]
+
+    Shared experts that the router scores keep this router's weights.
+    """
     if given_weights_TK is None:
         return routing
     require(spec.selector == "given", f"given_weights_TK is given, but selector is {spec.selector!r}, not 'given'")

@@ -283,6 +283,9 @@ def test_a_dropped_slot_adds_exactly_0_to_the_output():
     np.testing.assert_array_equal(limited.output_TD[all_dropped_T], 0)
     np.testing.assert_array_equal(limited.routing.expert_ids_TK, free.routing.expert_ids_TK)
     assert free.capacity is None
+    # It is no row: no expert works on it.
+    np.testing.assert_array_equal(limited.permutation.tokens_per_expert_E, limited.capacity.taken_UE[0])
+    np.testing.assert_array_equal(limited.slot_outputs_TKD[dropped_TK], 0)
 
 
 def test_a_large_capacity_is_the_layer_without_one():

@@ -276,6 +276,15 @@ def test_a_record_of_other_sizes_is_refused():
         replay(record, logits_TE, SPEC.replace(num_experts=9))
 
 
+def test_an_unused_slot_weighs_0_whatever_weight_is_given_for_it():
+    _, _, logits_TE, _ = recorded()
+    ids_TK = np.tile([5, UNUSED, 2], (T, 1))
+    found = route(
+        logits_TE, SPEC.replace(selector="given"), given_ids_TK=ids_TK, given_weights_TK=np.full((T, 3), 0.25)
+    )
+    np.testing.assert_array_equal(found.weights_TK, np.tile([0.25, 0, 0.25], (T, 1)))
+
+
 def test_given_weights_need_given_ids_and_are_finite():
     record, _, logits_TE, _ = recorded()
     with pytest.raises(ValueError, match="given_weights_TK is given, but selector is 'top_k', not 'given'"):
