@@ -135,7 +135,9 @@ def _unpermute_backward(residuals, d_output_TD):
     d_rows_RD = jnp.where(own_R1, d_gathered_RD * weight_R1, 0).astype(rows_RD.dtype)
     dtype = _sum_dtype(rows_RD.dtype, weights_TK.dtype)
     products_RD = jnp.where(own_R1, rows_RD, 0).astype(dtype) * d_gathered_RD.astype(dtype)
-    d_weights_TK = _take(products_RD.sum(axis=-1), metadata.row_of_slot_TK).astype(weights_TK.dtype)
+    d_weights_TK = jnp.where(
+        metadata.has_expert_TK, _take(products_RD.sum(axis=-1), metadata.row_of_slot_TK), 0
+    ).astype(weights_TK.dtype)
     return d_rows_RD, None, d_weights_TK
 
 
