@@ -70,8 +70,8 @@ def survey(judge: Judge, check: LayerCheck) -> None:
     if check.requirement not in judge.surveys:
         judge.surveys[check.requirement] = None
         try:
-            fixed = survey_layout_cases if isinstance(check, LayoutCheck) else survey_cases
-            for case in fixed(judge, check):
+            is_layout = isinstance(check, LayoutCheck)
+            for case in survey_layout_cases(judge, check) if is_layout else survey_cases(judge, check):
                 judge.examine(check, case)
         except Violation as violation:
             judge.surveys[check.requirement] = violation

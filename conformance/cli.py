@@ -53,7 +53,9 @@ def parser() -> Parser:
     replay.add_argument("case", metavar="ID", help="such as SEL-3-b254db, or the path of a case file")
     replay.add_argument("--subject", metavar="SUBJECT", help="default: the one that failed")
 
-    faults = commands.add_parser("faults", help="the known wrong routers, and the requirements that catch each")
+    faults = commands.add_parser(
+        "faults", help="the known wrong routers and layers, and what catches each"
+    )
     faults.add_argument("--seeds", type=_positive, default=1, metavar="N", help="how many seeds (default 1)")
     faults.add_argument("--only", metavar="NAME", help="one fault")
 
@@ -151,22 +153,44 @@ def _find_case(id: str, local: Path) -> Path:
 
 
 def faults(options) -> int:
-    """The kill table: 0 where every fault is caught with every seed."""
-    from conformance.faults import FAULTS, kill_table
+    """The kill table: 0 where every fault is caught with every seed.
 
-    chosen = [fault for fault in FAULTS if options.only in (None, fault.name)]
+    Of a router's fault every requirement that catches it; of a layer's, which costs more, the first, its own tried
+    first.
+    """
+    from conformance.faults import FAULTS
+    from conformance.faults.layer_faults import LAYER_FAULTS
+    from conformance.faults.layout_faults import LAYOUT_FAULTS
+
+    known = (*FAULTS, *LAYER_FAULTS, *LAYOUT_FAULTS)
+    chosen = [fault for fault in known if options.only in (None, fault.name)]
     if not chosen:
-        raise UsageError(f"there is no fault {options.only!r}{nearest(str(options.only), [f.name for f in FAULTS])}")
+        raise UsageError(f"there is no fault {options.only!r}{nearest(str(options.only), [f.name for f in known])}")
     survivors = 0
     for seed in range(options.seeds):
         if options.seeds > 1:
             print(f"seed {seed}")
         for fault in chosen:
-            killers = kill_table([fault], seed)[fault.name]
+            killers = _killers(fault, seed)
             survivors += not killers
-            print(f"{fault.name:<38} {fault.stage:<8} {' '.join(killers) or 'SURVIVES'}", flush=True)
+            print(f"{fault.name:<50} {fault.stage:<8} {' '.join(killers) or 'SURVIVES'}", flush=True)
     print(f"{len(chosen)} faults, {options.seeds} seeds, {survivors} survivors")
     return 1 if survivors else 0
+
+
+def _killers(fault, seed: int) -> list[str]:
+    """The requirements that catch a fault."""
+    from conformance.faults import kill_table
+    from conformance.faults.layer_fault import LayerFault
+    from conformance.faults.layer_fault import first_accusation as of_layer
+    from conformance.faults.layout_fault import LayoutFault
+    from conformance.faults.layout_fault import first_accusation as of_layout
+    from conformance.trial import DEFAULT_EXAMPLES
+
+    if not isinstance(fault, LayerFault):
+        return kill_table([fault], seed)[fault.name]
+    first = (of_layout if isinstance(fault, LayoutFault) else of_layer)(fault, seed=seed, examples=DEFAULT_EXAMPLES)
+    return [first.requirement] if first else []
 
 
 def glossary(options) -> int:

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from conformance.cases import TAGS, Case
 from conformance.layer_cases import LAYER_TAGS, LayerCase, case_from_json
+from conformance.layout_cases import LAYOUT_TAGS
 from conformance.requirements import REQUIREMENTS
 from moe_ref.checks import nearest, one_of, require
 
 KINDS = ("bug", "by-design", "numerics")
+EVERY_TAG = TAGS | LAYER_TAGS | LAYOUT_TAGS
 
 
 class UsageError(ValueError):
@@ -86,7 +88,7 @@ def _entry(entry: dict, folder: Path) -> Deviation:
     when = entry.get("when", [])
     require(isinstance(when, list), f"when is {when!r}; it is a list of tags")
     for tag in when:
-        require(tag in TAGS | LAYER_TAGS, f"unknown tag {tag!r}{nearest(tag, TAGS | LAYER_TAGS)}")
+        require(tag in EVERY_TAG, f"unknown tag {tag!r}{nearest(tag, EVERY_TAG)}")
     for key in ("reason", "link"):
         require(bool(str(entry.get(key, "")).strip()), f"{id} has no {key}")
     one_of("kind", entry.get("kind", "bug"), KINDS)

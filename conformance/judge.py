@@ -106,6 +106,8 @@ class Entry:
 
     judged: int = 0
     near_ties: int = 0
+    layouts: set = field(default_factory=set)
+    """The different layouts on which it was judged."""
     reasons: Counter = field(default_factory=Counter)
     """Why specs of the pool are not supported."""
     not_run: Counter = field(default_factory=Counter)
@@ -245,6 +247,8 @@ class Judge:
         try:
             check.run(self, case)
             entry.judged += 1
+            if isinstance(case, LayoutCase):
+                entry.layouts.add(case.layout)
         except NotRun as sentence:
             entry.not_run[str(sentence)] += 1
         except Violation as violation:

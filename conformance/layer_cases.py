@@ -7,6 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 
@@ -74,15 +75,15 @@ class LayerCase:
         """The source of a requirement's draws."""
         return np.random.default_rng(self.seed)
 
-    def with_(self, **changes) -> "LayerCase":
+    def with_(self, **changes) -> Self:
         """A copy with other values."""
         return replace(self, **changes)
 
-    def with_params(self, **changes) -> "LayerCase":
+    def with_params(self, **changes) -> Self:
         """A copy with other parameters."""
         return replace(self, params=replace(self.params, **changes))
 
-    def tokens(self, rows) -> "LayerCase":
+    def tokens(self, rows) -> Self:
         """The case of some of its tokens, in the order given."""
         inputs = {name: value[rows] if name in ROW_INPUTS else value for name, value in self.inputs.items()}
         return self.with_(x_TD=self.x_TD[rows], d_output_TD=self.d_output_TD[rows], inputs=inputs)
@@ -129,7 +130,11 @@ class LayerCase:
 
 
 def case_from_json(data: dict) -> "Case | LayerCase":
-    """A case of either kind: that of a layer has tokens."""
+    """A case of any kind: that of a layer has tokens, and that of a layout has a layout besides."""
+    if "layout" in data:
+        from conformance.layout_cases import LayoutCase  # which is made of this module
+
+        return LayoutCase.from_json(data)
     return LayerCase.from_json(data) if "x_TD" in data else Case.from_json(data)
 
 

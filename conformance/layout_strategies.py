@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from hypothesis import strategies as st
 
-from conformance.judge import Judge, LayoutCheck
+from conformance.judge import CHECKS, Judge, LayoutCheck
 from conformance.layer_strategies import (
     CLEARLY,
     DEEPSEEK,
@@ -40,8 +40,6 @@ TOKENS = 4
 """Of each shard where all have as many; two and four chunks divide it."""
 MESHES_EACH = 12
 """Meshes tried for each layer and strategy: every mesh is tried with several layers."""
-FEW = 12
-"""Settings for subjects that compile; more where a fact is still missing."""
 PRIMES = (2, 3, 5, 7)
 
 
@@ -82,7 +80,7 @@ LAYOUT_SPECS = (
     LayerSpec(router=RouterSpec(num_experts=6, top_k=2, **SELECTED), experts=ExpertSpec(dim=5, hidden_dim=7)),
     LayerSpec(
         router=RouterSpec(num_experts=16, top_k=3, **DEEPSEEK),
-        experts=ExpertSpec(dim=6, hidden_dim=12, bias=True),
+        experts=ExpertSpec(dim=6, hidden_dim=30, bias=True),
         shared=SharedSpec(hidden_dim=4),
     ),
 )
@@ -106,14 +104,14 @@ def meshes() -> list[dict]:
 @cache
 def settings_of(specs: tuple[LayerSpec, ...]) -> tuple[Setting, ...]:
     """Layers on meshes with strategies, each with some of the options that a layout has; plain ones first."""
-    rng, found = np.random.default_rng(0), []
-    every_mesh = meshes()
+    rng, found, every_mesh, seen = np.random.default_rng(0), [], meshes(), set()
     for spec, strategy in product(specs, STRATEGIES):
-        for number in rng.permutation(len(every_mesh))[:MESHES_EACH]:
+        for place, number in enumerate(rng.permutation(len(every_mesh))):
             mesh = every_mesh[number]
             plain = _valid(spec, ShardLayout(**mesh, strategy=strategy, tokens_per_shard=_equal(mesh, strategy)))
-            if plain is not None:
+            if plain is not None and (place < MESHES_EACH or number not in seen):
                 found += [plain, _with_options(plain, rng)]
+                seen.add(number)
     return tuple(sorted(set(found), key=lambda setting: setting.layout.num_ranks))
 
 
@@ -157,6 +155,7 @@ def layout_facts(setting: Setting) -> set:
     axes = (layout.data > 1, layout.fsdp > 1, ep > 1, tp > 1)
     found = {("strategy", layout.strategy, ep > 1), ("expert", ep), ("axes", axes)}
     found |= {("tensor", spec.experts.bias, spec.shared is not None)} if tp > 1 else set()
+    found |= {("groups", layout.strategy)} if layout.num_rank_groups > 1 and ep > 1 else set()
     found |= {("placed", layout.strategy)} if layout.placement is not None and ep > 1 else set()
     found |= {("nodes", layout.strategy)} if layout.num_nodes > 1 else set()
     found |= {("token chunks", ep > 1)} if layout.num_token_chunks > 1 else set()
@@ -166,23 +165,26 @@ def layout_facts(setting: Setting) -> set:
     return found | {("layer", fact) for fact in facts(spec) if sharded}
 
 
-_FACTS: dict[Setting, frozenset] = {}
-
-
+@cache
 def facts_of(setting: Setting) -> frozenset:
     """`layout_facts`, found once."""
-    if setting not in _FACTS:
-        _FACTS[setting] = frozenset(layout_facts(setting))
-    return _FACTS[setting]
+    return frozenset(layout_facts(setting))
 
 
-def covering(settings, of: Callable[[Setting], frozenset], most: int | None = None) -> list[Setting]:
+@cache
+def facts_of_layout(setting: Setting) -> frozenset:
+    """Those of them that are about the layout."""
+    return frozenset(fact for fact in facts_of(setting) if fact[0] != "layer")
+
+
+def covering(settings, of: Callable[[Setting], frozenset]) -> list[Setting]:
     """Few settings of which one has each fact that some setting has."""
     missing, kept = set().union(*map(of, settings)), []
-    while missing and (most is None or len(kept) < most):
-        best = max(settings, key=lambda setting: len(of(setting) & missing))
+    facts_of_each = {setting: of(setting) for setting in settings}
+    while missing:
+        best = max(settings, key=lambda setting: len(facts_of_each[setting] & missing))
         kept.append(best)
-        missing -= of(best)
+        missing -= facts_of_each[best]
     return kept
 
 
@@ -211,12 +213,23 @@ def _runnable(judge: Judge, specs: tuple[LayerSpec, ...]) -> tuple[list[Setting]
 
 
 def thin(settings: list[Setting]) -> list[Setting]:
-    """A few settings in which every fact of layouts comes about, and one without any token."""
-    kept = covering(settings, lambda s: frozenset(f for f in facts_of(s) if f[0] != "layer" or f[1][0] != "plain"), FEW)
+    """A few settings: one for each requirement, strategy and expert degree, and one without any token."""
+    kept = covering(settings, _wanted_by)
     if kept:
         first = kept[0]
         kept.append(Setting(spec=first.spec, layout=with_tokens(first.layout, 0)))
     return kept
+
+
+def _wanted_by(setting: Setting) -> frozenset:
+    """The requirements that want a setting; those of the plain layouts for each strategy."""
+    spec, layout = setting.spec, setting.layout
+    sharded, checks = layout.expert > 1, [c for c in CHECKS.values() if isinstance(c, LayoutCheck)]
+    found: set = {("strategy", layout.strategy, sharded), ("expert", layout.expert)}
+    for check in checks:
+        if check.method != "dispatch" and check.spec(spec) and check.layout(layout) and layout.num_ranks > 1:
+            found.add((check.requirement, layout.strategy if check.requirement == "LYT-2" and sharded else ""))
+    return frozenset(found | ({("groups",)} if layout.num_rank_groups > 1 and sharded else set()))
 
 
 def with_tokens(layout: ShardLayout, tokens: int) -> ShardLayout:
@@ -333,7 +346,7 @@ def another_layout(judge: Judge, case: LayoutCase) -> ShardLayout | None:
 def survey_layout_cases(judge: Judge, check: LayoutCheck) -> Iterator[LayoutCase]:
     """A case for each fact of layouts, so that a rare one is not left to luck."""
     settings = judge.specs(check)[0]
-    chosen = covering(settings, lambda s: frozenset(f for f in facts_of(s) if f[0] != "layer"))
+    chosen = covering(settings, facts_of_layout)
     for number, setting in enumerate(chosen):
         kinds = {name: getattr(check, plural) for name, plural in PLURALS.items()}
         choices = {name: each[number % len(each)] for name, each in kinds.items()}

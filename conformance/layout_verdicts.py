@@ -26,6 +26,8 @@ from conformance.layer_verdicts import (
     wanted_gradients,
 )
 from conformance.layout_cases import LayoutCase
+from moe_ref.gradient_sharded import sharded_backward
+from moe_ref.sharded import sharded_layer
 
 LAYOUT_FORM = {"dispatch": "DSP-1", "sharded_layer": "LYT-1", "sharded_gradients": "LYT-18"}
 """The requirement that a method runs at all, and returns what has the right shape."""
@@ -206,12 +208,12 @@ def layer_is_wrong(judge: Judge, case: LayoutCase, method: str) -> bool:
 
 
 def truncated(case: LayoutCase):
-    """The oracle's trace of the layout itself, with the slots that no buffer admitted."""
-    from moe_ref.sharded import sharded_layer
-
+    """The oracle's trace of the layout itself, without the slots that no buffer admitted."""
     return sharded_layer(case.by_shard(case.x_TD), case.params, case.spec, case.layout, **case.inputs_by_shard)
 
 
 def truncated_gradients(case: LayoutCase) -> dict[str, np.ndarray]:
     """The oracle's gradients of that, by name."""
-    raise NotImplementedError
+    grads = sharded_backward(truncated(case), case.params, case.spec, case.by_shard(case.d_output_TD))
+    named = {name: getattr(grads.params, name) for name in wanted_gradients(case) if name != "x_TD"}
+    return {"x_TD": np.concatenate(grads.x_by_shard)} | {name: np.asarray(grad) for name, grad in named.items()}

@@ -6,6 +6,7 @@ luck. It leaves out more tokens, more experts, and loads that only many tokens m
 
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def worlds_of_dispatch() -> list[LayoutCase]:
     found = []
     for (ranks, E, K, tokens), strategy in product(SIZES, STRATEGIES):
         shards = tokens[:1] if strategy == "replicated" else tokens
-        nodes = {"ranks_per_node": 1} if strategy == "node_dedup" else {}
+        nodes: dict[str, Any] = {"ranks_per_node": 1} if strategy == "node_dedup" else {}
         layout = ShardLayout(expert=ranks, strategy=strategy, tokens_per_shard=shards, **nodes)
         router = RouterSpec(num_experts=E, top_k=K, **SIGMOID, selector="given")
         spec = LayerSpec(router=router, experts=ExpertSpec(dim=2, hidden_dim=2))

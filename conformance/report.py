@@ -9,6 +9,8 @@ from conformance.deviations import case_id
 from conformance.judge import Entry, Judge, NotRun, Violation, stage_order
 from conformance.layer_cases import LayerCase
 from conformance.layer_verdicts import output
+from conformance.layout_cases import LayoutCase, digest_of
+from conformance.layout_report import layout_rows, ranks_side_by_side
 from conformance.requirements import REQUIREMENTS, SPEC_VERSION, STAGES
 
 STATUSES = ("ok", "known", "NEW", "STALE", "advice", "unsupported", "not judged")
@@ -59,6 +61,7 @@ def _layer_rows(case: LayerCase, token: int | None) -> list[tuple[str, str]]:
         ("shared", shared),
         ("rows", f"{_numbers(trace.permutation.tokens_per_expert_E)} of each expert"),
     ]
+    rows += layout_rows(case, token)
     t = token if token is not None else 0
     if case.num_tokens:
         rows += [
@@ -90,6 +93,8 @@ def _numbers_row(row: list) -> str:
 
 def side_by_side(judge: Judge, case: Case | LayerCase, most_tokens: int = 4) -> str:
     """Every stage of the reference for each token, and what the subject returned beside it."""
+    if isinstance(case, LayoutCase):
+        return ranks_side_by_side(judge, case, most_tokens)
     if isinstance(case, LayerCase):
         return _layers_side_by_side(judge, case, most_tokens)
     lines, trace = [], case.reference
@@ -160,6 +165,7 @@ def record(judge: Judge, id: str, entry: Entry, page: str = "") -> dict:
         "status": entry.status(requirement.level),
         "cases": entry.judged,
         "near_ties": entry.near_ties,
+        "layouts": sorted(digest_of(layout) for layout in entry.layouts),
         "known": [
             {"deviation": str(d), "reason": d.reason, "link": d.link, "kind": d.kind, "cases": n}
             for d, n in entry.known.items()
@@ -219,7 +225,9 @@ def table(subject: dict, records: list[dict]) -> str:
         note = f"  [{'; '.join(notes)}]" if notes else ""
         lines.append(f"  {r['status']:<11} {r['id']:<6}  {r['sentence']}{note}")
         lines += [f"              declared {d['deviation']}: {d['reason']} {d['link']}" for d in r["known"]]
-    return "\n".join([*lines, "", f"  {summary(records)}"])
+    layouts = {layout for r in records for layout in r.get("layouts", ())}
+    on = f" on {len(layouts)} different layouts" if layouts else ""
+    return "\n".join([*lines, "", f"  {summary(records)}{on}"])
 
 
 def matrix(report: dict) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 from conformance.cases import Case
 from conformance.judge import CHECKS, Judge, Violation
 from conformance.layer_cases import LayerCase
+from conformance.layout_cases import LayoutCase, simpler_layouts
 from moe_ref.weights import param_shapes
 
 TRIES = 400
@@ -32,6 +33,8 @@ def shrink(judge: Judge, violation: Violation) -> Violation:
 def violated(judge: Judge, id: str, case: Case | LayerCase) -> Violation | None:
     """The undeclared violation of this very requirement by a case, or None."""
     near_ties = judge.ledger[id].near_ties
+    if isinstance(case, LayoutCase) and not CHECKS[id].wants(case):
+        return None
     try:
         CHECKS[id].run(judge, case)
     except Violation as violation:
@@ -52,6 +55,8 @@ def _smaller(case: Case | LayerCase, token: int | None) -> Iterator[Case | Layer
             yield case.tokens(np.array([token]))
         for t in range(min(case.num_tokens, 20)):
             yield case.tokens(np.delete(np.arange(case.num_tokens), t))
+    if isinstance(case, LayoutCase):
+        yield from simpler_layouts(case)
     yield from _simpler_layer(case) if isinstance(case, LayerCase) else _simpler_router(case)
 
 

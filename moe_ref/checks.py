@@ -20,10 +20,9 @@ def nearest(name: str, valid) -> str:
 
 def one_of(field: str, value, valid) -> None:
     """The value is one of the valid names."""
-    require(
-        isinstance(value, str) and value in valid,
-        f"{field} is {value!r}, not one of {sorted(valid)}{nearest(value, valid)}",
-    )
+    # Specs and layouts are made by the thousand: the nearest name is looked for where it is shown.
+    if not (isinstance(value, str) and value in valid):
+        raise ValueError(f"{field} is {value!r}, not one of {sorted(valid)}{nearest(value, valid)}")
 
 
 def integer(field: str, value, low: int, high: int | None = None, *, why: str = "") -> None:

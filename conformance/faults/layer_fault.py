@@ -13,9 +13,21 @@ from conformance.layer_verdicts import FORM
 from conformance.requirements import REQUIREMENTS
 from conformance.subjects.reference import Reference
 from conformance.trial import accuse
-from moe_ref import dispatch, experts, gradient, gradient_routing, layer, permute, routing
+from moe_ref import (
+    dispatch,
+    experts,
+    gradient,
+    gradient_routing,
+    gradient_sharded,
+    layer,
+    permute,
+    routing,
+    sharded,
+)
 
-ROOMS = (moe_ref, permute, experts, layer, gradient, gradient_routing, routing, dispatch)
+ROOMS = (
+    moe_ref, permute, experts, layer, gradient, gradient_routing, routing, dispatch, sharded, gradient_sharded,
+)  # fmt: skip
 """Where a function of the reference may be known under its name."""
 
 

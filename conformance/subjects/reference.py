@@ -10,6 +10,8 @@ from moe_ref import RouterSpec
 from moe_ref import experts as experts_room
 from moe_ref import permute as permute_room
 from moe_ref.dispatch import plan
+from moe_ref.gradient_sharded import sharded_backward
+from moe_ref.sharded import sharded_layer
 
 
 class Reference(Subject):
@@ -64,3 +66,15 @@ class Reference(Subject):
         names = ("send_sizes_S", "recv_sizes_S", "group_sizes_e", "order_R2", "overflow")
         plans = plan(expert_ids_by_shard, layout, spec)
         return [{name: getattr(each, name) for name in names} for each in plans]
+
+    def sharded_layer(self, x_by_shard, params, spec, layout, **inputs):
+        trace = sharded_layer(x_by_shard, params, spec, layout, dtype=self.compute_dtype, **inputs)
+        return trace.outputs_by_rank
+
+    def sharded_gradients(self, x_by_shard, params, spec, layout, d_output_by_shard, **inputs):
+        trace = sharded_layer(x_by_shard, params, spec, layout, dtype=self.compute_dtype, **inputs)
+        grads = sharded_backward(trace, params, spec, d_output_by_shard)
+        named = {f.name: getattr(grads.params, f.name) for f in fields(grads.params)}
+        of_params = {name: grad for name, grad in named.items() if grad is not None}
+        shards = [layout.shard_of(rank) for rank in range(layout.num_ranks)]
+        return [{"x_TD": grads.x_by_shard[shard]} | of_params for shard in shards]

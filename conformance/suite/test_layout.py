@@ -93,7 +93,7 @@ def compare(judge, case: LayoutCase, id: str, title: str, other: LayoutCase) -> 
     hold(case, id, title, first_TD, second_TD, radius_TD, rows=judged_T(judge, case, id))
 
 
-@requires("LYT-1", method="sharded_layer")
+@requires("LYT-1", method="sharded_layer", counts=FILLED)
 def test_a_sharded_layer_runs_and_returns_an_output_for_every_rank(judge, case):
     outputs(judge, case, "LYT-1")
 
@@ -130,7 +130,7 @@ def test_shared_experts_add_their_output_once(judge, case):
     hold_layout(judge, case, "LYT-6", "not routed + shared", *routed)
 
 
-@requires("LYT-7", method="sharded_layer", spec=alone, layout=is_plain, counts=SOME_EMPTY, after=("LYT-1",))
+@requires("LYT-7", method="sharded_layer", spec=alone, layout=is_plain, counts=SOME_EMPTY)
 def test_a_rank_without_tokens_takes_part(judge, case):
     if 0 not in case.layout.tokens_per_shard:
         raise NotRun("judged where a rank has no token")
@@ -189,7 +189,7 @@ def test_what_was_left_in_buffers_reaches_no_output(judge, case):
         hold_ranks(case, "LYT-11", f"changed by {left}", found, clean, 2 * radius_of(judge, case), rows=clear_T)
 
 
-@requires("LYT-12", method="sharded_layer", inputs=("token_mask_T",), layout=lossless, after=("LYT-1",))
+@requires("LYT-12", method="sharded_layer", inputs=("token_mask_T",), layout=lossless)
 def test_padding_has_no_output_and_changes_none(judge, case):
     for poison in POISON:
         spoiled = case.with_(x_TD=np.where(case.valid_T[:, None], case.x_TD, poison))
@@ -213,7 +213,7 @@ def small_buffer(layout) -> bool:
 def test_a_slot_that_was_not_admitted_adds_0(judge, case):
     if not judged_T(judge, case, "LYT-13").all():
         raise NotRun("judged where every choice is beyond doubt")
-    wanted_TD = np.concatenate(truncated(case).output_by_shard)
+    wanted_TD = np.concatenate(truncated(case).outputs_by_shard)
     title = "not the one-rank layer without the slots that were not admitted"
     hold_layout(judge, case, "LYT-13", title, relaid(case, buffer_factor=None), wanted_TD=wanted_TD)
 

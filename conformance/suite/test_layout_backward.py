@@ -49,7 +49,7 @@ def hold_names(judge, case, names, id: str, title: str) -> None:
         raise
 
 
-@requires("LYT-18", method="sharded_gradients")
+@requires("LYT-18", method="sharded_gradients", counts=FILLED)
 def test_the_sharded_backward_pass_runs_and_returns_every_gradient(judge, case):
     gradients_by_rank(judge, case, "LYT-18")
 
@@ -132,14 +132,14 @@ def test_what_was_left_in_buffers_reaches_no_gradient(judge, case):
             hold(case, "LYT-26", title, grad_TD, before["x_TD"], radius, label=lambda row: f"token {row} of the shard")
 
 
-@requires("LYT-27", method="sharded_gradients", layout=unchunked, counts=SOME_EMPTY, after=FORWARD)
+@requires("LYT-27", method="sharded_gradients", layout=unchunked, counts=SOME_EMPTY, after=("LYT-7",))
 def test_a_rank_without_tokens_takes_part_in_the_backward_pass(judge, case):
     if 0 not in case.layout.tokens_per_shard:
         raise NotRun("judged where a rank has no token")
     hold_names(judge, case, wanted_gradients(case), "LYT-27", "not the gradient, beside ranks without tokens")
 
 
-@requires("LYT-28", method="sharded_gradients", inputs=("token_mask_T",), layout=lossless, after=FORWARD)
+@requires("LYT-28", method="sharded_gradients", inputs=("token_mask_T",), layout=lossless, after=("LYT-12",))
 def test_padding_adds_nothing_to_any_gradient(judge, case):
     beyond_doubt(judge, case, "LYT-28")
     valid_T1, radii = case.valid_T[:, None], radii_of_gradients(judge, case)
