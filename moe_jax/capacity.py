@@ -170,5 +170,10 @@ def _renormalise(given_TK, kept_TK, spec: CapacitySpec) -> jax.Array:
     kept_weights_TK = jnp.where(kept_TK, given_TK, 0)
     if spec.renormalise == "no":
         return kept_weights_TK
-    sum_T1 = (given_TK if spec.renormalise == "before" else kept_weights_TK).sum(axis=-1, keepdims=True)
-    return spec.weight_sum * kept_weights_TK / jnp.where(sum_T1 == 0, 1, sum_T1)
+    in_sum_TK = given_TK if spec.renormalise == "before" else kept_weights_TK
+    # In units of the largest weight: the gradient of a quotient holds sum ** -2, which is inf in float32 from 1e-20.
+    largest_T1 = lax.stop_gradient(in_sum_TK.max(axis=-1, keepdims=True))
+    zero_T1 = largest_T1 < jnp.finfo(in_sum_TK.dtype).tiny
+    unit_T1 = jnp.where(zero_T1, 1, largest_T1)
+    sum_T1 = jnp.where(zero_T1, 1, (in_sum_TK / unit_T1).sum(axis=-1, keepdims=True))
+    return jnp.where(zero_T1, 0, spec.weight_sum * (kept_weights_TK / unit_T1) / sum_T1)

@@ -146,4 +146,5 @@ def _renormalise(given_TK: Tensor, kept_TK: Tensor, spec: CapacitySpec) -> Tenso
     if spec.renormalise == "no":
         return kept_weights_TK
     sum_T1 = (given_TK if spec.renormalise == "before" else kept_weights_TK).sum(-1, keepdim=True)
-    return spec.weight_sum * kept_weights_TK / torch.where(sum_T1 == 0, 1, sum_T1)
+    # A sum of 0 leaves weights of 0, and no slope.
+    return torch.where(sum_T1 == 0, 0, spec.weight_sum * kept_weights_TK / torch.where(sum_T1 == 0, 1, sum_T1))
