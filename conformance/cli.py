@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+from conformance import traffic
 from conformance.deviations import UsageError, case_id, read_case
 from conformance.loading import load
 from conformance.requirements import REQUIREMENTS, STAGES, spec_markdown
@@ -58,6 +59,9 @@ def parser() -> Parser:
     )
     faults.add_argument("--seeds", type=_positive, default=1, metavar="N", help="how many seeds (default 1)")
     faults.add_argument("--only", metavar="NAME", help="one fault")
+
+    moved = commands.add_parser("traffic", help="rows and bytes across nodes, for each strategy of a layout")
+    traffic.add_options(moved, _positive)
 
     commands.add_parser("glossary", help="our names, and those of other code bases, as Markdown")
     commands.add_parser("options", help="this table")
@@ -220,6 +224,7 @@ COMMANDS = {
     "list": list_requirements,
     "replay": replay,
     "faults": faults,
+    "traffic": traffic.traffic,
     "glossary": glossary,
     "options": options_table,
     "spec": spec,
