@@ -193,22 +193,28 @@ def supported(judge: Judge, check: LayoutCheck) -> tuple[list[Setting], Counter]
     pool = DISPATCH_SPECS if check.method == "dispatch" else LAYOUT_SPECS
     if check.method not in judge.capabilities:
         return [], Counter([f"{check.method}() is not defined"])
-    runnable, reasons = _runnable(judge, pool)
-    wanted = [s for s in runnable if check.spec(s.spec) and check.layout(s.layout)]
+
+    def wants(setting: Setting) -> bool:
+        return check.spec(setting.spec) and check.layout(setting.layout)
+
+    runnable, refused = _runnable(judge, pool)
+    wanted = [setting for setting in runnable if wants(setting)]
     if judge.subject.compiles:  # its counts are those of the setting
         wanted = [s for s in wanted if (s.layout.num_tokens == 0) == (check.counts == ("empty",))]
-    return wanted, reasons
+    return wanted, Counter(sentence for setting, sentence in refused if wants(setting))
 
 
-def _runnable(judge: Judge, specs: tuple[LayerSpec, ...]) -> tuple[list[Setting], Counter]:
+def _runnable(judge: Judge, specs: tuple[LayerSpec, ...]) -> tuple[list[Setting], list[tuple[Setting, str]]]:
+    """The settings that the subject runs, and the others with the sentence that says why not."""
     known = _RUNNABLE.setdefault(judge, {})
     if specs not in known:
         settings = settings_of(specs)
         why = [judge.subject.supports_layer(setting.spec, setting.layout) for setting in settings]
-        found = [setting for setting, sentence in zip(settings, why, strict=True) if sentence is None]
+        pairs = list(zip(settings, why, strict=True))
+        found = [setting for setting, sentence in pairs if sentence is None]
         if judge.subject.compiles and specs is not DISPATCH_SPECS:
             found = thin(found)
-        known[specs] = found, Counter(sentence for sentence in why if sentence)
+        known[specs] = found, [(setting, sentence) for setting, sentence in pairs if sentence]
     return known[specs]
 
 

@@ -21,6 +21,9 @@ BUILT_IN = {
     "transformers-grouped-mm": "conformance.subjects.transformers:TransformersGroupedMm",
     "torch-layouts": "conformance.subjects.torch_layouts:TorchLayouts",
     "torchtitan-float32": "conformance.subjects.torchtitan:TorchtitanFloat32",
+    "jax-layouts": "conformance.subjects.jax_layouts:JaxLayouts",
+    "torch-layouts": "conformance.subjects.torch_layouts:TorchLayouts",
+    "torchtitan-layouts": "conformance.subjects.torchtitan_layouts:TorchtitanLayouts",
 }
 ENTRY_POINTS = "moe_conformance.subjects"
 """Packages that ship their own subject register it in this group, and its name works like a built-in one."""
