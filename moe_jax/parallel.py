@@ -134,6 +134,8 @@ def _layer(get: Callable, stages: Stages, x_TD, params: LayerParams, by_token: d
 def _experts(get: Callable, stages: Stages, x_TD, decided: RouteOutput, plan, params: LayerParams, fill):
     """One chunk of tokens. Gathers and exchanges of a chunk of the model dim depend on no other chunk's products, so
     that a compiler is free to run them meanwhile."""
+    if len(x_TD) == 0:
+        return x_TD  # a reduce-scatter of no rows never ends on CPU
     chunks = range(stages.layout.num_emb_chunks)
     rows = [get("dispatch")(x_TD, decided, plan, fill, chunk=chunk) for chunk in chunks]
     projected = [get("gmm_up")(rows[chunk], params, plan, chunk=chunk) for chunk in chunks]

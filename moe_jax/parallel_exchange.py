@@ -13,7 +13,7 @@ Legend: T tokens of a shard, K top_k, D model dim, E experts, e experts on this 
 C rows of a block, A rows that arrive, R rows worked on.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +69,8 @@ class ShardMetadata:
 
 
 def exchange_strategy(layout: ShardLayout) -> str:
-    """The strategy; that of one rank alone exchanges nothing."""
-    return layout.strategy if layout.expert > 1 else "replicated"
+    """The strategy; one rank alone exchanges nothing, but may have a buffer that is too small."""
+    return layout.strategy if layout.expert > 1 or layout.buffer_factor is not None else "replicated"
 
 
 def plan(expert_ids_TK, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
@@ -84,7 +84,8 @@ def plan(expert_ids_TK, layout: ShardLayout, router: RouterSpec) -> ShardMetadat
     if strategy == "ring_of_experts":
         return _plan_ring(places_TK, layout, router)
     if strategy == "replicated":
-        return _plan_here(vary(places_TK, ("expert",)), layout, router)
+        here = _plan_here(vary(places_TK, ("expert",)), layout, router)
+        return here if layout.strategy == "replicated" else _to_itself(here, layout, len(places_TK))
     home = local.permute(places_TK, router.num_experts)
     sizes_SSe = lax.all_gather(home.group_sizes_E, "expert").reshape(layout.expert, layout.expert, -1)
     if strategy == "all_to_all":
@@ -187,18 +188,19 @@ def buffer_rows(layout: ShardLayout, router: RouterSpec, num_tokens: int) -> int
 
 def _plan_ring(places_TK, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
     """Each rank has the tokens of all, in the order of the ranks, and picks the rows of its own experts."""
-    S, T = layout.expert, len(places_TK)
+    T = len(places_TK)
     here = _plan_here(lax.all_gather(places_TK, "expert", tiled=True), layout, router)
-    whole_S = jnp.full((S,), T, jnp.int32)
-    return ShardMetadata(
-        slots=None,
-        rows=here.rows,
-        send_sizes_S=whole_S,
-        recv_sizes_S=whole_S,
-        input_offsets_S=jnp.zeros((S,), jnp.int32),
-        output_offsets_S=jnp.full((S,), T, jnp.int32) * lax.axis_index("expert"),
-        overflow_1=here.overflow_1,
+    whole_S = jnp.full((layout.expert,), T, jnp.int32)
+    return replace(
+        here, send_sizes_S=whole_S, recv_sizes_S=whole_S, output_offsets_S=whole_S * lax.axis_index("expert")
     )
+
+
+def _to_itself(here: ShardMetadata, layout: ShardLayout, num_tokens: int) -> ShardMetadata:
+    """One rank alone sends itself its rows, or its tokens where the strategy sends tokens."""
+    ring = layout.strategy == "ring_of_experts"
+    sizes_1 = jnp.array([num_tokens], jnp.int32) if ring else here.rows.group_sizes_E.sum(dtype=jnp.int32)[None]
+    return replace(here, send_sizes_S=sizes_1, recv_sizes_S=sizes_1)
 
 
 def _plan_here(places_TK, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
