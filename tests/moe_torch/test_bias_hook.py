@@ -1,0 +1,108 @@
+"""moe_torch, tests of the bias hook: what it moves, what it leaves, and that recomputation counts once."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import moe_ref
+from moe_ref import BiasUpdateSpec, ExpertSpec, LayerSpec, RouterSpec
+from moe_torch.bias_hook import BiasHook
+from moe_torch.moe import MoE
+
+E, K, D, T = 5, 2, 4, 9
+LAYER = LayerSpec(
+    router=RouterSpec(num_experts=E, top_k=K, score_func="sigmoid"), experts=ExpertSpec(dim=D, hidden_dim=3)
+)
+UPDATE = BiasUpdateSpec(rate=0.25)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def counts_of(layer: MoE, x) -> np.ndarray:
+    with torch.no_grad():
+        return moe_ref.tokens_per_expert(layer.router.route(x).expert_ids_TK.numpy(), E)
+
+
+def test_a_step_of_the_optimizer_moves_the_bias_and_clears_the_counts():
+    moe, batches = MoE(LAYER), torch.randn(3, T, D)
+    expected_E = sum(counts_of(moe, x) for x in batches)
+    optimizer = torch.optim.SGD(moe.parameters(), lr=0.0)
+    hook = BiasHook(moe, UPDATE)
+    handle = hook.register(optimizer)
+    for x in batches:
+        moe(x).sum().backward()
+    optimizer.step()
+    np.testing.assert_array_equal(moe.router.expert_bias, moe_ref.bias_update(expected_E, UPDATE, np.zeros(E)))
+    np.testing.assert_array_equal(hook.counts[""], expected_E)
+    np.testing.assert_array_equal(moe.tokens_per_expert, np.zeros(E))
+    # Nothing was counted since, so that nothing moves.
+    before_E = moe.router.expert_bias.clone()
+    optimizer.step()
+    np.testing.assert_array_equal(moe.router.expert_bias, before_E)
+    handle.remove()
+
+
+def test_a_layer_whose_update_is_off_does_not_stop_the_others():
+    # pytorch/torchtitan#3686: a return where a continue was meant.
+    layers = nn.Sequential(MoE(LAYER), MoE(LAYER.replace(router=RouterSpec(num_experts=7, top_k=1))), MoE(LAYER))
+    hook = BiasHook(layers, UPDATE, overrides={"0": None, "2": UPDATE.replace(rate=2.0, rule="proportional")})
+    layers(torch.randn(T, D))
+    counted = [layer.tokens_per_expert.numpy().copy() for layer in layers]
+    hook.step()
+    np.testing.assert_array_equal(layers[0].router.expert_bias, np.zeros(E))
+    for index, update in ((1, hook.specs["1"]), (2, hook.specs["2"])):
+        expected_E = moe_ref.bias_update(counted[index], update, np.zeros(len(counted[index])))
+        np.testing.assert_allclose(layers[index].router.expert_bias, expected_E, rtol=1e-6)
+        assert expected_E.any()
+    for layer, counts_E, kept_E in zip(layers, counted, hook.counts.values(), strict=True):
+        np.testing.assert_array_equal(layer.tokens_per_expert, np.zeros_like(counts_E))
+        np.testing.assert_array_equal(kept_E, counts_E)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_forward_pass_that_is_recomputed_counts_once(use_reentrant):
+    # pytorch/torchtitan#1593
+    moe, x = MoE(LAYER), torch.randn(T, D, requires_grad=True)
+    expected_E = counts_of(moe, x)
+    for times in (1, 2):
+        checkpoint(moe, x, use_reentrant=use_reentrant).sum().backward()
+        np.testing.assert_array_equal(moe.tokens_per_expert, times * expected_E)
+
+
+def test_evaluation_counts_nothing_and_padding_is_not_counted():
+    moe, x = MoE(LAYER), torch.randn(T, D)
+    moe.eval()(x)
+    assert not moe.tokens_per_expert.any()
+    mask = torch.arange(T) % 3 != 1
+    moe.train()(x, mask)
+    np.testing.assert_array_equal(moe.tokens_per_expert, counts_of(moe, x[mask]))
+
+
+def test_many_steps_balance_a_skewed_load():
+    moe = MoE(LAYER)
+    with torch.no_grad():
+        moe.router.gate.weight.add_(torch.linspace(0.6, -0.6, E)[:, None])
+    hook = BiasHook(moe, BiasUpdateSpec(rate=0.003))
+    x = torch.rand(400, D)
+    busiest = []
+    for _ in range(200):
+        moe(x)
+        hook.step()
+        busiest.append(hook.counts[""].max().item() * E / (len(x) * K))
+    assert busiest[0] > 2
+    assert busiest[-1] < 1.2
+
+
+def test_what_names_no_layer_or_has_no_bias_is_refused():
+    with pytest.raises(ValueError, match=r"overrides names \['1'\]; the layers are \['0'\]"):
+        BiasHook(nn.Sequential(MoE(LAYER)), UPDATE, overrides={"1": None})
+    without = LAYER.replace(router=RouterSpec(num_experts=E, top_k=K, selector="round_robin"))
+    with pytest.raises(ValueError, match="layer '0' has no expert_bias"):
+        BiasHook(nn.Sequential(MoE(without)), UPDATE)
+    BiasHook(nn.Sequential(MoE(without)), UPDATE, overrides={"0": None}).step()
+    BiasHook(nn.Linear(2, 2), UPDATE).step()
