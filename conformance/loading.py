@@ -22,7 +22,6 @@ BUILT_IN = {
     "torch-layouts": "conformance.subjects.torch_layouts:TorchLayouts",
     "torchtitan-float32": "conformance.subjects.torchtitan:TorchtitanFloat32",
     "jax-layouts": "conformance.subjects.jax_layouts:JaxLayouts",
-    "torch-layouts": "conformance.subjects.torch_layouts:TorchLayouts",
     "torchtitan-layouts": "conformance.subjects.torchtitan_layouts:TorchtitanLayouts",
 }
 ENTRY_POINTS = "moe_conformance.subjects"
