@@ -131,10 +131,12 @@ def heading(router: RouterSpec, layout: ShardLayout, options) -> list[str]:
 def _groups_on_nodes(router: RouterSpec, layout: ShardLayout) -> str:
     if router.num_expert_groups is None:
         return "The router has no groups."
-    per_node, rest = divmod(router.num_expert_groups, layout.num_nodes)
-    if not rest:
-        return f"The router's {router.num_expert_groups} groups lie whole on their nodes, {per_node} on each."
-    return f"The router's {router.num_expert_groups} groups straddle nodes."
+    groups, nodes = router.num_expert_groups, layout.num_nodes
+    if groups % nodes == 0:
+        return f"The router's {groups} groups lie whole on their nodes, {groups // nodes} on each."
+    if nodes % groups == 0:
+        return f"Each of the router's {groups} groups has {nodes // groups} nodes."
+    return f"The router's {groups} groups straddle nodes."
 
 
 def table(lines: list[Line], options) -> list[str]:

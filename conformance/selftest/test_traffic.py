@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from conformance.cli import EXIT_USAGE, main
-from conformance.traffic import blocks, layout_of, routings_of, table
+from conformance.traffic import blocks, heading, layout_of, routings_of, table
 from conformance.traffic import line as line_of
-from moe_ref import plan
+from moe_ref import RouterSpec, ShardLayout, plan
 from moe_ref.families import family
 from moe_ref.layout import STRATEGIES
 from moe_ref.traffic import demand, exact_traffic
@@ -66,9 +66,18 @@ def test_a_router_without_groups_has_one_routing_and_one_node_no_share(capsys):
     assert {row[5] for row in rows_of(printed)} == {"-"}
 
 
-def test_groups_that_straddle_nodes_are_named(capsys):
-    assert main(["traffic", *SMALL[:-4], "--ranks-per-node", "1"]) == 0
-    assert "The router's 8 groups straddle nodes." in capsys.readouterr().out
+@pytest.mark.parametrize(("num_groups", "num_experts", "sentence"), [
+    (None, 12, "The router has no groups."),
+    (4, 12, "The router's 4 groups lie whole on their nodes, 2 on each."),
+    (1, 12, "Each of the router's 1 groups has 2 nodes."),
+    (3, 12, "The router's 3 groups straddle nodes."),
+])  # fmt: skip
+def test_how_groups_lie_on_nodes_is_said(num_groups, num_experts, sentence):
+    router = RouterSpec(
+        num_experts=num_experts, top_k=1, num_expert_groups=num_groups, num_limited_groups=num_groups and 1
+    )
+    layout = ShardLayout(expert=4, ranks_per_node=2, tokens_per_shard=(1,) * 4)
+    assert sentence in heading(router, layout, argparse.Namespace(family="mine", dim=1, bytes=1))[1]
 
 
 def test_bytes_are_rows_times_width():
