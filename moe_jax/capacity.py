@@ -44,7 +44,7 @@ def apply_capacity(
     num_sequences: int = 1,
     axis_name=None,
 ) -> Limited:
-    """An expert keeps the first C slots of each unit, in drop order, and the others are dropped. [CAP-1 .. CAP-6]
+    """An expert keeps the first C slots of each unit, in drop order, and the others are dropped. [CAP-3, CAP-5 .. CAP-7]
 
     `pad_to_capacity` changes no value; `dense_matmul` always computes on the padded form.
 
@@ -118,7 +118,7 @@ def _kept(
 
 
 def capacities(spec: CapacitySpec, max_tokens: int, top_k: int, num_experts: int) -> np.ndarray:
-    """`spec.capacity` of 0, 1, .. max_tokens valid tokens. [CAP-1]"""
+    """`spec.capacity` of 0, 1, .. max_tokens valid tokens. [CAP-3]"""
     tokens = np.arange(max_tokens + 1, dtype=np.int64)
     over, under = spec.factor_ratio
     if spec.slots is not None:
@@ -166,7 +166,7 @@ def _places(keys_N, bound: int) -> jax.Array:
 
 
 def _renormalise(given_TK, kept_TK, spec: CapacitySpec) -> jax.Array:
-    """Kept weights stay, or are divided by the sum of a token's weights, before or after the drop. [CAP-5]"""
+    """Kept weights stay, or are divided by the sum of a token's weights, before or after the drop. [CAP-9]"""
     kept_weights_TK = jnp.where(kept_TK, given_TK, 0)
     if spec.renormalise == "no":
         return kept_weights_TK

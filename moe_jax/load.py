@@ -22,7 +22,7 @@ from moe_ref.load_spec import BiasUpdateSpec
 
 
 def tokens_per_expert(expert_ids_TK, num_experts: int, token_mask_T=None, *, axis_name=None) -> jax.Array:
-    """The count of an expert is the number of slots of valid tokens that chose it. [LOD-1]
+    """The count of an expert is the number of slots of valid tokens that chose it. [LOD-2, LOD-3, MSK-1]
 
     Args:
         expert_ids_TK: (T, K) integers; unused slots (-1) and null experts (num_experts and above) are not counted.
@@ -69,7 +69,7 @@ class LoadStatistics:
 
 
 def load_statistics(counts_E, *, num_ranks: int = 1, placement: tuple[int, ...] | None = None) -> LoadStatistics:
-    """Statistics of a count; ranks own equal shares of the places, in order. [LOD-2]
+    """Statistics of a count; ranks own equal shares of the places, in order.
 
     Args:
         counts_E: (E,) tokens per expert, summed over everything that is to be described.
@@ -102,7 +102,7 @@ def load_statistics(counts_E, *, num_ranks: int = 1, placement: tuple[int, ...] 
 
 
 def bias_update(counts_E, spec: BiasUpdateSpec, expert_bias_E, *, axis_name=None) -> Any:
-    """An expert with less than the mean load gets a larger bias, one with more a smaller one. [LOD-11 .. LOD-14]
+    """An expert with less than the mean load gets a larger bias, one with more a smaller one. [LOD-19 .. LOD-24]
 
     Args:
         counts_E: (..., E) integers, leading axes are layers: counts of the whole step, summed over micro-batches and

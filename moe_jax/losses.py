@@ -50,7 +50,7 @@ def balance_loss(
     num_earlier=0,
     axis_name=None,
 ) -> jax.Array:
-    """The balance loss of one layer. [LOD-3 .. LOD-9]
+    """The balance loss of one layer. [LOD-6 .. LOD-14]
 
     Differentiable in the logits. Inside `jax.shard_map` with axis_name the loss is that of the whole batch, on every
     shard, and each shard's gradient is that of its own logits.
@@ -104,7 +104,7 @@ def balance_sums(
 def loss_of_sums(
     sums: BalanceSums, spec: BalanceSpec, *, earlier: BalanceSums | None = None, num_earlier=0, axis_name=None
 ) -> jax.Array:
-    """coeff * E ** expert_power * sum over experts of f * P, in the mean over the units with a valid token. [LOD-3]
+    """coeff * E ** expert_power * sum over experts of f * P, in the mean over the units with a valid token. [LOD-6]
 
     Sums of several micro-batches or layers (`BalanceSums` can be added) give the loss of all of them as one batch.
     """
@@ -133,7 +133,7 @@ def _mean_of_shards(loss, has_tokens, axis_name):
 
 
 def balance_scores(logits_TE, spec: BalanceSpec) -> jax.Array:
-    """Scores are a function of the logits, once: shares of their sum, or raw. [LOD-4]"""
+    """Scores are a function of the logits, once: shares of their sum, or raw. [LOD-7]"""
     if not spec.scores_sum_to_1:
         return score(logits_TE, RouterSpec(num_experts=1, top_k=1, score_func=spec.score_func))
     # From logarithms, as a softmax of them: scores of very negative logits keep their ratios where their sum vanishes.
@@ -156,7 +156,7 @@ def _log_scores(logits_TE, score_func: str):
 
 
 def _counted_ids(logits_TE, expert_ids_TK, top_k_of_spec: int, spec: BalanceSpec):
-    """The given choice, or the top k of the scores without bias and groups. [LOD-5]"""
+    """The given choice, or the top k of the scores without bias and groups. [LOD-9]"""
     if spec.counts == "routed":
         return jnp.asarray(expert_ids_TK).astype(jnp.int32)
     # Scores rise with logits, which do not saturate.
@@ -165,7 +165,7 @@ def _counted_ids(logits_TE, expert_ids_TK, top_k_of_spec: int, spec: BalanceSpec
 
 
 def z_loss(logits_TE, *, coeff: float = 1.0, scope: str = "global", token_mask_T=None, axis_name=None) -> jax.Array:
-    """The z-loss is coeff times the mean over valid tokens of log(sum(exp(logits))) ** 2. [LOD-10]
+    """The z-loss is coeff times the mean over valid tokens of log(sum(exp(logits))) ** 2. [LOD-16]
 
     Of raw logits, not of scores (huggingface/transformers#48421). Scope 'local': each shard's mean, then over shards.
     """

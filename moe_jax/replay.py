@@ -24,7 +24,7 @@ from moe_ref.weights import LayerParams
 def capture(
     decided: RouteOutput, spec: RouterSpec, *, token_mask_T=None, sequence_lengths: Sequence[int] | None = None
 ) -> RoutingRecord:
-    """A record holds what the experts worked on, in slot order, with float32 weights; it is on the host. [RPL-1]
+    """A record holds what the experts worked on, in slot order, with float32 weights; it is on the host. [RPL-8]
 
     Args:
         decided: of a layer or of `route`, outside of jit; slots that a capacity dropped are unused.
@@ -72,7 +72,7 @@ def replay_layer(
 
 
 def replay_spec(spec: RouterSpec, *, with_weights: bool = False) -> RouterSpec:
-    """The same router with its choice replaced by a given one. [RPL-2]
+    """The same router with its choice replaced by a given one. [RPL-4]
 
     Raises:
         ValueError: its weights are not a function of the chosen ids alone (sparsemixer).

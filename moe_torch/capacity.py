@@ -40,7 +40,7 @@ def apply_capacity(
     num_sequences: int = 1,
     group: dist.ProcessGroup | None = None,
 ) -> Limited:
-    """An expert keeps the first C slots of each unit, in drop order, and the others are dropped. [CAP-1 .. CAP-6]
+    """An expert keeps the first C slots of each unit, in drop order, and the others are dropped. [CAP-3, CAP-5 .. CAP-7]
 
     `pad_to_capacity` changes no value: rows are as many as the slots that are kept.
 
@@ -119,7 +119,7 @@ def _kept_of_group(
 
 
 def capacities(tokens_U: Tensor, spec: CapacitySpec, top_k: int, num_experts: int) -> Tensor:
-    """`spec.capacity` of each number of valid tokens, in whole numbers. [CAP-1]"""
+    """`spec.capacity` of each number of valid tokens, in whole numbers. [CAP-3]"""
     over, under = spec.factor_ratio
     if spec.slots is not None:
         wanted_U = torch.full_like(tokens_U, spec.slots)
@@ -141,7 +141,7 @@ def _places(keys_N: Tensor) -> Tensor:
 
 
 def _renormalise(given_TK: Tensor, kept_TK: Tensor, spec: CapacitySpec) -> Tensor:
-    """Kept weights stay, or are divided by the sum of a token's weights, before or after the drop. [CAP-5]"""
+    """Kept weights stay, or are divided by the sum of a token's weights, before or after the drop. [CAP-9]"""
     kept_weights_TK = torch.where(kept_TK, given_TK, 0)
     if spec.renormalise == "no":
         return kept_weights_TK

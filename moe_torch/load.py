@@ -25,7 +25,7 @@ def tokens_per_expert(
     *,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """The count of an expert is the number of slots of valid tokens that chose it. [LOD-1]
+    """The count of an expert is the number of slots of valid tokens that chose it. [LOD-2, LOD-3, MSK-1]
 
     Args:
         expert_ids_TK: (T, K) integers; unused slots (-1) and null experts (num_experts and above) are not counted.
@@ -85,7 +85,7 @@ class LoadStatistics:
 def load_statistics(
     counts_E: Tensor, *, num_ranks: int = 1, placement: tuple[int, ...] | None = None
 ) -> LoadStatistics:
-    """Statistics of a count; ranks own equal shares of the places, in order. [LOD-2]
+    """Statistics of a count; ranks own equal shares of the places, in order.
 
     Args:
         counts_E: (E,) tokens per expert, summed over everything that is to be described.
@@ -113,7 +113,7 @@ def load_statistics(
 
 
 def bias_update(counts_E: Tensor, spec: BiasUpdateSpec, expert_bias_E: Tensor) -> Tensor:
-    """An expert with less than the mean load gets a larger bias, one with more a smaller one. [LOD-11 .. LOD-14]
+    """An expert with less than the mean load gets a larger bias, one with more a smaller one. [LOD-19 .. LOD-24]
 
     Args:
         counts_E: (..., E) integers, leading axes are layers: counts of the whole step, summed over ranks, micro-batches

@@ -55,7 +55,7 @@ def balance_loss(
     num_earlier: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """The balance loss of one layer. [LOD-3 .. LOD-9]
+    """The balance loss of one layer. [LOD-6 .. LOD-14]
 
     Differentiable in the logits. With a group the loss is that of the whole batch, on every rank, and each rank's
     gradient is that of its own logits: gradients of parameters are to be summed over the group. What averages them
@@ -123,7 +123,7 @@ def balance_sums(
 def loss_of_sums(
     sums: BalanceSums, spec: BalanceSpec, *, earlier: BalanceSums | None = None, num_earlier: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """coeff * E ** expert_power * sum over experts of f * P, in the mean over the units with a valid token. [LOD-3]
+    """coeff * E ** expert_power * sum over experts of f * P, in the mean over the units with a valid token. [LOD-6]
 
     Sums of several micro-batches or layers (`BalanceSums` can be added) give the loss of all of them as one batch.
 
@@ -188,7 +188,7 @@ def _sum_over(group: dist.ProcessGroup | None, values: Tensor) -> Tensor:
 
 
 def balance_scores(logits_TE: Tensor, spec: BalanceSpec) -> Tensor:
-    """Scores are a function of the logits, once: shares of their sum, or raw. [LOD-4]"""
+    """Scores are a function of the logits, once: shares of their sum, or raw. [LOD-7]"""
     if not spec.scores_sum_to_1:
         return score(logits_TE, RouterSpec(num_experts=1, top_k=1, score_func=spec.score_func))
     # From logarithms, as a softmax of them: scores of very negative logits keep their ratios where their sum vanishes.
@@ -211,7 +211,7 @@ def _log_scores(logits_TE: Tensor, score_func: str) -> Tensor:
 
 
 def _counted_ids(logits_TE: Tensor, expert_ids_TK: Tensor, k: int, spec: BalanceSpec) -> Tensor:
-    """The given choice, or the top k of the scores without bias and groups. [LOD-5]"""
+    """The given choice, or the top k of the scores without bias and groups. [LOD-9]"""
     if spec.counts == "routed":
         return expert_ids_TK.long()
     # Scores rise with logits, which do not saturate.
@@ -227,7 +227,7 @@ def z_loss(
     token_mask_T: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """The z-loss is coeff times the mean over valid tokens of log(sum(exp(logits))) ** 2. [LOD-10]
+    """The z-loss is coeff times the mean over valid tokens of log(sum(exp(logits))) ** 2. [LOD-16]
 
     Of raw logits, not of scores (huggingface/transformers#48421). Scope 'local': each rank's mean, then over ranks.
     Gradients as in `balance_loss`.

@@ -28,7 +28,7 @@ def capture(
     token_mask: Tensor | None = None,
     sequence_lengths: Sequence[int] | None = None,
 ) -> RoutingRecord:
-    """A record holds what the experts worked on, in slot order, with float32 weights; it is on the host. [RPL-1]
+    """A record holds what the experts worked on, in slot order, with float32 weights; it is on the host. [RPL-8]
 
     Args:
         routing: of `MoE.forward_and_routing` or `route`; slots that a capacity dropped are unused.
@@ -63,7 +63,7 @@ def replay_layer(layer: MoE, x: Tensor, record: RoutingRecord, *, with_weights: 
 
 
 def replay_spec(spec: RouterSpec, *, with_weights: bool = False) -> RouterSpec:
-    """The same router with its choice replaced by a given one. [RPL-2]
+    """The same router with its choice replaced by a given one. [RPL-4]
 
     Raises:
         ValueError: its weights are not a function of the chosen ids alone (sparsemixer).
