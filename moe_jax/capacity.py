@@ -44,7 +44,7 @@ def apply_capacity(
     num_sequences: int = 1,
     axis_name=None,
 ) -> Limited:
-    """An expert keeps the first C slots of each unit, in drop order, and the others are dropped. [CAP-3, CAP-5 .. CAP-7]
+    """An expert keeps the first C slots of each unit, in drop order, and the others are dropped. [CAP-3 .. CAP-7]
 
     `pad_to_capacity` changes no value; `dense_matmul` always computes on the padded form.
 

@@ -40,7 +40,7 @@ def apply_capacity(
     num_sequences: int = 1,
     group: dist.ProcessGroup | None = None,
 ) -> Limited:
-    """An expert keeps the first C slots of each unit, in drop order, and the others are dropped. [CAP-3, CAP-5 .. CAP-7]
+    """An expert keeps the first C slots of each unit, in drop order, and the others are dropped. [CAP-3 .. CAP-7]
 
     `pad_to_capacity` changes no value: rows are as many as the slots that are kept.
 
