@@ -17,6 +17,7 @@ from conformance.subject import Routing, Unsupported
 from conformance.subjects.identity_gate import give_identity_gate, to_numpy, to_torch
 from conformance.subjects.transformers_families import DEFAULTS, ROUTERS, RealRouter
 from conformance.subjects.transformers_layers import IMPLEMENTATIONS, TransformersLayers
+from conformance.subjects.transformers_load import TransformersLoad
 from moe_ref import RouterSpec
 from moe_ref.checks import nearest
 
@@ -32,7 +33,7 @@ class Returned:
     shared_weights_TS: torch.Tensor | None = None
 
 
-class Transformers(TransformersLayers):
+class Transformers(TransformersLoad, TransformersLayers):  # pyright: ignore[reportIncompatibleMethodOverride]
     """The router or block of transformers that computes a spec; with `family`, only that family's."""
 
     name = "transformers"
