@@ -1,0 +1,133 @@
+"""Tests, what ranks run to show more of moe_torch.parallel than outputs and gradients."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from conformance.subjects.torch_layouts import mesh_of, parallel_layer
+from moe_ref import LayerParams, LayerSpec
+from moe_ref.layout import ShardLayout
+from moe_torch import moe as moe_module
+from moe_torch import parallel_dispatch
+from moe_torch.moe import MoE
+from moe_torch.parallel import parallelize, sync_gradients
+from moe_torch.parallel_collectives import recorded
+from moe_torch.parallel_state import full_tensors
+
+
+def own(by_shard: list, layout: ShardLayout, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The tokens of this rank."""
+    return torch.tensor(np.asarray(by_shard[layout.shard_of(dist.get_rank())])).to(dtype)
+
+
+@contextmanager
+def grouped_matmuls():
+    """The path of accelerators: rows of all experts side by side."""
+    before = moe_module.uses_grouped_mm
+    moe_module.uses_grouped_mm = parallel_dispatch.uses_grouped_mm = lambda rows: True
+    try:
+        yield
+    finally:
+        moe_module.uses_grouped_mm = parallel_dispatch.uses_grouped_mm = before
+
+
+def train(moe: MoE, x_TD: torch.Tensor, call: Callable | None = None) -> dict[str, np.ndarray]:
+    """Output, and every gradient, whole, for a loss of sum(output ** 2)."""
+    x_TD.requires_grad_()
+    output_TD = moe(x_TD) if call is None else call(x_TD)
+    output_TD.float().square().sum().backward()
+    sync_gradients(moe)
+    assert x_TD.grad is not None
+    found = {"output": output_TD.detach(), "x": x_TD.grad} | full_tensors(moe, gradients=True)
+    return {name: value.float().numpy() for name, value in found.items()}
+
+
+def train_on_rank(params, spec: LayerSpec, layout: ShardLayout, x_by_shard, way: str) -> dict[str, np.ndarray]:
+    """In one of several ways."""
+    moe = parallel_layer(params, spec, layout)
+    if way == "bfloat16":
+        return train(moe.to(torch.bfloat16), own(x_by_shard, layout, torch.bfloat16))
+    if way == "grouped":
+        with grouped_matmuls():
+            return train(moe, own(x_by_shard, layout))
+    if way == "compiled":
+        torch._dynamo.reset()
+        return train(moe, own(x_by_shard, layout), torch.compile(moe, backend="aot_eager"))
+    return train(moe, own(x_by_shard, layout))
+
+
+def sent_on_rank(params, spec: LayerSpec, layout: ShardLayout, x_by_shard) -> list[tuple]:
+    """(what, backward, rank of the expert axis, rows, bytes per row) of all that went to somebody, itself included."""
+    moe = parallel_layer(params, spec, layout)
+    axis = dist.get_process_group_ranks(moe.dispatcher.group)
+    with recorded() as sent:
+        train(moe, own(x_by_shard, layout))
+    return [
+        (each.what, each.backward, axis.index(rank), rows, each.bytes_per_row)
+        for each in sent
+        for rank, rows in zip(dist.get_process_group_ranks(each.group), each.rows_S, strict=True)
+    ]
+
+
+def parameters_on_rank(params: LayerParams, spec: LayerSpec, layout: ShardLayout) -> tuple[dict, dict, dict]:
+    """Parameters of the whole layer, those that are put together again, and how many numbers of each are stored."""
+    whole = MoE(spec)
+    whole.load(params)
+    moe = parallel_layer(params, spec, layout)
+    stored = {
+        name: (p.to_local() if isinstance(p, torch.distributed.tensor.DTensor) else p).numel()
+        for name, p in moe.named_parameters()
+    }
+    again = {name: value.numpy() for name, value in full_tensors(moe).items()}
+    return {name: value.detach().numpy() for name, value in whole.named_parameters()}, again, stored
+
+
+def refused_on_rank(spec: LayerSpec, sizes: tuple[int, ...], options: dict) -> str:
+    """The error of `parallelize`."""
+    try:
+        parallelize(MoE(spec), mesh_of(*sizes), **options)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def misused_on_rank(spec: LayerSpec) -> list[str]:
+    """Errors of calls that a layer is not ready for."""
+    strange = torch.distributed.device_mesh.init_device_mesh("cpu", (2,), mesh_dim_names=("pipeline",))
+    parallel = parallelize(MoE(spec), mesh_of(1, 1, 2, 1))
+    calls: list[Callable] = [
+        lambda: sync_gradients(MoE(spec)),
+        lambda: full_tensors(MoE(spec)),
+        lambda: parallelize(parallel, mesh_of(1, 1, 2, 1)),
+        lambda: parallelize(MoE(spec), strange),
+    ]
+    found = []
+    for call in calls:
+        try:
+            call()
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def kinds_on_rank(spec: LayerSpec) -> dict:
+    """What `parallelize` keeps of a layer on the meta device, of frozen experts, and of the mode."""
+    with torch.device("meta"):
+        moe = MoE(spec, dtype=torch.bfloat16)
+    moe.experts.w1_EFD.requires_grad_(False)
+    moe = parallelize(moe.eval(), mesh_of(1, 1, 2, 1))
+    w1, w2 = moe.experts.w1_EFD, moe.experts.w2_EDF
+    return {
+        "device": w1.device.type, "dtype": str(w1.dtype), "trained": [w1.requires_grad, w2.requires_grad],
+        "training": moe.experts.training, "experts": [len(w1), moe.experts.num_experts],
+    }  # fmt: skip
+
+
+def counts_on_rank(params, spec: LayerSpec, layout: ShardLayout, x_by_shard) -> np.ndarray:
+    """Tokens of each choice that this rank's tokens made in training."""
+    moe = parallel_layer(params, spec, layout).train()
+    moe(own(x_by_shard, layout))
+    return moe.tokens_per_expert.numpy()
