@@ -81,7 +81,7 @@ def test_what_is_right_is_not_accused(subject):
     accused = accuse(judge, seed=0, examples=4, ids=IDS)
     wrong = {id: (str(v), v.expected, v.received) for id, v in accused.items()}
     assert set(wrong) == (SHOULD if subject is Backwards else set()), wrong
-    few = {"DSP-8", "LYT-7", "LYT-27"} if subject is Compiled else set()
+    few = {"LYT-7", "LYT-27"} if subject is Compiled else set()  # shards of which some are empty
     assert {id for id in IDS if judge.ledger[id].judged == 0} == few
 
 
