@@ -74,6 +74,15 @@ def test_a_forward_pass_that_is_recomputed_counts_once(use_reentrant):
         np.testing.assert_array_equal(moe.tokens_per_expert, times * expected_E)
 
 
+def test_a_compiled_layer_that_is_recomputed_counts_once():
+    moe, x = MoE(LAYER), torch.randn(T, D, requires_grad=True)
+    expected_E = counts_of(moe, x)
+    compiled = torch.compile(moe, backend="aot_eager")
+    for times in (1, 2):
+        checkpoint(compiled, x, use_reentrant=False).sum().backward()
+        np.testing.assert_array_equal(moe.tokens_per_expert, times * expected_E)
+
+
 def test_evaluation_counts_nothing_and_padding_is_not_counted():
     moe, x = MoE(LAYER), torch.randn(T, D)
     moe.eval()(x)
