@@ -33,6 +33,7 @@ from moe_ref.experts import (
 )
 from moe_ref.holdings import gather
 from moe_ref.layout import ShardLayout
+from moe_ref.permute import permute
 from moe_ref.routing import RoutingTrace, gate, route
 from moe_ref.spec import ExpertSpec, LayerSpec
 from moe_ref.weights import LayerParams
@@ -86,6 +87,8 @@ class ShardedTrace:
     shards: tuple[ShardTrace, ...]
     ranks: tuple[tuple[ChunkTrace, ...], ...]
     """For each rank of the mesh, its chunks."""
+    tokens_per_expert_E: np.ndarray
+    """Slots that chose each expert, over all shards, dropped ones included: what a step of the bias counts, once."""
 
     @property
     def outputs_by_shard(self) -> list[np.ndarray]:
@@ -175,7 +178,10 @@ def sharded_layer(
     ]
     ranks = sum_over_tensor_ranks(worked, layout)
     shards = [finish(shard, starts[shard], ranks, params, spec, layout) for shard in range(layout.num_token_shards)]
-    return ShardedTrace(layout=layout, shards=tuple(shards), ranks=ranks)
+    counts = [permute(begun.routing.expert_ids_TK, spec.router.num_experts).tokens_per_expert_E for begun in starts]
+    return ShardedTrace(
+        layout=layout, shards=tuple(shards), ranks=ranks, tokens_per_expert_E=np.stack(counts).sum(axis=0)
+    )
 
 
 def start(given_x_TD, token_mask_T, params: LayerParams, spec: LayerSpec, inputs: dict) -> ShardStart:
@@ -206,15 +212,14 @@ def work(
     layout: ShardLayout,
 ) -> ChunkTrace:
     """A rank runs its experts on the rows of one token chunk, on its slice of F."""
-    plan = plans[rank // layout.tensor]
-    rows, inputs = [], []
-    for source, slot in plan.order_R2.tolist():
-        shard = layout.shard_of(layout.rank(*layout.coordinates(rank)[:2], source))
-        before = sum(layout.chunk_sizes(layout.tokens_per_shard[shard])[:index])
-        rows.append((shard, before * spec.router.top_k + slot))
-        inputs.append(starts[shard].slot_inputs_TKD[divmod(rows[-1][1], spec.router.top_k)])
-    empty_0D = np.zeros((0, spec.experts.dim), starts[0].x_TD.dtype)
-    input_RD = np.stack(inputs) if inputs else empty_0D
+    plan, K = plans[rank // layout.tensor], spec.router.top_k
+    d, f, _, _ = layout.coordinates(rank)
+    shard_of = [layout.shard_of(layout.rank(d, f, source)) for source in range(layout.expert)]
+    slots_before = [K * sum(layout.chunk_sizes(layout.tokens_per_shard[shard])[:index]) for shard in shard_of]
+    rows = [(shard_of[source], slots_before[source] + slot) for source, slot in plan.order_R2.tolist()]
+    input_RD = np.zeros((len(rows), spec.experts.dim), starts[0].x_TD.dtype)
+    for row, (shard, slot) in enumerate(rows):
+        input_RD[row] = starts[shard].slot_inputs_TKD[divmod(slot, K)]
     experts = run_own_experts(input_RD, plan.group_sizes_e, own_params, spec.experts, layout.num_emb_chunks)
     return ChunkTrace(
         plan=plan,

@@ -64,6 +64,8 @@ def test_a_ring_carries_every_token_over_every_link_but_one():
     assert [int(found.back_SS[e, (e + 1) % 4]) for e in range(4)] == [1110, 1101, 1011, 111]
     assert found.out.on_rank == 0
     assert found.out.across == 1011 + 1110
+    # Ranks 1 and 3 send across nodes, 2 and 0 receive.
+    assert found.across_by_rank_S.tolist() == [1110 + 111, 1011 + 1101, 1011 + 1101, 1110 + 111]
     # A token is sent over three links of the four.
     assert found.out_SS.sum() == 3 * 1111
 

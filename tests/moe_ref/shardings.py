@@ -1,0 +1,75 @@
+"""moe_ref, what the tests of the sharded layer share: meshes, layers, and inputs by shard and for the whole batch."""
+
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+from derivatives import assert_close, router
+
+from moe_ref import (
+    ExpertSpec,
+    LayerParams,
+    LayerSpec,
+    ShardLayout,
+    SharedSpec,
+)
+
+D, F, E = 6, 4, 8
+ROUNDING = 1e-13
+"""Relative to the largest entry; sums have at most a few dozen terms near 1, in another order."""
+EXPERTS = ExpertSpec(dim=D, hidden_dim=F, bias=True, activation="gelu")
+
+MESHES: list[dict[str, Any]] = [
+    {"expert": 2},
+    {"expert": 4, "ranks_per_node": 2, "placement": (3, 0, 7, 1, 4, 2, 6, 5)},
+    {"data": 2, "expert": 2, "tensor": 2, "num_token_chunks": 2},
+    {"fsdp": 3, "tensor": 4, "num_emb_chunks": 3},
+    {"data": 2, "fsdp": 2, "expert": 2, "tensor": 2, "ranks_per_node": 1, "num_token_chunks": 3, "num_emb_chunks": 2},
+    {"expert": 8, "ranks_per_node": 4, "fsdp": 5},
+]
+
+
+def layer_spec(name):
+    """A layer around one of the routers: with a shared expert, the one the router scores where it scores any."""
+    spec = router(name)
+    shared = SharedSpec(hidden_dim=5) if spec.num_scored_shared_experts else SharedSpec(hidden_dim=5, gate="sigmoid")
+    return LayerSpec(router=spec, experts=EXPERTS, shared=shared, gate_bias=True)
+
+
+def layout_of(strategy, mesh, rng, most=5):
+    """A layout with uneven shards, one of them empty where there are several."""
+    num_ranks = mesh.get("data", 1) * mesh.get("fsdp", 1) * mesh.get("expert", 1)
+    num_shards = num_ranks // mesh.get("expert", 1) if strategy == "replicated" else num_ranks
+    tokens = rng.integers(0, most + 1, num_shards).tolist()
+    tokens[0] = most
+    return ShardLayout(strategy=strategy, tokens_per_shard=tuple(tokens), **mesh)
+
+
+def inputs_of(spec, layout, rng):
+    """Tokens, gradients, masks and what the selector needs: by shard, and for the whole batch."""
+    sizes = layout.tokens_per_shard
+    by_shard: dict[str, Any] = {
+        "x": [rng.standard_normal((T, D)) for T in sizes],
+        "d_output": [rng.standard_normal((T, D)) for T in sizes],
+        "token_mask": [rng.random(T) < 0.8 for T in sizes],
+    }
+    more: dict[str, Any] = {}
+    if spec.router.selector == "table":
+        by_shard["token_ids"] = [rng.integers(0, 2, T) for T in sizes]
+        more["table_VK"] = np.array([[0, 3, 7], [5, 2, 1]])
+    if spec.router.selector == "given":
+        by_shard["given_ids"] = [
+            np.array([rng.permutation(9)[:3] - 1 for _ in range(T)], int).reshape(T, 3) for T in sizes
+        ]
+    suffix = {"token_mask": "token_mask_T", "token_ids": "token_ids_T", "given_ids": "given_ids_TK"}
+    whole: dict[str, Any] = {suffix[name]: np.concatenate(v) for name, v in by_shard.items() if name in suffix}
+    sharded: dict[str, Any] = {f"{name}_by_shard": value for name, value in by_shard.items() if name in suffix}
+    return by_shard["x"], by_shard["d_output"], whole | more, sharded | more
+
+
+def assert_same_gradients(found: LayerParams, expected: LayerParams, bound):
+    for field in fields(LayerParams):
+        one, other = getattr(found, field.name), getattr(expected, field.name)
+        assert (one is None) == (other is None), field.name
+        if one is not None:
+            assert_close(one, other, bound)
