@@ -28,7 +28,10 @@ from moe_ref.layout import ShardLayout
 MOST_RANKS = 8
 PROGRAMS = 128
 """Compiled programs that are kept; each has a few megabytes."""
-BY_TOKEN = ("token_mask_T", "token_ids_T", "given_ids_TK")
+BY_TOKEN = {
+    "token_mask_by_shard": "token_mask_T", "token_ids_by_shard": "token_ids_T", "given_ids_by_shard": "given_ids_TK"
+}  # fmt: skip
+"""Inputs that are lists of one array for each shard: our one array of all shards."""
 
 use_cpu_devices(MOST_RANKS)
 
@@ -195,7 +198,10 @@ def _whole_by_rank(array: jax.Array, layout: ShardLayout) -> list[np.ndarray]:
 def _inputs(inputs: dict) -> dict:
     """Keyword arguments of the layer; those by shard become one array. A seed is for selector 'random' alone."""
     given = {name: value for name, value in inputs.items() if value is not None and name != "seed"}
-    return {name: _joined(value) if name in BY_TOKEN else _narrow(value) for name, value in given.items()}
+    return {
+        BY_TOKEN.get(name, name): _joined(value) if name in BY_TOKEN else _narrow(value)
+        for name, value in given.items()
+    }
 
 
 def _params(params: LayerParams, spec: LayerSpec, layout: ShardLayout) -> LayerParams:

@@ -1,0 +1,247 @@
+"""moe_jax, tests of the sharded layer: output and every gradient on every device, against moe_ref on one rank."""
+
+from dataclasses import fields, replace
+from functools import lru_cache
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe_jax.parallel import (
+    make_mesh,
+    param_specs,
+    place,
+    shard,
+    sharded_sparse_matmul,
+    token_axes,
+    unplace,
+    use_cpu_devices,
+)
+from moe_ref.gradient import layer_backward
+from moe_ref.gradient_sharded import sharded_backward
+from moe_ref.layer import moe_layer
+from moe_ref.layout import ShardLayout
+from moe_ref.sharded import sharded_layer
+from moe_ref.spec import ExpertSpec, LayerSpec, RouterSpec, SharedSpec
+from moe_ref.weights import LayerParams
+
+D, F = 16, 6
+# Sums of some tens of float64 products, in another order than the reference's.
+SAME: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-12}
+POISONS = (np.nan, 1e30)
+
+DEEPSEEK = LayerSpec(
+    router=RouterSpec(
+        num_experts=8, top_k=3, score_func="sigmoid", num_expert_groups=4, num_limited_groups=2,
+        route_norm=True, norm_eps=1e-20, route_scale=2.5,
+    ),
+    experts=ExpertSpec(dim=D, hidden_dim=F, bias=True),
+    shared=SharedSpec(hidden_dim=4, gate="sigmoid", combine="average"),
+)  # fmt: skip
+LLAMA = LayerSpec(
+    router=RouterSpec(
+        num_experts=4, top_k=3, score_func="sigmoid", weight_on="input", num_null_experts=2, output_scale=3.0
+    ),
+    experts=ExpertSpec(dim=D, hidden_dim=F, activation="gelu", bias=True),
+)
+INKLING = LayerSpec(
+    router=RouterSpec(
+        num_experts=4, top_k=2, score_func="sigmoid", route_norm=True, norm_with_shared=True,
+        num_scored_shared_experts=2, learned_scale="global", route_scale=8.0,
+    ),
+    experts=ExpertSpec(dim=D, hidden_dim=F, clamp=0.2, clamp_at="after"),
+    shared=SharedSpec(hidden_dim=3, clamp=0.1),
+)  # fmt: skip
+GIVEN = LayerSpec(
+    router=RouterSpec(num_experts=8, top_k=2, score_func="sigmoid", selector="given"),
+    experts=ExpertSpec(dim=D, hidden_dim=F),
+)
+
+
+def layout(tokens: int, **changes) -> ShardLayout:
+    """A layout with as many tokens on each shard."""
+    axes = ("data", "fsdp") if changes.get("strategy") == "replicated" else ("data", "fsdp", "expert")
+    return ShardLayout(tokens_per_shard=(tokens,) * int(np.prod([changes.get(a, 1) for a in axes])), **changes)
+
+
+PLACEMENT = (3, 1, 2, 0, 7, 6, 4, 5)
+RAGGED = layout(5, data=2, expert=4, strategy="ragged_all_to_all")
+RING = layout(4, fsdp=2, expert=4, strategy="ring_of_experts", num_emb_chunks=2)
+CASES = {
+    "all_to_all, tensor parallel": (DEEPSEEK, layout(5, expert=4, tensor=2, placement=PLACEMENT)),
+    "ragged_all_to_all, data parallel": (LLAMA, RAGGED),
+    "ring_of_experts, fsdp, chunks of the model dim": (DEEPSEEK, RING),
+    "replicated, fsdp, tensor parallel, uneven chunks of tokens": (
+        LLAMA,
+        layout(5, fsdp=2, expert=2, tensor=2, strategy="replicated", num_token_chunks=2),
+    ),
+    "fsdp alone": (INKLING, layout(3, fsdp=8)),
+    "fsdp that does not divide D, tensor that does not divide shared F": (INKLING, layout(7, fsdp=3, tensor=2)),
+}
+
+
+def case(spec, layout, seed=0, crowded=None):
+    """Tokens, parameters, output gradients and a mask; what belongs to a padding token is NaN."""
+    rng = np.random.default_rng(seed)
+    x_TD, d_output_TD = rng.standard_normal((2, layout.num_tokens, D))
+    mask_T = rng.random(layout.num_tokens) > 0.2
+    x_TD[~mask_T], d_output_TD[~mask_T] = np.nan, np.nan
+    params = LayerParams.init(spec, seed)
+    if crowded is not None:
+        assert params.expert_bias_E is not None
+        params.expert_bias_E[crowded] += 100
+    return x_TD, params, d_output_TD, mask_T
+
+
+@lru_cache
+def compiled(spec, layout, **options):
+    """What the layer returns, and its gradients, where they lie by the specs of the layer."""
+    mesh, tokens = make_mesh(layout), PartitionSpec(token_axes(layout))
+    specs: Any = param_specs(LayerParams.init(spec), spec, layout)
+
+    def run(x_TD, params, d_output_TD, mask_T, buffer_fill, inputs):
+        def forward(x_TD, params):
+            found = sharded_sparse_matmul(
+                x_TD, params, spec, layout, mesh, token_mask_T=mask_T, buffer_fill=buffer_fill, **options, **inputs
+            )
+            return found.output_TD, found
+
+        _, pull, found = jax.vjp(forward, x_TD, params, has_aux=True)
+        return found, *pull(d_output_TD)
+
+    # What each device computed stays where it is: nothing is copied over a device that has it wrong.
+    by_token, by_param = NamedSharding(mesh, tokens), jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    return jax.jit(run, out_shardings=(None, by_token, by_param))
+
+
+def ran(spec, layout, x_TD, params, d_output_TD, mask_T, fill=0.0, inputs=None, **options):
+    run = compiled(spec, layout, **options)
+    with jax.enable_x64(True):
+        return run(x_TD, place(params, layout), d_output_TD, mask_T, np.float64(fill), inputs or {})
+
+
+def on_every_device(array, expected, num_devices, **close):
+    """Each device's own shard is its part of what is expected."""
+    assert len(array.addressable_shards) == num_devices
+    for piece in array.addressable_shards:
+        np.testing.assert_allclose(piece.data, expected[piece.index], err_msg=str(piece.device), **close)
+
+
+def check(found, expected_output_TD, trace, expected_x_TD, expected_params, layout):
+    """Everything that the layer and its gradients return, on every device."""
+    output, d_x_TD, d_params = found
+    on_every_device(output.output_TD, expected_output_TD, layout.num_ranks, **SAME)
+    on_every_device(d_x_TD, expected_x_TD, layout.num_ranks, **SAME)
+    on_every_device(output.tokens_per_expert_E, trace.permutation.tokens_per_expert_E, layout.num_ranks)
+    np.testing.assert_array_equal(output.decided.expert_ids_TK, trace.routing.expert_ids_TK)
+    np.testing.assert_allclose(output.decided.weights_TK, trace.routing.weights_TK, **SAME)
+    for field in fields(LayerParams):
+        gradient, wanted = getattr(d_params, field.name), getattr(place(expected_params, layout), field.name)
+        if wanted is not None:
+            on_every_device(gradient, wanted, layout.num_ranks, **SAME)
+
+
+def check_whole(spec, layout, x_TD, params, d_output_TD, mask_T, fill=0.0, **options):
+    """Against the layer on one rank."""
+    found = ran(spec, layout, x_TD, params, d_output_TD, mask_T, fill, **options)
+    trace = moe_layer(x_TD, params, spec, token_mask_T=mask_T)
+    expected = layer_backward(trace, params, spec, d_output_TD)
+    check(found, trace.output_TD, trace, expected.x_TD, expected.params, layout)
+    np.testing.assert_array_equal(found[0].overflow_S, 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_gradients_are_those_of_one_rank_on_every_device(name):
+    spec, layout = CASES[name]
+    check_whole(spec, layout, *case(spec, layout))
+
+
+@pytest.mark.parametrize("fill", POISONS)
+@pytest.mark.parametrize("name", [name for name in CASES if "all_to_all" in name])
+def test_what_buffer_rows_held_that_nobody_sent_reaches_nothing(name, fill):
+    spec, layout = CASES[name]
+    check_whole(spec, layout, *case(spec, layout, seed=1), fill)
+
+
+@pytest.mark.parametrize("crowded", [[0], [3, 5], slice(0, 2)])
+@pytest.mark.parametrize("name", ["all_to_all, tensor parallel", "ring_of_experts, fsdp, chunks of the model dim"])
+def test_crowded_and_empty_experts_and_ranks_are_right(name, crowded):
+    spec, layout = CASES[name]
+    check_whole(spec, layout, *case(spec, layout, seed=2, crowded=crowded))
+
+
+def test_parameters_lie_where_their_specs_say():
+    spec, layout = CASES["all_to_all, tensor parallel"]
+    params, mesh = LayerParams.init(spec), make_mesh(layout)
+    lying = shard(place(params, layout), spec, layout, mesh)
+    for device, piece in zip(mesh.devices.flat, lying.w_up_EDF.addressable_shards, strict=True):
+        assert piece.device == device
+        _, _, e, t = layout.coordinates(int(device.id))
+        own = params.w_up_EDF[list(layout.experts_of(e, 8)), :, 3 * t : 3 * t + 3]
+        np.testing.assert_array_equal(piece.data, own.astype(np.float32))
+    for name in ("w_up_EDF", "b_down_ED"):
+        np.testing.assert_array_equal(getattr(unplace(place(params, layout), layout), name), getattr(params, name))
+
+
+# the buffer
+
+
+@lru_cache
+def truncating(factor):
+    return replace(RAGGED, data=1, tokens_per_shard=(6,) * 4, buffer_factor=factor, num_token_chunks=2)
+
+
+def given_case(load: str):
+    rng = np.random.default_rng(3)
+    layout = truncating(0.75)
+    x_TD, params, d_output_TD, mask_T = case(GIVEN, layout, seed=3)
+    ids_TK = np.argsort(rng.random((layout.num_tokens, 8)), axis=-1)[:, :2]
+    if load == "one rank":
+        ids_TK = np.argsort(rng.random((layout.num_tokens, 2)), axis=-1)
+    ids_TK[rng.random(ids_TK.shape) < 0.1] = -1
+    return x_TD, params, d_output_TD, mask_T, ids_TK
+
+
+@pytest.mark.parametrize("fill", POISONS)
+@pytest.mark.parametrize("load", ["spread", "one rank"])
+def test_a_full_buffer_drops_the_slots_that_the_reference_drops(load, fill):
+    layout = truncating(0.75)
+    x_TD, params, d_output_TD, mask_T, ids_TK = given_case(load)
+    found = ran(GIVEN, layout, x_TD, params, d_output_TD, mask_T, fill, {"given_ids_TK": ids_TK})
+    parts = [np.split(array, 4) for array in (x_TD, ids_TK, mask_T, d_output_TD)]
+    trace = sharded_layer(parts[0], params, GIVEN, layout, given_ids_by_shard=parts[1], token_mask_by_shard=parts[2])
+    expected = sharded_backward(trace, params, GIVEN, parts[3])
+    whole = moe_layer(x_TD, params, GIVEN, given_ids_TK=ids_TK, token_mask_T=mask_T)
+    output_TD = np.concatenate([shard.output_TD for shard in trace.shards])
+    check(found, output_TD, whole, np.concatenate(expected.x_by_shard), expected.params, layout)
+    overflow_S = [sum(chunk.plan.overflow for chunk in chunks) for chunks in trace.ranks]
+    np.testing.assert_array_equal(found[0].overflow_S, overflow_S)
+    assert sum(overflow_S) > 0
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strategy": "node_dedup"}, "strategy is 'node_dedup'"),
+        ({"tokens_per_shard": (5, 4) * 4}, "shards of a JAX array are equal"),
+        ({"tokens_per_shard": (4,) * 8}, "sums to 32; x_TD has 40 tokens"),
+        ({"data": 1, "tensor": 2, "tokens_per_shard": (10,) * 4}, "the layout needs {'data': 1"),
+        ({"expert": 2, "data": 4, "num_emb_chunks": 3}, "num_emb_chunks is 3"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_an_error(changes, message):
+    x_TD, params, _, _ = case(LLAMA, RAGGED)
+    with pytest.raises(ValueError, match=message):
+        sharded_sparse_matmul(x_TD, params, LLAMA, replace(RAGGED, **changes), make_mesh(RAGGED))
+
+
+def test_a_mesh_needs_a_device_for_each_rank():
+    with pytest.raises(ValueError, match="the layout has 16 ranks; there are 8 devices"):
+        make_mesh(layout(1, expert=4, data=4))
+    with pytest.raises(RuntimeError, match="JAX has started with 8 CPU devices, 9 are needed"):
+        use_cpu_devices(9)

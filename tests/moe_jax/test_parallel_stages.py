@@ -1,0 +1,119 @@
+"""moe_jax, tests of the stages of the sharded layer: each under a shard_map of its own, with poison between them."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_parallel import CASES, DEEPSEEK, POISONS, SAME, case, check_whole, layout
+
+from moe_jax.parallel import Stages, make_mesh, param_specs, place, split, stage_specs, unplace
+from moe_jax.parallel_exchange import plan
+from moe_jax.parallel_stages import BY_RANK, HIDDEN, ROWS, P
+from moe_ref.dispatch import plan as reference_plan
+from moe_ref.gradient import layer_backward
+from moe_ref.layer import moe_layer
+from moe_ref.spec import ExpertSpec, LayerSpec, RouterSpec
+from moe_ref.weights import LayerParams
+
+TAILED = layout(4, expert=4, fsdp=2, strategy="ragged_all_to_all", placement=(3, 1, 2, 0, 7, 6, 4, 5))
+
+CHUNKED = layout(5, fsdp=2, expert=2, num_token_chunks=2)
+PLAIN = LayerSpec(
+    router=RouterSpec(num_experts=4, top_k=2, score_func="sigmoid"), experts=ExpertSpec(dim=16, hidden_dim=4)
+)
+
+
+def test_split_stages_are_the_layer_of_one_rank():
+    check_whole(PLAIN, CHUNKED, *case(PLAIN, CHUNKED, seed=4), split_stages=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=())
+def soil(rows_RD, used_R, poison):
+    """Rows that belong to nobody hold poison, forward and backward."""
+    return jnp.where(used_R[:, None], rows_RD, poison)
+
+
+def _soil_backward(residuals, d_rows_RD):
+    used_R, poison = residuals
+    return jnp.where(used_R[:, None], d_rows_RD, poison), None, None
+
+
+soil.defvjp(lambda rows, used, poison: (soil(rows, used, poison), (used, poison)), _soil_backward)
+
+
+def soiled_layer(get, stages, mesh):
+    """The stages one by one; what is behind the last expert's rows is soiled after each."""
+
+    def dirty(spec):
+        def soil_rank(rows, metadata, poison):
+            return soil(rows, metadata.rows.has_expert_R, poison)
+
+        return jax.shard_map(soil_rank, mesh=mesh, in_specs=(spec, BY_RANK, P()), out_specs=spec)
+
+    def run(x_TD, params, poison):
+        decided = get("route")(x_TD, params, {}, {})
+        metadata = get("plan")(decided.expert_ids_TK)
+        rows_RD = dirty(ROWS)(get("dispatch")(x_TD, decided, metadata, poison), metadata, poison)
+        gate_RF, up_RF = (dirty(HIDDEN)(part, metadata, poison) for part in get("gmm_up")(rows_RD, params, metadata))
+        hidden_RF = dirty(HIDDEN)(get("activate")(gate_RF, up_RF, params, metadata), metadata, poison)
+        done_RD = dirty(ROWS)(get("gmm_down")(hidden_RF, params, metadata), metadata, poison)
+        return get("join")(get("unpermute")(done_RD, decided, metadata, poison), x_TD, decided, params)
+
+    @jax.jit
+    def with_gradients(x_TD, params, d_output_TD, poison):
+        output_TD, pull = jax.vjp(lambda x_TD, params: run(x_TD, params, poison), x_TD, params)
+        return output_TD, *pull(d_output_TD)
+
+    return with_gradients
+
+
+def test_poison_in_every_tail_between_stages_reaches_nothing_forward_or_backward():
+    spec, layout = DEEPSEEK, TAILED
+    rng = np.random.default_rng(5)
+    x_TD, d_output_TD = rng.standard_normal((2, layout.num_tokens, spec.experts.dim))
+    params, mesh, stages = LayerParams.init(spec, 5), make_mesh(layout), Stages(spec, layout)
+    trace = moe_layer(x_TD, params, spec)
+    expected = layer_backward(trace, params, spec, d_output_TD)
+    run = soiled_layer(split(stages, params, mesh), stages, mesh)
+    for poison in (*POISONS, *POISONS):
+        with jax.enable_x64(True):
+            output_TD, d_x_TD, d_params = run(x_TD, place(params, layout), d_output_TD, np.float64(poison))
+        np.testing.assert_allclose(output_TD, trace.output_TD, **SAME)
+        np.testing.assert_allclose(d_x_TD, expected.x_TD, **SAME)
+        for found, wanted in zip(
+            jax.tree.leaves(unplace(d_params, layout)), jax.tree.leaves(expected.params), strict=True
+        ):
+            np.testing.assert_allclose(found, wanted, **SAME)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_stage_has_specs_and_every_parameter_a_place(name):
+    spec, layout = CASES[name]
+    params = LayerParams.init(spec)
+    specs = stage_specs(params, spec, layout)
+    assert list(specs)[:1] == ["route"]
+    assert all(hasattr(Stages, stage) for stage in specs)
+    assert jax.tree.structure(param_specs(params, spec, layout)) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize("strategy", ["all_to_all", "ragged_all_to_all", "ring_of_experts", "replicated"])
+def test_sizes_and_offsets_are_those_of_the_reference(strategy):
+    tested = layout(3, data=2, expert=4, strategy=strategy, placement=TAILED.placement)
+    rng = np.random.default_rng(6)
+    ids_TK = np.argsort(rng.random((tested.num_tokens, 8)), axis=-1)[:, :3]
+    ids_TK[rng.random(ids_TK.shape) < 0.3] = -1
+    tokens = P(("data", "fsdp") if strategy == "replicated" else ("data", "fsdp", "expert"))
+    planned = jax.shard_map(
+        lambda ids_TK: plan(ids_TK, tested, DEEPSEEK.router), mesh=make_mesh(tested), in_specs=tokens, out_specs=BY_RANK
+    )
+    found = jax.jit(planned)(ids_TK.astype(np.int32))
+    expected = reference_plan(np.split(ids_TK, len(tested.tokens_per_shard)), tested, DEEPSEEK)
+    for name in ("send_sizes_S", "recv_sizes_S"):
+        np.testing.assert_array_equal(getattr(found, name), np.concatenate([getattr(p, name) for p in expected]))
+    sizes = np.concatenate([p.group_sizes_e for p in expected])
+    np.testing.assert_array_equal(found.rows.group_sizes_E, sizes)
+    if strategy in ("ragged_all_to_all", "ring_of_experts"):  # the others have blocks, or nothing
+        for name in ("input_offsets_S", "output_offsets_S"):
+            np.testing.assert_array_equal(getattr(found, name), np.concatenate([getattr(p, name) for p in expected]))
