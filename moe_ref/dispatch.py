@@ -202,9 +202,9 @@ def plan_replicated(ids_by_source, layout: ShardLayout, router: RouterSpec, grou
 def plan_node_dedup(ids_by_source, layout: ShardLayout, router: RouterSpec, group: int) -> list[RankPlan]:
     """A token crosses to a node once, however many of its experts live there, and fans out inside it.
 
-    It lands on the rank with the position on that node that its own rank has on its own (DeepEP does the same:
-    deepseek-ai/DeepEP, "normal" kernels), so on its own node it lands where it is. From there each slot of this node
-    goes to the owner of its expert. Each landed token is followed by its ids and weights, which are not counted.
+    It lands on the rank with the position on that node that its own rank has on its own (section 3.2.2 of
+    arXiv:2412.19437), so on its own node it lands where it is. From there each slot of this node goes to the owner of
+    its expert. Each landed token is followed by its ids and weights, which are not counted.
     """
     E, ranks = router.num_experts, range(layout.expert)
     crossing = [[tokens_for(ids_TK, source, r, layout, E) for r in ranks] for source, ids_TK in
