@@ -28,7 +28,7 @@ class JaxLoad(Subject):
 
     def load(self, expert_ids_TK, num_experts, *, token_mask_T=None):
         """The count of one batch."""
-        return np.asarray(_load(narrow(expert_ids_TK), token_mask_T, num_experts=num_experts))
+        return np.asarray(_load(narrow(expert_ids_TK), token_mask_T=token_mask_T, num_experts=num_experts))
 
     def balance_loss(
         self,
