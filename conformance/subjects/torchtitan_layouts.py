@@ -2,8 +2,8 @@
 
 No trainer and no mesh of its own: each rank builds the layer, keeps its slice of the experts' weights, and the
 dispatcher is told the mesh (`wire_meshes`). Experts compute in float32 by the seam of `subjects.torchtitan`: what is
-judged is the dispatcher, not their cast to bfloat16. Gradients of what every rank has are summed here, where the trainer
-would.
+judged is the dispatcher, not their cast to bfloat16. Gradients of what every rank has are summed here, where the
+trainer would.
 """
 
 from functools import lru_cache
