@@ -18,12 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation, TokenDispatcher
 from moe_torch.experts import GroupedExperts, uses_grouped_mm
 from moe_torch.moe import run_experts
 from moe_torch.parallel_collectives import NOT_SHARED, Parallel, Pending, Shared, exchange
+from moe_torch.parallel_rows import Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,10 @@ class Chunks:
 class Plan:
     """What one chunk sends and receives; `dispatch` goes by it and `combine` undoes it."""
 
-    permutation: Permutation
-    """Of the slots that are here, by place."""
+    slot_R: Tensor
+    """The flat slot of each row sent: by place, then by token."""
+    rows: Rows
+    """The same as rows of tokens; slots k = 0 .. K-1 are the segments."""
     send_sizes_S: list[int]
     recv_sizes_S: list[int]
     arrived: Permutation
@@ -130,17 +132,26 @@ class AllToAllTokenDispatcher(ParallelTokenDispatcher):
         counts_CSe = torch.stack([p.tokens_per_expert_E[:E] for p in permutations]).view(-1, S, e)
         counts_SCe = counts_CSe.transpose(0, 1).contiguous()
         arriving_SCe = exchange(counts_SCe, [1] * S, [1] * S, self.group, "counts").wait()
-        sizes_2CS = torch.stack([counts_SCe.sum(2).t(), arriving_SCe.sum(2).t()]).tolist()
+        used_CK = torch.stack([p.has_expert_TK.sum(0) for p in permutations])
+        sizes = torch.cat([counts_SCe.sum(2).t(), arriving_SCe.sum(2).t(), used_CK], dim=1).tolist()
         plans = []
         for chunk, permutation in enumerate(permutations):
-            arriving_Se, recv_sizes_S = arriving_SCe[:, chunk], sizes_2CS[1][chunk]
+            send_sizes_S, recv_sizes_S, used_K = sizes[chunk][:S], sizes[chunk][S : 2 * S], sizes[chunk][2 * S :]
+            arriving_Se = arriving_SCe[:, chunk]
             expert_of_row_R = torch.arange(e, device=device).repeat(S).repeat_interleave(
                 arriving_Se.flatten(), output_size=sum(recv_sizes_S)
             )  # fmt: skip
+            slot_R = permutation.order_N[: sum(send_sizes_S)]
+            T, K = permutation.has_expert_TK.shape
+            token_R = slot_R // K
+            rows = Rows(
+                token_R=token_R, order_R=(slot_R % K * T + token_R).argsort(), sizes=used_K, num_tokens=T
+            )  # fmt: skip
             plans.append(
                 Plan(
-                    permutation=permutation,
-                    send_sizes_S=sizes_2CS[0][chunk],
+                    slot_R=slot_R,
+                    rows=rows,
+                    send_sizes_S=send_sizes_S,
                     recv_sizes_S=recv_sizes_S,
                     arrived=LocalTokenDispatcher(e).permute(expert_of_row_R[:, None]),
                 )
@@ -150,15 +161,20 @@ class AllToAllTokenDispatcher(ParallelTokenDispatcher):
     def dispatch(self, x_TD: Tensor, plan: Plan, weights_TK: Tensor | None = None) -> Pending:
         """The rows for this rank's experts, source by source; times their weights where weights are given."""
         assert self.group is not None
-        rows_ND = self.local.dispatch(x_TD, plan.permutation, weights_TK)[: sum(plan.send_sizes_S)]
-        return exchange(rows_ND, plan.send_sizes_S, plan.recv_sizes_S, self.group)
+        rows_RD = plan.rows.copies(x_TD)
+        if weights_TK is not None:
+            rows_RD = (rows_RD * weights_TK.flatten().index_select(0, plan.slot_R)[:, None]).to(x_TD.dtype)
+        return exchange(rows_RD, plan.send_sizes_S, plan.recv_sizes_S, self.group)
 
     def combine(self, rows_RD: Tensor, plan: Plan, weights_TK: Tensor | None = None) -> Tensor:
-        """Rows return to the tokens they came from; a token's output is the weighted sum of its slots."""
+        """Rows return to the tokens they came from; a token's output is the weighted sum of its slots, in order."""
         assert self.group is not None
-        returned = exchange(rows_RD, plan.recv_sizes_S, plan.send_sizes_S, self.group).wait()
-        rows_ND = F.pad(returned, (0, 0, 0, len(plan.permutation.order_N) - len(returned)))
-        return self.local.combine(rows_ND, plan.permutation, weights_TK)
+        returned_RD = exchange(rows_RD, plan.recv_sizes_S, plan.send_sizes_S, self.group).wait()
+        if weights_TK is None:
+            return plan.rows.sums(returned_RD)
+        wide = torch.promote_types(returned_RD.dtype, torch.float32)
+        weights_R1 = weights_TK.flatten().to(wide).index_select(0, plan.slot_R)[:, None]
+        return plan.rows.sums(returned_RD.to(wide) * weights_R1).to(returned_RD.dtype)
 
     def run_chunks(self, experts, xs, permutations, weights, on_input):
         plans = self.plan(permutations)
@@ -213,7 +229,7 @@ def _run_in_eager_mode(
     xs = dispatcher.shared.enter(x_TD).split(sizes)
     weights = dispatcher.shared.enter(weights_TK).split(sizes)
     outputs = dispatcher.run_chunks(experts, xs, permutation.of_chunk, weights, on_input)
-    return dispatcher.shared.leave(torch.cat(outputs))
+    return dispatcher.shared.leave(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
 
 
 # Sizes are read on the host, and a graph must not reorder collectives: there is nothing to compile.

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from moe_torch.parallel_collectives import exchange
 from moe_torch.parallel_dispatch import AllToAllTokenDispatcher, ParallelTokenDispatcher
+from moe_torch.parallel_rows import Rows
 
 
 class Crossing(NamedTuple):
     """Which tokens one chunk sends across; to_M and from_M count this rank's own node too."""
 
-    token_R: Tensor
-    """For node 0, then for node 1, and so on; ascending for each."""
+    rows: Rows
+    """For node 0, then for node 1, and so on, which are the segments; ascending for each."""
     to_M: list[int]
     from_M: list[int]
 
@@ -67,9 +68,9 @@ class NodeDedupTokenDispatcher(ParallelTokenDispatcher):
         arriving = [
             exchange(sent_R, crossing.to_M, crossing.from_M, self.across, what)
             for what, sent_R in (
-                ("rows", _FanOut.apply(x_TD, crossing.token_R, crossing.to_M)),
-                ("weights", _FanOut.apply(weights_TK, crossing.token_R, crossing.to_M)),
-                ("ids", places_TK.to(torch.int32).index_select(0, crossing.token_R)),
+                ("rows", crossing.rows.copies(x_TD)),
+                ("weights", crossing.rows.copies(weights_TK)),
+                ("ids", places_TK.to(torch.int32).index_select(0, crossing.rows.token_R)),
             )
         ]
         x_QD, weights_QK, places_QK = (pending.wait() for pending in arriving)
@@ -78,7 +79,7 @@ class NodeDedupTokenDispatcher(ParallelTokenDispatcher):
         ids_QK = (places_QK.long() - first).masked_fill(~is_here_QK, -1)
         sums_QD = self.inside.run(experts, x_QD, self.inside.permute(ids_QK), weights_QK, on_input=on_input)
         sums_RD = exchange(sums_QD, crossing.from_M, crossing.to_M, self.across).wait()
-        return _FanIn.apply(sums_RD, crossing.token_R, crossing.to_M, len(x_TD))
+        return crossing.rows.sums(sums_RD)
 
     def plan(self, places_TK: Tensor) -> Crossing:
         """The tokens that go to each node, and how many come from each."""
@@ -89,46 +90,6 @@ class NodeDedupTokenDispatcher(ParallelTokenDispatcher):
         goes_MT = goes_TM.scatter_(1, nodes_TK, True)[:, :M].t()
         to_M = goes_MT.sum(1)
         from_M = exchange(to_M[:, None].contiguous(), [1] * M, [1] * M, self.across, "counts").wait()[:, 0]
-        sizes_2M = torch.stack([to_M, from_M]).tolist()
-        return Crossing(goes_MT.nonzero()[:, 1], *sizes_2M)
-
-
-# A token goes to a node at most once: node by node, no two rows are added to the same place, and the sum has one order.
-# A scattered add of all rows would have none on CUDA (pytorch/torchtitan#3336).
-
-
-class _FanOut(torch.autograd.Function):
-    """Row r is the token token_R[r]."""
-
-    @staticmethod
-    def forward(ctx, x_TD, token_R, sizes):
-        ctx.save_for_backward(token_R)
-        ctx.sizes, ctx.num_tokens = sizes, len(x_TD)
-        return x_TD.index_select(0, token_R)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        (token_R,) = ctx.saved_tensors
-        return _sum_of_segments(grads[0], token_R, ctx.sizes, ctx.num_tokens), None, None
-
-
-class _FanIn(torch.autograd.Function):
-    """A token is the sum of the rows that went out for it."""
-
-    @staticmethod
-    def forward(ctx, rows_RD, token_R, sizes, num_tokens):
-        ctx.save_for_backward(token_R)
-        return _sum_of_segments(rows_RD, token_R, sizes, num_tokens)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        (token_R,) = ctx.saved_tensors
-        return grads[0].index_select(0, token_R), None, None, None
-
-
-def _sum_of_segments(rows_RD: Tensor, token_R: Tensor, sizes: list[int], num_tokens: int) -> Tensor:
-    dtype = torch.promote_types(rows_RD.dtype, torch.float32)
-    total_TD = rows_RD.new_zeros(num_tokens, rows_RD.shape[1], dtype=dtype)
-    for rows, tokens in zip(rows_RD.split(sizes), token_R.split(sizes), strict=True):
-        total_TD.index_add_(0, tokens, rows.to(dtype))
-    return total_TD.to(rows_RD.dtype)
+        sizes_to_M, sizes_from_M = torch.stack([to_M, from_M]).tolist()
+        rows = Rows(token_R=goes_MT.nonzero()[:, 1], order_R=None, sizes=sizes_to_M, num_tokens=len(places_TK))
+        return Crossing(rows, sizes_to_M, sizes_from_M)
