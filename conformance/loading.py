@@ -82,7 +82,12 @@ def _module_of_file(path: Path):
 
 
 def declared(subject: str, files: list[str]) -> list[Deviation]:
-    """Deviations of a subject: shipped ones of a built-in, and those of the files given."""
-    shipped = Path(__file__).parent / "deviations_of" / f"{subject}.toml"
-    paths = ([shipped] if subject in BUILT_IN and shipped.exists() else []) + [Path(f) for f in files]
-    return [deviation for path in paths for deviation in read(path)]
+    """Deviations of a subject: shipped ones of a built-in, and those of the files given.
+
+    A variant such as torchtitan-layouts that has none of its own has those of torchtitan.
+    """
+    shipped = [
+        Path(__file__).parent / "deviations_of" / f"{name}.toml" for name in (subject, subject.partition("-")[0])
+    ]
+    own = [path for path in shipped if path.exists()][:1] if subject in BUILT_IN else []
+    return [deviation for path in (*own, *map(Path, files)) for deviation in read(path)]

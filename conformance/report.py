@@ -170,7 +170,7 @@ def record(judge: Judge, id: str, entry: Entry, page: str = "") -> dict:
             {"deviation": str(d), "reason": d.reason, "link": d.link, "kind": d.kind, "cases": n}
             for d, n in entry.known.items()
         ],
-        "unsupported": list((entry.reasons + entry.not_run).keys())[:5] if not entry.judged else [],
+        "unsupported": [] if entry.judged else [why for why, _ in (entry.reasons + entry.not_run).most_common(5)],
     }
     if violation is not None:
         found["failure"] = {
