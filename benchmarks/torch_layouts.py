@@ -10,6 +10,7 @@ what the two ways cost in work, and nothing about a network.
 
 import argparse
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 
@@ -60,7 +61,7 @@ def layout_of(strategy: str) -> ShardLayout:
 # On a rank.
 
 
-def run_on_rank(router: RouterSpec, rounds: int) -> tuple[dict, np.ndarray, list[Timing]]:
+def run_on_rank(router: RouterSpec, rounds: int) -> tuple[dict, np.ndarray, dict[str, list[Timing]]]:
     """For each strategy (rows, payload, beside) that this rank sent to others; its ids; and the times."""
     import torch
     import torch.distributed as dist
@@ -103,12 +104,10 @@ def run_on_rank(router: RouterSpec, rounds: int) -> tuple[dict, np.ndarray, list
         moe(x_TD).sum().backward()
         dist.barrier()
 
-    calls = {}
-    for strategy, moe in layers.items():
-        calls[f"{strategy}, forward"] = lambda moe=moe: forward(moe)
-        calls[f"{strategy}, training"] = lambda moe=moe: train(moe)
-    baselines = ("all_to_all, forward", "all_to_all, training")
-    times = paired(calls, baselines=baselines, rounds=rounds, warmup=2)
+    times = {
+        way: paired({s: partial(call, moe) for s, moe in layers.items()}, baselines=("all_to_all",), rounds=rounds)
+        for way, call in (("forward", forward), ("training", train))
+    }
     with torch.no_grad():
         ids_TK = layers["all_to_all"].router.route(x_TD).expert_ids_TK.numpy()
     return sent, ids_TK, times
@@ -124,7 +123,7 @@ def predicted(strategy: str, router: RouterSpec, ids_by_shard: list[np.ndarray])
     return traffic.out.across + traffic.back.across
 
 
-def measure(ranks: Ranks, router: RouterSpec, rounds: int) -> tuple[dict[str, Bytes], list[Timing]]:
+def measure(ranks: Ranks, router: RouterSpec, rounds: int) -> tuple[dict[str, Bytes], dict[str, list[Timing]]]:
     """Bytes of each strategy, held against the plan, and times."""
     from benchmarks.torch_layouts import run_on_rank as function  # of a module that ranks can import
 
@@ -155,7 +154,9 @@ def main() -> None:
             }
             print(f"\n{name}: bytes across nodes, measured = predicted: " + ", ".join(
                 f"{strategy} {each.payload / 2**20:.1f} MiB ({each.rows} rows)" for strategy, each in found.items()
-            ) + f"; ratio {ratio:.3f}\n\n{table(times)}", flush=True)  # fmt: skip
+            ) + f"; ratio {ratio:.3f}")  # fmt: skip
+            for way, timings in times.items():
+                print(f"\n{way}\n\n{table(timings)}", flush=True)
     write_json(RESULTS / "torch_layouts.json", {"machine": machine(("torch", "numpy")), **results})
 
 
