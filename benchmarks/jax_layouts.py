@@ -11,6 +11,7 @@ links between real devices are is not in it.
 import argparse
 import time
 from collections.abc import Callable
+from typing import Any
 
 from benchmarks.harness import RESULTS, machine, paired, table, use_cores, write_json
 from benchmarks.jax_layer import check_agreement, forward_and_backward, random_params
@@ -19,7 +20,9 @@ from moe_ref.layout import ShardLayout
 from moe_ref.spec import ExpertSpec, LayerSpec
 
 CORES, DEVICES = 2, 8
-ONE, FUSED = "one device", ("fsdp 8", "fsdp 2, expert 4")
+ONE = "one device"
+FUSED: dict[str, dict[str, Any]] = {"fsdp 8": {"fsdp": 8}, "fsdp 2, expert 4": {"fsdp": 2, "expert": 4}}
+"""Meshes that are also run with split stages."""
 
 
 def layouts(num_tokens: int) -> dict[str, tuple[ShardLayout, dict]]:
@@ -35,7 +38,7 @@ def layouts(num_tokens: int) -> dict[str, tuple[ShardLayout, dict]]:
     found["expert 8, ragged_all_to_all, buffer 1.5"] = layout("ragged_all_to_all", expert=8, buffer_factor=1.5), {}
     found["data 8"] = layout(data=8), {}
     found["expert 4, tensor 2"] = layout(expert=4, tensor=2), {}
-    for name, mesh in zip(FUSED, ({"fsdp": 8}, {"fsdp": 2, "expert": 4}), strict=True):
+    for name, mesh in FUSED.items():
         found[name] = layout(**mesh), {}
         found[f"{name}, split stages"] = layout(**mesh), {"split_stages": True}
     found["fsdp 2, expert 4, 2 chunks of tokens"] = layout(fsdp=2, expert=4, num_token_chunks=2), {}

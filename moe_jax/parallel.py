@@ -8,9 +8,7 @@ stage in `parallel_stages.py`. shard_map checks that what is returned as replica
 Legend: T tokens of all shards, D model dim, E experts, K top_k, S ranks (data, fsdp, expert).
 """
 
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial, reduce
 from typing import Any
@@ -195,18 +193,19 @@ def shard(params: LayerParams, spec: LayerSpec, layout: ShardLayout, mesh: Mesh)
 
 
 def use_cpu_devices(count: int) -> None:
-    """At least so many CPU devices, to run a mesh without accelerators; before JAX starts.
+    """At least so many CPU devices, to run a mesh without accelerators; before JAX starts, and without starting it.
 
     Raises:
         RuntimeError: JAX has started with fewer.
     """
-    with suppress(RuntimeError):  # it has started: then what counts is with how many
-        if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-            asked_for = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]  # made at run time
-            jax.config.update("jax_num_cpu_devices", max(count, asked_for))
-    found = len(jax.devices("cpu"))
-    if found < count:
-        raise RuntimeError(
-            f"JAX has started with {found} CPU devices, {count} are needed; start them first, or set "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
-        )
+    if jax.config.jax_num_cpu_devices >= count:  # type: ignore[attr-defined]  # made at run time
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # it has started
+        found = len(jax.devices("cpu"))
+        if found < count:
+            raise RuntimeError(
+                f"JAX has started with {found} CPU devices, {count} are needed; call use_cpu_devices before any array "
+                f"is made, or set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+            ) from None
