@@ -131,3 +131,13 @@ def counts_on_rank(params, spec: LayerSpec, layout: ShardLayout, x_by_shard) -> 
     moe = parallel_layer(params, spec, layout).train()
     moe(own(x_by_shard, layout))
     return moe.tokens_per_expert.numpy()
+
+
+def plan_on_rank(params, spec: LayerSpec, layout: ShardLayout, ids_by_shard) -> tuple[list, list, list]:
+    """Of each chunk's rows: the segments of flat slots in the order in which they are added, and the tokens of each."""
+    dispatcher = parallel_layer(params, spec, layout).dispatcher
+    plans = dispatcher.plan(dispatcher.permute(own(ids_by_shard, layout, torch.int64)).of_chunk)
+    parts = [each.rows.order_R.split(each.rows.sizes) for each in plans]
+    slots = [[each.slot_R[part].tolist() for part in own_parts] for each, own_parts in zip(plans, parts, strict=True)]
+    tokens = [[each.rows.token_R[part].tolist() for part in own] for each, own in zip(plans, parts, strict=True)]
+    return slots, tokens, [each.rows.num_tokens for each in plans]

@@ -11,6 +11,7 @@ from conformance.ranks import shared
 from moe_ref import ExpertSpec, LayerSpec, RouterSpec, moe_layer
 from moe_ref.dispatch import plan
 from moe_ref.layout import ShardLayout
+from moe_torch.parallel_dispatch import chunk_sizes
 
 BFLOAT16 = 3e-2
 """Relative to the largest number; a rounding is 4e-3, and 1e-2 is seen."""
@@ -105,6 +106,30 @@ def test_where_experts_are_placed_changes_no_bit():
     for own, other in zip(placed, trained(spec, EP4), strict=True):
         for name in ("output", "x"):
             np.testing.assert_array_equal(own[name], other[name], err_msg=name)
+
+
+def test_rows_are_added_slot_by_slot_and_no_slot_has_a_token_twice():
+    """Then the sum has one order also where rows are added in parallel, as on CUDA."""
+    spec = LAYERS["null experts"]
+    layout = EP4.replace(num_token_chunks=2)
+    rng = np.random.default_rng(0)
+    ids_by_shard = [rng.permuted(np.tile(np.arange(-1, 11), (n, 1)), axis=1)[:, :3] for n in layout.tokens_per_shard]
+    found = on_ranks(layout, parallel_functions.plan_on_rank, params_of(spec), spec, layout, ids_by_shard)
+    for (slots, tokens_of, num_tokens), ids_TK in zip(found, ids_by_shard, strict=True):
+        assert num_tokens == list(layout.chunk_sizes(len(ids_TK)))
+        for chunk, chunk_TK in enumerate(np.split(ids_TK, [num_tokens[0]])):
+            used_TK = (chunk_TK >= 0) & (chunk_TK < 8)
+            for k in range(3):
+                wanted = np.flatnonzero(used_TK[:, k])
+                assert tokens_of[chunk][k] == wanted.tolist()
+                assert slots[chunk][k] == (wanted * 3 + k).tolist()
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_tokens", [0, 1, 4, 7, 11])
+def test_chunks_are_those_of_the_layout(num_tokens, num_chunks):
+    layout = ShardLayout(tokens_per_shard=(num_tokens,), num_token_chunks=num_chunks)
+    assert tuple(chunk_sizes(num_tokens, num_chunks)) == layout.chunk_sizes(num_tokens)
 
 
 def test_ranks_with_the_same_tokens_have_the_same_bits():
