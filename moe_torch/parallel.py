@@ -25,7 +25,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
 from moe_ref.checks import integer, one_of, require
@@ -143,6 +143,8 @@ def _shard_fully(moe: MoE, parallel: Parallel, options: dict) -> None:
         return Shard(1) if is_uneven and parameter.shape[1] % size == 0 else None
 
     fully_shard(moe, mesh=parallel.mesh[axes], **{"shard_placement_fn": place, **options})
+    # Losses need the routing as well as the output, and parameters are gathered before that method too.
+    register_fsdp_forward_method(moe, "forward_and_routing")
     assert isinstance(moe, FSDPModule)
     # A sum, not an average; and as a plain sum, since gloo has no other.
     moe.set_gradient_divide_factor(1.0)

@@ -53,6 +53,11 @@ def train_on_rank(params, spec: LayerSpec, layout: ShardLayout, x_by_shard, way:
     if way == "grouped":
         with grouped_matmuls():
             return train(moe, own(x_by_shard, layout))
+    if way == "with routing":
+        return train(moe, own(x_by_shard, layout), lambda x_TD: moe.forward_and_routing(x_TD)[0])
+    if way == "twice":
+        train(moe, own(x_by_shard, layout))
+        moe.zero_grad()
     if way == "compiled":
         torch._dynamo.reset()
         return train(moe, own(x_by_shard, layout), torch.compile(moe, backend="aot_eager"))

@@ -168,6 +168,13 @@ def test_a_compiled_layer_gives_the_same():
     assert_near(trained(DEEPSEEK, layout, "compiled"), trained(DEEPSEEK, layout), FLOAT32)
 
 
+@pytest.mark.parametrize("way", ["with routing", "twice"])
+@pytest.mark.parametrize("axes", [{"expert": 2}, {"fsdp": 2}, {"fsdp": 2, "expert": 2}])
+def test_the_method_that_returns_the_routing_too_and_a_second_step_give_the_same(axes, way):
+    layout = ShardLayout(**axes, tokens_per_shard=(3, 7, 0, 2)[: 2 * len(axes)])
+    assert_near(trained(DEEPSEEK, layout, way), trained(DEEPSEEK, layout), FLOAT32)
+
+
 STORED = {
     "EP 4": (ShardLayout(expert=4, placement=PLACED, tokens_per_shard=(0,) * 4), (1, 1, 2, 8)),
     "EP 2, TP 2": (ShardLayout(expert=2, tensor=2, tokens_per_shard=(0,) * 2), (1, 1, 4, 8)),
