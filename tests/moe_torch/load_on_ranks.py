@@ -4,6 +4,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, LayerSpec
 from moe_torch.bias_hook import BiasHook
@@ -11,6 +12,7 @@ from moe_torch.capacity import apply_capacity
 from moe_torch.load import tokens_per_expert
 from moe_torch.losses import balance_loss, z_loss
 from moe_torch.moe import MoE
+from moe_torch.parallel import parallelize
 
 
 def own_part(tokens_per_shard) -> slice:
@@ -83,3 +85,16 @@ def biases_after_a_step(spec: LayerSpec, update: BiasUpdateSpec, micro_batches):
 def hook_without_a_group(spec: LayerSpec):
     """It has to be told which ranks see different tokens."""
     BiasHook(MoE(spec), BiasUpdateSpec())
+
+
+def sharded_layer(spec: LayerSpec, params, capacity: CapacitySpec, update: BiasUpdateSpec, x_by_shard):
+    """A layer over two ranks of data by two of experts: this rank's output, and the biases after a step."""
+    group = dist.group.WORLD
+    moe = MoE(spec, capacity=capacity, capacity_group=group, dtype=torch.float64)
+    moe.load(params)
+    parallelize(moe, init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "expert")))
+    hook = BiasHook(moe, update, group=group)
+    with torch.no_grad():
+        output = moe(torch.tensor(x_by_shard[dist.get_rank()]))
+    hook.step()
+    return output.numpy(), moe.router.expert_bias.numpy()

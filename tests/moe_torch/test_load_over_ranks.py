@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from load_on_ranks import biases_after_a_step, counts, hook_without_a_group, kept_ids, loss_and_gradient
+from load_on_ranks import biases_after_a_step, counts, hook_without_a_group, kept_ids, loss_and_gradient, sharded_layer
 
 import moe_ref
 from conformance.ranks import RankError, Ranks
-from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, ExpertSpec, LayerSpec, RouterSpec
+from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, ExpertSpec, LayerParams, LayerSpec, RouterSpec
 
 T, E, K, S = 11, 5, 2, 3
 SHARDS = (5, 2, 4)
@@ -89,6 +89,25 @@ def test_biases_move_by_the_counts_of_all_ranks_micro_batches_and_layers_in_one_
             assert counts_E.sum() == micro_batches[..., 0].size * K
             np.testing.assert_allclose(bias_E, moe_ref.bias_update(counts_E, update, np.zeros(E)), rtol=1e-6)
             np.testing.assert_array_equal(bias_E, same_E)
+
+
+@pytest.mark.parametrize("scope", ["rank", "global"])
+def test_a_layer_over_data_and_expert_ranks_drops_and_balances_as_the_whole_batch(ranks, scope):
+    spec = LAYER.replace(router=LAYER.router.replace(num_experts=6), experts=ExpertSpec(dim=8, hidden_dim=4))
+    capacity = CapacitySpec(factor=0.8, scope=scope, drop_order="slot_major")
+    lengths, params, update = (5, 2, 7, 4), LayerParams.init(spec, 0), BiasUpdateSpec(rate=0.25)
+    x_TD = np.random.default_rng(0).standard_normal((sum(lengths), 8))
+    found = ranks.run(4, sharded_layer, spec, params, capacity, update, np.split(x_TD, np.cumsum(lengths)[:-1]))
+    outputs, biases = zip(*found, strict=True)
+    trace = moe_ref.moe_layer(x_TD, params, spec, capacity=capacity, tokens_per_shard=lengths)
+    assert trace.capacity is not None
+    assert trace.capacity.dropped_TK.any()
+    np.testing.assert_allclose(np.concatenate(outputs), trace.output_TD, rtol=1e-9, atol=1e-11)
+    # The choice counts, dropped or not.
+    counts_E = moe_ref.tokens_per_expert(trace.routing.expert_ids_TK, 6)
+    expected_E = moe_ref.bias_update(counts_E, update, params.expert_bias_E)
+    for bias_E in biases:
+        np.testing.assert_allclose(bias_E, expected_E, rtol=1e-6, atol=1e-7)
 
 
 def test_a_hook_among_several_processes_is_told_its_group(ranks):
