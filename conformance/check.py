@@ -7,10 +7,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conformance.judge import CHECKS, LAYOUT_METHODS, Check, Judge, LayerCheck, LayoutCheck, Violation
+from conformance.judge import (
+    CHECKS,
+    LAYOUT_METHODS,
+    LOAD_RULES,
+    REPLAY_METHODS,
+    Check,
+    Judge,
+    LayerCheck,
+    LayoutCheck,
+    LoadCheck,
+    Violation,
+)
 from conformance.layer_strategies import layer_cases, survey_cases
 from conformance.layer_verdicts import FORM
 from conformance.layout_strategies import layout_cases, survey_layout_cases
+from conformance.load_strategies import load_cases
 from conformance.requirements import REQUIREMENTS
 from conformance.strategies import cases
 
@@ -24,7 +36,8 @@ def requires(id: str, **wants) -> Callable:
     """
 
     method = wants.get("method")
-    kind = LayoutCheck if method in LAYOUT_METHODS else LayerCheck if method in FORM else Check
+    kind = LayoutCheck if method in LAYOUT_METHODS else LoadCheck if method in LOAD_RULES else Check
+    kind = LayerCheck if method in FORM or method in REPLAY_METHODS else kind
 
     def decorate(run: Callable[[Judge, Any], None]) -> Callable:
         if id in CHECKS:
@@ -62,6 +75,8 @@ def drawn_cases(judge: Judge, check: Check) -> st.SearchStrategy:
     """Cases of the kind that the check is about."""
     if isinstance(check, LayoutCheck):
         return layout_cases(judge, check)
+    if isinstance(check, LoadCheck):
+        return load_cases(judge, check)
     return layer_cases(judge, check) if isinstance(check, LayerCheck) else cases(judge, check)
 
 

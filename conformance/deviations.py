@@ -13,11 +13,12 @@ from pathlib import Path
 from conformance.cases import TAGS, Case
 from conformance.layer_cases import LAYER_TAGS, LayerCase, case_from_json
 from conformance.layout_cases import LAYOUT_TAGS
+from conformance.load_cases import LOAD_TAGS, LoadCase
 from conformance.requirements import REQUIREMENTS
 from moe_ref.checks import nearest, one_of, require
 
 KINDS = ("bug", "by-design", "numerics")
-EVERY_TAG = TAGS | LAYER_TAGS | LAYOUT_TAGS
+EVERY_TAG = TAGS | LAYER_TAGS | LAYOUT_TAGS | LOAD_TAGS
 
 
 class UsageError(ValueError):
@@ -34,7 +35,7 @@ class Deviation:
     kind: str
     reason: str
     link: str
-    witness: Case | LayerCase | None
+    witness: Case | LayerCase | LoadCase | None
     """A case that shows it; None for a requirement that is judged without a case (stage config)."""
     witness_id: str = ""
     until: datetime.date | None = None
@@ -109,7 +110,7 @@ def _entry(entry: dict, folder: Path) -> Deviation:
     )
 
 
-def read_case(path: Path) -> tuple[str, Case | LayerCase]:
+def read_case(path: Path) -> tuple[str, Case | LayerCase | LoadCase]:
     """The requirement and the case of a file that `write_case` wrote."""
     try:
         data = json.loads(path.read_text())
@@ -122,12 +123,12 @@ def read_case(path: Path) -> tuple[str, Case | LayerCase]:
         raise UsageError(f"case {path}: {error}") from None
 
 
-def case_id(requirement: str, case: Case | LayerCase) -> str:
+def case_id(requirement: str, case: Case | LayerCase | LoadCase) -> str:
     """The name under which a failing case replays, such as SEL-3-b254db."""
     return f"{requirement}-{case.digest}"
 
 
-def write_case(folder: Path, requirement: str, case: Case | LayerCase, subject: str) -> Path:
+def write_case(folder: Path, requirement: str, case: Case | LayerCase | LoadCase, subject: str) -> Path:
     """Store a case so that it replays."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{case_id(requirement, case)}.json"

@@ -12,6 +12,7 @@ import numpy as np
 from conformance.cases import Case, valid_tokens
 from conformance.layer_cases import LayerCase
 from conformance.layout_cases import LayoutCase
+from conformance.load_cases import LoadCase
 from conformance.requirements import REQUIREMENTS, STAGES
 from conformance.subject import Routing, Subject, Unsupported, capabilities
 from moe_ref import UNUSED, LayerSpec, RouterSpec
@@ -26,7 +27,14 @@ class Violation(AssertionError):
     """A requirement does not hold for a case."""
 
     def __init__(
-        self, requirement: str, case: Case | LayerCase | None, title: str, *, token=None, expected="", received=""
+        self,
+        requirement: str,
+        case: Case | LayerCase | LoadCase | None,
+        title: str,
+        *,
+        token=None,
+        expected="",
+        received="",
     ):
         super().__init__(f"{requirement} {title}")
         self.requirement, self.case, self.title = requirement, case, title
@@ -95,6 +103,33 @@ class LayoutCheck(LayerCheck):
 
 LAYOUT_METHODS = ("dispatch", "sharded_layer", "sharded_gradients")
 """Methods that get a layout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadCheck(Check):
+    """A requirement of load, of capacity or of the mask of both; its cases are LoadCases."""
+
+    logits: tuple[str, ...] = ("normal",)
+    ids: tuple[str, ...] = ("own", "collapsed")
+    """Kinds of choices: of biased scores, the same for every token, or with unused slots."""
+    counts: tuple[str, ...] = ("mixed",)
+    """Kinds of counts of the ranks of a step."""
+    tokens: tuple[int, ...] = (12, 1)
+
+    def wants_spec(self, spec) -> bool:
+        """Whether a LoadSpec has the rule that the method is about, and no other one."""
+        rule = LOAD_RULES[self.method]
+        own = spec.rule is None if rule is None else getattr(spec, rule) is not None
+        return own and self.spec(spec)
+
+    def wants(self, case) -> bool:
+        return isinstance(case, LoadCase) and self.wants_spec(case.spec)
+
+
+LOAD_RULES = {"load": None, "z_loss": None, "balance_loss": "balance", "bias_update": "update", "capacity": "capacity"}
+"""Methods of load, and the rule that each gets."""
+REPLAY_METHODS = ("record", "replay")
+"""Methods of a whole layer that get or return a record."""
 
 CHECKS: dict[str, Check] = {}
 """Every check, by requirement; filled as the modules of `conformance.suite` are imported."""
@@ -173,11 +208,10 @@ class Judge:
         except Exception as error:
             raise crash(case, error) from error
 
-    def call(self, case: LayerCase, method: str, *arguments, blame: str, **inputs):
+    def call(self, case: LayerCase | LoadCase, method: str, *arguments, blame: str, **inputs):
         """What a method of layers returns; an error that it raises violates the requirement `blame`."""
         self.needs(method)
-        place = (case.layout,) if isinstance(case, LayoutCase) and method in LAYOUT_METHODS else ()
-        if sentence := self.subject.supports_layer(case.spec, *place):
+        if sentence := self._why_not(case, method):
             raise NotRun(sentence)
         inputs = {name: _as_given(value) for name, value in inputs.items()}
         self._names_inputs(method, inputs)
@@ -189,6 +223,12 @@ class Judge:
             raise NotRun(str(sentence)) from None
         except Exception as error:
             raise crash(case, error, blame, "a result") from error
+
+    def _why_not(self, case: LayerCase | LoadCase, method: str) -> str | None:
+        if isinstance(case, LoadCase):
+            return None if LOAD_RULES[method] is None else self.subject.supports_load(case.spec.rule)
+        place = (case.layout,) if isinstance(case, LayoutCase) and method in LAYOUT_METHODS else ()
+        return self.subject.supports_layer(case.spec, *place)
 
     def sound(self, case: Case, *ids: str) -> bool:
         """Whether these requirements hold for a neighbouring case; if not, they are to blame, not this case."""
@@ -216,6 +256,10 @@ class Judge:
             from conformance.layout_strategies import supported
 
             self._specs[check.requirement] = supported(self, check)
+        if check.requirement not in self._specs and isinstance(check, LoadCheck):
+            from conformance.load_strategies import supported as supported_rules
+
+            self._specs[check.requirement] = supported_rules(self, check)
         if check.requirement not in self._specs:
             wanted: list[Any] = [spec for spec in self._pool(check) if check.spec(spec)]
             supports = self.subject.supports_layer if isinstance(check, LayerCheck) else self.subject.supports
@@ -241,7 +285,7 @@ class Judge:
             reasons = Counter([f"{check.method}() is not defined"])
         self.ledger[check.requirement].reasons = reasons
 
-    def examine(self, check: Check, case: Case | LayerCase) -> None:
+    def examine(self, check: Check, case: Case | LayerCase | LoadCase) -> None:
         """Run a check on a case; a violation that no deviation covers and no earlier stage explains is raised."""
         entry = self.ledger[check.requirement]
         try:
@@ -288,7 +332,7 @@ class Judge:
         """The declared deviation that covers a violation, or None."""
         return next((d for d in self.deviations if d.covers(violation)), None)
 
-    def holds(self, id: str, case: Case | LayerCase) -> bool:
+    def holds(self, id: str, case: Case | LayerCase | LoadCase) -> bool:
         """Whether a requirement holds for a case; a case that cannot be run does not contradict it."""
         if not CHECKS[id].wants(case):
             return True
@@ -316,7 +360,9 @@ def _as_given(value):
     return value
 
 
-def crash(case: Case | LayerCase, error: Exception, blame: str = "RUN-1", wanted: str = "a routing") -> Violation:
+def crash(
+    case: Case | LayerCase | LoadCase, error: Exception, blame: str = "RUN-1", wanted: str = "a routing"
+) -> Violation:
     """An error of the subject on a case that it says it supports."""
     where = traceback.extract_tb(error.__traceback__)[-1]
     text = f"{type(error).__name__}: {error}".splitlines()[0][:300]

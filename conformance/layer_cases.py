@@ -7,7 +7,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -129,8 +129,12 @@ class LayerCase:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:6]
 
 
-def case_from_json(data: dict) -> "Case | LayerCase":
+def case_from_json(data: dict) -> Any:
     """A case of any kind: that of a layer has tokens, and that of a layout has a layout besides."""
+    if "load_spec" in data:
+        from conformance.load_cases import LoadCase
+
+        return LoadCase.from_json(data)
     if "layout" in data:
         from conformance.layout_cases import LayoutCase  # which is made of this module
 

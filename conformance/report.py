@@ -11,6 +11,8 @@ from conformance.layer_cases import LayerCase
 from conformance.layer_verdicts import output
 from conformance.layout_cases import LayoutCase, digest_of
 from conformance.layout_report import layout_rows, ranks_side_by_side
+from conformance.load_cases import LoadCase
+from conformance.load_report import load_rows, load_side_by_side
 from conformance.requirements import REQUIREMENTS, SPEC_VERSION, STAGES
 
 STATUSES = ("ok", "known", "NEW", "STALE", "advice", "unsupported", "not judged")
@@ -23,7 +25,10 @@ def failure_page(judge: Judge, violation: Violation, diagnoses=()) -> str:
     token = "" if violation.token is None else f", token {violation.token}"
     rows: list[tuple[str, str]] = [("expected", violation.expected), ("received", violation.received), ("", "")]
     if case is not None:
-        rows += _layer_rows(case, violation.token) if isinstance(case, LayerCase) else _rows(case, violation.token)
+        if isinstance(case, LoadCase):
+            rows += load_rows(case, violation.token)
+        else:
+            rows += _layer_rows(case, violation.token) if isinstance(case, LayerCase) else _rows(case, violation.token)
         rows.append(("tags", " ".join(sorted(case.tags))))
     for fault in diagnoses:
         rows.append(("looks like", f"{fault.name}: {fault.summary} {fault.link}".rstrip()))
@@ -91,8 +96,10 @@ def _numbers_row(row: list) -> str:
     return "[" + " ".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row) + "]"
 
 
-def side_by_side(judge: Judge, case: Case | LayerCase, most_tokens: int = 4) -> str:
+def side_by_side(judge: Judge, case: Case | LayerCase | LoadCase, most_tokens: int = 4) -> str:
     """Every stage of the reference for each token, and what the subject returned beside it."""
+    if isinstance(case, LoadCase):
+        return load_side_by_side(case)
     if isinstance(case, LayoutCase):
         return ranks_side_by_side(judge, case, most_tokens)
     if isinstance(case, LayerCase):

@@ -30,16 +30,16 @@ LOAD = (
     ("LOD-13", M, "With scope 'global' it makes no difference to loss and gradient how the batch is cut into ranks, "
                   "micro-batches or chunks.", "NVIDIA/Megatron-LM#5047", "ruimalheiro/gradient-garden#113",
                   "mlfoundations/open_lm#255"),
-    ("LOD-14", M, "With scope 'local' the loss is the mean of the losses of the shards; with 'running' each shard takes "
-                  "the mean count of itself and those before it."),
+    ("LOD-14", M, "With scope 'local' the loss is the mean of the losses of the shards; with 'running' each takes the "
+                  "mean count of itself and those before it."),
     ("LOD-15", S, "The same input gives the same loss and the same gradient, bit for bit.", "NVIDIA/Megatron-LM#6967"),
     ("LOD-16", M, "The z-loss is coeff * the mean over tokens of log(sum(exp(logits))) ** 2, of the logits themselves.",
                   "huggingface/transformers#48421", "allenai/OLMo-core#60"),
     ("LOD-17", M, "The gradient of the z-loss is 2 * coeff / T * log(sum(exp(logits))) * softmax(logits).",
                   "NVIDIA/Megatron-LM#5047"),
     ("LOD-18", M, "Losses and gradients of large logits are finite and right.", "NVIDIA/Megatron-LM#1545"),
-    ("LOD-19", M, "After a step, an expert with less than the mean count has rate more bias, and one with more has rate "
-                  "less.", "AI-Hypercomputer/maxtext#2494", "ScienceOne-AI/DeepSeek-671B-SFT-Guide#9"),
+    ("LOD-19", M, "After a step, an expert with less than the mean count has rate more bias, and one with more has "
+                  "rate less.", "AI-Hypercomputer/maxtext#2494", "ScienceOne-AI/DeepSeek-671B-SFT-Guide#9"),
     ("LOD-20", M, "The counts of ranks and micro-batches are summed first, and the sign is taken once, of the sum.",
                   "ScienceOne-AI/DeepSeek-671B-SFT-Guide#9"),
     ("LOD-21", M, "An expert with exactly the mean count keeps its bias; equal counts, or none, move nothing."),
@@ -77,9 +77,9 @@ CAPACITY = (
 MASK = (
     ("MSK-1", M, "A padding token is counted for no expert, whatever its ids, and wherever it stands.",
                  "vllm-project/vllm#38128", "sgl-project/sglang#40672"),
-    ("MSK-2", M, "A padding token is in no sum and no mean of a balance loss: the loss is that of the batch without it.",
+    ("MSK-2", M, "A padding token is in no sum and no mean of a balance loss: the loss is that of the others alone.",
                  "huggingface/transformers#28517", "NVIDIA/Megatron-LM#2121", "ruimalheiro/gradient-garden#113"),
-    ("MSK-3", M, "The gradient of a balance loss is 0 for a padding token, and for others that of the batch without it.",
+    ("MSK-3", M, "The gradient of a balance loss is 0 for a padding token, and for others what it is without it.",
                  "NVIDIA/Megatron-LM#2121"),
     ("MSK-4", M, "A sequence or a shard of padding alone is in no mean."),
     ("MSK-5", M, "A padding token is in no mean of the z-loss, and its gradient is 0.", "NVIDIA/Megatron-LM#2121"),

@@ -8,6 +8,7 @@ from conformance.cases import Case
 from conformance.judge import CHECKS, Judge, Violation
 from conformance.layer_cases import LayerCase
 from conformance.layout_cases import LayoutCase, simpler_layouts
+from conformance.load_cases import LoadCase
 from moe_ref.weights import param_shapes
 
 TRIES = 400
@@ -30,10 +31,10 @@ def shrink(judge: Judge, violation: Violation) -> Violation:
     return violation
 
 
-def violated(judge: Judge, id: str, case: Case | LayerCase) -> Violation | None:
+def violated(judge: Judge, id: str, case: Case | LayerCase | LoadCase) -> Violation | None:
     """The undeclared violation of this very requirement by a case, or None."""
     near_ties = judge.ledger[id].near_ties
-    if isinstance(case, LayoutCase) and not CHECKS[id].wants(case):
+    if isinstance(case, (LayoutCase, LoadCase)) and not CHECKS[id].wants(case):
         return None
     try:
         CHECKS[id].run(judge, case)
@@ -48,7 +49,7 @@ def violated(judge: Judge, id: str, case: Case | LayerCase) -> Violation | None:
     return None
 
 
-def _smaller(case: Case | LayerCase, token: int | None) -> Iterator[Case | LayerCase]:
+def _smaller(case: Case | LayerCase | LoadCase, token: int | None) -> Iterator[Case | LayerCase | LoadCase]:
     """Simpler neighbours of a case, the greatest simplification first."""
     if case.num_tokens > 1:
         if token is not None:
@@ -57,7 +58,10 @@ def _smaller(case: Case | LayerCase, token: int | None) -> Iterator[Case | Layer
             yield case.tokens(np.delete(np.arange(case.num_tokens), t))
     if isinstance(case, LayoutCase):
         yield from simpler_layouts(case)
-    yield from _simpler_layer(case) if isinstance(case, LayerCase) else _simpler_router(case)
+    if isinstance(case, LoadCase):
+        yield from _simpler_load(case)
+    else:
+        yield from _simpler_layer(case) if isinstance(case, LayerCase) else _simpler_router(case)
 
 
 def _simpler_router(case: Case) -> Iterator[Case]:
@@ -81,6 +85,15 @@ def _simpler_layer(case: LayerCase) -> Iterator[LayerCase]:
             yield from (case.with_params(**{name: rounder}) for rounder in _rounder(value))
     yield from (case.with_(x_TD=rounder) for rounder in _rounder(case.x_TD))
     yield from (case.with_(d_output_TD=rounder) for rounder in _rounder(case.d_output_TD))
+
+
+def _simpler_load(case: LoadCase) -> Iterator[LoadCase]:
+    for name in case.inputs:
+        yield case.with_inputs(**{name: None})
+    if len(case.counts_SE) > 1:
+        yield from (case.with_(counts_SE=np.delete(case.counts_SE, s, axis=0)) for s in range(len(case.counts_SE)))
+    yield from (case.with_(expert_bias_E=rounder) for rounder in _rounder(case.expert_bias_E))
+    yield from (case.with_(logits_TE=rounder) for rounder in _rounder(case.logits_TE))
 
 
 def _rounder(values) -> Iterator[np.ndarray]:

@@ -5,7 +5,8 @@ from dataclasses import fields
 import numpy as np
 
 import moe_ref
-from conformance.subject import Routing, Subject
+from conformance.subject import Routing
+from conformance.subjects.reference_load import ReferenceLoad
 from moe_ref import RouterSpec
 from moe_ref import experts as experts_room
 from moe_ref import permute as permute_room
@@ -14,7 +15,7 @@ from moe_ref.gradient_sharded import sharded_backward
 from moe_ref.sharded import sharded_layer
 
 
-class Reference(Subject):
+class Reference(ReferenceLoad):
     """moe_ref computed in float32, so that the judge's bounds are tried on ordinary rounding."""
 
     name, version = "reference", "float32"
