@@ -31,6 +31,8 @@ class Limited:
     """0 where a slot was dropped."""
     dropped_TK: jax.Array
     """Slots that had an expert and are dropped."""
+    place_TK: jax.Array
+    """The place of a kept slot among its expert's in its unit, in drop order; -1 for others."""
 
 
 def apply_capacity(
@@ -46,7 +48,7 @@ def apply_capacity(
 ) -> Limited:
     """An expert keeps the first C slots of each unit, in drop order, and the others are dropped. [CAP-3 .. CAP-7]
 
-    `pad_to_capacity` changes no value; `dense_matmul` always computes on the padded form.
+    `pad_to_capacity` changes no value: `slot_table` has the padded form, on which `dense_matmul` always computes.
 
     Args:
         expert_ids_TK: (T, K) ints; -1 is an unused slot. Null experts (num_experts and above) drop nothing.
@@ -71,14 +73,15 @@ def apply_capacity(
     if spec.scope != "rank" and axis_name is not None:
         ids, weights, valid, unit = lax.all_gather(choice, axis_name, tiled=True)
         first = lax.axis_index(axis_name) * len(ids_TK)
-        kept_of_all = _kept(ids, weights, valid, unit, spec, num_experts, num_units)
-        kept_TK = lax.dynamic_slice_in_dim(kept_of_all, first, len(ids_TK))
+        of_all = _kept(ids, weights, valid, unit, spec, num_experts, num_units)
+        kept_TK, place_TK = (lax.dynamic_slice_in_dim(each, first, len(ids_TK)) for each in of_all)
     else:
-        kept_TK = _kept(*choice, spec, num_experts, num_units, all_valid=token_mask_T is None)
+        kept_TK, place_TK = _kept(*choice, spec, num_experts, num_units, all_valid=token_mask_T is None)
     limited = Limited(
         expert_ids_TK=jnp.where(kept_TK, given_ids_TK, -1),
         weights_TK=_renormalise(given_TK, kept_TK, spec),
         dropped_TK=(given_ids_TK >= 0) & ~kept_TK,
+        place_TK=place_TK,
     )
     if spec.then is None:
         return limited
@@ -90,13 +93,14 @@ def apply_capacity(
         expert_ids_TK=second.expert_ids_TK,
         weights_TK=second.weights_TK,
         dropped_TK=limited.dropped_TK | second.dropped_TK,
+        place_TK=second.place_TK,
     )
 
 
 def _kept(
     ids_TK, weights_TK, valid_T, unit_of_T, spec: CapacitySpec, num_experts: int, num_units: int, *, all_valid=False
-) -> jax.Array:
-    """Whether each slot keeps its expert; slots of null experts do."""
+) -> tuple[jax.Array, jax.Array]:
+    """Whether each slot keeps its expert, as slots of null experts do, and its place."""
     (T, K), E, U = ids_TK.shape, num_experts, num_units
     has_expert_TK = (ids_TK >= 0) & (ids_TK < E)
     keys_TK = jnp.where(has_expert_TK, ids_TK + unit_of_T[:, None] * E, U * E)
@@ -114,7 +118,8 @@ def _kept(
         tokens_U = (valid_T[:, None] & (unit_of_T[:, None] == jnp.arange(U))).sum(axis=0, dtype=jnp.int32)
         # A table: the product in a capacity exceeds int32, and in float32 it would not be exact.
         capacity_T = jnp.asarray(capacities(spec, T, K, E))[tokens_U][unit_of_T]
-    return (ids_TK >= 0) & (~has_expert_TK | (place_TK < capacity_T[:, None]))
+    inside_TK = has_expert_TK & (place_TK < capacity_T[:, None])
+    return inside_TK | ((ids_TK >= 0) & ~has_expert_TK), jnp.where(inside_TK, place_TK, -1)
 
 
 def capacities(spec: CapacitySpec, max_tokens: int, top_k: int, num_experts: int) -> np.ndarray:
@@ -147,6 +152,22 @@ def most_slots(spec: CapacitySpec, num_tokens: int, top_k: int, num_experts: int
     if spec.then is not None:
         bound = min(bound, most_slots(spec.then, num_tokens, top_k, num_experts, num_sequences))
     return min(bound, num_tokens)
+
+
+def slot_table(limited: Limited, num_experts: int, num_places: int, *, unit_of_T=None, num_units: int = 1) -> jax.Array:
+    """(U, E, C) the flat slot number t * K + k at each place of each expert, -1 where it is empty. [CAP-13]
+
+    Args:
+        num_places: C, static; places beyond it are left off.
+        unit_of_T: (T,) the unit (sequence or shard) of each token, in [0, num_units); None: all are one.
+    """
+    T, K = limited.expert_ids_TK.shape
+    unit_T = jnp.zeros(T, jnp.int32) if unit_of_T is None else jnp.asarray(unit_of_T)
+    # No place: past the end, which drops it. (-1 would be the last one.)
+    place_TK = jnp.where(limited.place_TK < 0, num_places, limited.place_TK)
+    table_UEC = jnp.full((num_units, num_experts, num_places), -1, jnp.int32)
+    numbers_TK = lax.iota(jnp.int32, T * K).reshape(T, K)
+    return table_UEC.at[unit_T[:, None], limited.expert_ids_TK, place_TK].set(numbers_TK, mode="drop")
 
 
 def slot_places(expert_ids_TK, num_experts: int) -> jax.Array:

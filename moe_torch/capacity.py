@@ -27,6 +27,8 @@ class Limited:
     """0 where a slot was dropped."""
     dropped_TK: Tensor
     """Slots that had an expert and are dropped."""
+    place_TK: Tensor
+    """The place of a kept slot among its expert's in its unit, in drop order; -1 for others."""
 
 
 def apply_capacity(
@@ -42,7 +44,7 @@ def apply_capacity(
 ) -> Limited:
     """An expert keeps the first C slots of each unit, in drop order, and the others are dropped. [CAP-3 .. CAP-7]
 
-    `pad_to_capacity` changes no value: rows are as many as the slots that are kept.
+    `pad_to_capacity` changes no value: `slot_table` has the padded form.
 
     Args:
         expert_ids_TK: (T, K) ints; -1 is an unused slot. Null experts (num_experts and above) drop nothing.
@@ -67,21 +69,26 @@ def apply_capacity(
 
     choice = (given_ids_TK, given_TK.detach(), valid_T, unit_of_T)
     if spec.scope != "rank" and group is not None:
-        kept_TK = _kept_of_group(*choice, spec, num_experts, num_units, group)
+        kept_TK, place_TK = _kept_of_group(*choice, spec, num_experts, num_units, group)
     else:
-        kept_TK = _kept(*choice, spec, num_experts, num_units)
+        kept_TK, place_TK = _kept(*choice, spec, num_experts, num_units)
     kept_ids_TK, kept_weights_TK = given_ids_TK.masked_fill(~kept_TK, -1), _renormalise(given_TK, kept_TK, spec)
     if spec.then is not None:
         second = apply_capacity(
             kept_ids_TK, kept_weights_TK, spec.then, num_experts, token_mask_T=token_mask_T,
             sequence_of_T=sequence_of_T, num_sequences=num_sequences, group=group,
         )  # fmt: skip
-        kept_ids_TK, kept_weights_TK = second.expert_ids_TK, second.weights_TK
-    return Limited(expert_ids_TK=kept_ids_TK, weights_TK=kept_weights_TK, dropped_TK=used_TK & (kept_ids_TK < 0))
+        kept_ids_TK, kept_weights_TK, place_TK = second.expert_ids_TK, second.weights_TK, second.place_TK
+    return Limited(
+        expert_ids_TK=kept_ids_TK,
+        weights_TK=kept_weights_TK,
+        dropped_TK=used_TK & (kept_ids_TK < 0),
+        place_TK=place_TK,
+    )
 
 
-def _kept(ids_TK, weights_TK, valid_T, unit_of_T, spec: CapacitySpec, num_experts: int, num_units: int) -> Tensor:
-    """Whether each slot keeps its expert; slots of null experts do."""
+def _kept(ids_TK, weights_TK, valid_T, unit_of_T, spec: CapacitySpec, num_experts: int, num_units: int):
+    """Whether each slot keeps its expert, as slots of null experts do, and its place."""
     (T, K), E, U = ids_TK.shape, num_experts, num_units
     has_expert_TK = (ids_TK >= 0) & (ids_TK < E)
     keys_TK = torch.where(has_expert_TK, ids_TK + unit_of_T[:, None] * E, U * E)
@@ -95,12 +102,11 @@ def _kept(ids_TK, weights_TK, valid_T, unit_of_T, spec: CapacitySpec, num_expert
         place_TK = _places(keys_TK.flatten()).view(T, K)
     own_UT = (unit_of_T == torch.arange(U, device=ids_TK.device)[:, None]) & valid_T
     capacity_T = capacities(own_UT.sum(1), spec, K, E)[unit_of_T]
-    return (ids_TK >= 0) & (~has_expert_TK | (place_TK < capacity_T[:, None]))
+    inside_TK = has_expert_TK & (place_TK < capacity_T[:, None])
+    return inside_TK | ((ids_TK >= 0) & ~has_expert_TK), place_TK.masked_fill(~inside_TK, -1)
 
 
-def _kept_of_group(
-    ids_TK, weights_TK, valid_T, unit_of_T, spec: CapacitySpec, num_experts: int, num_units: int, group
-) -> Tensor:
+def _kept_of_group(ids_TK, weights_TK, valid_T, unit_of_T, spec: CapacitySpec, num_experts: int, num_units: int, group):
     """The same for the batch of a whole group; every rank decides alike, and takes its own part."""
     (T, K), ranks = ids_TK.shape, dist.get_world_size(group)
     longest = torch.tensor(T, device=ids_TK.device)
@@ -114,8 +120,28 @@ def _kept_of_group(
     dist.all_gather_into_tensor(whole, own_L, group=group)
     all_ids_TK, all_weights_TK, rest_T2 = whole.split([K, K, 2], dim=1)
     valid_T, unit_of_T = rest_T2[:, 0] > 0, rest_T2[:, 1].long()
-    kept_TK = _kept(all_ids_TK.long(), all_weights_TK, valid_T, unit_of_T, spec, num_experts, num_units)
-    return kept_TK[dist.get_rank(group) * L :][:T]
+    of_all = _kept(all_ids_TK.long(), all_weights_TK, valid_T, unit_of_T, spec, num_experts, num_units)
+    kept_TK, place_TK = (each[dist.get_rank(group) * L :][:T] for each in of_all)
+    return kept_TK, place_TK
+
+
+def slot_table(
+    limited: Limited, num_experts: int, num_places: int, *, unit_of_T: Tensor | None = None, num_units: int = 1
+) -> Tensor:
+    """(U, E, C) the flat slot number t * K + k at each place of each expert, -1 where it is empty. [CAP-13]
+
+    Args:
+        num_places: C; places beyond it are left off.
+        unit_of_T: (T,) the unit (sequence or rank) of each token, in [0, num_units); None: all are one.
+    """
+    ids_TK, place_TK, size = limited.expert_ids_TK, limited.place_TK, num_units * num_experts * num_places
+    unit_T = torch.zeros_like(ids_TK[:, 0]) if unit_of_T is None else unit_of_T
+    cells_TK = (unit_T[:, None] * num_experts + ids_TK) * num_places + place_TK
+    # Into a cell of their own: to select slots would ask the device for their number.
+    cells_TK = cells_TK.where((place_TK >= 0) & (place_TK < num_places), size)
+    table = torch.full((size + 1,), -1, dtype=torch.int64, device=ids_TK.device)
+    numbers_N = torch.arange(ids_TK.numel(), device=ids_TK.device)
+    return table.scatter_(0, cells_TK.flatten(), numbers_N)[:size].view(num_units, num_experts, num_places)
 
 
 def capacities(tokens_U: Tensor, spec: CapacitySpec, top_k: int, num_experts: int) -> Tensor:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from conformance.subject import Subject
-from moe_jax.capacity import apply_capacity
+from moe_jax.capacity import Limited, apply_capacity, slot_table
 from moe_jax.load import bias_update, tokens_per_expert
 from moe_jax.losses import balance_loss, balance_sums, loss_of_sums, z_loss
 from moe_jax.routing import scale_logits
@@ -75,12 +75,21 @@ class JaxLoad(Subject):
         """What the layers do with a choice, and the gradient of the weights by `jax.vjp`."""
         T = len(expert_ids_TK)
         d_kept_TK = np.zeros_like(weights_TK) if d_weights_TK is None else d_weights_TK
-        ids_TK, kept_weights_TK, d_given_TK = _capacity(
+        kept, d_given_TK = _capacity(
             narrow(expert_ids_TK), narrow(weights_TK), narrow(shards_of(T, tokens_per_shard)), mask(token_mask_T, T),
             narrow(part_of(T, sequence_lengths)), narrow(d_kept_TK), spec=capacity, num_experts=num_experts,
             num_sequences=num_of(sequence_lengths),
         )  # fmt: skip
-        found = {"expert_ids_TK": np.asarray(ids_TK), "weights_TK": np.asarray(kept_weights_TK)}
+        found = {"expert_ids_TK": np.asarray(kept.expert_ids_TK), "weights_TK": np.asarray(kept.weights_TK)}
+        last = capacity.then or capacity
+        if last.pad_to_capacity:
+            lengths = {"global": None, "rank": tokens_per_shard, "sequence": sequence_lengths}[last.scope]
+            unit_of_T, num_units, K = part_of(T, lengths), num_of(lengths), np.shape(expert_ids_TK)[1]
+            tokens_U = np.bincount(unit_of_T[np.asarray(mask(token_mask_T, T))], minlength=num_units)
+            C = max(last.capacity(int(tokens), K, num_experts) for tokens in tokens_U)
+            found["slot_table_UEC"] = np.asarray(
+                slot_table(kept, num_experts, C, unit_of_T=unit_of_T, num_units=num_units)
+            )
         return found if d_weights_TK is None else found | {"d_weights_TK": np.asarray(d_given_TK)}
 
 
@@ -151,17 +160,18 @@ def _capacity(
             ids_TK, weights_TK, spec, num_experts, token_mask_T=own_T & token_mask_T, sequence_of_T=sequence_of_T,
             num_sequences=num_sequences, axis_name=AXIS,
         )  # fmt: skip
-        return limited.weights_TK, limited.expert_ids_TK
+        return limited.weights_TK, limited
 
     def forward(weights_TK):
         ids, weights, valid, sequences = (
             take(values, rows_ST) for values in (ids_TK, weights_TK, token_mask_T, sequence_of_T)
         )
-        kept, kept_ids = jax.vmap(of_shard, axis_name=AXIS)(ids, weights, rows_ST >= 0, valid, sequences)
-        return put_back(kept, rows_ST), put_back(kept_ids, rows_ST)
+        kept_weights, limited = jax.vmap(of_shard, axis_name=AXIS)(ids, weights, rows_ST >= 0, valid, sequences)
+        whole: Limited = jax.tree.map(lambda values: put_back(values, rows_ST), limited)
+        return put_back(kept_weights, rows_ST), whole
 
-    kept_weights_TK, pull, kept_ids_TK = jax.vjp(forward, weights_TK, has_aux=True)
-    return kept_ids_TK, kept_weights_TK, pull(d_weights_TK)[0]
+    _, pull, limited = jax.vjp(forward, weights_TK, has_aux=True)
+    return limited, pull(d_weights_TK)[0]
 
 
 def shards_of(num_tokens: int, tokens_per_shard) -> np.ndarray:

@@ -5,6 +5,7 @@ What ranks would all-reduce is added up here; the all-reduce itself is under tes
 # They name their inputs, which is how a subject says what it takes.
 # pyright: reportIncompatibleMethodOverride=false
 
+from dataclasses import fields
 from functools import reduce
 from operator import add
 
@@ -13,7 +14,7 @@ import torch
 
 from conformance.subject import Subject
 from conformance.subjects.identity_gate import to_torch
-from moe_torch.capacity import apply_capacity
+from moe_torch.capacity import Limited, apply_capacity, capacities, slot_table
 from moe_torch.load import bias_update, tokens_per_expert
 from moe_torch.losses import balance_sums, loss_of_sums, z_loss
 from moe_torch.routing import scale_logits
@@ -90,7 +91,7 @@ class TorchLoad(Subject):
     ):
         """What the layer does with a choice; the gradient of the weights is autograd's."""
         given_TK, ids_TK = to_torch(weights_TK).requires_grad_(), to_torch(expert_ids_TK)
-        mask_T, limit, kept_TK = _mask(token_mask_T, len(ids_TK)), capacity, given_TK
+        mask_T, limit, last, whole, kept_TK = _mask(token_mask_T, len(ids_TK)), capacity, capacity, None, given_TK
         num_sequences, sequence_of_T = _sequences(sequence_lengths, len(ids_TK))
         while limit is not None:
             # Each limit on its own, because a shard is a rank for one scope and a part of the batch for another.
@@ -107,11 +108,17 @@ class TorchLoad(Subject):
                 )
                 for own in shards
             ]
-            ids_TK, kept_TK = (
-                torch.cat([getattr(part, name) for part in parts]) for name in ("expert_ids_TK", "weights_TK")
-            )
-            limit = limit.then
+            whole = Limited(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Limited)})
+            ids_TK, kept_TK, last, limit = whole.expert_ids_TK, whole.weights_TK, limit, limit.then
         found = {"expert_ids_TK": ids_TK.numpy(), "weights_TK": kept_TK.detach().numpy()}
+        if whole is not None and last.pad_to_capacity:
+            by_scope = {"global": None, "rank": tokens_per_shard, "sequence": sequence_lengths}
+            num_units, unit_of_T = _sequences(by_scope[last.scope], len(ids_TK))
+            tokens_U = torch.bincount(unit_of_T[mask_T], minlength=num_units)
+            C = int(capacities(tokens_U, last, ids_TK.shape[1], num_experts).max())
+            found["slot_table_UEC"] = slot_table(
+                whole, num_experts, C, unit_of_T=unit_of_T, num_units=num_units
+            ).numpy()
         if d_weights_TK is None:
             return found
         (d_given_TK,) = torch.autograd.grad(kept_TK, given_TK, to_torch(d_weights_TK))

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import moe_ref
-from moe_jax.capacity import apply_capacity, capacities, most_slots
+from moe_jax.capacity import apply_capacity, capacities, most_slots, slot_table
 from moe_jax.dense_matmul import dense_matmul
 from moe_jax.sparse_matmul import sparse_matmul
 from moe_ref import CapacitySpec, ExpertSpec, LayerParams, LayerSpec, RouterSpec
@@ -71,9 +71,24 @@ def test_what_is_kept_and_its_gradient_are_the_reference_s(name):
         np.testing.assert_array_equal(found.expert_ids_TK, expected.expert_ids_TK)
         np.testing.assert_array_equal(found.dropped_TK, (expected.expert_ids_TK < 0) & (ids_TK >= 0) & mask_T[:, None])
         np.testing.assert_allclose(found.weights_TK, expected.weights_TK, rtol=1e-14)
+        np.testing.assert_array_equal(found.place_TK, expected.place_TK)
         np.testing.assert_allclose(d_given_TK, moe_ref.capacity_backward(expected, spec, d_weights_TK), **SAME)
         kept = expected.expert_ids_TK[(expected.expert_ids_TK >= 0) & (expected.expert_ids_TK < E)]
         assert np.bincount(kept, minlength=E).max() <= most_slots(spec, T, K, E, 3)
+
+
+def test_the_padded_form_has_each_kept_slot_at_its_place():
+    spec = CapacitySpec(factor=1.1, scope="sequence", drop_order="by_weight", pad_to_capacity=True)
+    ids_TK, weights_TK = choice(0)
+    expected = moe_ref.apply_capacity(ids_TK, weights_TK, spec, E, sequence_lengths=SEQUENCES)
+    C = int(expected.capacity_U.max())
+
+    @jax.jit
+    def table(ids_TK, weights_TK):
+        limited = apply_capacity(ids_TK, weights_TK, spec, E, sequence_of_T=SEQUENCE_OF_T, num_sequences=3)
+        return slot_table(limited, E, C, unit_of_T=SEQUENCE_OF_T, num_units=3)
+
+    np.testing.assert_array_equal(table(ids_TK, weights_TK), expected.slot_table_UEC)
 
 
 @pytest.mark.parametrize("name", SPECS)

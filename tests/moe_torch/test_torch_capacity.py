@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import moe_ref
 from moe_ref import CapacitySpec, ExpertSpec, LayerParams, LayerSpec, RouterSpec
 from moe_ref.load_spec import CAPACITY_SCOPES, DROP_ORDERS, ROUNDINGS
-from moe_torch.capacity import apply_capacity, capacities
+from moe_torch.capacity import apply_capacity, capacities, slot_table
 from moe_torch.moe import MoE
 
 E, K, D = 5, 2, 6
@@ -72,9 +72,25 @@ def test_what_is_kept_and_its_gradient_are_the_reference_s(choice, spec):
     np.testing.assert_array_equal(found.expert_ids_TK, expected.expert_ids_TK)
     np.testing.assert_array_equal(found.dropped_TK, (expected.expert_ids_TK < 0) & (ids_TK >= 0) & mask_T[:, None])
     np.testing.assert_allclose(found.weights_TK.detach(), expected.weights_TK, rtol=1e-14)
+    np.testing.assert_array_equal(found.place_TK, expected.place_TK)
     d_weights_TK = np.random.default_rng(1).standard_normal(ids_TK.shape)
     found.weights_TK.backward(torch.tensor(d_weights_TK))
     np.testing.assert_allclose(weights.grad, moe_ref.capacity_backward(expected, spec, d_weights_TK), **SAME)
+
+
+@pytest.mark.parametrize("drop_order", DROP_ORDERS)
+def test_the_padded_form_has_each_kept_slot_at_its_place(drop_order):
+    spec = CapacitySpec(factor=1.1, scope="sequence", drop_order=drop_order, pad_to_capacity=True)
+    rng, lengths = np.random.default_rng(0), (5, 0, 7)
+    ids_TK = np.argsort(rng.random((12, E + 1)), axis=1)[:, :K]
+    weights_TK, unit_of_T = rng.random((12, K)), torch.tensor(np.repeat(np.arange(3), lengths))
+    expected = moe_ref.apply_capacity(ids_TK, weights_TK, spec, E, sequence_lengths=lengths)
+    limited = apply_capacity(
+        torch.tensor(ids_TK), torch.tensor(weights_TK), spec, E, sequence_of_T=unit_of_T, num_sequences=3
+    )
+    C = int(expected.capacity_U.max())
+    found_UEC = slot_table(limited, E, C, unit_of_T=unit_of_T, num_units=3)
+    np.testing.assert_array_equal(found_UEC, expected.slot_table_UEC)
 
 
 @settings(max_examples=50, deadline=None)
