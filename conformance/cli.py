@@ -54,9 +54,7 @@ def parser() -> Parser:
     replay.add_argument("case", metavar="ID", help="such as SEL-3-b254db, or the path of a case file")
     replay.add_argument("--subject", metavar="SUBJECT", help="default: the one that failed")
 
-    faults = commands.add_parser(
-        "faults", help="the known wrong routers and layers, and what catches each"
-    )
+    faults = commands.add_parser("faults", help="the known wrong routers and layers, and what catches each")
     faults.add_argument("--seeds", type=_positive, default=1, metavar="N", help="how many seeds (default 1)")
     faults.add_argument("--only", metavar="NAME", help="one fault")
 

@@ -90,4 +90,6 @@ LAYOUT = (
     ("LYT-29", M, "A slot that a receive buffer did not admit sends no gradient and gets none.",
                   "AI-Hypercomputer/maxtext#3678"),
     ("LYT-30", M, "Chunks of tokens or of features change a gradient by rounding alone."),
+    ("LYT-31", M, "Where all tokens choose the experts of one rank, and fill it, every output is still that of the "
+                  "one-rank layer.", "AI-Hypercomputer/maxtext#1767", "deepseek-ai/DeepEP#427"),
 )  # fmt: skip

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from conformance.faults.layout_fault import replaces, surrounds
-from moe_ref.sharded import project_in_pieces, sum_over_tensor_ranks, work
+from moe_ref.sharded import finish, project_in_pieces, sum_over_tensor_ranks, work
 
 
 def without_experts(params, experts):
@@ -100,7 +100,26 @@ def a_replicated_expert_is_summed_twice(run, memory, x_by_shard, params, spec, l
     return [rest + times * (all_TD - rest) for all_TD, rest in zip(found, without, strict=True)]
 
 
-@surrounds(breaks="LYT-2", links=("AI-Hypercomputer/maxtext#1767", "deepseek-ai/DeepEP#427"))
+@replaces("finish", breaks="LYT-31")
+def a_full_rank_lends_its_last_row(shard, begun, ranks, params, spec, layout):
+    """Slots of other ranks' experts read the last row of the buffer, which belongs to nobody unless it is full."""
+    found = finish(shard, begun, ranks, params, spec, layout)
+    if layout.strategy not in ("ring_of_experts", "replicated") or spec.router.weight_on == "input":
+        return found
+    output_TD, first = found.output_TD.copy(), shard // layout.shards_per_group * layout.expert * layout.tensor
+    for chunks in ranks[first : first + layout.expert * layout.tensor : layout.tensor]:
+        for chunk in chunks:
+            group = layout.tokens_of_group(shard // layout.shards_per_group)
+            most = group * min(spec.router.top_k, len(chunk.plan.group_sizes_e))
+            slots = chunk.shard_slots_R2[chunk.shard_slots_R2[:, 0] == shard, 1]
+            foreign_TK = found.routing.weights_TK.copy()
+            foreign_TK.reshape(-1)[slots] = 0
+            if len(chunk.output_RD) == most > 0:
+                output_TD += foreign_TK.sum(axis=1, keepdims=True) * chunk.output_RD[-1]
+    return replace(found, output_TD=output_TD)
+
+
+@surrounds(breaks="LYT-31", links=("AI-Hypercomputer/maxtext#1767", "deepseek-ai/DeepEP#427"))
 def rows_past_the_average_load_are_lost(run, memory, x_by_shard, params, spec, layout, **inputs):
     """The receive buffer holds an even share of all rows."""
     fixed = layout.replace(buffer_factor=1.0) if layout.strategy == "ragged_all_to_all" else layout

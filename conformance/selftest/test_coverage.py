@@ -5,10 +5,13 @@ import subprocess
 import sys
 
 SCRIPT = """
-from conformance.judge import Judge
+from conformance.judge import CHECKS, LAYOUT_METHODS, Judge
 from conformance.subjects.reference import Reference
-from conformance.trial import accuse
-accuse(Judge(Reference()), seed=0, examples=40)
+from conformance.trial import accuse, load_suite
+load_suite()
+# Layouts have the router of one rank.
+ids = [id for id, check in CHECKS.items() if check.method not in LAYOUT_METHODS]
+accuse(Judge(Reference()), seed=0, examples=40, ids=ids)
 """
 
 

@@ -246,3 +246,11 @@ def test_the_same_input_on_the_same_layout_gives_the_same_output(judge, case):
     for rank, (before, after) in enumerate(zip(first, second, strict=True)):
         title, nothing = f"{name_of(case, rank)}: another output in a second call", np.zeros(before.shape)
         hold(case, "LYT-17", title, after, before, nothing, label=lambda row: f"token {row} of the shard")
+
+
+@requires("LYT-31", method="sharded_layer", spec=lambda s: alone(s) and s.router.selector != "table",
+          layout=lambda layout: is_plain(layout) and layout.expert > 1, counts=FILLED, bias=("one_rank",),
+          loads=("one_rank",), after=("LYT-1",))  # fmt: skip
+def test_a_full_rank_loses_and_mixes_no_row(judge, case):
+    title = "not the output of the one-rank layer, with all tokens on one rank"
+    hold_layout(judge, case, "LYT-31", title)
