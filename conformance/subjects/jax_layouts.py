@@ -39,7 +39,7 @@ use_cpu_devices(MOST_RANKS)
 class JaxLayouts(Subject):
     """`moe_jax.parallel`, compiled for each spec and layout."""
 
-    name = "jax_layouts"
+    name = "jax-layouts"
     version = jax.__version__
     url = "https://github.com/jax-ml/jax"
     compiles = True
