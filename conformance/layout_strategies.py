@@ -163,6 +163,7 @@ def layout_facts(setting: Setting) -> set:
     found |= {("emb chunks", ep > 1, tp > 1)} if layout.num_emb_chunks > 1 else set()
     found |= {("buffer", layout.buffer_factor)} if layout.buffer_factor is not None and ep > 1 else set()
     found |= {("tokens", layout.tokens_per_shard[0] > 0)}
+    found |= {("null experts", layout.strategy)} if spec in DISPATCH_SPECS and spec.router.num_null_experts else set()
     return found | {("layer", fact) for fact in facts(spec) if sharded}
 
 
@@ -229,13 +230,14 @@ def thin(settings: list[Setting]) -> list[Setting]:
 
 
 def _wanted_by(setting: Setting) -> frozenset:
-    """The requirements that want a setting; those of the plain layouts for each strategy."""
+    """The requirements that want a setting; those about any load of plain layouts for each strategy."""
     spec, layout = setting.spec, setting.layout
     sharded, checks = layout.expert > 1, [c for c in CHECKS.values() if isinstance(c, LayoutCheck)]
     found: set = {("strategy", layout.strategy, sharded), ("expert", layout.expert)}
     for check in checks:
         if check.method != "dispatch" and check.spec(spec) and check.layout(layout) and layout.num_ranks > 1:
-            found.add((check.requirement, layout.strategy if check.requirement == "LYT-2" and sharded else ""))
+            every_strategy = sharded and check.requirement in ("LYT-2", "LYT-31")
+            found.add((check.requirement, layout.strategy if every_strategy else ""))
     return frozenset(found | ({("groups",)} if layout.num_rank_groups > 1 and sharded else set()))
 
 

@@ -86,7 +86,8 @@ def test_unused_slots_and_null_experts_are_no_rows(judge, case):
     hold_plan(case, planned(judge, case, "DSP-9"), case.plans, "DSP-9")
 
 
-@requires("DSP-10", method="dispatch", layout=unplaced, loads=("one_expert", "one_rank"), after=("DSP-1",))
+@requires("DSP-10", method="dispatch", layout=lambda layout: unplaced(layout) and layout.expert > 1,
+          loads=("one_expert", "one_rank"), after=("DSP-1",))  # fmt: skip
 def test_no_load_loses_a_row(judge, case):
     for ids_by_shard in (case.ids_by_shard, other_ids(case, "one_rank")):
         found = planned(judge, case, "DSP-10", ids_by_shard)

@@ -249,7 +249,7 @@ def test_the_same_input_on_the_same_layout_gives_the_same_output(judge, case):
 
 
 @requires("LYT-31", method="sharded_layer", spec=lambda s: alone(s) and s.router.selector != "table",
-          layout=lambda layout: is_plain(layout) and layout.expert > 1, counts=FILLED, bias=("one_rank",),
+          layout=lambda layout: is_plain(layout) and layout.expert >= 4, counts=FILLED, bias=("one_rank",),
           loads=("one_rank",), after=("LYT-1",))  # fmt: skip
 def test_a_full_rank_loses_and_mixes_no_row(judge, case):
     title = "not the output of the one-rank layer, with all tokens on one rank"
