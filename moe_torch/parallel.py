@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -59,7 +60,8 @@ def parallelize(
 
     Args:
         moe: on any device, meta included.
-        mesh: with axes of `AXES`, in any order; every rank of it makes this call.
+        mesh: with axes of `AXES`, in any order; every rank of it makes this call. It may be a part of a larger mesh,
+            but for node_dedup.
         strategy: all_to_all: a rank has its own tokens, and rows travel. node_dedup: the same, but a token crosses to a
             node once. replicated: the ranks of the expert axis have the same tokens, and nothing travels.
         placement: placement[i] is the expert at place i; rank e of the expert axis owns places e * E/S and on. None:
@@ -122,9 +124,17 @@ def _dispatcher(
     return NodeDedupTokenDispatcher(*choices, group, across=across, inside=inside, **options)
 
 
-@lru_cache(maxsize=32)
 def mesh_of_nodes(mesh: DeviceMesh, ranks_per_node: int) -> DeviceMesh:
     """The mesh with its expert axis divided into node and position; the same object for the same arguments."""
+    size = dist.get_world_size()
+    # New groups are made by all processes together.
+    require(mesh.size() == size, f"the mesh has {mesh.size()} of {size} ranks; for strategy 'node_dedup' it has all")
+    # An equal mesh of another life of torch.distributed has other groups.
+    return _mesh_of_nodes(mesh, ranks_per_node, dist.group.WORLD)
+
+
+@lru_cache(maxsize=32)
+def _mesh_of_nodes(mesh: DeviceMesh, ranks_per_node: int, _world) -> DeviceMesh:
     names = mesh.mesh_dim_names or ()
     axis = names.index("expert")
     ranks = mesh.mesh.unflatten(axis, (-1, ranks_per_node))

@@ -146,3 +146,17 @@ def plan_on_rank(params, spec: LayerSpec, layout: ShardLayout, ids_by_shard) -> 
     slots = [[each.slot_R[part].tolist() for part in own_parts] for each, own_parts in zip(plans, parts, strict=True)]
     tokens = [[each.rows.token_R[part].tolist() for part in own] for each, own in zip(plans, parts, strict=True)]
     return slots, tokens, [each.rows.num_tokens for each in plans]
+
+
+def part_of_a_mesh_on_rank(params, spec: LayerSpec, x_by_shard: list) -> tuple[np.ndarray, str]:
+    """The output on the expert axis of a mesh with pipeline stages, and the error of node_dedup there."""
+    stages = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipeline", "expert"))
+    whole = MoE(spec)
+    whole.load(params)
+    moe = parallelize(whole, stages["expert"])
+    output_TD = moe(torch.tensor(x_by_shard[stages.get_local_rank("expert")]))
+    try:
+        parallelize(MoE(spec), stages["expert"], strategy="node_dedup", ranks_per_node=1)
+    except ValueError as error:
+        return output_TD.detach().numpy(), str(error)
+    return output_TD.detach().numpy(), ""

@@ -237,6 +237,17 @@ def test_calls_that_a_layer_is_not_ready_for_are_errors():
                         "the mesh has an axis 'pipeline'; its axes are of data, fsdp, expert, tensor"]  # fmt: skip
 
 
+def test_the_mesh_may_be_a_part_of_a_larger_one():
+    layout = ShardLayout(expert=2, tokens_per_shard=(3, 5))
+    x_by_shard, params = tokens(layout), params_of(DEEPSEEK)
+    wanted = np.split(moe_layer(np.concatenate(x_by_shard), params, DEEPSEEK).output_TD, [3])
+    ranks = shared("conformance.subjects.torch_layouts")
+    found = ranks.run(4, parallel_functions.part_of_a_mesh_on_rank, params, DEEPSEEK, x_by_shard)
+    for rank, (output_TD, message) in enumerate(found):
+        assert error(output_TD, wanted[rank % 2]) < FLOAT32
+        assert message == "the mesh has 2 of 4 ranks; for strategy 'node_dedup' it has all"
+
+
 def test_device_dtype_mode_and_what_is_frozen_stay():
     found = shared("conformance.subjects.torch_layouts").run(2, parallel_functions.kinds_on_rank, LAYERS["biases"])
     assert (
