@@ -138,7 +138,7 @@ def _experts(get: Callable, stages: Stages, x_TD, decided: RouteOutput, plan, pa
     rows = [get("dispatch")(x_TD, decided, plan, fill, chunk=chunk) for chunk in chunks]
     projected = [get("gmm_up")(rows[chunk], params, plan, chunk=chunk) for chunk in chunks]
     gate_RF, up_RF = reduce(partial(jax.tree.map, jnp.add), projected)
-    hidden_RF = get("activate")(gate_RF, up_RF, params, plan)
+    hidden_RF = get("activate")(gate_RF, up_RF, params, plan, dtype=x_TD.dtype)
     done = [get("gmm_down")(hidden_RF, params, plan, chunk=chunk) for chunk in chunks]
     outputs = [get("unpermute")(rows_RD, decided, plan, fill) for rows_RD in done]
     return join_columns(outputs, stages.spec, stages.layout)

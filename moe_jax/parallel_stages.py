@@ -153,9 +153,8 @@ class Stages:
             options["preferred_element_type"] = jnp.promote_types(rows_RD.dtype, jnp.float32)
         return sparse_matmul.gmm_up(rows_RD, w_gate_EDF, w_up_EDF, metadata.rows, **options)
 
-    def activate(self, gate_RF, up_RF, params: LayerParams, metadata: ShardMetadata):
-        """Biases and activation, on this rank's slice of F."""
-        dtype = params.w_down_EFD.dtype
+    def activate(self, gate_RF, up_RF, params: LayerParams, metadata: ShardMetadata, *, dtype):
+        """Biases and activation, on this rank's slice of F; in the dtype of the tokens."""
         return sparse_matmul.activate(gate_RF, up_RF, params, metadata.rows, self.spec.experts).astype(dtype)
 
     def gmm_down(self, hidden_RF, params: LayerParams, metadata: ShardMetadata, *, chunk: int = 0):

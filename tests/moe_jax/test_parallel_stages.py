@@ -57,7 +57,7 @@ def soiled_layer(get, stages, mesh):
         metadata = get("plan")(decided.expert_ids_TK)
         rows_RD = dirty(ROWS)(get("dispatch")(x_TD, decided, metadata, poison), metadata, poison)
         gate_RF, up_RF = (dirty(HIDDEN)(part, metadata, poison) for part in get("gmm_up")(rows_RD, params, metadata))
-        hidden_RF = dirty(HIDDEN)(get("activate")(gate_RF, up_RF, params, metadata), metadata, poison)
+        hidden_RF = dirty(HIDDEN)(get("activate")(gate_RF, up_RF, params, metadata, dtype=x_TD.dtype), metadata, poison)
         done_RD = dirty(ROWS)(get("gmm_down")(hidden_RF, params, metadata), metadata, poison)
         return get("join")(get("unpermute")(done_RD, decided, metadata, poison), x_TD, decided, params)
 
