@@ -189,7 +189,7 @@ def buffer_rows(layout: ShardLayout, router: RouterSpec, num_tokens: int) -> int
 def _plan_ring(places_TK, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
     """Each rank has the tokens of all, in the order of the ranks, and picks the rows of its own experts."""
     T = len(places_TK)
-    here = _plan_here(lax.all_gather(places_TK, "expert", tiled=True), layout, router)
+    here = _plan_here(_gather_tokens(places_TK), layout, router)
     whole_S = jnp.full((layout.expert,), T, jnp.int32)
     return replace(
         here, send_sizes_S=whole_S, recv_sizes_S=whole_S, output_offsets_S=whole_S * lax.axis_index("expert")
@@ -281,6 +281,8 @@ def unpermute(
         if weights_TK is not None:
             weights_TK = _gather_tokens(weights_TK)
         partial_TD = local.unpermute(rows_RD, metadata.rows, weights_TK)
+        if len(partial_TD) == 0:
+            return partial_TD
         return lax.psum_scatter(partial_TD, "expert", scatter_dimension=0, tiled=True)
     done_AD = local.unpermute(rows_RD, metadata.rows)
     if strategy == "all_to_all":
@@ -307,6 +309,9 @@ def _weighed(rows_RD, weights_TK, metadata: RouteMetadata):
 
 
 def _gather_tokens(values_TD):
+    """The tokens of all ranks of the expert axis, in their order."""
+    if len(values_TD) == 0:
+        return values_TD  # a gather, or a reduce-scatter, of no rows never ends on CPU
     return lax.all_gather(values_TD, "expert", axis=0, tiled=True)
 
 

@@ -117,3 +117,11 @@ def test_sizes_and_offsets_are_those_of_the_reference(strategy):
     if strategy in ("ragged_all_to_all", "ring_of_experts"):  # the others have blocks, or nothing
         for name in ("input_offsets_S", "output_offsets_S"):
             np.testing.assert_array_equal(getattr(found, name), np.concatenate([getattr(p, name) for p in expected]))
+
+
+@pytest.mark.parametrize("strategy", ["all_to_all", "ragged_all_to_all", "ring_of_experts", "replicated"])
+def test_no_tokens_are_planned_without_waiting_for_any(strategy):
+    empty = layout(0, expert=4, strategy=strategy)
+    stage = split(Stages(DEEPSEEK, empty), LayerParams.init(DEEPSEEK), make_mesh(empty))("plan")
+    found = jax.jit(stage)(np.zeros((0, 3), np.int32))
+    np.testing.assert_array_equal(found.rows.group_sizes_E, np.zeros(8))
