@@ -210,10 +210,13 @@ def _plan_here(places_TK, layout: ShardLayout, router: RouterSpec) -> ShardMetad
     found = local.permute(jnp.where((local_TK >= 0) & (local_TK < e), local_TK, -1), e)
     # Rows past the most that can be worked on are of the tail.
     R = len(places_TK) * slots_per_rank(layout, router)
-    rows = RouteMetadata(
+    # What has an expert is said slot by slot: where all R rows are used, no row is left to point the others to.
+    rows = SentMetadata(
         group_sizes_E=found.group_sizes_E,
         slot_of_row_R=found.slot_of_row_R[:R],
-        row_of_slot_TK=jnp.where(found.has_expert_TK, found.row_of_slot_TK, max(R - 1, 0)),
+        row_of_slot_TK=jnp.where(found.has_expert_TK, found.row_of_slot_TK, 0),
+        sent_TK=found.has_expert_TK,
+        sent_R=found.has_expert_R[:R],
     )
     none_S = jnp.zeros((S,), jnp.int32)
     return ShardMetadata(

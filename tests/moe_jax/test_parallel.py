@@ -54,6 +54,9 @@ INKLING = LayerSpec(
     experts=ExpertSpec(dim=D, hidden_dim=F, clamp=0.2, clamp_at="after"),
     shared=SharedSpec(hidden_dim=3, clamp=0.1),
 )  # fmt: skip
+EVERY = LayerSpec(
+    router=RouterSpec(num_experts=4, top_k=4, score_func="sigmoid"), experts=ExpertSpec(dim=8, hidden_dim=F, bias=True)
+)
 GIVEN = LayerSpec(
     router=RouterSpec(num_experts=8, top_k=2, score_func="sigmoid", selector="given"),
     experts=ExpertSpec(dim=D, hidden_dim=F),
@@ -77,6 +80,8 @@ CASES = {
         LLAMA,
         layout(5, fsdp=2, expert=2, tensor=2, strategy="replicated", num_token_chunks=2),
     ),
+    # K = E: each rank has as many rows as it ever can, and no tail.
+    "ring_of_experts, every expert of every token": (EVERY, layout(3, expert=2, strategy="ring_of_experts")),
     "fsdp alone": (INKLING, layout(3, fsdp=8)),
     "fsdp that does not divide D, tensor that does not divide shared F": (INKLING, layout(7, fsdp=3, tensor=2)),
 }
@@ -85,7 +90,7 @@ CASES = {
 def case(spec, layout, seed=0, crowded=None):
     """Tokens, parameters, output gradients and a mask; what belongs to a padding token is NaN."""
     rng = np.random.default_rng(seed)
-    x_TD, d_output_TD = rng.standard_normal((2, layout.num_tokens, D))
+    x_TD, d_output_TD = rng.standard_normal((2, layout.num_tokens, spec.experts.dim))
     mask_T = rng.random(layout.num_tokens) > 0.2
     x_TD[~mask_T], d_output_TD[~mask_T] = np.nan, np.nan
     params = LayerParams.init(spec, seed)
