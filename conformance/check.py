@@ -1,6 +1,6 @@
 """conformance, how a requirement becomes a test: one decorator, used by every file of `conformance.suite`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ from conformance.judge import (
 from conformance.layer_strategies import layer_cases, survey_cases
 from conformance.layer_verdicts import FORM
 from conformance.layout_strategies import layout_cases, survey_layout_cases
-from conformance.load_strategies import load_cases
+from conformance.load_strategies import load_cases, survey_load_cases
 from conformance.requirements import REQUIREMENTS
 from conformance.strategies import cases
 
@@ -59,7 +59,7 @@ def as_test(check: Check) -> Callable:
             pytest.skip(f"unsupported: {check.method}() is not defined")
         if not specs:
             pytest.skip(f"unsupported: {'; '.join(reasons)}")
-        if isinstance(check, LayerCheck):
+        if isinstance(check, (LayerCheck, LoadCheck)):
             survey(judge, check)
         judge.examine(check, data.draw(drawn_cases(judge, check)))
 
@@ -80,15 +80,21 @@ def drawn_cases(judge: Judge, check: Check) -> st.SearchStrategy:
     return layer_cases(judge, check) if isinstance(check, LayerCheck) else cases(judge, check)
 
 
-def survey(judge: Judge, check: LayerCheck) -> None:
+def survey(judge: Judge, check: LayerCheck | LoadCheck) -> None:
     """Examine the fixed cases of a check, once; what they found is raised in every example, so that none is flaky."""
     if check.requirement not in judge.surveys:
         judge.surveys[check.requirement] = None
         try:
-            is_layout = isinstance(check, LayoutCheck)
-            for case in survey_layout_cases(judge, check) if is_layout else survey_cases(judge, check):
+            for case in fixed_cases(judge, check):
                 judge.examine(check, case)
         except Violation as violation:
             judge.surveys[check.requirement] = violation
     if found := judge.surveys[check.requirement]:
         raise found
+
+
+def fixed_cases(judge: Judge, check: LayerCheck | LoadCheck) -> Iterable:
+    """Cases of the kind that the check is about, which no luck decides."""
+    if isinstance(check, LoadCheck):
+        return survey_load_cases(judge, check)
+    return survey_layout_cases(judge, check) if isinstance(check, LayoutCheck) else survey_cases(judge, check)

@@ -4,6 +4,7 @@ Scores and weights stand clear of each other, so that what is counted and what i
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -159,7 +160,8 @@ def lengths_of(spec: LoadSpec, num_tokens: int, wanted, rng: np.random.Generator
     if of_shards and "tokens_per_shard" in wanted:
         at = None if evenly else found.get("sequence_lengths")
         found["tokens_per_shard"] = cut(num_tokens, rng, evenly=evenly, at=at)
-    return found
+    # One part is what there is without lengths; it takes no parameter of that name.
+    return {name: lengths for name, lengths in found.items() if len(lengths) > 1}
 
 
 def make_load_case(
@@ -193,6 +195,15 @@ def make_load_case(
         inputs=inputs,
         seed=seed,
     )
+
+
+def survey_load_cases(judge: Judge, check: LoadCheck) -> Iterator[LoadCase]:
+    """A case of each spec, so that a rare rule is not left to luck."""
+    for number, spec in enumerate(judge.specs(check)[0]):
+        choices = {name: getattr(check, name)[number % len(getattr(check, name))] for name in ("logits", "counts")}
+        yield make_load_case(
+            spec, check, ids=check.ids[0], tokens=check.tokens[0], seed=number, evenly=judge.subject.compiles, **choices
+        )
 
 
 def load_cases(judge: Judge, check: LoadCheck) -> st.SearchStrategy[LoadCase]:

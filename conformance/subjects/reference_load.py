@@ -29,6 +29,7 @@ class ReferenceLoad(Subject):
         return moe_ref.bias_update(counts_SE.sum(axis=0), update, expert_bias_E).astype(self.compute_dtype)
 
     def capacity(self, expert_ids_TK, weights_TK, capacity, num_experts, *, d_weights_TK=None, **inputs):
+        weights_TK = weights_TK.astype(self.compute_dtype)
         trace = moe_ref.apply_capacity(expert_ids_TK, weights_TK, capacity, num_experts, **inputs)
         found = {"expert_ids_TK": trace.expert_ids_TK, "weights_TK": trace.weights_TK.astype(self.compute_dtype)}
         if trace.slot_table_UEC is not None:

@@ -19,7 +19,7 @@ from conformance.load_verdicts import (
     z_lost,
     z_radius,
 )
-from moe_ref import bias_update, tokens_per_expert
+from moe_ref import BiasUpdateSpec, bias_update, tokens_per_expert
 
 CUTS = ("sequence_lengths", "tokens_per_shard")
 FORM = ("LOD-5",)
@@ -29,6 +29,11 @@ def plain(spec) -> bool:
     """A loss of one batch in which all slots of the given choice are counted."""
     b = spec.balance
     return b.per == "batch" and b.scope == "global" and b.counts == "routed" and b.counted_slots is None
+
+
+def all_slots(spec) -> bool:
+    """Whether all slots of the given choice are counted."""
+    return spec.balance.counts == "routed" and spec.balance.counted_slots is None
 
 
 def of_slots(spec) -> bool:
@@ -48,14 +53,14 @@ def hold_balance(judge, case, id: str, title: str, *, gradient: bool = False) ->
     hold_loss(case, id, title, lost(judge, case, id), wanted_loss(case), loss_radius(judge, case), gradient=gradient)
 
 
-def hold_bias(judge, case, id: str, title: str) -> None:
+def hold_bias(judge, case, id: str, title: str, *, of_E=True) -> None:
     """The bias is the reference's; a float32 step is rounded, and so is its sum with the bias."""
     update, counts_E = case.spec.update, case.counts_SE.sum(axis=0)
     wanted_E, found_E = bias_update(counts_E, update, case.expert_bias_E), moved(judge, case, id)
     eps = EPSILON[judge.subject.compute_dtype]
     sizes = {"sign": 1, "proportional": counts_E.max(initial=0), "relative": len(counts_E)}[update.rule]
     radius_E = 16 * eps * (np.abs(case.expert_bias_E) + np.abs(wanted_E) + update.rate * sizes)
-    if not (np.abs(found_E - wanted_E) <= radius_E).all():
+    if (~(np.abs(found_E - wanted_E) <= radius_E) & of_E).any():
         before = f"{title}; before {shown(case.expert_bias_E)}, counts {shown(counts_E)}"
         raise Violation(id, case, before, expected=shown(wanted_E), received=shown(found_E))
 
@@ -70,15 +75,17 @@ def test_every_slot_is_counted(judge, case):
     hold_counts(judge, case, "LOD-2")
 
 
-@requires("LOD-3", method="load", ids=("unused",), spec=lambda s: s.top_k > 1, after=("LOD-1", "LOD-2"))
+@requires("LOD-3", method="load", ids=("unused",), spec=lambda s: s.top_k > 1, after=("LOD-1",))
 def test_unused_slots_and_null_choices_are_counted_for_nobody(judge, case):
     hold_counts(judge, case, "LOD-3")
 
 
-@requires("LOD-4", method="load", spec=lambda s: not s.num_null_experts, after=("LOD-1", "LOD-2"))
+@requires("LOD-4", method="load", spec=lambda s: not s.num_null_experts, after=("LOD-1",))
 def test_counting_again_counts_the_same(judge, case):
-    for _ in range(2):
-        hold_counts(judge, case, "LOD-4")
+    first_E, second_E = counted(judge, case, "LOD-4"), counted(judge, case, "LOD-4")
+    if (first_E != second_E).any():
+        raise Violation("LOD-4", case, "other counts on the second call", expected=str(first_E.tolist()),
+                        received=str(second_E.tolist()))  # fmt: skip
 
 
 @requires("LOD-5", method="balance_loss", inputs=CUTS)
@@ -102,7 +109,7 @@ def test_f_is_a_share_of_slots_or_of_tokens(judge, case):
 
 
 @requires("LOD-9", method="balance_loss", inputs=CUTS, ids=("own",), after=(*FORM, "LOD-6"),
-          spec=lambda s: s.balance.counts == "unbiased" or s.balance.counted_slots is not None)  # fmt: skip
+          spec=lambda s: s.balance.scope == "global" and not all_slots(s))  # fmt: skip
 def test_the_slots_that_the_spec_names_are_counted(judge, case):
     hold_balance(judge, case, "LOD-9", "not the loss of these counts")
 
@@ -142,7 +149,7 @@ def test_a_global_loss_does_not_depend_on_the_cut(judge, case):
 @requires("LOD-14", method="balance_loss", inputs=CUTS, spec=lambda s: s.balance.scope != "global",
           after=(*FORM, "LOD-9"))  # fmt: skip
 def test_a_local_loss_is_the_mean_over_shards(judge, case):
-    if len(case.inputs["tokens_per_shard"]) < 2:
+    if len(case.inputs.get("tokens_per_shard", ())) < 2:
         raise NotRun("judged on several shards")
     hold_balance(judge, case, "LOD-14", "not the mean over shards")
 
@@ -172,7 +179,7 @@ def test_large_logits_have_finite_losses(judge, case):
     hold_balance(judge, case, "LOD-18", "not the loss of large logits", gradient=True)
 
 
-@requires("LOD-19", method="bias_update", spec=lambda s: s.update.rule == "sign" and not s.update.centred)
+@requires("LOD-19", method="bias_update", spec=lambda s: s.update == BiasUpdateSpec(rate=s.update.rate))
 def test_the_bias_moves_against_the_load(judge, case):
     hold_bias(judge, case.with_(counts_SE=case.counts_SE.sum(axis=0, keepdims=True)), "LOD-19", "not one step")
 
@@ -182,10 +189,12 @@ def test_counts_are_summed_before_the_sign_is_taken(judge, case):
     hold_bias(judge, case, "LOD-20", "not the sign of the summed counts")
 
 
-@requires("LOD-21", method="bias_update", counts=("equal", "one_at_mean", "zero"), after=("LOD-19", "LOD-20"),
+@requires("LOD-21", method="bias_update", counts=("equal", "one_at_mean", "zero"),
           spec=lambda s: s.update.frozen_E is None)  # fmt: skip
 def test_a_balanced_expert_keeps_its_bias(judge, case):
-    hold_bias(judge, case, "LOD-21", "an expert with the mean count")
+    counts_E = case.counts_SE.sum(axis=0)
+    balanced_E = counts_E * len(counts_E) == counts_E.sum()
+    hold_bias(judge, case, "LOD-21", "an expert with the mean count", of_E=balanced_E)
 
 
 @requires("LOD-22", method="bias_update", spec=lambda s: s.update.rule != "sign" and s.update.frozen_E is None)
@@ -199,12 +208,14 @@ def test_centred_steps_have_the_mean_0(judge, case):
     hold_bias(judge, case.with_(counts_SE=case.counts_SE.sum(axis=0, keepdims=True)), "LOD-23", "not centred")
 
 
-@requires("LOD-24", method="bias_update", spec=lambda s: s.update.frozen_E is not None, after=("LOD-19", "LOD-22"))
+@requires("LOD-24", method="bias_update", spec=lambda s: s.update.frozen_E is not None)
 def test_a_frozen_bias_stays(judge, case):
     hold_bias(judge, case.with_(counts_SE=case.counts_SE.sum(axis=0, keepdims=True)), "LOD-24", "with frozen experts")
 
 
-@requires("LOD-25", method="bias_update", counts=("large",), after=("LOD-19",),
+@requires("LOD-25", method="bias_update", counts=("large",),
           spec=lambda s: s.update.rule == "sign" and s.update.frozen_E is None)  # fmt: skip
 def test_large_counts_move_the_bias(judge, case):
+    if not judge.sound(case.with_(counts_SE=case.counts_SE - case.counts_SE.min()), "LOD-19", "LOD-23"):
+        raise NotRun("judged where small counts move the bias")
     hold_bias(judge, case, "LOD-25", "not the sign of large counts")
