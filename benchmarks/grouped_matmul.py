@@ -1,6 +1,6 @@
 """benchmarks, the grouped matmul: ours, jax.lax.ragged_dot, and the roof of the machine, in one run.
 
-    python -m benchmarks.grouped_matmul        # tables, and benchmarks/results/grouped_matmul.json
+    python -m benchmarks.grouped_matmul --name amd-epyc    # tables, and results/grouped_matmul-amd-epyc.json
 
 The roof of the forward pass is one dense matmul with as many multiplications, and reading the weights of every expert
 once. Backward adds the two dense matmuls of the gradients, reading the weights once more, and writing their gradient
@@ -112,6 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--experts", type=int, nargs="*", default=EXPERTS)
     parser.add_argument("--loads", nargs="*", default=("random",), choices=LOADS)
+    parser.add_argument("--name", required=True, help="of the machine, in the name of the file of results")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--slow-rounds", type=int, default=2)
     arguments = parser.parse_args()
@@ -132,7 +133,7 @@ def main() -> None:
     for title, calls, found in ready:
         print(f"\n{title}\n")
         measure_ragged_dot(calls, found, rounds=arguments.slow_rounds)
-    write_json(RESULTS / "grouped_matmul.json", results)
+    write_json(RESULTS / f"grouped_matmul-{arguments.name}.json", results)
 
 
 if __name__ == "__main__":

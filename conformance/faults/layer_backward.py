@@ -1,7 +1,5 @@
 """conformance, faults of the backward pass: wrong gradients of a right layer."""
 
-from dataclasses import replace
-
 import numpy as np
 
 from conformance.faults.layer_combine import with_router
@@ -49,9 +47,9 @@ def the_path_through_the_gate_is_missing(d_logits_TE, x_TD, gate_ED):
 
 
 @replaces("shared_backward", breaks="BWD-2")
-def the_path_through_shared_experts_is_missing(d_shared_TD, trace, params, spec):
+def the_path_through_shared_experts_is_missing(d_shared_TD, x_TD, factors_TS, shared_experts, params, spec):
     """The shared experts send their tokens no gradient."""
-    d_x_TD, d_factors_TS, grads = shared_backward(d_shared_TD, trace, params, spec)
+    d_x_TD, d_factors_TS, grads = shared_backward(d_shared_TD, x_TD, factors_TS, shared_experts, params, spec)
     return 0 * d_x_TD, d_factors_TS, grads
 
 
@@ -267,27 +265,26 @@ def padding_of_the_last_call_is_read(run, memory, x_TD, params, spec, d_output_T
 
 
 @replaces("shared_backward", breaks="BWD-10")
-def shared_experts_get_no_gradient(d_shared_TD, trace, params, spec):
+def shared_experts_get_no_gradient(d_shared_TD, x_TD, factors_TS, shared_experts, params, spec):
     """The down projection of the shared experts is detached."""
-    d_x_TD, d_factors_TS, grads = shared_backward(d_shared_TD, trace, params, spec)
+    d_x_TD, d_factors_TS, grads = shared_backward(d_shared_TD, x_TD, factors_TS, shared_experts, params, spec)
     detached = {"shared_w_down_SFD": 0 * grads["shared_w_down_SFD"]} if grads else {}
     return d_x_TD, d_factors_TS, grads | detached
 
 
 @replaces("shared_backward", breaks="BWD-10")
-def the_shared_gate_has_no_slope(d_shared_TD, trace, params, spec):
+def the_shared_gate_has_no_slope(d_shared_TD, x_TD, factors_TS, shared_experts, params, spec):
     """The gradient of the shared gate leaves out the slope of the sigmoid."""
-    d_x_TD, d_factors_TS, grads = shared_backward(d_shared_TD, trace, params, spec)
+    d_x_TD, d_factors_TS, grads = shared_backward(d_shared_TD, x_TD, factors_TS, shared_experts, params, spec)
     if "shared_token_gate_D" in grads:
-        grads["shared_token_gate_D"] = trace.x_TD.T @ d_factors_TS[:, 0]
+        grads["shared_token_gate_D"] = x_TD.T @ d_factors_TS[:, 0]
     return d_x_TD, d_factors_TS, grads
 
 
 @replaces("shared_backward", breaks="BWD-10")
-def shared_gradients_are_not_weighed(d_shared_TD, trace, params, spec):
+def shared_gradients_are_not_weighed(d_shared_TD, x_TD, factors_TS, shared_experts, params, spec):
     """The backward pass of the shared experts forgets their factors."""
-    ones = replace(trace, shared_factors_TS=np.ones_like(trace.shared_factors_TS))
-    return shared_backward(d_shared_TD, ones, params, spec)
+    return shared_backward(d_shared_TD, x_TD, np.ones_like(factors_TS), shared_experts, params, spec)
 
 
 @surrounds(breaks="BWD-11", links=("NVIDIA-NeMo/Automodel#1260",))
