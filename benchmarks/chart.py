@@ -41,7 +41,7 @@ def bars(axes: Axes, title: str, rows: Iterable[tuple[str, dict[str, float]]], *
     axes.set_title(title, fontsize=9, loc="left")
     axes.set_xlabel("time of the peer / ours", fontsize=8)
     axes.tick_params(axis="x", labelsize=7)
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
