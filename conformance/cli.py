@@ -8,7 +8,7 @@ import re
 import sys
 from pathlib import Path
 
-from conformance import traffic
+from conformance import load_picture, traffic
 from conformance.deviations import UsageError, case_id, read_case
 from conformance.loading import load
 from conformance.requirements import REQUIREMENTS, STAGES, spec_markdown
@@ -60,6 +60,9 @@ def parser() -> Parser:
 
     moved = commands.add_parser("traffic", help="rows and bytes across nodes, for each strategy of a layout")
     traffic.add_options(moved, _positive)
+
+    evened = commands.add_parser("load", help="the load of experts over steps, without bias updates and with them")
+    load_picture.add_options(evened, _positive)
 
     commands.add_parser("glossary", help="our names, and those of other code bases, as Markdown")
     commands.add_parser("options", help="this table")
@@ -223,6 +226,7 @@ COMMANDS = {
     "replay": replay,
     "faults": faults,
     "traffic": traffic.traffic,
+    "load": load_picture.load,
     "glossary": glossary,
     "options": options_table,
     "spec": spec,
