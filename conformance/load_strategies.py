@@ -84,9 +84,24 @@ def _pool() -> list[LoadSpec]:
 LOAD_SPECS: list[LoadSpec] = _pool()
 
 
+def _thin() -> list[LoadSpec]:
+    """Every batch without a rule, each rule on the first of its batches, and one loss of normed scores with K = 1."""
+    first = {}
+    for spec in LOAD_SPECS:
+        first.setdefault(spec.rule, spec)
+    one_slot = LoadSpec(num_experts=5, top_k=1, balance=BalanceSpec(coeff=0.01, **SIGMOID, score_eps=1e-20))
+    assert one_slot in LOAD_SPECS
+    return [spec for spec in LOAD_SPECS if spec.rule is None or spec in (first[spec.rule], one_slot)]
+
+
+THIN_LOAD_SPECS: list[LoadSpec] = _thin()
+"""For subjects that compile: a loss or a capacity takes a second for each rule and size."""
+
+
 def supported(judge: Judge, check: LoadCheck) -> tuple[list[LoadSpec], Counter]:
     """The specs that the check wants and the subject supports, and why the others are not run."""
-    wanted = [spec for spec in LOAD_SPECS if check.wants_spec(spec)]
+    pool = THIN_LOAD_SPECS if judge.subject.compiles else LOAD_SPECS
+    wanted = [spec for spec in pool if check.wants_spec(spec)]
     if LOAD_RULES[check.method] is None:
         return wanted, Counter()
     why = [judge.subject.supports_load(spec.rule) for spec in wanted]
@@ -136,14 +151,17 @@ def counts_of_kind(kind: str, num_experts: int, rng: np.random.Generator) -> np.
     return np.zeros_like(counts_SE) if kind == "zero" else counts_SE
 
 
-def cut(num_tokens: int, rng: np.random.Generator, *, evenly: bool, at=None) -> tuple[int, ...]:
-    """Lengths of consecutive parts of T tokens; sometimes one is empty. `at`: the only places where it may cut."""
+def cut(num_tokens: int, rng: np.random.Generator, *, evenly: bool, at=None, parts: int = 2) -> tuple[int, ...]:
+    """Lengths of consecutive parts of T tokens; sometimes one is empty. `at`: the only places where it may cut.
+
+    Cut evenly there are one or `parts` of them: each other number is one more program to compile.
+    """
     if at is not None:
         ends = np.cumsum(at)[:-1]
         ends = ends[rng.random(len(ends)) < 0.6]
     elif evenly:
-        parts = int(rng.choice([n for n in (1, 2, 3) if num_tokens % n == 0]))
-        ends = np.arange(1, parts) * (num_tokens // parts)
+        number = int(rng.choice([n for n in (1, parts) if num_tokens % n == 0]))
+        ends = np.arange(1, number) * (num_tokens // number)
     else:
         ends = np.sort(rng.integers(0, num_tokens + 1, int(rng.integers(0, 4))))
     return tuple(np.diff(np.concatenate([[0], ends, [num_tokens]])).astype(int).tolist())
@@ -156,7 +174,7 @@ def lengths_of(spec: LoadSpec, num_tokens: int, wanted, rng: np.random.Generator
     of_shards = any(rule.scope in ("local", "running", "rank") for rule in rules)
     found = {}
     if of_sequences and "sequence_lengths" in wanted:
-        found["sequence_lengths"] = cut(num_tokens, rng, evenly=evenly)
+        found["sequence_lengths"] = cut(num_tokens, rng, evenly=evenly, parts=3)
     if of_shards and "tokens_per_shard" in wanted:
         at = None if evenly else found.get("sequence_lengths")
         found["tokens_per_shard"] = cut(num_tokens, rng, evenly=evenly, at=at)

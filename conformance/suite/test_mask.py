@@ -34,8 +34,20 @@ def unmasked(judge, case, *ids: str) -> None:
         raise NotRun("judged where the batch without a mask is right")
 
 
+def needs_valid(case) -> None:
+    """NotRun where all is padding, which has a requirement of its own."""
+    if not case.valid_T.any():
+        raise NotRun("judged where some token is valid")
+
+
 def one_batch(spec) -> bool:
-    return spec.balance.per == "batch" and spec.balance.scope == "global"
+    """Whether a batch that is not cut into shards has one mean; then no scope makes a difference."""
+    return spec.balance.per == "batch"
+
+
+def in_units(spec) -> bool:
+    """Whether each sequence or each shard may have a mean of its own."""
+    return spec.balance.per == "sequence" or spec.balance.scope != "global"
 
 
 @requires("MSK-1", method="load", inputs=MASK, tokens=(12,))
@@ -50,9 +62,8 @@ def test_padding_is_counted_for_nobody(judge, case):
 
 @requires("MSK-2", method="balance_loss", inputs=MASK, spec=one_batch, tokens=(12,))
 def test_padding_is_in_no_mean_of_a_loss(judge, case):
+    needs_valid(case)
     unmasked(judge, case, *LOSS)
-    if not case.valid_T.any():
-        raise NotRun("judged where some token is valid")
     found = lost(judge, case, "MSK-2")
     hold_loss(case, "MSK-2", "not the loss of the valid tokens", found, wanted_loss(case), loss_radius(judge, case),
               gradient=False)  # fmt: skip
@@ -60,16 +71,19 @@ def test_padding_is_in_no_mean_of_a_loss(judge, case):
 
 @requires("MSK-3", method="balance_loss", inputs=MASK, spec=one_batch, tokens=(12,), after=("MSK-2",))
 def test_the_gradient_of_padding_is_0(judge, case):
+    needs_valid(case)
     unmasked(judge, case, *LOSS, "LOD-12")
     found, wanted = lost(judge, case, "MSK-3").d_logits_TE, wanted_loss(case).d_logits_TE
     radius_TE = np.where(case.valid_T[:, None], loss_radius(judge, case).d_logits_TE, 0)
     hold_gradient(case, "MSK-3", "not the gradient of the valid tokens", found, wanted, radius_TE)
 
 
-@requires("MSK-4", method="balance_loss", inputs=MASKED, spec=lambda s: not one_batch(s), tokens=(12,))
+@requires("MSK-4", method="balance_loss", inputs=MASKED, spec=in_units, tokens=(12,))
 def test_a_unit_of_padding_is_in_no_mean(judge, case):
     unmasked(judge, case, *LOSS, "LOD-12")
     first = case.balance.unit_of_T == case.balance.unit_of_T[-1]
+    if first.all():
+        raise NotRun("judged where there are several units")
     padded = case.with_inputs(token_mask_T=case.valid_T & ~first)
     found = lost(judge, padded, "MSK-4")
     title = "a unit of padding is in the mean"
@@ -85,6 +99,7 @@ def test_padding_is_in_no_mean_of_the_z_loss(judge, case):
 
 @requires("MSK-6", method="balance_loss", inputs=MASK, spec=one_batch, tokens=(12,), after=("MSK-2", "MSK-3"))
 def test_what_padding_holds_reaches_no_loss(judge, case):
+    needs_valid(case)
     unmasked(judge, case, *LOSS, "LOD-12")
     for poison in POISON:
         spoiled = case.with_(logits_TE=np.where(case.valid_T[:, None], case.logits_TE, poison))
