@@ -160,14 +160,15 @@ def _find_case(id: str, local: Path) -> Path:
 def faults(options) -> int:
     """The kill table: 0 where every fault is caught with every seed.
 
-    Of a router's fault every requirement that catches it; of a layer's, which costs more, the first, its own tried
-    first.
+    Of a router's fault every requirement that catches it; of a layer's or of load, which cost more, the first, its own
+    tried first.
     """
     from conformance.faults import FAULTS
     from conformance.faults.layer_faults import LAYER_FAULTS
     from conformance.faults.layout_faults import LAYOUT_FAULTS
+    from conformance.faults.load_faults import LOAD_FAULTS
 
-    known = (*FAULTS, *LAYER_FAULTS, *LAYOUT_FAULTS)
+    known = (*FAULTS, *LAYER_FAULTS, *LAYOUT_FAULTS, *LOAD_FAULTS)
     chosen = [fault for fault in known if options.only in (None, fault.name)]
     if not chosen:
         raise UsageError(f"there is no fault {options.only!r}{nearest(str(options.only), [f.name for f in known])}")
@@ -190,11 +191,15 @@ def _killers(fault, seed: int) -> list[str]:
     from conformance.faults.layer_fault import first_accusation as of_layer
     from conformance.faults.layout_fault import LayoutFault
     from conformance.faults.layout_fault import first_accusation as of_layout
+    from conformance.faults.load_fault import LoadFault
+    from conformance.faults.load_fault import first_accusation as of_load
     from conformance.trial import DEFAULT_EXAMPLES
 
-    if not isinstance(fault, LayerFault):
+    accusers = {LoadFault: of_load, LayoutFault: of_layout, LayerFault: of_layer}
+    accuse = next((each for kind, each in accusers.items() if isinstance(fault, kind)), None)
+    if accuse is None:
         return kill_table([fault], seed)[fault.name]
-    first = (of_layout if isinstance(fault, LayoutFault) else of_layer)(fault, seed=seed, examples=DEFAULT_EXAMPLES)
+    first = accuse(fault, seed=seed, examples=DEFAULT_EXAMPLES)
     return [first.requirement] if first else []
 
 
