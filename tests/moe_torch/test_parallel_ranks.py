@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import parallel_functions
 import pytest
-from test_parallel import FLOAT32, GPT_OSS, LAYERS, PLACED, error, params_of
+from test_torch_parallel import FLOAT32, GPT_OSS, LAYERS, PLACED, error, params_of
 
 from conformance.ranks import shared
 from moe_ref import ExpertSpec, LayerSpec, RouterSpec, moe_layer
