@@ -62,31 +62,29 @@ LAYER_REGISTER: dict[str, LayerFault] = {}
 """Every fault by name; filled as the modules of this package are imported."""
 
 
-def add(made: Callable, **how) -> Callable:
-    """Register a fault: a function's name is the fault's, its docstring the summary."""
-    name, summary = made.__name__.replace("_", "-"), made.__doc__
-    assert name not in LAYER_REGISTER
-    assert summary is not None
-    LAYER_REGISTER[name] = LayerFault(name=name, summary=summary, **how)
-    return made
+def registrars(register: dict, kind: type) -> tuple[Callable, Callable]:
+    """The two decorators that put a fault of this kind into a register: `replaces` and `surrounds`."""
+
+    def add(made: Callable, **how) -> Callable:
+        """A function's name is the fault's, its docstring the summary."""
+        name, summary = made.__name__.replace("_", "-"), made.__doc__
+        assert name not in register
+        assert summary is not None
+        register[name] = kind(name=name, summary=summary, **how)
+        return made
+
+    def replaces(function: str, *, breaks: str, links=()) -> Callable:
+        """The decorated function takes the place of one of moe_ref."""
+        return lambda made: add(made, requirement=breaks, links=links, patches={function: made})
+
+    def surrounds(*, breaks: str, links=()) -> Callable:
+        """The decorated function runs the clean method on changed inputs, or changes its result."""
+        return lambda made: add(made, requirement=breaks, links=links, around=made)
+
+    return replaces, surrounds
 
 
-def replaces(function: str, *, breaks: str, links=()) -> Callable:
-    """The decorated function takes the place of one of moe_ref."""
-
-    def decorate(made: Callable) -> Callable:
-        return add(made, requirement=breaks, links=links, patches={function: made})
-
-    return decorate
-
-
-def surrounds(*, breaks: str, links=()) -> Callable:
-    """The decorated function runs the clean method on changed inputs, or changes its result."""
-
-    def decorate(made: Callable) -> Callable:
-        return add(made, requirement=breaks, links=links, around=made)
-
-    return decorate
+replaces, surrounds = registrars(LAYER_REGISTER, LayerFault)
 
 
 @contextmanager

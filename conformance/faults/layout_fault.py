@@ -1,13 +1,10 @@
 """conformance, a fault between devices: one thing done wrong in a simulated sharded subject, and what it breaks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
-from conformance.faults.layer_fault import LayerFault, patched, stage_requirements
+from conformance.faults.layer_fault import FaultyLayer, LayerFault, registrars, stage_requirements
 from conformance.judge import CHECKS, Judge, Violation
-from conformance.subjects.reference import Reference
 from conformance.trial import accuse, load_suite
 
 
@@ -26,47 +23,11 @@ LAYOUT_REGISTER: dict[str, LayoutFault] = {}
 """Every fault by name; filled as the modules of this package are imported."""
 
 
-def add(made: Callable, **how) -> Callable:
-    """Register a fault: a function's name is the fault's, its docstring the summary."""
-    name, summary = made.__name__.replace("_", "-"), made.__doc__
-    assert name not in LAYOUT_REGISTER
-    assert summary is not None
-    LAYOUT_REGISTER[name] = LayoutFault(name=name, summary=summary, **how)
-    return made
+replaces, surrounds = registrars(LAYOUT_REGISTER, LayoutFault)
 
 
-def replaces(function: str, *, breaks: str, links=()) -> Callable:
-    """The decorated function takes the place of one of moe_ref."""
-
-    def decorate(made: Callable) -> Callable:
-        return add(made, requirement=breaks, links=links, patches={function: made})
-
-    return decorate
-
-
-def surrounds(*, breaks: str, links=()) -> Callable:
-    """The decorated function runs the clean method on changed inputs, or changes its result."""
-
-    def decorate(made: Callable) -> Callable:
-        return add(made, requirement=breaks, links=links, around=made)
-
-    return decorate
-
-
-class FaultyLayout(Reference):
+class FaultyLayout(FaultyLayer):
     """The sharded reference in float32 with one fault in one of its methods."""
-
-    def __init__(self, fault: LayerFault):
-        self.fault, self.name, self.memory = fault, fault.name, {}
-
-    def _run(self, method: str, *arguments, **inputs):
-        run = getattr(super(), method)
-        if method != self.fault.method:
-            return run(*arguments, **inputs)
-        with patched(self.fault.patches), np.errstate(all="ignore"):
-            if self.fault.around is not None:
-                return self.fault.around(run, self.memory, *arguments, **inputs)
-            return run(*arguments, **inputs)
 
     def dispatch(self, expert_ids_by_shard, layout, spec):
         return self._run("dispatch", expert_ids_by_shard, layout, spec)
