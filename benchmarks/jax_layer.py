@@ -18,8 +18,8 @@ from typing import Any
 
 from benchmarks.harness import RESULTS, machine, paired, table, use_cores, write_json
 from moe_ref import RouterSpec
-from moe_ref.spec import ExpertSpec, LayerSpec
-from moe_ref.weights import LayerParams, param_shapes
+from moe_ref.specs.layer import ExpertSpec, LayerSpec
+from moe_ref.specs.params import LayerParams, param_shapes
 
 CORES = 2
 

@@ -16,8 +16,8 @@ from typing import Any
 from benchmarks.harness import RESULTS, machine, paired, table, use_cores, write_json
 from benchmarks.jax_layer import check_agreement, forward_and_backward, random_params
 from moe_ref import RouterSpec
-from moe_ref.layout import ShardLayout
-from moe_ref.spec import ExpertSpec, LayerSpec
+from moe_ref.specs.layer import ExpertSpec, LayerSpec
+from moe_ref.specs.layout import ShardLayout
 
 CORES, DEVICES = 2, 8
 ONE = "one device"
@@ -51,7 +51,7 @@ def sharded(layout: ShardLayout, spec: LayerSpec, options: dict, x_TD, params, d
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from moe_jax.parallel import make_mesh, shard, sharded_sparse_matmul, token_axes
+    from moe_jax.parallel.layer import make_mesh, shard, sharded_sparse_matmul, token_axes
 
     mesh = make_mesh(layout)
     tokens = NamedSharding(mesh, PartitionSpec(token_axes(layout)))
@@ -77,7 +77,7 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from moe_jax.parallel import use_cpu_devices
+    from moe_jax.parallel.layer import use_cpu_devices
     from moe_jax.sparse_matmul import sparse_matmul
 
     use_cpu_devices(DEVICES)

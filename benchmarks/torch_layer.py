@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.harness import RESULTS, Timing, machine, paired, table, use_cores, write_json
-from moe_ref.spec import ExpertSpec
+from moe_ref.specs.layer import ExpertSpec
 from moe_torch.dispatcher import LocalTokenDispatcher
 from moe_torch.experts import GroupedExperts
 

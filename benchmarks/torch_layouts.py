@@ -15,11 +15,11 @@ from functools import partial
 import numpy as np
 
 from benchmarks.harness import RESULTS, Timing, machine, paired, table, write_json
-from conformance.ranks import Ranks
+from conformance.subjects.ranks import Ranks
 from moe_ref import ExpertSpec, LayerSpec, RouterSpec
 from moe_ref.dispatch import plan
-from moe_ref.families import preset
-from moe_ref.layout import ShardLayout
+from moe_ref.specs.families import preset
+from moe_ref.specs.layout import ShardLayout
 from moe_ref.traffic import exact_traffic
 
 NODES = 8
@@ -27,7 +27,7 @@ TOKENS = 512
 """Of each rank."""
 DIM, HIDDEN_DIM = 512, 32
 """Few hidden columns: what is timed is the moving of rows."""
-MODULES = ("benchmarks.torch_layouts", "conformance.subjects.torch_layouts")
+MODULES = ("benchmarks.torch_layouts", "conformance.subjects.torch.sharded")
 STRATEGIES = ("all_to_all", "node_dedup")
 ROUTERS = {
     "node-limited": preset("deepseek_v3"),
@@ -66,10 +66,10 @@ def run_on_rank(router: RouterSpec, rounds: int) -> tuple[dict, np.ndarray, dict
     import torch
     import torch.distributed as dist
 
-    from conformance.subjects.torch_layouts import mesh_of
+    from conformance.subjects.torch.sharded import mesh_of
     from moe_torch.moe import MoE
-    from moe_torch.parallel import parallelize
-    from moe_torch.parallel_collectives import recorded
+    from moe_torch.parallel.collectives import recorded
+    from moe_torch.parallel.parallelize import parallelize
 
     torch.manual_seed(0)
     layers = {}

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from moe_jax.permute import _stable_order
-from moe_ref.load_spec import CapacitySpec
+from moe_ref.specs.balance import CapacitySpec
 
 
 @jax.tree_util.register_dataclass

@@ -15,9 +15,9 @@ from moe_jax import routing
 from moe_jax.capacity import most_slots, slot_places
 from moe_jax.experts import hide, join, keep_tokens, null_output
 from moe_jax.sparse_matmul import RouteOutput, check_tokens, limit, route
-from moe_ref.load_spec import CapacitySpec
-from moe_ref.spec import LayerSpec
-from moe_ref.weights import LayerParams
+from moe_ref.specs.balance import CapacitySpec
+from moe_ref.specs.layer import LayerSpec
+from moe_ref.specs.params import LayerParams
 
 
 def dense_matmul(

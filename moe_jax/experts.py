@@ -10,8 +10,9 @@ from dataclasses import fields
 import jax
 import jax.numpy as jnp
 
-from moe_ref.spec import ExpertSpec, LayerSpec, RouterSpec
-from moe_ref.weights import LayerParams
+from moe_ref.specs.layer import ExpertSpec, LayerSpec
+from moe_ref.specs.params import LayerParams
+from moe_ref.specs.router import RouterSpec
 
 jax.tree_util.register_dataclass(LayerParams, data_fields=[field.name for field in fields(LayerParams)], meta_fields=[])
 

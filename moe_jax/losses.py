@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_jax.load import count, sum_over
+from moe_jax.balance import count, sum_over
 from moe_jax.routing import compute_dtype, score, softmax, top_k
-from moe_ref.load_spec import BalanceSpec
-from moe_ref.spec import RouterSpec
+from moe_ref.specs.balance import BalanceSpec
+from moe_ref.specs.router import RouterSpec
 
 SMALL_LOGIT = -40.0
 """Below it, log(1 + exp(z)) is exp(z) to the last bit of float64."""

@@ -16,9 +16,10 @@ import jax
 import numpy as np
 
 from moe_jax.sparse_matmul import RouteOutput, sparse_matmul
-from moe_ref.record import RoutingRecord
-from moe_ref.spec import LayerSpec, RouterSpec
-from moe_ref.weights import LayerParams
+from moe_ref.specs.layer import LayerSpec
+from moe_ref.specs.params import LayerParams
+from moe_ref.specs.record import RoutingRecord
+from moe_ref.specs.router import RouterSpec
 
 
 def capture(

@@ -20,9 +20,10 @@ from moe_jax.capacity import apply_capacity
 from moe_jax.experts import hide, join, keep_tokens, null_output
 from moe_jax.grouped_matmul import grouped_matmul
 from moe_jax.permute import RouteMetadata, dispatch, permute, unpermute
-from moe_ref.load_spec import CapacitySpec
-from moe_ref.spec import ExpertSpec, LayerSpec, RouterSpec
-from moe_ref.weights import LayerParams
+from moe_ref.specs.balance import CapacitySpec
+from moe_ref.specs.layer import ExpertSpec, LayerSpec
+from moe_ref.specs.params import LayerParams
+from moe_ref.specs.router import RouterSpec
 
 __all__ = [
     "RouteMetadata", "RouteOutput", "activate", "dispatch", "gmm_down", "gmm_up", "limit", "permute", "route",

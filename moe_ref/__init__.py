@@ -1,13 +1,9 @@
 """moe_ref: the reference. It says what a Mixture-of-Experts layer computes, in NumPy and float64."""
 
-from moe_ref.capacity import CapacityTrace, apply_capacity
-from moe_ref.dispatch import RankPlan, plan, plan_chunks
-from moe_ref.gradient import layer_backward
-from moe_ref.gradient_load import balance_layers_backward, balance_loss_backward, capacity_backward, z_loss_backward
-from moe_ref.gradient_sharded import ShardedGradients, sharded_backward
-from moe_ref.layer import moe_layer
-from moe_ref.layout import ShardLayout
-from moe_ref.load import (
+from moe_ref.backward.balance import balance_layers_backward, balance_loss_backward, capacity_backward, z_loss_backward
+from moe_ref.backward.layer import layer_backward
+from moe_ref.backward.sharded import ShardedGradients, sharded_backward
+from moe_ref.balance import (
     BalanceTrace,
     LoadStatistics,
     balance,
@@ -18,13 +14,18 @@ from moe_ref.load import (
     tokens_per_expert,
     z_loss,
 )
-from moe_ref.load_spec import BALANCE_FORMS, BalanceSpec, BiasUpdateSpec, CapacitySpec
-from moe_ref.record import RoutingRecord, load_records, save_records
+from moe_ref.capacity import CapacityTrace, apply_capacity
+from moe_ref.dispatch import RankPlan, plan, plan_chunks
+from moe_ref.layer import moe_layer
 from moe_ref.replay import capture, replay, replay_layer
 from moe_ref.routing import UNUSED, RoutingTrace, gate, route
 from moe_ref.sharded import ShardedTrace, sharded_layer
-from moe_ref.spec import ExpertSpec, LayerSpec, RouterSpec, SharedSpec
-from moe_ref.weights import LayerParams, WeightLayout
+from moe_ref.specs.balance import BALANCE_FORMS, BalanceSpec, BiasUpdateSpec, CapacitySpec
+from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
+from moe_ref.specs.layout import ShardLayout
+from moe_ref.specs.params import LayerParams, WeightLayout
+from moe_ref.specs.record import RoutingRecord, load_records, save_records
+from moe_ref.specs.router import RouterSpec
 
 __all__ = [
     "BALANCE_FORMS",

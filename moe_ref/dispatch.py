@@ -22,9 +22,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_ref.checks import array, entries, require
-from moe_ref.layout import ShardLayout
-from moe_ref.spec import LayerSpec, RouterSpec
+from moe_ref.specs.checks import array, entries, require
+from moe_ref.specs.layer import LayerSpec
+from moe_ref.specs.layout import ShardLayout
+from moe_ref.specs.router import RouterSpec
 
 Row = tuple[int, int]
 """(source, slot); or (source, token), where whole tokens are sent."""

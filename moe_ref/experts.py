@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_ref.permute import unpermute
-from moe_ref.spec import ExpertSpec, LayerSpec, RouterSpec
-from moe_ref.weights import FeedForward, LayerParams
+from moe_ref.specs.layer import ExpertSpec, LayerSpec
+from moe_ref.specs.params import FeedForward, LayerParams
+from moe_ref.specs.router import RouterSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_ref.checks import array, entries, require
-from moe_ref.spec import RouterSpec
+from moe_ref.specs.checks import array, entries, require
+from moe_ref.specs.router import RouterSpec
 
 if TYPE_CHECKING:
     from moe_ref.routing import RoutingTrace

@@ -15,9 +15,9 @@ from dataclasses import fields, replace
 
 import numpy as np
 
-from moe_ref.layout import ShardLayout
-from moe_ref.spec import LayerSpec
-from moe_ref.weights import LayerParams, param_shapes
+from moe_ref.specs.layer import LayerSpec
+from moe_ref.specs.layout import ShardLayout
+from moe_ref.specs.params import LayerParams, param_shapes
 
 ROUTED = ("w_up_EDF", "w_down_EFD", "w_gate_EDF", "b_up_EF", "b_down_ED", "b_gate_EF")
 """The parameters of the routed experts: what the expert and the tensor axis split."""

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from moe_ref.capacity import CapacityTrace, apply_capacity
-from moe_ref.checks import array
 from moe_ref.experts import (
     FeedForwardTrace,
     combine,
@@ -24,11 +23,12 @@ from moe_ref.experts import (
     share_weights,
     weigh_inputs,
 )
-from moe_ref.load_spec import CapacitySpec
 from moe_ref.permute import Permutation, dispatch, permute
 from moe_ref.routing import RoutingTrace, gate, route
-from moe_ref.spec import LayerSpec
-from moe_ref.weights import LayerParams
+from moe_ref.specs.balance import CapacitySpec
+from moe_ref.specs.checks import array
+from moe_ref.specs.layer import LayerSpec
+from moe_ref.specs.params import LayerParams
 
 
 @dataclass(frozen=True, kw_only=True)

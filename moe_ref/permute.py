@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_ref.checks import array, integer
+from moe_ref.specs.checks import array, integer
 
 
 @dataclass(frozen=True, kw_only=True)

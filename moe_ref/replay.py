@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from moe_ref.checks import require
+from moe_ref.balance import mask_array
 from moe_ref.layer import LayerTrace, moe_layer
-from moe_ref.load import mask_array
-from moe_ref.record import RoutingRecord
 from moe_ref.routing import RoutingTrace, route
-from moe_ref.spec import LayerSpec, RouterSpec
-from moe_ref.weights import LayerParams
+from moe_ref.specs.checks import require
+from moe_ref.specs.layer import LayerSpec
+from moe_ref.specs.params import LayerParams
+from moe_ref.specs.record import RoutingRecord
+from moe_ref.specs.router import RouterSpec
 
 
 def capture(routing: RoutingTrace, spec: RouterSpec, *, token_mask_T=None, sequence_lengths=None) -> RoutingRecord:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from moe_ref.checks import array, entries, integer, require
 from moe_ref.given import give_weights
-from moe_ref.spec import RouterSpec
+from moe_ref.specs.checks import array, entries, integer, require
+from moe_ref.specs.router import RouterSpec
 
 UNUSED = -1
 """The expert id of an unused slot: a padding token, or a slot that a replay leaves empty."""

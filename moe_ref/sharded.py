@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from moe_ref.checks import array, require
 from moe_ref.dispatch import RankPlan, plan_chunks
 from moe_ref.experts import (
     FeedForwardTrace,
@@ -32,11 +31,12 @@ from moe_ref.experts import (
     weigh_inputs,
 )
 from moe_ref.holdings import gather
-from moe_ref.layout import ShardLayout
 from moe_ref.permute import permute
 from moe_ref.routing import RoutingTrace, gate, route
-from moe_ref.spec import ExpertSpec, LayerSpec
-from moe_ref.weights import LayerParams
+from moe_ref.specs.checks import array, require
+from moe_ref.specs.layer import ExpertSpec, LayerSpec
+from moe_ref.specs.layout import ShardLayout
+from moe_ref.specs.params import LayerParams
 
 
 @dataclass(frozen=True, kw_only=True)

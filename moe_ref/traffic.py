@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_ref.checks import array, integer
 from moe_ref.dispatch import Exchange, RankPlan
-from moe_ref.layout import ShardLayout
-from moe_ref.spec import RouterSpec
+from moe_ref.specs.checks import array, integer
+from moe_ref.specs.layout import ShardLayout
+from moe_ref.specs.router import RouterSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from moe_ref.load_spec import BiasUpdateSpec
-from moe_torch.load import bias_update
+from moe_ref.specs.balance import BiasUpdateSpec
+from moe_torch.balance import bias_update
 
 
 class BiasHook:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_ref.load_spec import CapacitySpec
+from moe_ref.specs.balance import CapacitySpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_ref.spec import ExpertSpec
+from moe_ref.specs.layer import ExpertSpec
 from moe_torch.dispatcher import Permutation, weighted_sum
 
 CHUNK_ROWS = 512

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_ref.load_spec import BalanceSpec
-from moe_ref.spec import RouterSpec
-from moe_torch.load import count
+from moe_ref.specs.balance import BalanceSpec
+from moe_ref.specs.router import RouterSpec
+from moe_torch.balance import count
 from moe_torch.routing import NEG_INF, score, softmax, top_k
 
 SMALL_LOGIT = -40.0

@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_ref.load_spec import CapacitySpec
-from moe_ref.spec import ExpertSpec, LayerSpec
-from moe_ref.weights import LayerParams
+from moe_ref.specs.balance import CapacitySpec
+from moe_ref.specs.layer import ExpertSpec, LayerSpec
+from moe_ref.specs.params import LayerParams
+from moe_torch.balance import add_counts, tokens_per_expert
 from moe_torch.capacity import apply_capacity
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation, TokenDispatcher
 from moe_torch.experts import Activation, GroupedExperts, hide, uses_grouped_mm
-from moe_torch.load import add_counts, tokens_per_expert
 from moe_torch.router import Gate, NodeLimitedRouter, Routing
 
 

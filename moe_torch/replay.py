@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_ref.record import RoutingRecord
-from moe_ref.spec import RouterSpec
+from moe_ref.specs.record import RoutingRecord
+from moe_ref.specs.router import RouterSpec
 from moe_torch.moe import MoE
 from moe_torch.routing import Routing
 

@@ -83,7 +83,7 @@ def test_the_judge_imports_frameworks_in_subjects_alone():
 
 def test_reference_and_judge_import_without_any_framework():
     blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in sorted(FRAMEWORKS | {"ml_dtypes"}))
-    code = f"import sys; {blocked}; import moe_ref, conformance.cli, conformance.trial as t; t.load_suite()"
+    code = f"import sys; {blocked}; import moe_ref, conformance.run.cli, conformance.core.trial as t; t.load_suite()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
@@ -100,7 +100,7 @@ def test_the_first_line_of_a_file_says_its_room():
 
 
 def test_the_specification_page_is_up_to_date():
-    from conformance.requirements import spec_markdown
+    from conformance.core.register import spec_markdown
 
     assert (ROOT / "SPEC.md").read_text() == spec_markdown(), "run `make docs`"
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.tables import markdown as benchmarks_markdown
-from conformance.cli import options_markdown
-from conformance.requirements import spec_markdown
-from moe_ref.names import glossary_markdown
+from conformance.core.register import spec_markdown
+from conformance.run.cli import options_markdown
+from moe_ref.specs.names import glossary_markdown
 
 PARTS: dict[str, Callable[[], str]] = {
     "benchmarks": benchmarks_markdown,

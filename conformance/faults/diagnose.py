@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from conformance.cases import Case
-from conformance.compare import TINY, close, weight_error
+from conformance.core.judge import Observation
+from conformance.core.rounding import TINY, close
 from conformance.faults.fault import REGISTER, Fault, run_under
-from conformance.judge import Observation
+from conformance.router.bounds import weight_error
+from conformance.router.case import Case
 
 
 def diagnose(case: Case, observation: Observation, *, dtype: str = "float32") -> list[Fault]:

@@ -8,9 +8,9 @@ from unittest.mock import patch
 import numpy as np
 
 import moe_ref
-from conformance.cases import Case
-from conformance.requirements import REQUIREMENTS
-from conformance.subject import Routing, Subject
+from conformance.core.register import REQUIREMENTS
+from conformance.core.subject import Routing, Subject
+from conformance.router.case import Case
 from moe_ref import RouterSpec, RoutingTrace, routing
 
 

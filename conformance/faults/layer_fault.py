@@ -8,22 +8,15 @@ from unittest.mock import patch
 import numpy as np
 
 import moe_ref
-from conformance.judge import Judge, Violation, stage_order
-from conformance.layer_verdicts import FORM
-from conformance.requirements import REQUIREMENTS
+from conformance.core.judge import Judge, Violation, stage_order
+from conformance.core.register import REQUIREMENTS
+from conformance.core.trial import accuse
+from conformance.layer.verdicts import FORM
 from conformance.subjects.reference import Reference
-from conformance.trial import accuse
-from moe_ref import (
-    dispatch,
-    experts,
-    gradient,
-    gradient_routing,
-    gradient_sharded,
-    layer,
-    permute,
-    routing,
-    sharded,
-)
+from moe_ref import dispatch, experts, layer, permute, routing, sharded
+from moe_ref.backward import layer as gradient
+from moe_ref.backward import routing as gradient_routing
+from moe_ref.backward import sharded as gradient_sharded
 
 ROOMS = (
     moe_ref, permute, experts, layer, gradient, gradient_routing, routing, dispatch, sharded, gradient_sharded,

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from conformance.core.judge import CHECKS, Judge, Violation
+from conformance.core.trial import accuse, load_suite
 from conformance.faults.layer_fault import FaultyLayer, LayerFault, registrars, stage_requirements
-from conformance.judge import CHECKS, Judge, Violation
-from conformance.trial import accuse, load_suite
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from conformance.judge import Judge, Violation, stage_order
-from conformance.requirements import REQUIREMENTS
+from conformance.core.judge import Judge, Violation, stage_order
+from conformance.core.register import REQUIREMENTS
+from conformance.core.trial import accuse
 from conformance.subjects.reference import Reference
-from conformance.trial import accuse
 
 STAGES = ("load", "capacity", "mask", "replay")
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
+from conformance.core.judge import CHECKS, Judge, Violation, stage_order
+from conformance.core.register import REQUIREMENTS
+from conformance.core.trial import DEFAULT_EXAMPLES, accuse, load_suite
 from conformance.faults.fault import Fault, FaultySubject
-from conformance.judge import CHECKS, Judge, Violation, stage_order
-from conformance.requirements import REQUIREMENTS
-from conformance.trial import DEFAULT_EXAMPLES, accuse, load_suite
 
 
 def kill_table(faults: Iterable[Fault], seed: int, *, examples: int = DEFAULT_EXAMPLES, open: bool = False) -> dict:

@@ -5,13 +5,13 @@ from dataclasses import fields
 import numpy as np
 
 import moe_ref
-from conformance.subject import Routing
+from conformance.core.subject import Routing
 from conformance.subjects.reference_load import ReferenceLoad
 from moe_ref import RouterSpec
 from moe_ref import experts as experts_room
 from moe_ref import permute as permute_room
+from moe_ref.backward.sharded import sharded_backward
 from moe_ref.dispatch import plan
-from moe_ref.gradient_sharded import sharded_backward
 from moe_ref.sharded import sharded_layer
 
 

@@ -5,7 +5,7 @@
 import numpy as np
 
 import moe_ref
-from conformance.subject import Subject
+from conformance.core.subject import Subject
 
 
 class ReferenceLoad(Subject):

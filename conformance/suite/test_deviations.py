@@ -1,7 +1,7 @@
 """conformance, suite: every declared deviation still happens."""
 
-from conformance.judge import Judge
-from conformance.verdict_of_test import stale
+from conformance.core.judge import Judge
+from conformance.run.conclude import stale
 
 
 class Stale(AssertionError):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from conformance.judge import CHECKS
-from conformance.worlds import BASES, world, worlds
+from conformance.core.judge import CHECKS
+from conformance.router.small_worlds import BASES, world, worlds
 from moe_ref import RouterSpec
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from moe_jax.collectives import ragged_all_to_all, vary
+from moe_jax.parallel.collectives import ragged_all_to_all, vary
 
 N, M, D = 11, 23, 3
 """Rows of each rank to send, and rows of its output."""

@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from moe_jax.grouped_matmul import BLOCK_SIZES, grouped_matmul
+from moe_ref.backward.layer import project_backward
 from moe_ref.experts import project
-from moe_ref.gradient import project_backward
 
 IMPLEMENTATIONS = ("blocked", "ragged")
 D, F = 11, 7

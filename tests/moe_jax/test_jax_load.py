@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import moe_ref
-from moe_jax.load import bias_update, load_statistics, tokens_per_expert
+from moe_jax.balance import bias_update, load_statistics, tokens_per_expert
 from moe_jax.losses import balance_loss, balance_sums, loss_of_sums, z_loss
 from moe_ref import BalanceSpec, BiasUpdateSpec
-from moe_ref.load_spec import BIAS_RULES
+from moe_ref.specs.balance import BIAS_RULES
 
 T, E, K = 12, 5, 2
 # Differences of shares of about 1, some of them rounded away: a few units of 2 ** -53.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.parallel import (
+from moe_jax.parallel.layer import (
     make_mesh,
     param_specs,
     place,
@@ -19,13 +19,14 @@ from moe_jax.parallel import (
     unplace,
     use_cpu_devices,
 )
-from moe_ref.gradient import layer_backward
-from moe_ref.gradient_sharded import sharded_backward
+from moe_ref.backward.layer import layer_backward
+from moe_ref.backward.sharded import sharded_backward
 from moe_ref.layer import moe_layer
-from moe_ref.layout import ShardLayout
 from moe_ref.sharded import sharded_layer
-from moe_ref.spec import ExpertSpec, LayerSpec, RouterSpec, SharedSpec
-from moe_ref.weights import LayerParams
+from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
+from moe_ref.specs.layout import ShardLayout
+from moe_ref.specs.params import LayerParams
+from moe_ref.specs.router import RouterSpec
 
 D, F = 16, 6
 # Sums of some tens of float64 products, in another order than the reference's.

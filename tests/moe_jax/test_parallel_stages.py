@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from test_parallel import CASES, DEEPSEEK, POISONS, SAME, case, check_whole, layout
 
-from moe_jax.parallel import Stages, make_mesh, param_specs, place, split, stage_specs, unplace
-from moe_jax.parallel_exchange import plan
-from moe_jax.parallel_stages import BY_RANK, HIDDEN, ROWS, P
+from moe_jax.parallel.exchange import plan
+from moe_jax.parallel.layer import Stages, make_mesh, param_specs, place, split, stage_specs, unplace
+from moe_jax.parallel.stages import BY_RANK, HIDDEN, ROWS, P
+from moe_ref.backward.layer import layer_backward
 from moe_ref.dispatch import plan as reference_plan
-from moe_ref.gradient import layer_backward
 from moe_ref.layer import moe_layer
-from moe_ref.spec import ExpertSpec, LayerSpec, RouterSpec
-from moe_ref.weights import LayerParams
+from moe_ref.specs.layer import ExpertSpec, LayerSpec
+from moe_ref.specs.params import LayerParams
+from moe_ref.specs.router import RouterSpec
 
 TAILED = layout(4, expert=4, fsdp=2, strategy="ragged_all_to_all", placement=(3, 1, 2, 0, 7, 6, 4, 5))
 

@@ -13,11 +13,12 @@ from moe_jax.dense_matmul import dense_matmul
 from moe_jax.experts import hide
 from moe_jax.permute import dispatch, permute, unpermute
 from moe_jax.sparse_matmul import gmm_down, gmm_up, route, sparse_matmul
+from moe_ref.backward.layer import hide_backward, layer_backward
 from moe_ref.experts import hide as reference_hide
-from moe_ref.gradient import hide_backward, layer_backward
 from moe_ref.layer import moe_layer
-from moe_ref.spec import ExpertSpec, LayerSpec, RouterSpec, SharedSpec
-from moe_ref.weights import LayerParams
+from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
+from moe_ref.specs.params import LayerParams
+from moe_ref.specs.router import RouterSpec
 
 T, D, F = 8, 6, 5
 PADDING = 3

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_ref.spec import RouterSpec
+from moe_ref.specs.router import RouterSpec
 
 T, D, F, E = 6, 5, 4, 8
 STEP = 1e-4

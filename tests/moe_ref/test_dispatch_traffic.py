@@ -5,9 +5,9 @@ import pytest
 from test_dispatch import groups, ids_of, random_case
 
 from moe_ref import RouterSpec, ShardLayout, plan
-from moe_ref.families import family
-from moe_ref.layout import STRATEGIES
 from moe_ref.routing import route
+from moe_ref.specs.families import family
+from moe_ref.specs.layout import STRATEGIES
 from moe_ref.traffic import bytes_of, counted_traffic, demand, even_pieces, exact_traffic, split
 
 TWO = RouterSpec(num_experts=4, top_k=2)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moe_ref import route
-from moe_ref.families import FAMILIES, preset, tiny
+from moe_ref.specs.families import FAMILIES, preset, tiny
 
 # num_experts, top_k, num_expert_groups, num_limited_groups, score_func, route_norm, route_scale, expert_bias, gate_bias
 PUBLISHED = {

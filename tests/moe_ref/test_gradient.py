@@ -21,18 +21,19 @@ from derivatives import (
     slope_along,
 )
 
-from moe_ref.experts import combine, feed_forward, fill_slots, weigh_inputs
-from moe_ref.gradient import (
+from moe_ref.backward.layer import (
     combine_backward,
     feed_forward_backward,
     fill_slots_backward,
     layer_backward,
     weigh_inputs_backward,
 )
+from moe_ref.experts import combine, feed_forward, fill_slots, weigh_inputs
 from moe_ref.layer import moe_layer
 from moe_ref.permute import permute
-from moe_ref.spec import ExpertSpec, LayerSpec, RouterSpec, SharedSpec
-from moe_ref.weights import FeedForward, LayerParams
+from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
+from moe_ref.specs.params import FeedForward, LayerParams
+from moe_ref.specs.router import RouterSpec
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 EXPERTS: dict[str, dict[str, Any]] = {name: {"activation": name} for name in ACTIVATIONS}

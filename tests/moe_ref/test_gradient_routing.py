@@ -17,9 +17,9 @@ from derivatives import (
     router_inputs,
 )
 
-from moe_ref.gradient_routing import normalise_backward, route_backward, scale_logits_backward, score_backward
+from moe_ref.backward.routing import normalise_backward, route_backward, scale_logits_backward, score_backward
 from moe_ref.routing import UNUSED, normalise, route
-from moe_ref.spec import RouterSpec
+from moe_ref.specs.router import RouterSpec
 
 
 def routing_case(name):

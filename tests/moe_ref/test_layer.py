@@ -11,8 +11,9 @@ from moe_ref.experts import activation, feed_forward, hide, run_experts
 from moe_ref.layer import moe_layer
 from moe_ref.permute import dispatch, permute, unpermute
 from moe_ref.routing import gate, route
-from moe_ref.spec import ExpertSpec, LayerSpec, RouterSpec, SharedSpec
-from moe_ref.weights import LayerParams
+from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
+from moe_ref.specs.params import LayerParams
+from moe_ref.specs.router import RouterSpec
 
 T, D, F = 7, 5, 4
 # Sums of some tens of float64 products, in another order than the reference's.

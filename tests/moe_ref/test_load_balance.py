@@ -7,7 +7,7 @@ import pytest
 from load_cases import SEQUENCES, B, E, K, S, T, largest, one_hot, routed, sigmoid, softmax
 
 from moe_ref import BALANCE_FORMS, BalanceSpec, balance, balance_layers, balance_loss, tokens_per_expert, z_loss
-from moe_ref.load import balance_scores, log_scores
+from moe_ref.balance import balance_scores, log_scores
 from moe_ref.routing import UNUSED
 
 LOGITS_TE, IDS_TK, _ = routed()

@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moe_ref.spec import ExpertSpec, LayerSpec, RouterSpec, SharedSpec
-from moe_ref.weights import LayerParams, WeightLayout
+from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
+from moe_ref.specs.params import LayerParams, WeightLayout
+from moe_ref.specs.router import RouterSpec
 
 D, F = 5, 4
 

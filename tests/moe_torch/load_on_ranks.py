@@ -7,12 +7,12 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, LayerSpec
+from moe_torch.balance import tokens_per_expert
 from moe_torch.bias_hook import BiasHook
 from moe_torch.capacity import apply_capacity
-from moe_torch.load import tokens_per_expert
 from moe_torch.losses import balance_loss, z_loss
 from moe_torch.moe import MoE
-from moe_torch.parallel import parallelize
+from moe_torch.parallel.parallelize import parallelize
 
 
 def own_part(tokens_per_shard) -> slice:

@@ -7,15 +7,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from conformance.subjects.torch_layouts import mesh_of, parallel_layer
+from conformance.subjects.torch.sharded import mesh_of, parallel_layer
 from moe_ref import LayerParams, LayerSpec
-from moe_ref.layout import ShardLayout
+from moe_ref.specs.layout import ShardLayout
 from moe_torch import moe as moe_module
-from moe_torch import parallel_dispatch
 from moe_torch.moe import MoE
-from moe_torch.parallel import parallelize, sync_gradients
-from moe_torch.parallel_collectives import recorded
-from moe_torch.parallel_state import full_tensors
+from moe_torch.parallel import dispatch as parallel_dispatch
+from moe_torch.parallel.collectives import recorded
+from moe_torch.parallel.parallelize import parallelize, sync_gradients
+from moe_torch.parallel.params import full_tensors
 
 
 def own(by_shard: list, layout: ShardLayout, dtype: torch.dtype = torch.float32) -> torch.Tensor:

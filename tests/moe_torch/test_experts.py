@@ -8,8 +8,8 @@ import torch
 
 from moe_ref.experts import feed_forward
 from moe_ref.permute import permute
-from moe_ref.spec import ExpertSpec
-from moe_ref.weights import FeedForward
+from moe_ref.specs.layer import ExpertSpec
+from moe_ref.specs.params import FeedForward
 from moe_torch.dispatcher import LocalTokenDispatcher, weighted_sum
 from moe_torch.experts import Activation, GroupedExperts, expert_loop
 

@@ -5,7 +5,7 @@ import pytest
 from load_on_ranks import biases_after_a_step, counts, hook_without_a_group, kept_ids, loss_and_gradient, sharded_layer
 
 import moe_ref
-from conformance.ranks import RankError, Ranks
+from conformance.subjects.ranks import RankError, Ranks
 from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, ExpertSpec, LayerParams, LayerSpec, RouterSpec
 
 T, E, K, S = 11, 5, 2, 3

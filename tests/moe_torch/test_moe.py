@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from moe_ref.gradient import layer_backward
+from moe_ref.backward.layer import layer_backward
 from moe_ref.layer import moe_layer
-from moe_ref.spec import ExpertSpec, LayerSpec, RouterSpec, SharedSpec
-from moe_ref.weights import LayerParams
+from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
+from moe_ref.specs.params import LayerParams
+from moe_ref.specs.router import RouterSpec
 from moe_torch import experts as experts_module
 from moe_torch import moe as moe_module
 from moe_torch.moe import MoE

@@ -7,11 +7,11 @@ import parallel_functions
 import pytest
 from test_torch_parallel import FLOAT32, GPT_OSS, LAYERS, PLACED, error, params_of
 
-from conformance.ranks import shared
+from conformance.subjects.ranks import shared
 from moe_ref import ExpertSpec, LayerSpec, RouterSpec, moe_layer
 from moe_ref.dispatch import plan
-from moe_ref.layout import ShardLayout
-from moe_torch.parallel_dispatch import chunk_sizes
+from moe_ref.specs.layout import ShardLayout
+from moe_torch.parallel.dispatch import chunk_sizes
 
 BFLOAT16 = 3e-2
 """Relative to the largest number; a rounding is 4e-3, and 1e-2 is seen."""
@@ -19,7 +19,7 @@ DEEPSEEK = LAYERS["groups"]
 
 
 def on_ranks(layout: ShardLayout, function, *arguments):
-    return shared("conformance.subjects.torch_layouts").run(layout.num_ranks, function, *arguments)
+    return shared("conformance.subjects.torch.sharded").run(layout.num_ranks, function, *arguments)
 
 
 def tokens(layout: ShardLayout, dim: int = 8) -> list[np.ndarray]:
@@ -225,13 +225,13 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_layout_that_does_not_fit_is_an_error_on_every_rank(name):
     sizes, options, message = REFUSED[name]
-    ranks = shared("conformance.subjects.torch_layouts")
+    ranks = shared("conformance.subjects.torch.sharded")
     found = ranks.run(int(np.prod(sizes)), parallel_functions.refused_on_rank, LAYERS["biases"], sizes, options)
     assert all(message in error for error in found), found
 
 
 def test_calls_that_a_layer_is_not_ready_for_are_errors():
-    found = shared("conformance.subjects.torch_layouts").run(2, parallel_functions.misused_on_rank, DEEPSEEK)
+    found = shared("conformance.subjects.torch.sharded").run(2, parallel_functions.misused_on_rank, DEEPSEEK)
     whole = "the layer is whole; `parallelize` divides it over ranks"
     assert found[0] == [whole, whole, "the layer is parallel already",
                         "the mesh has an axis 'pipeline'; its axes are of data, fsdp, expert, tensor"]  # fmt: skip
@@ -241,7 +241,7 @@ def test_the_mesh_may_be_a_part_of_a_larger_one():
     layout = ShardLayout(expert=2, tokens_per_shard=(3, 5))
     x_by_shard, params = tokens(layout), params_of(DEEPSEEK)
     wanted = np.split(moe_layer(np.concatenate(x_by_shard), params, DEEPSEEK).output_TD, [3])
-    ranks = shared("conformance.subjects.torch_layouts")
+    ranks = shared("conformance.subjects.torch.sharded")
     found = ranks.run(4, parallel_functions.part_of_a_mesh_on_rank, params, DEEPSEEK, x_by_shard)
     for rank, (output_TD, message) in enumerate(found):
         assert error(output_TD, wanted[rank % 2]) < FLOAT32
@@ -249,7 +249,7 @@ def test_the_mesh_may_be_a_part_of_a_larger_one():
 
 
 def test_device_dtype_mode_and_what_is_frozen_stay():
-    found = shared("conformance.subjects.torch_layouts").run(2, parallel_functions.kinds_on_rank, LAYERS["biases"])
+    found = shared("conformance.subjects.torch.sharded").run(2, parallel_functions.kinds_on_rank, LAYERS["biases"])
     assert (
         found
         == [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import moe_ref
 from moe_ref import CapacitySpec, ExpertSpec, LayerParams, LayerSpec, RouterSpec
-from moe_ref.load_spec import CAPACITY_SCOPES, DROP_ORDERS, ROUNDINGS
+from moe_ref.specs.balance import CAPACITY_SCOPES, DROP_ORDERS, ROUNDINGS
 from moe_torch.capacity import apply_capacity, capacities, slot_table
 from moe_torch.moe import MoE
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import moe_ref
 from moe_ref import BALANCE_FORMS, BalanceSpec, BiasUpdateSpec
-from moe_ref.load_spec import BIAS_RULES
-from moe_torch.load import bias_update, load_statistics, tokens_per_expert
+from moe_ref.specs.balance import BIAS_RULES
+from moe_torch.balance import bias_update, load_statistics, tokens_per_expert
 from moe_torch.losses import balance_loss, balance_sums, loss_of_sums, z_loss
 
 E, K = 5, 2

@@ -5,10 +5,10 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from conformance.subjects.torch_layouts import TorchLayouts
+from conformance.subjects.torch.sharded import TorchLayouts
 from moe_ref import ExpertSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec, layer_backward, moe_layer
-from moe_ref.families import tiny
-from moe_ref.layout import ShardLayout
+from moe_ref.specs.families import tiny
+from moe_ref.specs.layout import ShardLayout
 
 FLOAT32 = 5e-6
 """Largest error over largest number: sums of some products in another order; 1.5e-6 is seen."""

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 import numpy as np
 
 from moe_ref import ExpertSpec, LayerParams, LayerSpec, SharedSpec, layer_backward, moe_layer
-from moe_ref.families import tiny
+from moe_ref.specs.families import tiny
 
 T, D, F = 17, 16, 8
 FLOAT32 = 2e-6

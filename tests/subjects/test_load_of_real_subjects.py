@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import moe_ref
-from conformance.subject import Unsupported
-from conformance.subjects.torchtitan import Torchtitan
-from conformance.subjects.transformers import Transformers
+from conformance.core.subject import Unsupported
+from conformance.subjects.torchtitan.layer import Torchtitan
+from conformance.subjects.transformers.router import Transformers
 from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, RouterSpec
 
 T, E = 12, 5

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rank_functions import fail_on, process, threads, total, uneven
 
-from conformance.ranks import RankError, Ranks
+from conformance.subjects.ranks import RankError, Ranks
 
 SOON = 10.0
 """Seconds; a failure is reported far earlier, on a machine that does nothing else."""

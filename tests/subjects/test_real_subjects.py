@@ -6,16 +6,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from conformance.subject import Unsupported
+from conformance.core.subject import Unsupported
 from moe_ref import RouterSpec, gate, route
-from moe_ref.families import FAMILIES, tiny
+from moe_ref.specs.families import FAMILIES, tiny
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from conformance.subjects.identity_gate import IdentityGate, give_identity_gate  # noqa: E402
-from conformance.subjects.transformers import Transformers, build_for_logits, find  # noqa: E402
-from conformance.subjects.transformers_families import ROUTERS  # noqa: E402
+from conformance.subjects.transformers.families import ROUTERS  # noqa: E402
+from conformance.subjects.transformers.router import (  # noqa: E402
+    Transformers,
+    build_for_logits,
+    find,
+)
 
 T = 32
 ALL = slice(None)
@@ -265,7 +269,7 @@ def test_an_identity_gate_returns_its_input_in_the_dtype_of_the_product():
 @pytest.fixture(scope="module")
 def torchtitan_subject():
     pytest.importorskip("torchtitan")
-    from conformance.subjects.torchtitan import Torchtitan
+    from conformance.subjects.torchtitan.layer import Torchtitan
 
     return Torchtitan()
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from layer_agreement import FLOAT32, assert_near, params_of, tokens
 
-from conformance.subject import Unsupported
-from conformance.subjects.torchtitan_layouts import TorchtitanLayouts
+from conformance.core.subject import Unsupported
+from conformance.subjects.torchtitan.sharded import TorchtitanLayouts
 from moe_ref import ExpertSpec, LayerSpec, RouterSpec, SharedSpec, layer_backward, moe_layer
 from moe_ref.dispatch import plan
-from moe_ref.layout import ShardLayout
+from moe_ref.specs.layout import ShardLayout
 
 SPEC = LayerSpec(
     router=RouterSpec(

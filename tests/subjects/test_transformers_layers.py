@@ -16,16 +16,25 @@ from layer_agreement import (
     tokens,
 )
 
-from conformance.subject import Unsupported, capabilities
+from conformance.core.subject import Unsupported, capabilities
 from moe_ref import ExpertSpec, LayerSpec, SharedSpec
-from moe_ref.families import FAMILIES, tiny
+from moe_ref.specs.families import FAMILIES, tiny
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from conformance.subjects.transformers import Transformers, TransformersGroupedMm  # noqa: E402
-from conformance.subjects.transformers_blocks import BLOCKS, NO_BLOCK  # noqa: E402
-from conformance.subjects.transformers_layers import to_canonical, to_native  # noqa: E402
+from conformance.subjects.transformers.blocks import (  # noqa: E402
+    BLOCKS,
+    NO_BLOCK,
+)
+from conformance.subjects.transformers.layer import (  # noqa: E402
+    to_canonical,
+    to_native,
+)
+from conformance.subjects.transformers.router import (  # noqa: E402
+    Transformers,
+    TransformersGroupedMm,
+)
 
 
 def block_spec(name: str, **sizes) -> LayerSpec:

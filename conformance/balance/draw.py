@@ -1,0 +1,245 @@
+"""conformance, what is generated for load: rules from a pool, routed batches, counts, sequences, shards and padding.
+
+Scores and weights stand clear of each other, so that what is counted and what is dropped is beyond doubt.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from hypothesis import strategies as st
+
+from conformance.balance.case import LoadCase, LoadSpec
+from conformance.core.judge import LOAD_RULES, Judge, LoadCheck
+from moe_ref import BALANCE_FORMS, UNUSED, BalanceSpec, BiasUpdateSpec, CapacitySpec
+
+SIGMOID = {"score_func": "sigmoid", "norm_scores": True}
+BALANCES = (
+    *(BalanceSpec.of(form) for form in BALANCE_FORMS),
+    BalanceSpec(coeff=0.01, **SIGMOID, score_eps=1e-20),
+    BalanceSpec(score_func="sigmoid"),
+    BalanceSpec(score_func="sqrtsoftplus", counts_over="tokens"),
+    BalanceSpec(score_func="sqrtsoftplus", norm_scores=True, coeff=0.5),
+    BalanceSpec(counts="unbiased", **SIGMOID, scope="local"),
+    BalanceSpec(per="sequence", scope="local", coeff=0.25),
+    BalanceSpec(expert_power=0, coeff=2.0),
+    BalanceSpec(counted_slots=2, counts="unbiased"),
+    BalanceSpec.of("megatron_global_aux", **SIGMOID, score_eps=1e-20),
+)
+UPDATES = (
+    BiasUpdateSpec(),
+    BiasUpdateSpec(centred=True),
+    BiasUpdateSpec(rate=0.01, frozen_E=(True, False, False, True, False)),
+    BiasUpdateSpec(rule="proportional", rate=1e-4),
+    BiasUpdateSpec(rule="relative", rate=0.01),
+    BiasUpdateSpec(rule="relative", rate=0.01, centred=True),
+    BiasUpdateSpec(rule="proportional", rate=1e-4, centred=True, frozen_E=(False, True, False, False, False)),
+    BiasUpdateSpec(centred=True, frozen_E=(False, False, False, False, True)),
+)
+CAPACITIES = (
+    CapacitySpec(factor=1.0),
+    CapacitySpec(factor=1.25, rounding="floor"),
+    CapacitySpec(factor=1.1, rounding="ceil_then_floor"),
+    CapacitySpec(factor=0.5),
+    CapacitySpec(factor=16.0),
+    CapacitySpec(slots=2),
+    CapacitySpec(factor=0.1, min_slots=2),
+    CapacitySpec(factor=1.0, scope="sequence"),
+    CapacitySpec(factor=1.0, scope="rank", rounding="floor"),
+    CapacitySpec(factor=0.75, drop_order="slot_major"),
+    CapacitySpec(factor=0.75, drop_order="by_weight"),
+    CapacitySpec(factor=0.75, drop_order="by_weight", renormalise="after"),
+    CapacitySpec(factor=0.75, renormalise="before"),
+    CapacitySpec(factor=0.5, renormalise="after", weight_sum=2.5),
+    CapacitySpec(factor=0.75, drop_order="slot_major", scope="sequence", renormalise="after"),
+    CapacitySpec(factor=1.0, pad_to_capacity=True),
+    CapacitySpec(factor=0.75, pad_to_capacity=True, drop_order="slot_major"),
+    CapacitySpec(factor=0.75, pad_to_capacity=True, drop_order="by_weight", scope="rank"),
+    CapacitySpec(factor=1.5, scope="rank", then=CapacitySpec(factor=0.75)),
+    CapacitySpec(factor=1.0, scope="sequence", then=CapacitySpec(factor=0.75, renormalise="after")),
+)
+SIZES = ((5, 2), (7, 3), (5, 1), (8, 4))
+"""(E, K); mostly primes, so that no axis fits another."""
+
+
+def _pool() -> list[LoadSpec]:
+    """Rules on batches of several sizes; the plainest first."""
+    found = [
+        LoadSpec(num_experts=E, top_k=K, coeff=coeff) for (E, K), coeff in zip(SIZES, (1, 0.1, 0.5, 2), strict=True)
+    ]
+    found += [LoadSpec(num_experts=E, top_k=K, num_null_experts=Z) for E, K, Z in ((3, 3, 3), (5, 2, 1))]
+    for number, rule in enumerate(BALANCES):
+        E, K = SIZES[number % 2]
+        found += [LoadSpec(num_experts=E, top_k=K, balance=rule)]
+        found += [LoadSpec(num_experts=5, top_k=1, balance=rule)] if rule.counted_slots is None else []
+    found += [LoadSpec(num_experts=5, top_k=2, update=rule) for rule in UPDATES]
+    for number, rule in enumerate(CAPACITIES):
+        E, K = SIZES[number % 4]
+        found += [LoadSpec(num_experts=E, top_k=K, capacity=rule), LoadSpec(num_experts=5, top_k=3, capacity=rule)]
+    found += [LoadSpec(num_experts=3, top_k=3, num_null_experts=2, capacity=rule) for rule in CAPACITIES[:4]]
+    return list(dict.fromkeys(found))
+
+
+LOAD_SPECS: list[LoadSpec] = _pool()
+
+
+def _thin() -> list[LoadSpec]:
+    """Every batch without a rule, each rule on the first of its batches, and one loss of normed scores with K = 1."""
+    first = {}
+    for spec in LOAD_SPECS:
+        first.setdefault(spec.rule, spec)
+    one_slot = LoadSpec(num_experts=5, top_k=1, balance=BalanceSpec(coeff=0.01, **SIGMOID, score_eps=1e-20))
+    assert one_slot in LOAD_SPECS
+    return [spec for spec in LOAD_SPECS if spec.rule is None or spec in (first[spec.rule], one_slot)]
+
+
+THIN_LOAD_SPECS: list[LoadSpec] = _thin()
+"""For subjects that compile: a loss or a capacity takes a second for each rule and size."""
+
+
+def supported(judge: Judge, check: LoadCheck) -> tuple[list[LoadSpec], Counter]:
+    """The specs that the check wants and the subject supports, and why the others are not run."""
+    pool = THIN_LOAD_SPECS if judge.subject.compiles else LOAD_SPECS
+    wanted = [spec for spec in pool if check.wants_spec(spec)]
+    if LOAD_RULES[check.method] is None:
+        return wanted, Counter()
+    why = [judge.subject.supports_load(spec.rule) for spec in wanted]
+    found = [spec for spec, sentence in zip(wanted, why, strict=True) if sentence is None]
+    return found, Counter(sentence for sentence in why if sentence)
+
+
+def logits_of_kind(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """(T, E) logits of which no two of a token are near each other."""
+    T, E = shape
+    steps_TE = np.argsort(rng.random((T, E)), axis=-1) - (E - 1) / 2
+    logits_TE = 0.5 * steps_TE + rng.uniform(-0.1, 0.1, (T, E)) + rng.normal(0, 0.5, (T, 1))
+    if kind == "large":
+        # The largest is at least 0: where all scores underflow there is nothing to compare.
+        logits_TE = 40 * (logits_TE - logits_TE.max(axis=-1, keepdims=True, initial=-np.inf))
+        logits_TE = logits_TE + rng.uniform(0, 200, (T, 1))
+    return logits_TE.astype(np.float32).astype(np.float64)
+
+
+def ids_of_kind(kind: str, logits_TE, spec: LoadSpec, rng: np.random.Generator) -> np.ndarray:
+    """(T, K) distinct choices: of biased scores, the same for every token, or with unused slots."""
+    T, K = len(logits_TE), spec.top_k
+    null_TZ = rng.normal(0, 1.5, (T, spec.num_null_experts))
+    ranked_TE = np.concatenate([np.clip(logits_TE, -3, 3), null_TZ], axis=1) + rng.normal(0, 1.5, spec.num_choices)
+    if kind == "collapsed":
+        ranked_TE = np.broadcast_to(rng.random(spec.num_choices), ranked_TE.shape)
+    ids_TK = np.argsort(-ranked_TE, axis=-1, kind="stable")[:, :K]
+    return np.where(rng.random((T, K)) < 0.3, UNUSED, ids_TK) if kind == "unused" else ids_TK
+
+
+def counts_of_kind(kind: str, num_experts: int, rng: np.random.Generator) -> np.ndarray:
+    """(S, E) counts of the ranks or micro-batches of one step."""
+    S = int(rng.integers(1, 4))
+    counts_SE = rng.integers(0, 30, (S, num_experts))
+    if kind == "large":
+        counts_SE[:] = 0
+        counts_SE[0] = 2**25 + rng.permutation(num_experts) - num_experts // 2
+    if kind in ("equal", "one_at_mean"):
+        # The ranks differ; their sums do not, or one of them is the mean of the others.
+        counts_SE[0] += counts_SE.sum(axis=0).max() - counts_SE.sum(axis=0)
+    if kind == "one_at_mean":
+        low, high = rng.permutation(num_experts)[:2]
+        move = int(rng.integers(1, counts_SE[0, low] + 2))
+        counts_SE[0] += move
+        counts_SE[0, low] -= move
+        counts_SE[0, high] += move
+    return np.zeros_like(counts_SE) if kind == "zero" else counts_SE
+
+
+def cut(num_tokens: int, rng: np.random.Generator, *, evenly: bool, at=None, parts: int = 2) -> tuple[int, ...]:
+    """Lengths of consecutive parts of T tokens; sometimes one is empty. `at`: the only places where it may cut.
+
+    Cut evenly there are one or `parts` of them: each other number is one more program to compile.
+    """
+    if at is not None:
+        ends = np.cumsum(at)[:-1]
+        ends = ends[rng.random(len(ends)) < 0.6]
+    elif evenly:
+        number = int(rng.choice([n for n in (1, parts) if num_tokens % n == 0]))
+        ends = np.arange(1, number) * (num_tokens // number)
+    else:
+        ends = np.sort(rng.integers(0, num_tokens + 1, int(rng.integers(0, 4))))
+    return tuple(np.diff(np.concatenate([[0], ends, [num_tokens]])).astype(int).tolist())
+
+
+def lengths_of(spec: LoadSpec, num_tokens: int, wanted, rng: np.random.Generator, *, evenly: bool) -> dict:
+    """Sequences and shards, where the rule asks for them and the check allows it; shards are of whole sequences."""
+    rules = [rule for rule in (spec.balance, spec.capacity, spec.capacity and spec.capacity.then) if rule]
+    of_sequences = any("sequence" in (getattr(rule, "per", ""), rule.scope) for rule in rules)
+    of_shards = any(rule.scope in ("local", "running", "rank") for rule in rules)
+    found = {}
+    if of_sequences and "sequence_lengths" in wanted:
+        found["sequence_lengths"] = cut(num_tokens, rng, evenly=evenly, parts=3)
+    if of_shards and "tokens_per_shard" in wanted:
+        at = None if evenly else found.get("sequence_lengths")
+        found["tokens_per_shard"] = cut(num_tokens, rng, evenly=evenly, at=at)
+    # One part is what there is without lengths; it takes no parameter of that name.
+    return {name: lengths for name, lengths in found.items() if len(lengths) > 1}
+
+
+def make_load_case(
+    spec: LoadSpec,
+    check: LoadCheck,
+    *,
+    logits: str,
+    ids: str,
+    counts: str,
+    tokens: int,
+    seed: int,
+    evenly: bool = False,
+) -> LoadCase:
+    """The case of these choices."""
+    rng = np.random.default_rng(seed)
+    T, E, K = tokens, spec.num_experts, spec.top_k
+    inputs = lengths_of(spec, T, check.inputs, rng, evenly=evenly)
+    logits_TE = logits_of_kind(logits, (T, E), rng)
+    ids_TK = ids_of_kind(ids, logits_TE, spec, rng)
+    if "token_mask_T" in check.inputs:
+        inputs["token_mask_T"] = rng.random(T) < rng.choice([0.6, 0.6, 0.6, 0.0])
+    weights_TK = (1 + rng.permutation(T * K).reshape(T, K)) / 64
+    return LoadCase(
+        spec=spec,
+        logits_TE=logits_TE,
+        expert_ids_TK=ids_TK,
+        weights_TK=np.where(ids_TK == UNUSED, 0, weights_TK),
+        d_weights_TK=rng.integers(-16, 17, (T, K)) / 8.0,
+        counts_SE=counts_of_kind(counts, E, rng),
+        expert_bias_E=rng.integers(-64, 65, E) / 64.0,
+        inputs=inputs,
+        seed=seed,
+    )
+
+
+def survey_load_cases(judge: Judge, check: LoadCheck) -> Iterator[LoadCase]:
+    """A case of each spec, so that a rare rule is not left to luck."""
+    for number, spec in enumerate(judge.specs(check)[0]):
+        choices = {name: getattr(check, name)[number % len(getattr(check, name))] for name in ("logits", "counts")}
+        yield make_load_case(
+            spec, check, ids=check.ids[0], tokens=check.tokens[0], seed=number, evenly=judge.subject.compiles, **choices
+        )
+
+
+def load_cases(judge: Judge, check: LoadCheck) -> st.SearchStrategy[LoadCase]:
+    """Cases that the check wants and the subject supports."""
+    drawn = _STRATEGIES.setdefault(judge, {})
+    compiles = judge.subject.compiles
+    if check.requirement not in drawn:
+        drawn[check.requirement] = st.builds(
+            lambda spec, **choices: make_load_case(spec, check, evenly=compiles, **choices),
+            st.sampled_from(judge.specs(check)[0]),
+            logits=st.sampled_from(check.logits),
+            ids=st.sampled_from(check.ids),
+            counts=st.sampled_from(check.counts),
+            tokens=st.sampled_from(check.tokens[:1] if compiles else check.tokens),
+            seed=st.integers(0, 2**32 - 1),
+        )
+    return drawn[check.requirement]
+
+
+_STRATEGIES: WeakKeyDictionary[Judge, dict[str, st.SearchStrategy[LoadCase]]] = WeakKeyDictionary()
+"""Built once for a judge and a check: hypothesis takes longer to build a strategy than to draw from it."""

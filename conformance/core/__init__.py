@@ -1,0 +1,1 @@
+"""conformance, the core of the judge: it knows no kind, no stage and no framework."""

@@ -1,0 +1,1 @@
+"""conformance, the kind layer: tokens become tokens on one device."""

@@ -1,0 +1,254 @@
+"""conformance, bounds of layers: how far rounding can take each number of a layer and of its gradients.
+
+Legend: T tokens, K top_k, D model dim, E choices, S shared experts.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from conformance.core.rounding import EPSILON
+from conformance.layer.balls import LIBRARY, Ball, FeedForwardBall, exact, feed_forward, feed_forward_backward, narrower
+from conformance.layer.case import LayerCase
+from conformance.router.bounds import ROUNDINGS, weight_error
+from moe_ref import UNUSED, LayerParams
+from moe_ref.experts import identity_slots, sigmoid
+from moe_ref.specs.params import FeedForward
+from moe_ref.specs.router import RouterSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerBall:
+    """The balls of a layer's intermediates; rows of the experts by expert."""
+
+    x_TD: Ball
+    logits_TE: Ball
+    weights_TK: Ball
+    slot_inputs_TKD: Ball
+    experts: dict[int, FeedForwardBall]
+    """Of the experts that have rows."""
+    slot_outputs_TKD: Ball
+    factors_TS: Ball
+    shared: tuple[FeedForwardBall, ...]
+    output_TD: Ball
+
+
+def layer(case: LayerCase, dtype: str, expert_dtype: str) -> LayerBall:
+    """The bounds of `moe_ref.moe_layer`, for the reference's choice of experts.
+
+    Args:
+        case: the layer.
+        dtype: of the router, and of what is summed at the end.
+        expert_dtype: of the experts, where it is narrower.
+    """
+    spec, params, trace = case.spec, case.params, case.reference
+    narrow = narrower(dtype, expert_dtype)
+    # A padding row is 0 in the trace, whatever the case has there.
+    x_TD = exact(trace.x_TD, dtype)
+    logits_TE = gate(case, dtype)
+    weights_TK, shared_weights_TS = routing_weights(case, logits_TE)
+    slot_inputs_TKD = x_TD.made(*(np.repeat(v[:, None], spec.router.top_k, axis=1) for v in (x_TD.centre, x_TD.radius)))
+    if spec.router.weight_on == "input":
+        slot_inputs_TKD = slot_inputs_TKD * weights_TK[:, :, None]
+    slot_inputs_TKD = slot_inputs_TKD.to(narrow)
+    experts = {}
+    shape = trace.slot_outputs_TKD.shape
+    centre, radius = np.zeros(shape), np.zeros(shape)
+    for expert_id, tokens, slots in rows_of_experts(case):
+        made = feed_forward(slot_inputs_TKD[tokens, slots], params.expert(expert_id), spec.experts)
+        experts[expert_id] = made
+        centre[tokens, slots], radius[tokens, slots] = made.output_RD.centre, made.output_RD.radius
+    identity_TK = identity_slots(trace.routing.expert_ids_TK, spec.router)
+    centre[identity_TK], radius[identity_TK] = (
+        slot_inputs_TKD.centre[identity_TK],
+        slot_inputs_TKD.radius[identity_TK],
+    )
+    slot_outputs_TKD = slot_inputs_TKD.made(centre, radius)
+    output_TD = combine(slot_outputs_TKD, weights_TK.to(narrow), spec.router)
+
+    factors_TS, shared = shared_factors(case, x_TD, shared_weights_TS), ()
+    if spec.shared_experts is not None:
+        shared = tuple(
+            feed_forward(x_TD.to(narrow), params.shared_expert(s), spec.shared_experts)
+            for s in range(spec.num_shared_experts)
+        )
+        for s, each in enumerate(shared):
+            output_TD = output_TD + factors_TS[:, s, None].to(narrow) * each.output_RD
+        if spec.shared is not None and spec.shared.combine == "average":
+            output_TD = output_TD.times(0.5)
+    return LayerBall(
+        x_TD=x_TD,
+        logits_TE=logits_TE,
+        weights_TK=weights_TK,
+        slot_inputs_TKD=slot_inputs_TKD,
+        experts=experts,
+        slot_outputs_TKD=slot_outputs_TKD,
+        factors_TS=factors_TS,
+        shared=shared,
+        output_TD=output_TD,
+    )
+
+
+def gate(case: LayerCase, dtype: str) -> Ball:
+    """The logits."""
+    x_TD = exact(np.where(case.valid_T[:, None], case.x_TD, 0), dtype)
+    logits_TE = x_TD @ exact(case.params.gate_ED, dtype).T
+    return logits_TE if case.params.gate_bias_E is None else logits_TE + exact(case.params.gate_bias_E, dtype)
+
+
+def rows_of_experts(case: LayerCase):
+    """(expert, tokens of its rows, slots of its rows) of each expert that has rows."""
+    permutation = case.reference.permutation
+    for expert_id in np.flatnonzero(permutation.tokens_per_expert_E):
+        own = permutation.expert_of_row_N == expert_id
+        yield int(expert_id), permutation.token_of_row_N[own], permutation.slot_of_row_N[own]
+
+
+def combine(slot_outputs_TKD: Ball, weights_TK: Ball, spec: RouterSpec) -> Ball:
+    """The weighted sum of a token's slots."""
+    weighted = slot_outputs_TKD if spec.weight_on == "input" else slot_outputs_TKD * weights_TK[:, :, None]
+    # A sum over the slots may be kept in the narrow dtype: a rounding for each.
+    return weighted.rounded(spec.top_k).sum(1).times(spec.output_scale)
+
+
+def relative_weight_error(case: LayerCase, logits_TE: Ball) -> np.ndarray:
+    """(T, 1) relative error of a token's weights that comes from its logits."""
+    # Where all logits move by at most 1, a weight changes by at most twice its own size: with its own, and the norm.
+    return 2 * case.spec.router.logit_scale * logits_TE.radius.max(axis=-1, keepdims=True, initial=0)
+
+
+def routing_weights(case: LayerCase, logits_TE: Ball) -> tuple[Ball, Ball]:
+    """The weights of the slots, and of router-scored shared experts."""
+    routing = case.reference.routing
+    from_logits_T1 = relative_weight_error(case, logits_TE)
+    error_TK = weight_error(case.router_case, routing.expert_ids_TK, logits_TE.dtype) + from_logits_T1
+    weights_TK = logits_TE.made(routing.weights_TK, error_TK * np.abs(routing.weights_TK))
+    if routing.shared_weights_TS is None:
+        nothing = np.zeros((case.num_tokens, 0))
+        return weights_TK, logits_TE.made(nothing, nothing)
+    # Their scores are rounded as those of the choices are, of other logits.
+    shared_logits_TS = np.abs(logits_TE.centre[:, case.spec.router.num_choices :])
+    size_T1 = shared_logits_TS.max(axis=-1, keepdims=True)
+    error_T1 = (
+        error_TK.max(axis=-1, keepdims=True) + from_logits_T1 + 2 * (ROUNDINGS + size_T1) * EPSILON[logits_TE.dtype]
+    )
+    return weights_TK, logits_TE.made(routing.shared_weights_TS, error_T1 * np.abs(routing.shared_weights_TS))
+
+
+def shared_factors(case: LayerCase, x_TD: Ball, shared_weights_TS: Ball) -> Ball:
+    """What each shared expert is multiplied by."""
+    gate_D = case.params.shared_token_gate_D
+    if gate_D is None:
+        factors_TS = case.reference.shared_factors_TS
+        return shared_weights_TS if shared_weights_TS.centre.shape[1] else x_TD.made(factors_TS, 0 * factors_TS)
+    logit_T = x_TD @ exact(gate_D, x_TD.dtype)[:, None]
+    factor_T1 = sigmoid(logit_T.centre)
+    relative = logit_T.radius + LIBRARY * x_TD.unit * (1 + np.abs(logit_T.centre))
+    return x_TD.made(factor_T1 * case.valid_T[:, None], relative * factor_T1)
+
+
+def gradients(case: LayerCase, dtype: str, expert_dtype: str) -> dict[str, Ball]:
+    """The bounds of `moe_ref.layer_backward`: of x_TD, and of each parameter of the layer by name."""
+    spec, params, trace = case.spec, case.params, case.reference
+    ball = layer(case, dtype, expert_dtype)
+    narrow = ball.slot_inputs_TKD.dtype
+    d_output_TD = exact(np.where(case.valid_T[:, None], case.d_output_TD, 0), narrow)
+    if spec.shared is not None and spec.shared.combine == "average":
+        d_output_TD = d_output_TD.times(0.5)
+    d_slots_T1D = d_output_TD.times(spec.router.output_scale)[:, None]
+    on_input = spec.router.weight_on == "input"
+    weights_TK1 = ball.weights_TK.to(narrow)[:, :, None]
+    used_TK1 = (trace.routing.expert_ids_TK != UNUSED)[:, :, None]
+    d_outputs_TKD = (d_slots_T1D if on_input else d_slots_T1D * weights_TK1).times(used_TK1 * 1.0)
+    d_rows = d_outputs_TKD.times(identity_slots(trace.routing.expert_ids_TK, spec.router)[:, :, None] * 1.0)
+    found = {name: [exact(np.zeros(shape), narrow)] * spec.router.num_experts for name, shape in _routed(params)}
+    for expert_id, tokens, slots in rows_of_experts(case):
+        d_input_RD, grads = feed_forward_backward(
+            d_outputs_TKD[tokens, slots], ball.experts[expert_id], params.expert(expert_id), spec.experts
+        )
+        d_rows.centre[tokens, slots], d_rows.radius[tokens, slots] = d_input_RD.centre, d_input_RD.radius
+        for name, grad in grads.items():
+            found[name][expert_id] = grad
+    stacked = {_routed_name(name): _stack(balls) for name, balls in found.items()}
+
+    if on_input:
+        d_weights_TK = (d_rows * ball.x_TD.to(narrow)[:, None]).sum(2)
+        d_x_TD = (d_rows * weights_TK1).sum(1)
+    else:
+        d_weights_TK = (d_slots_T1D * ball.slot_outputs_TKD).sum(2)
+        d_x_TD = d_rows.sum(1)
+    d_shared_weights_TS = ball.factors_TS.made(*(np.zeros(ball.factors_TS.centre.shape) for _ in range(2)))
+    shared_grads: list[dict[str, Ball]] = []
+    for s, each in enumerate(ball.shared):
+        assert spec.shared_experts is not None
+        d_factor_T = (d_output_TD * each.output_RD).sum(1)
+        d_shared_weights_TS.centre[:, s], d_shared_weights_TS.radius[:, s] = d_factor_T.centre, d_factor_T.radius
+        d_rows_TD = d_output_TD * ball.factors_TS[:, s, None].to(narrow)
+        weights = params.shared_expert(s)
+        d_input_TD, grads = feed_forward_backward(d_rows_TD, each, weights, spec.shared_experts)
+        d_x_TD = d_x_TD + d_input_TD
+        shared_grads.append(grads)
+    for name in shared_grads[0] if shared_grads else ():
+        stacked["shared_" + _routed_name(name).replace("E", "S", 1)] = _stack([grads[name] for grads in shared_grads])
+    if params.shared_token_gate_D is not None:
+        factor_T = ball.factors_TS[:, 0]
+        rest_T = factor_T.made(1 - factor_T.centre, factor_T.radius)
+        d_logit_T = d_shared_weights_TS[:, 0] * factor_T * rest_T
+        d_x_TD = d_x_TD + d_logit_T[:, None] * exact(params.shared_token_gate_D, dtype)[None]
+        stacked["shared_token_gate_D"] = (d_logit_T[None] @ ball.x_TD)[0]
+
+    logits_grads = router_gradients(case, ball, d_weights_TK.to(dtype), d_shared_weights_TS.to(dtype))
+    d_logits_TE = logits_grads.pop("logits_TE")
+    stacked |= logits_grads | {"gate_ED": d_logits_TE.T @ ball.x_TD}
+    if params.gate_bias_E is not None:
+        stacked["gate_bias_E"] = d_logits_TE.sum(0)
+    stacked["x_TD"] = (d_x_TD + d_logits_TE @ exact(params.gate_ED, dtype)).to(narrow)
+    return stacked
+
+
+def router_gradients(case: LayerCase, ball: LayerBall, d_weights_TK: Ball, d_shared_weights_TS: Ball) -> dict:
+    """The bounds of the gradients of the logits, and of the learned scale where there is one.
+
+    Of any one logit a weight is no steeper than its own size. So one number for a token bounds the errors of its
+    logits: the errors of its weights' gradients, and the roundings of the derivatives.
+    """
+    routing, spec = case.reference.routing, case.spec.router
+    weights, d_weights = ball.weights_TK, d_weights_TK
+    if spec.num_scored_shared_experts:
+        weights, d_weights = (_beside(a, b) for a, b in ((weights, ball.factors_TS), (d_weights, d_shared_weights_TS)))
+    from_logits_T1 = relative_weight_error(case, ball.logits_TE) + LIBRARY * weights.unit
+    relative = weights.radius / np.where(weights.centre == 0, 1, np.abs(weights.centre)) + from_logits_T1
+    terms = weights.largest * (d_weights.radius + 2 * relative * d_weights.largest)
+    radius_T1 = spec.logit_scale * terms.sum(axis=-1, keepdims=True)
+    found = {"logits_TE": weights.made(case.gradients.logits_TE, np.broadcast_to(radius_T1, routing.logits_TE.shape))}
+    if spec.learned_scale != "none":
+        scale = np.asarray(case.params.learned_scale)
+        ids_TK = np.maximum(routing.expert_ids_TK, 0)
+        radius = np.zeros(spec.num_choices)
+        np.add.at(radius, ids_TK, 4 * terms[:, : spec.top_k])
+        radius = radius if scale.ndim else 4 * terms.sum()
+        grad = np.asarray(case.gradients.params.learned_scale)
+        found["learned_scale"] = weights.made(grad, radius / np.abs(scale) + weights.unit * 8 * np.abs(grad))
+    return found
+
+
+def _beside(left: Ball, right: Ball) -> Ball:
+    return left.made(*(np.concatenate([getattr(b, n) for b in (left, right)], -1) for n in ("centre", "radius")))
+
+
+def _stack(balls: list[Ball]) -> Ball:
+    return balls[0].made(np.stack([b.centre for b in balls]), np.stack([b.radius for b in balls]))
+
+
+def _routed(params: LayerParams):
+    """(name of one expert's array, its shape) of each array that the routed experts have."""
+    for field in fields(FeedForward):
+        value = getattr(params, _routed_name(field.name))
+        if value is not None:
+            yield field.name, value.shape[1:]
+
+
+def _routed_name(name: str) -> str:
+    """w_up_DF of one expert is w_up_EDF of all."""
+    stem, _, suffix = name.rpartition("_")
+    return f"{stem}_E{suffix}"

@@ -1,0 +1,281 @@
+"""conformance, what is generated for whole layers: specs from a bounded pool, parameters, tokens, further inputs.
+
+Tokens whose choice of experts hangs on rounding are drawn again, since another choice changes the whole output.
+"""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from hypothesis import strategies as st
+
+from conformance.core.judge import Judge, LayerCheck
+from conformance.layer.case import LayerCase
+from conformance.layer.verdicts import stable_T
+from moe_ref import UNUSED, ExpertSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec
+from moe_ref.specs.families import tiny
+
+GRID = 2.0**-7
+"""Parameters are multiples of it: short in a report, and the same in bfloat16 up to a size of 2."""
+DRAWS = 6
+"""How often a token near a tie is drawn again."""
+CLEARLY = "float16"
+"""A choice stands clear of rounding if it would even in this dtype."""
+
+SOFTMAX: dict[str, Any] = {"score_func": "softmax"}
+SIGMOID: dict[str, Any] = {"score_func": "sigmoid"}
+NORM: dict[str, Any] = {"route_norm": True}
+DEEPSEEK: dict[str, Any] = SIGMOID | NORM | {"norm_eps": 1e-20}
+SELECTED: dict[str, Any] = {"score_over": "selected", "select_by": "logit"}
+GROUPS: dict[str, Any] = {"num_expert_groups": 4, "num_limited_groups": 2}
+GPT_OSS: dict[str, Any] = {"alpha": 1.702, "up_offset": 1.0, "clamp": 0.75, "bias": True}
+
+ROUTERS = (
+    RouterSpec(num_experts=5, top_k=2, **SOFTMAX),
+    RouterSpec(num_experts=7, top_k=3, **SOFTMAX, **NORM),
+    RouterSpec(num_experts=8, top_k=3, **DEEPSEEK, **GROUPS, route_scale=2.5),
+    RouterSpec(num_experts=6, top_k=3, **SELECTED),
+    RouterSpec(num_experts=5, top_k=2, **SIGMOID, select_by="logit", weight_on="input"),
+    RouterSpec(num_experts=5, top_k=1, **SIGMOID),
+    RouterSpec(num_experts=5, top_k=1, **SOFTMAX, **NORM),
+    RouterSpec(num_experts=5, top_k=1, **SIGMOID, output_scale=2.5),
+    RouterSpec(num_experts=5, top_k=1, **SIGMOID, select_by="logit", weight_on="input"),
+    RouterSpec(num_experts=5, top_k=5, **SOFTMAX),
+    RouterSpec(num_experts=5, top_k=2, **SIGMOID, **NORM, output_scale=3.0),
+    RouterSpec(num_experts=3, top_k=3, **SOFTMAX, num_null_experts=3),
+    RouterSpec(num_experts=3, top_k=2, **SOFTMAX, num_null_experts=2, weight_on="input"),
+    RouterSpec(num_experts=3, top_k=3, **SOFTMAX, num_null_experts=3, null_kind="skip", route_scale=2.0),
+    RouterSpec(num_experts=6, top_k=2, **SOFTMAX, **NORM, learned_scale="per_expert"),
+    RouterSpec(num_experts=5, top_k=2, **SIGMOID, **NORM, norm_form="clamp", norm_eps=0.25),
+    RouterSpec(num_experts=5, top_k=2, **SIGMOID, learned_scale="global", route_scale=1.5),
+    RouterSpec(num_experts=5, top_k=2, score_func="sqrtsoftplus", **NORM, route_scale=1.5),
+    RouterSpec(num_experts=5, top_k=2, **DEEPSEEK, selector="table"),
+    RouterSpec(num_experts=6, top_k=3, **SIGMOID, **NORM, selector="given"),
+    RouterSpec(num_experts=5, top_k=2, **SIGMOID, **NORM, norm_eps=1e-20, selector="round_robin"),
+)
+EXPERTS = (
+    ExpertSpec(dim=5, hidden_dim=7),
+    ExpertSpec(dim=5, hidden_dim=7, **GPT_OSS),
+    ExpertSpec(dim=5, hidden_dim=7, bias=True),
+    ExpertSpec(dim=5, hidden_dim=7, alpha=1.702),
+    ExpertSpec(dim=5, hidden_dim=7, up_offset=1.0),
+    ExpertSpec(dim=5, hidden_dim=7, clamp=0.75),
+    ExpertSpec(dim=5, hidden_dim=7, clamp=0.25, clamp_at="after"),
+    ExpertSpec(dim=5, hidden_dim=7, activation="gelu"),
+    ExpertSpec(dim=5, hidden_dim=7, activation="gelu_tanh"),
+    ExpertSpec(dim=5, hidden_dim=7, activation="relu"),
+    ExpertSpec(dim=5, hidden_dim=7, gated=False, activation="relu2"),
+    ExpertSpec(dim=5, hidden_dim=7, gated=False, activation="relu2", clamp=1.0, bias=True),
+    ExpertSpec(dim=7, hidden_dim=7),
+    ExpertSpec(dim=6, hidden_dim=3),
+    ExpertSpec(dim=6, hidden_dim=3, bias=True),
+    # Multiples of 8, which grouped matmuls of some libraries ask for.
+    ExpertSpec(dim=8, hidden_dim=16),
+    ExpertSpec(dim=8, hidden_dim=8),
+    ExpertSpec(dim=16, hidden_dim=8),
+)
+SHARED = (
+    SharedSpec(hidden_dim=3),
+    SharedSpec(hidden_dim=7),
+    SharedSpec(hidden_dim=3, gate="sigmoid"),
+    SharedSpec(hidden_dim=3, combine="average"),
+    SharedSpec(hidden_dim=3, clamp=0.5),
+)
+
+
+def _models() -> list[LayerSpec]:
+    """Whole layers of public models, small."""
+    dims: dict[str, Any] = {"dim": 8, "hidden_dim": 16}
+    plain, gelu = ExpertSpec(**dims), ExpertSpec(**dims, activation="gelu_tanh")
+    shared, inkling = SharedSpec(hidden_dim=8), tiny("inkling")
+    return [
+        LayerSpec(router=tiny("gpt_oss"), experts=ExpertSpec(**dims, **GPT_OSS), gate_bias=True),
+        LayerSpec(router=tiny("deepseek_v3"), experts=plain, shared=shared),
+        LayerSpec(router=tiny("llama4"), experts=plain, shared=SharedSpec(hidden_dim=16)),
+        LayerSpec(router=tiny("qwen2_moe"), experts=plain, shared=SharedSpec(hidden_dim=24, gate="sigmoid")),
+        LayerSpec(router=tiny("qwen3_moe"), experts=plain),
+        LayerSpec(router=tiny("mixtral"), experts=plain),
+        LayerSpec(router=tiny("cohere2_moe"), experts=plain, shared=SharedSpec(hidden_dim=16, combine="average")),
+        LayerSpec(router=tiny("gemma4"), experts=gelu),
+        LayerSpec(router=tiny("longcat_flash"), experts=plain),
+        LayerSpec(router=tiny("step3p7"), experts=ExpertSpec(**dims, clamp=0.25, clamp_at="after"), shared=shared),
+        LayerSpec(router=tiny("deepseek_v4_hash"), experts=ExpertSpec(**dims, clamp=0.75), shared=shared),
+        LayerSpec(
+            router=tiny("nemotron_h"), experts=ExpertSpec(**dims, gated=False, activation="relu2"), shared=shared
+        ),
+        LayerSpec(router=inkling, experts=plain, shared=shared),
+    ]
+
+
+def _mixed() -> list[LayerSpec]:
+    """Every router with some experts, and often with a gate bias or shared experts: much is tried at once."""
+    found = []
+    for i, router in enumerate(ROUTERS):
+        shared = SHARED[i % len(SHARED)] if i % 3 == 0 or router.num_scored_shared_experts else None
+        experts = EXPERTS[(3 * i + 1) % len(EXPERTS)]
+        found.append(LayerSpec(router=router, experts=experts, shared=shared, gate_bias=i % 2 == 1))
+    return found
+
+
+def _pool() -> list[LayerSpec]:
+    """Simple specs first: shrinking goes towards the front."""
+    found = [LayerSpec(router=router, experts=EXPERTS[0]) for router in ROUTERS]
+    found += [LayerSpec(router=ROUTERS[i % 4], experts=each) for i, each in enumerate(EXPERTS[1:])]
+    found += [LayerSpec(router=ROUTERS[i % 4], experts=EXPERTS[0], shared=each) for i, each in enumerate(SHARED)]
+    found += [LayerSpec(router=ROUTERS[i], experts=EXPERTS[2], shared=SHARED[0], gate_bias=True) for i in (2, 10)]
+    return list(dict.fromkeys(found + _models() + _mixed()))
+
+
+LAYER_SPECS: list[LayerSpec] = _pool()
+
+
+def _thin() -> list[LayerSpec]:
+    """A few specs, each with much in it, so that every requirement finds one."""
+    gpt_oss, deepseek, _, qwen2, *_ = _models()
+    return [
+        gpt_oss,
+        deepseek,
+        qwen2,
+        LayerSpec(router=ROUTERS[6], experts=ExpertSpec(dim=7, hidden_dim=7)),
+        LayerSpec(router=ROUTERS[4], experts=ExpertSpec(dim=5, hidden_dim=7, activation="gelu", bias=True)),
+        LayerSpec(router=ROUTERS[10], experts=ExpertSpec(dim=5, hidden_dim=7, clamp=0.25, clamp_at="after"),
+                  shared=SharedSpec(hidden_dim=3, combine="average")),
+        LayerSpec(router=ROUTERS[11], experts=ExpertSpec(dim=6, hidden_dim=3), gate_bias=True),
+        LayerSpec(router=ROUTERS[14], experts=ExpertSpec(dim=5, hidden_dim=7, gated=False, activation="relu2"),
+                  shared=SHARED[0]),
+    ]  # fmt: skip
+
+
+THIN_LAYER_SPECS: list[LayerSpec] = _thin()
+"""For subjects that compile: a layer and its gradients take seconds for each spec and number of tokens."""
+
+
+def thinned(specs: list[LayerSpec]) -> list[LayerSpec]:
+    """Few specs of which one has each fact that some spec has."""
+    facts_of = {spec: facts(spec) for spec in specs}
+    missing, kept = set().union(*facts_of.values()), []
+    while missing:
+        best = max(specs, key=lambda spec: len(facts_of[spec] & missing))
+        kept.append(best)
+        missing -= facts_of[best]
+    return sorted(kept, key=specs.index)
+
+
+def facts(spec: LayerSpec) -> set:
+    """What is not the default in a layer, sizes apart; and what some requirement asks for."""
+    router, experts, shared = spec.router, spec.experts, spec.shared
+    sizes = {"num_experts", "top_k", "num_limited_groups", "dim", "hidden_dim"}
+    numbers = {"route_scale", "output_scale", "norm_eps", "clamp", "alpha", "up_offset", "logit_scale"}
+    found: set = {"gate_bias"} if spec.gate_bias else {"plain"}
+    for part in (router, experts, shared):
+        for f in fields(part) if part is not None else ():
+            value = getattr(part, f.name)
+            if f.name not in sizes and value != f.default:
+                found.add((type(part).__name__, f.name, True if f.name in numbers else value))
+    slots = "one slot" if router.top_k == 1 else "all slots" if router.top_k == router.num_choices else "some slots"
+    square = experts.hidden_dim in (experts.dim, experts.dim / 2)
+    scaled = router.route_scale != 1 or router.output_scale != 1
+    return found | {
+        (slots, router.weight_on, "normed" if router.route_norm else ""),
+        ("square", square, experts.bias),
+        (shared and (shared.gate, shared.combine), scaled),
+        ("routed alone", shared is None, router.weight_on, bool(router.num_null_experts), router.top_k == 1),
+    }
+
+
+def evenly(specs: list[LayerSpec]) -> list[LayerSpec]:
+    """The specs, repeated so that each fact comes about as often as any other, however few specs it holds for."""
+    found = sorted({fact for spec in specs for fact in facts(spec)}, key=str)
+    groups = [[spec for spec in specs if fact in facts(spec)] for fact in found]
+    return [group[i % len(group)] for i in range(max(map(len, groups), default=0)) for group in groups]
+
+
+def on_grid(values) -> np.ndarray:
+    """The nearest multiples of GRID."""
+    return np.round(np.asarray(values) / GRID) * GRID
+
+
+def params_of_kind(spec: LayerSpec, bias: str, rng: np.random.Generator) -> LayerParams:
+    """Parameters of order 1; `bias` is the kind of expert_bias.
+
+    Biases of the projections are as large as their products, so that one of the wrong expert shows.
+    """
+    made = LayerParams.init(spec, int(rng.integers(2**31)))
+    values: dict[str, Any] = {f.name: getattr(made, f.name) for f in fields(made) if getattr(made, f.name) is not None}
+    values = {name: on_grid(5 * v if name.startswith("b_") else v) for name, v in values.items()}
+    values["gate_ED"] = on_grid(1.5 * values["gate_ED"])
+    if "learned_scale" in values:
+        values["learned_scale"] = np.maximum(values["learned_scale"], 0.5)
+    if spec.router.selector == "top_k":
+        E = spec.router.num_choices
+        crowd = np.where(np.arange(E) % max(1, E // spec.router.top_k) == 0, 8.0, 0.0)  # and the rest idle
+        noise = rng.normal(0, 0.5, E)
+        values["expert_bias_E"] = {"none": None, "mixed": on_grid(noise), "crowded": on_grid(crowd + noise)}[bias]
+    return LayerParams(**values)
+
+
+def layer_inputs(spec: RouterSpec, num_tokens: int, wanted: tuple[str, ...], rng: np.random.Generator) -> dict:
+    """The further inputs that the spec needs, and those that the check wants."""
+    T, E, K = num_tokens, spec.num_choices, spec.top_k
+    inputs = {}
+    if spec.selector == "table":
+        inputs["table_VK"] = np.argsort(rng.random((11, E)))[:, :K]
+        inputs["token_ids_T"] = rng.integers(0, 11, T)
+    if spec.selector == "given":
+        ids_TK = np.argsort(rng.random((T, E)))[:, :K]
+        inputs["given_ids_TK"] = np.where(rng.random((T, K)) < 0.2, UNUSED, ids_TK)
+    if "token_mask_T" in wanted:
+        inputs["token_mask_T"] = rng.random(T) < rng.choice([0.6, 0.6, 0.0])  # sometimes all is padding
+    return inputs
+
+
+def make_layer_case(spec: LayerSpec, check: LayerCheck, *, x: str, bias: str, tokens: int, seed: int) -> LayerCase:
+    """The case of these choices."""
+    rng = np.random.default_rng(seed)
+    size = {"normal": 1.0, "large": 8.0, "small": 0.02}[x]
+
+    def draw(n: int) -> np.ndarray:
+        return (size * rng.normal(size=(n, spec.experts.dim))).astype(np.float32).astype(np.float64)
+
+    case = LayerCase(
+        spec=spec,
+        params=params_of_kind(spec, bias, rng),
+        x_TD=draw(tokens),
+        d_output_TD=rng.normal(size=(tokens, spec.experts.dim)).astype(np.float32).astype(np.float64),
+        inputs=layer_inputs(spec.router, tokens, check.inputs, rng),
+        seed=seed,
+    )
+    for _ in range(DRAWS):
+        clear_T = stable_T(case, CLEARLY)
+        if clear_T.all():
+            break
+        case = case.with_(x_TD=np.where(clear_T[:, None], case.x_TD, draw(tokens)))
+    return case
+
+
+def survey_cases(judge: Judge, check: LayerCheck) -> Iterator[LayerCase]:
+    """A case for each fact that holds for some spec, so that a rare one is not left to luck."""
+    for number, spec in enumerate(thinned(judge.specs(check)[0])):
+        x, bias = check.x[number % len(check.x)], check.bias[number % len(check.bias)]
+        yield make_layer_case(spec, check, x=x, bias=bias, tokens=check.tokens[0], seed=number)
+
+
+def layer_cases(judge: Judge, check: LayerCheck) -> st.SearchStrategy[LayerCase]:
+    """Cases that the check wants and the subject supports."""
+    drawn = _STRATEGIES.setdefault(judge, {})
+    if check.requirement not in drawn:
+        drawn[check.requirement] = st.builds(
+            lambda spec, **choices: make_layer_case(spec, check, **choices),
+            st.sampled_from(evenly(judge.specs(check)[0])),
+            x=st.sampled_from(check.x),
+            bias=st.sampled_from(check.bias),
+            tokens=st.sampled_from(check.tokens[:1] if judge.subject.compiles else check.tokens),
+            seed=st.integers(0, 2**32 - 1),
+        )
+    return drawn[check.requirement]
+
+
+_STRATEGIES: WeakKeyDictionary[Judge, dict[str, st.SearchStrategy[LayerCase]]] = WeakKeyDictionary()
+"""Built once for a judge and a check: hypothesis takes longer to build a strategy than to draw from it."""

@@ -1,0 +1,1 @@
+"""conformance, pictures: what a layout moves, and how even a load is."""

@@ -1,0 +1,158 @@
+"""conformance, the load of experts over steps: how even it is without bias updates, and with them.
+
+    moe-conformance load deepseek_v3 --rate 0.001
+
+Some experts get larger logits than others, at every step alike. The reference routes fresh tokens at every step, twice:
+with biases that stay 0, and with biases that `moe_ref.bias_update` moves after each step. Nothing is trained: the
+logits never answer, so what evens the load is the bias alone.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from conformance.pictures.traffic import _figure as figure_class
+from conformance.run.deviations import UsageError
+from moe_ref.balance import bias_update, load_statistics, tokens_per_expert
+from moe_ref.routing import route
+from moe_ref.specs.balance import BiasUpdateSpec
+from moe_ref.specs.checks import integer, number, require
+from moe_ref.specs.families import family
+from moe_ref.specs.router import RouterSpec
+
+BLUE, ORANGE = "#0072B2", "#E69F00"
+"""Told apart by colour-blind eyes (Okabe and Ito), and in grey."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The loads of one run: a row for each step, the first before any update."""
+
+    name: str
+    colour: str
+    counts_NE: np.ndarray
+
+    @property
+    def ratios_N(self) -> np.ndarray:
+        """The busiest expert's load in units of the mean."""
+        return np.array([load_statistics(counts_E).max_over_mean for counts_E in self.counts_NE])
+
+    @property
+    def ranked_E(self) -> np.ndarray:
+        """The last load of every expert in units of the mean, largest first."""
+        counts_E = self.counts_NE[-1]
+        return np.sort(counts_E)[::-1] * len(counts_E) / max(counts_E.sum(), 1)
+
+    def idle(self, step: int) -> int:
+        """Experts without a token at a step."""
+        return load_statistics(self.counts_NE[step]).num_empty
+
+
+def load(options) -> int:
+    """The command: prints the table, and draws it where a file is named."""
+    try:
+        router = family(options.family).router
+        require(
+            router.selector == "top_k",
+            f"selector is {router.selector!r}, which takes no bias; a load is evened where the selector is 'top_k'",
+        )
+        update = BiasUpdateSpec(rate=options.rate)
+        number("skew", options.skew, low=0.0)
+        integer("seed", options.seed, 0)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if options.plot is not None:
+        figure_class()
+    runs = (
+        simulate("without updates", ORANGE, router, update.replace(rate=0.0), options),
+        simulate("with updates", BLUE, router, update, options),
+    )
+    print("\n".join([heading(router, options), "", *table(runs)]))
+    if options.plot is not None:
+        draw(runs, router, options)
+    return 0
+
+
+def simulate(name: str, colour: str, router: RouterSpec, update: BiasUpdateSpec, options) -> Run:
+    """The loads of steps + 1 batches, an update between each two. The logits are the same for every update rule."""
+    E, learned_scale = router.num_experts, neutral_scale(router)
+    popularity_E = options.skew * np.random.default_rng(options.seed).standard_normal(router.num_logits)
+    bias_E = np.zeros(router.num_choices)
+    counts_NE = []
+    for step in range(options.steps + 1):
+        noise_TE = np.random.default_rng((options.seed, step)).standard_normal((options.tokens, router.num_logits))
+        routing = route(noise_TE + popularity_E, router, expert_bias_E=bias_E, learned_scale=learned_scale)
+        counts_NE.append(tokens_per_expert(routing.expert_ids_TK, E))
+        # The biases of null experts stay 0: the update evens the load of experts.
+        bias_E = np.concatenate([bias_update(counts_NE[-1], update, bias_E[:E]), bias_E[E:]])
+    return Run(name=name, colour=colour, counts_NE=np.array(counts_NE))
+
+
+def neutral_scale(router: RouterSpec):
+    """Learned scales of 1, where a router has them; they change weights, not choices."""
+    return {"none": None, "global": 1.0, "per_expert": np.ones(router.num_choices)}[router.learned_scale]
+
+
+def heading(router: RouterSpec, options) -> str:
+    """What was simulated."""
+    return (
+        f"{options.family}: {router.num_experts} experts, {router.top_k} of them for each token; bias updates: "
+        f"{options.steps}, of rate {options.rate:g}; {options.tokens} tokens before each; skew {options.skew:g}"
+    )
+
+
+def table(runs: tuple[Run, ...]) -> list[str]:
+    """The first step, a quarter of the way, half of it and the last, as a Markdown table."""
+    names = [f"{what}, {run.name}" for what in ("busiest expert, in means", "experts without tokens") for run in runs]
+    last = len(runs[0].counts_NE) - 1
+    lines = [f"| updates | {' | '.join(names)} |", "|---:" * (1 + len(names)) + "|"]
+    for step in sorted({0, last // 4, last // 2, last}):
+        ratios, idle = [f"{run.ratios_N[step]:.2f}" for run in runs], [str(run.idle(step)) for run in runs]
+        lines.append(f"| {step} | {' | '.join([*ratios, *idle])} |")
+    return lines
+
+
+def draw(runs: tuple[Run, ...], router: RouterSpec, options) -> None:
+    """Two panels: the busiest expert over steps, and the load of every expert at the last, in order."""
+    figure = figure_class()(figsize=(10, 4.4), layout="constrained")
+    over_steps, at_end = figure.subplots(1, 2)
+    for run in runs:
+        over_steps.plot(run.ratios_N, color=run.colour, label=run.name)
+        at_end.plot(np.arange(1, router.num_experts + 1), run.ranked_E, color=run.colour, label=run.name)
+    for axes in (over_steps, at_end):
+        axes.axhline(1, color="0.3", linewidth=1, linestyle="--", label="mean of all experts")
+        axes.set_ylabel("load / mean load")
+        axes.margins(x=0.01)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    # Equal distances are equal factors, so that what is left after the fall can be read.
+    over_steps.set_yscale("log", base=2)
+    over_steps.yaxis.set_major_formatter("{x:g}")
+    over_steps.set_ylim(0.9, 1.2 * max(2, *(run.ratios_N.max() for run in runs)))
+    over_steps.set(title="Busiest expert (logarithmic)", xlabel="bias updates")
+    at_end.yaxis.set_major_formatter("{x:g}")
+    at_end.set_ylim(bottom=0)
+    at_end.set(title=f"Every expert after update {options.steps}", xlabel="experts, busiest first")
+    figure.legend(*at_end.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(f"{options.family}: E = {router.num_experts}, K = {router.top_k}, rate {options.rate:g}")
+    try:
+        figure.savefig(options.plot, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--plot {options.plot}: {error}") from error
+
+
+def add_options(command, positive) -> None:
+    """The options of the command; `positive` reads an integer of at least 1."""
+    command.add_argument("family", metavar="FAMILY", help="whose router, such as deepseek_v3")
+    for name, default, meaning in (
+        ("--steps", 200, "updates of the bias"),
+        ("--tokens", 1024, "tokens at each step"),
+    ):
+        command.add_argument(name, type=positive, default=default, metavar="N", help=f"{meaning} (default {default})")
+    command.add_argument("--rate", type=float, default=0.001, metavar="R", help="of the update (default 0.001)")
+    command.add_argument(
+        "--skew", type=float, default=1.0, metavar="S", help="spread of the experts' mean logits (default 1)"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="of the logits (default 0)")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="draw the loads, with matplotlib")

@@ -1,0 +1,205 @@
+"""conformance, the traffic of a layout: rows and bytes across nodes, for each strategy, with and without node limits.
+
+    moe-conformance traffic --family deepseek_v3 --ep 64 --ranks-per-node 8
+
+Tokens get random logits, the reference routes them, and `moe_ref.traffic` counts what each rank sends. Blocks of tokens
+come one after the other, so that memory depends on the ranks, not on the tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from conformance.run.deviations import UsageError
+from moe_ref.routing import route
+from moe_ref.specs.checks import integer, number
+from moe_ref.specs.families import family
+from moe_ref.specs.layout import STRATEGIES, ShardLayout
+from moe_ref.specs.router import RouterSpec
+from moe_ref.traffic import Demand, bytes_of, counted_traffic, demand, even_pieces
+
+BLOCK = 1024
+"""Tokens routed at a time."""
+NO_GROUPS = {
+    "num_expert_groups": None,
+    "num_limited_groups": None,
+    "group_score_k": 2,
+    "mask_fill": -np.inf,
+    "weights_from": "scores",
+}
+"""Changes a router into the same without groups."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A line of the table: what one strategy moves with one routing, over all rank groups."""
+
+    strategy: str
+    routing: str
+    rows_across: int
+    """Out and back."""
+    rows_inside: int
+    """Out and back, between ranks of a node."""
+    most_across: int
+    """Rows across nodes of the rank that has most."""
+    per_token: float
+    """Rows across nodes, out alone, for each token."""
+
+
+def traffic(options) -> int:
+    """The command: prints the table, and draws it where a file is named."""
+    try:
+        router = family(options.family).router
+        layout = layout_of(options)
+        layout.check(router)
+        routings = routings_of(router)
+        number("skew", options.skew, low=0.0)
+        integer("seed", options.seed, 0)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if options.plot is not None:
+        _figure()
+    asked = {name: demand(blocks(spec, layout, options), layout, spec) for name, spec in routings.items()}
+    lines = [
+        line(strategy, name, asked[name], layout, spec) for strategy in STRATEGIES for name, spec in routings.items()
+    ]
+    print("\n".join([*heading(router, layout, options), "", *table(lines, options)]))
+    if options.plot is not None:
+        draw(lines, options)
+    return 0
+
+
+def layout_of(options) -> ShardLayout:
+    """The ranks, with the tokens spread over them as evenly as can be."""
+    return ShardLayout(
+        data=options.data,
+        expert=options.ep,
+        ranks_per_node=options.ranks_per_node,
+        tokens_per_shard=even_pieces(options.tokens, options.data * options.ep),
+    )
+
+
+def routings_of(router: RouterSpec) -> dict[str, RouterSpec]:
+    """The router as it is; and, where it keeps some groups alone, without that limit."""
+    if router.selector not in ("top_k", "sparsemixer"):
+        raise ValueError(f"selector is {router.selector!r}; traffic is of a router that chooses by its logits")
+    if router.num_expert_groups in (None, router.num_limited_groups):
+        return {"any experts": router}
+    limited = f"{router.num_limited_groups} of {router.num_expert_groups} groups"
+    return {"any experts": router.replace(**NO_GROUPS), limited: router}
+
+
+def blocks(router: RouterSpec, layout: ShardLayout, options) -> Iterator[tuple[int, np.ndarray]]:
+    """(token shard, expert ids) a block at a time. The logits are the same for every routing."""
+    popularity_E = options.skew * np.random.default_rng(options.seed).standard_normal(router.num_logits)
+    for shard, num_tokens in enumerate(layout.tokens_per_shard):
+        rng = np.random.default_rng((options.seed, shard))
+        for begin in range(0, num_tokens, BLOCK):
+            size = min(BLOCK, num_tokens - begin)
+            logits_BE = rng.standard_normal((size, router.num_logits)) + popularity_E
+            yield shard, route(logits_BE, router).expert_ids_TK
+
+
+def line(strategy: str, routing: str, asked: list[Demand], layout: ShardLayout, router: RouterSpec) -> Line:
+    """What all rank groups move."""
+    # With "replicated" the tokens of a rank group are one shard; the demand has their number.
+    shards = layout.num_rank_groups if strategy == "replicated" else layout.num_token_shards
+    mesh = layout.replace(strategy=strategy, tokens_per_shard=(0,) * shards)
+    found = [counted_traffic(group, mesh, router) for group in asked]
+    return Line(
+        strategy=strategy,
+        routing=routing,
+        rows_across=sum(t.out.across + t.back.across for t in found),
+        rows_inside=sum(t.out.inside + t.back.inside for t in found),
+        most_across=max(int(t.across_by_rank_S.max()) for t in found),
+        per_token=sum(t.out.across for t in found) / max(1, layout.num_tokens),
+    )
+
+
+def heading(router: RouterSpec, layout: ShardLayout, options) -> list[str]:
+    """What was counted, in two lines."""
+    return [
+        f"{options.family}: {router.num_experts} experts, {router.top_k} of them for each token; {layout.num_tokens} "
+        f"tokens, rows of {options.dim} numbers of {options.bytes} bytes",
+        f"{layout.num_ranks} ranks: {layout.num_rank_groups} x {layout.expert}, {layout.num_nodes} nodes of "
+        f"{layout.node_size} in each. {_groups_on_nodes(router, layout)}",
+    ]
+
+
+def _groups_on_nodes(router: RouterSpec, layout: ShardLayout) -> str:
+    if router.num_expert_groups is None:
+        return "The router has no groups."
+    groups, nodes = router.num_expert_groups, layout.num_nodes
+    if groups % nodes == 0:
+        return f"The router's {groups} groups lie whole on their nodes, {groups // nodes} on each."
+    if nodes % groups == 0:
+        return f"Each of the router's {groups} groups has {nodes // groups} nodes."
+    return f"The router's {groups} groups straddle nodes."
+
+
+def table(lines: list[Line], options) -> list[str]:
+    """The lines as a Markdown table. The share is of the first line: all_to_all without limit."""
+    found = [
+        "| strategy | routing | rows across nodes, out, per token | rows across nodes, out and back | MB across nodes "
+        "| share | MB inside nodes | MB across nodes, busiest rank |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for each in lines:
+        share = f"{each.rows_across / lines[0].rows_across:.3f}" if lines[0].rows_across else "-"
+        across, inside, most = (
+            _megabytes(rows, options) for rows in (each.rows_across, each.rows_inside, each.most_across)
+        )
+        found.append(
+            f"| {each.strategy} | {each.routing} | {each.per_token:.3f} | {each.rows_across} | {across:.1f} | {share} "
+            f"| {inside:.1f} | {most:.1f} |"
+        )
+    return found
+
+
+def _megabytes(rows: int, options) -> float:
+    return bytes_of(rows, options.dim, options.bytes) / 1e6
+
+
+def draw(lines: list[Line], options) -> None:
+    """Bars: bytes across nodes of each strategy, one colour for each routing."""
+    figure = _figure()(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot()
+    routings = list(dict.fromkeys(each.routing for each in lines))
+    for index, routing in enumerate(routings):
+        own = [each for each in lines if each.routing == routing]
+        places = np.arange(len(own)) + 0.8 * (index + 0.5) / len(routings) - 0.4
+        bars = axes.bar(places, [_megabytes(e.rows_across, options) for e in own], 0.8 / len(routings), label=routing)
+        axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
+    axes.set_xticks(np.arange(len(STRATEGIES)), STRATEGIES)
+    axes.set_ylabel("MB across nodes, out and back")
+    axes.set_title(f"{options.family}, {options.ep} expert ranks, {options.ranks_per_node} on each node")
+    axes.legend(title="routing")
+    figure.savefig(options.plot)
+
+
+def _figure():
+    """matplotlib's Figure; it is needed for a plot alone."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as missing:
+        raise UsageError("--plot draws with matplotlib, which is not installed: pip install matplotlib") from missing
+    return Figure
+
+
+def add_options(command, positive) -> None:
+    """The options of the command; `positive` reads an integer of at least 1."""
+    command.add_argument("--family", default="deepseek_v3", metavar="NAME", help="whose router (default deepseek_v3)")
+    for name, default, meaning in (
+        ("--ep", 64, "ranks of the expert axis"),
+        ("--ranks-per-node", 8, "ranks of the expert axis on a node"),
+        ("--data", 1, "how often the expert axis is there"),
+        ("--tokens", 65536, "tokens in all"),
+        ("--dim", 7168, "numbers in a row"),
+        ("--bytes", 2, "bytes of a number"),
+    ):
+        command.add_argument(name, type=positive, default=default, metavar="N", help=f"{meaning} (default {default})")
+    command.add_argument("--skew", type=float, default=0.0, metavar="S", help="spread of the experts' mean logits")
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="of the logits (default 0)")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="draw the bytes across nodes, with matplotlib")

@@ -1,0 +1,1 @@
+"""conformance, the kind router: from logits to ids and weights."""

@@ -1,0 +1,255 @@
+"""conformance, what is generated: specs from a bounded pool, and for each the logits, biases and further inputs.
+
+The pool is bounded so that compiled code is reused; the data vary freely. Hypothesis draws the choices and one
+seed; NumPy makes the arrays from them, so that a case of many tokens costs no more to draw than one of few.
+"""
+
+from dataclasses import fields, replace
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from hypothesis import strategies as st
+
+from conformance.core.judge import Check, Judge, cast
+from conformance.router.case import Case
+from moe_ref import UNUSED, RouterSpec
+from moe_ref.specs.families import FAMILIES, tiny
+
+SIZES = ((8, 2), (6, 1), (8, 8), (12, 5), (16, 4))
+"""(num_experts, top_k)"""
+GROUPED_SIZES = ((8, 2, 4, 2), (8, 4, 2, 1), (12, 5, 3, 2), (16, 4, 4, 2), (16, 8, 4, 2), (8, 1, 4, 1), (12, 3, 2, 2))
+"""(num_experts, top_k, num_expert_groups, num_limited_groups); in most a token needs experts of several groups."""
+
+
+def _variants() -> list[dict]:
+    """Each further field away from its identity, alone or with what it needs."""
+    softmax, sigmoid = {"score_func": "softmax"}, {"score_func": "sigmoid"}
+    norm = {"route_norm": True}
+    return [
+        softmax,
+        sigmoid,
+        {"score_func": "sqrtsoftplus"},
+        softmax | norm,
+        sigmoid | norm,
+        sigmoid | norm | {"norm_eps": 1e-20, "route_scale": 2.5},
+        {"score_over": "selected", "select_by": "logit"},
+        {"score_over": "selected", "select_by": "logit", "route_scale": 0.5},
+        sigmoid | {"select_by": "logit"},
+        sigmoid | norm | {"select_by": "logit"},
+        sigmoid | {"logit_scale": 0.25},
+        softmax | {"logit_scale": 3.0},
+        sigmoid | norm | {"logit_softcap": 1.5},
+        softmax | {"logit_scale": 2.0, "logit_softcap": 1.5},
+        softmax | {"route_scale": 2.5},
+        sigmoid | {"route_scale": 0.3},
+        softmax | norm | {"route_scale": 2.5},
+        sigmoid | norm | {"norm_eps": 1e-6},
+        softmax | norm | {"norm_eps": 0.25},
+        softmax | norm | {"norm_form": "clamp", "norm_eps": 0.5},
+        sigmoid | norm | {"norm_form": "clamp", "norm_eps": 1e-12},
+        softmax | norm | {"norm_p": 2.0},
+        sigmoid | norm | {"norm_p": 3.0, "route_scale": 2.0},
+        softmax | norm | {"learned_scale": "per_expert"},
+        sigmoid | {"learned_scale": "global", "route_scale": 1.5},
+        softmax | {"num_null_experts": 3, "route_scale": 2.0},
+        softmax | {"num_null_experts": 1, "null_kind": "skip"},
+        sigmoid | norm | {"num_null_experts": 2, "null_kind": "skip"},
+        sigmoid | {"num_scored_shared_experts": 2},
+        sigmoid | norm | {"num_scored_shared_experts": 2, "norm_with_shared": True},
+        softmax | {"weight_on": "input"},
+        softmax | norm | {"output_scale": 2.0},
+        sigmoid | norm | {"selector": "table"},
+        softmax | {"selector": "table"},
+        sigmoid | norm | {"selector": "given"},
+        {"score_over": "selected", "select_by": "logit", "selector": "given"},
+        sigmoid | norm | {"norm_eps": 1e-20, "selector": "round_robin"},
+        softmax | {"selector": "random"},
+    ]
+
+
+def _grouped_variants() -> list[dict]:
+    sigmoid, deepseek = {"score_func": "sigmoid"}, {"score_func": "sigmoid", "route_norm": True, "norm_eps": 1e-20}
+    return [
+        sigmoid,
+        deepseek,
+        deepseek | {"route_scale": 2.5},
+        {"score_func": "softmax"},
+        {"score_func": "sqrtsoftplus"},
+        deepseek | {"group_score_k": 1},
+        deepseek | {"group_score_k": 3},
+        deepseek | {"mask_fill": 0.0},
+        {"mask_fill": 0.0, "group_score_k": 1, "weights_from": "masked_scores"},
+        {"select_by": "logit", "score_over": "selected"},
+        {"select_by": "logit", "score_func": "sigmoid"},
+    ]
+
+
+def _pool() -> list[RouterSpec]:
+    """Simple specs first: shrinking goes towards the front."""
+    found = [
+        RouterSpec(num_experts=E, top_k=K, **variant)
+        for variant in _variants()
+        for E, K in (SIZES if len(variant) <= 2 else (SIZES[0], SIZES[3]))
+    ]
+    for variant in _grouped_variants():
+        for E, K, G, L in GROUPED_SIZES if len(variant) <= 4 else GROUPED_SIZES[:4]:
+            if variant.get("group_score_k", 2) <= E // G:
+                found.append(RouterSpec(num_experts=E, top_k=K, num_expert_groups=G, num_limited_groups=L, **variant))
+    found += [
+        RouterSpec(num_experts=6, top_k=2, select_by="logit", selector="sparsemixer", mixer_eps=eps)
+        for eps in (0.01, 0.25)
+    ]
+    for family in FAMILIES:
+        spec = tiny(family)
+        found.append(spec)
+        if spec.selector == "top_k" and spec.num_expert_groups is None and spec.top_k > 1:
+            found.append(replace(spec, top_k=1))
+    return list(dict.fromkeys(found))
+
+
+def thinned(specs: list[RouterSpec]) -> list[RouterSpec]:
+    """One size for each combination of the other fields, and one with top_k 1: for subjects that compile."""
+    alike: dict[tuple, list[RouterSpec]] = {}
+    for spec in specs:
+        others = {name: value for name, value in spec.to_dict().items() if name not in SIZE_FIELDS}
+        alike.setdefault((*others.items(), spec.top_k == 1), []).append(spec)
+    return [group[i % len(group)] for i, group in enumerate(alike.values())]
+
+
+SIZE_FIELDS = ("num_experts", "top_k", "num_expert_groups", "num_limited_groups", "num_null_experts")
+SPECS: list[RouterSpec] = _pool()
+THIN_SPECS: list[RouterSpec] = thinned(SPECS)
+
+
+def evenly(specs: list[RouterSpec]) -> list[RouterSpec]:
+    """The specs, repeated so that each field that some spec changes is changed about as often as any other.
+
+    Most families norm sigmoid scores; without this a rare field, norm_form or logit_softcap, is missed by luck.
+    """
+    plain = [spec for spec in specs if not _changed(spec)]
+    changing = [
+        [spec for spec in specs if name in _changed(spec)] for name in sorted({n for s in specs for n in _changed(s)})
+    ]
+    groups = [group for group in (plain, *changing) if group]
+    longest = max(map(len, groups), default=0)
+    return [group[i % len(group)] for i in range(longest) for group in groups]
+
+
+def _changed(spec: RouterSpec) -> set[str]:
+    """Fields, sizes apart, that differ from their default."""
+    names = {f.name for f in fields(spec) if getattr(spec, f.name) != f.default}
+    return names - {"num_experts", "top_k", "num_limited_groups"}
+
+
+def logits_of_kind(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """(T, columns) logits; every kind is a way in which real logits, or real padding, look."""
+    T, E = shape
+    if kind == "separated":  # a random order of values with a gap between any two: no near ties
+        levels_TE = np.cumsum(rng.uniform(0.5, 1.5, shape), axis=-1) * (6 / max(E, 1))
+        return rng.permuted(levels_TE, axis=-1) - rng.uniform(3, 5, (T, 1))
+    if kind == "normal":
+        return rng.normal(0, 2, shape)
+    if kind == "large":
+        return np.clip(rng.normal(0, 30, shape), -75, 75)
+    if kind == "huge":
+        return rng.normal(0, 1, shape) * 10 ** rng.uniform(2, 4, (T, 1))
+    if kind == "negative":  # scores of 1e-7 to 1e-26, where eps terms show
+        return rng.uniform(-60, -16, (T, 1)) + rng.normal(0, 2, shape)
+    if kind == "far":  # float32 holds no sigmoid score of these
+        return rng.uniform(-140, -110, shape)
+    if kind == "tied":
+        return rng.integers(0, 3, shape) * 0.5
+    if kind == "equal":
+        return np.tile(rng.normal(0, 1, (T, 1)), (1, E))
+    if kind == "one_hot":
+        return np.eye(E)[rng.integers(0, E, T)] * rng.uniform(1, 9)
+    raise ValueError(f"kind is {kind!r}, which no logits have")
+
+
+def masked(logits_TE, spec: RouterSpec, rng: np.random.Generator) -> np.ndarray:
+    """-inf at random experts; each group, or the whole row, keeps enough to be selected and summed."""
+    groups = spec.num_expert_groups or 1
+    members = spec.num_choices // groups
+    kept = max(-(-spec.top_k // (spec.num_limited_groups or 1)), spec.group_score_k if groups > 1 else 1)
+    hidden_TE = np.zeros(logits_TE.shape, dtype=bool)
+    for row in hidden_TE:
+        for g in range(groups):
+            count = rng.integers(0, members - kept + 1)
+            row[g * members + rng.permutation(members)[:count]] = True
+    return np.where(hidden_TE, -np.inf, logits_TE)
+
+
+def bias_of_kind(kind: str, spec: RouterSpec, rng: np.random.Generator) -> np.ndarray | None:
+    """(E,) selection bias."""
+    if kind == "none" or spec.selector != "top_k":
+        return None
+    E = spec.num_choices
+    spread = {"mixed": (0, 0.5), "negative": (-2, 0.3), "positive": (2, 0.3), "strong": (0, 5)}
+    centre, width = spread[kind]
+    return rng.normal(centre, width, E)
+
+
+def inputs_of(spec: RouterSpec, num_tokens: int, wanted: tuple[str, ...], rng: np.random.Generator) -> dict:
+    """The further inputs that the spec needs, and those that the check wants."""
+    T, E, K = num_tokens, spec.num_choices, spec.top_k
+    inputs = {}
+    if spec.learned_scale != "none":
+        inputs["learned_scale"] = rng.uniform(0.25, 3, E if spec.learned_scale == "per_expert" else ())
+    if spec.selector == "table":
+        inputs["table_VK"] = np.argsort(rng.random((11, E)))[:, :K]
+        inputs["token_ids_T"] = rng.integers(0, 11, T)
+    if spec.selector == "given":
+        ids_TK = np.argsort(rng.random((T, E)))[:, :K]
+        inputs["given_ids_TK"] = np.where(rng.random((T, K)) < 0.2, UNUSED, ids_TK)
+    if spec.selector == "random":
+        inputs["seed"] = int(rng.integers(2**31))
+    if "token_mask_T" in wanted:
+        inputs["token_mask_T"] = rng.random(T) < 0.6
+    return {name: _float32(value) for name, value in inputs.items()}
+
+
+def _float32(value):
+    """What float32 holds exactly, in float64, so that subject and reference read the same numbers."""
+    is_float = isinstance(value, np.ndarray) and value.dtype == np.float64
+    return value.astype(np.float32).astype(np.float64) if is_float else value
+
+
+def make_case(spec: RouterSpec, check: Check, *, logits: str, bias: str, tokens: int, seed: int) -> Case:
+    """The case of these choices."""
+    rng = np.random.default_rng(seed)
+    kind = "normal" if logits == "masked" else logits
+    logits_TE = logits_of_kind(kind, (tokens, spec.num_logits), rng)
+    if logits == "masked":
+        logits_TE = masked(logits_TE, spec, rng)
+    bias_E = bias_of_kind(bias, spec, rng)
+    return Case(
+        spec=spec,
+        logits_TE=cast(logits_TE, check.dtype).astype(np.float64),
+        expert_bias_E=None if bias_E is None else _float32(bias_E),
+        inputs=inputs_of(spec, tokens, check.inputs, rng),
+        dtype=check.dtype,
+        seed=seed,
+    )
+
+
+def cases(judge: Judge, check: Check) -> st.SearchStrategy[Case]:
+    """Cases that the check wants and the subject supports."""
+    drawn = _STRATEGIES.setdefault(judge, {})
+    if check.requirement not in drawn:
+        drawn[check.requirement] = _cases(judge.specs(check)[0], check)
+    return drawn[check.requirement]
+
+
+_STRATEGIES: WeakKeyDictionary[Judge, dict[str, st.SearchStrategy[Case]]] = WeakKeyDictionary()
+"""Built once for a judge and a check: hypothesis takes longer to build a strategy than to draw from it."""
+
+
+def _cases(specs: list[RouterSpec], check: Check) -> st.SearchStrategy[Case]:
+    return st.builds(
+        lambda spec, **choices: make_case(spec, check, **choices),
+        st.sampled_from(evenly(specs)),
+        logits=st.sampled_from(check.logits),
+        bias=st.sampled_from(check.bias),
+        tokens=st.sampled_from(check.tokens),
+        seed=st.integers(0, 2**32 - 1),
+    )

@@ -1,0 +1,1 @@
+"""conformance, router, the stage score: its requirements, their checks, and the faults that break them."""

@@ -1,0 +1,196 @@
+"""conformance, the verdicts: which tokens of a result differ from the reference by more than rounding."""
+
+import numpy as np
+
+from conformance.core.judge import Judge, Observation
+from conformance.core.rounding import EPSILON, TINY, close
+from conformance.router.bounds import (
+    admissible,
+    best_in_some_groups,
+    best_T,
+    choice_error,
+    expected_weights,
+    known_factor,
+    score_error,
+    score_floor,
+    unlimited_choice,
+    weight_error,
+)
+from conformance.router.case import Case, valid_tokens
+from moe_ref import UNUSED
+from moe_ref.routing import gather
+
+
+def selection_differs(judge: Judge, seen: Observation, id: str) -> list[int]:
+    """Tokens whose selection no choice scores within the rounding error explain; the others are near ties."""
+    case = seen.case
+    different_T = (np.sort(seen.expert_ids_TK) != np.sort(case.reference.expert_ids_TK)).any(axis=-1)
+    tokens = np.flatnonzero(different_T & valid_tokens(case))
+    if len(tokens) == 0:
+        return []
+    dtype = judge.subject.compute_dtype
+    choice_TE, error_TE = unlimited_choice(case), choice_error(case, dtype)
+    if case.spec.num_expert_groups is None:
+        doubtful = tokens[~best_T(seen.expert_ids_TK[tokens], choice_TE[tokens], error_TE[tokens])]
+    else:
+        doubtful = tokens
+    unexplained = [
+        int(t) for t in doubtful if not admissible(seen.expert_ids_TK[t], choice_TE[t], error_TE[t], case.spec, dtype)
+    ]
+    judge.ledger[id].near_ties += len(tokens) - len(unexplained)
+    return unexplained
+
+
+def groups_used(seen: Observation, token) -> set[int]:
+    """The groups of a token's experts."""
+    return {int(i) // seen.case.spec.experts_per_group for i in seen.expert_ids_TK[token]}
+
+
+def leaves_groups(seen: Observation) -> list[int]:
+    """Tokens with experts of more groups than are kept."""
+    limit = seen.case.spec.num_limited_groups or seen.case.spec.num_experts
+    return [int(t) for t in np.flatnonzero(valid_tokens(seen.case)) if len(groups_used(seen, t)) > limit]
+
+
+def best_of_other_groups(judge: Judge, seen: Observation, token: int) -> bool:
+    """The selection is the best of some kept groups, though not of the reference's: the groups are at fault."""
+    case = seen.case
+    if case.spec.num_expert_groups is None:
+        return False
+    error_E = choice_error(case, judge.subject.compute_dtype)[token]
+    return best_in_some_groups(seen.expert_ids_TK[token], unlimited_choice(case)[token], error_E, case.spec)
+
+
+def wrong_selections(judge: Judge, seen: Observation, id: str = "SEL-2") -> list[int]:
+    """Tokens whose experts are not the best ones of whichever groups they come from."""
+    elsewhere = set(leaves_groups(seen)) if seen.case.spec.num_expert_groups else set()
+    return [
+        t
+        for t in selection_differs(judge, seen, id)
+        if t not in elsewhere and not best_of_other_groups(judge, seen, t)  # the groups are at fault
+    ]
+
+
+def other_groups(judge: Judge, seen: Observation) -> list[int]:
+    """Tokens whose reported groups are not the best ones, where the subject reports them."""
+    case, dtype = seen.case, judge.subject.compute_dtype
+    if seen.group_ids_TL is None:
+        return []
+    different_T = (np.sort(seen.group_ids_TL) != np.sort(case.reference.group_ids_TL)).any(axis=-1)
+    tokens = np.flatnonzero(different_T & valid_tokens(case))
+    choice_TE, error_TE = unlimited_choice(case), choice_error(case, dtype)
+    return [
+        int(t)
+        for t in tokens
+        if not admissible(seen.expert_ids_TK[t], choice_TE[t], error_TE[t], case.spec, dtype, seen.group_ids_TL[t])
+    ]
+
+
+def scores_differ(judge: Judge, seen: Observation) -> list[int]:
+    """Tokens whose scores differ, where the subject shows them."""
+    case, dtype = seen.case, judge.subject.compute_dtype
+    if seen.scores_TE is None or case.reference.scores_TE is None:
+        return []
+    close_TE = close(seen.scores_TE, case.reference.scores_TE, score_error(case, dtype), score_floor(case.spec, dtype))
+    return [int(t) for t in np.flatnonzero(~close_TE.all(axis=-1) & valid_tokens(case))]
+
+
+def shares(case: Case, weights_TK, expert_ids_TK):
+    """Each weight over the sum of its token's: what the scores alone decide, whatever the norm and the scale."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # found weights may be anything
+        return _shares(case, weights_TK / known_factor(case, expert_ids_TK), expert_ids_TK)
+
+
+def _shares(case: Case, bare_TK, expert_ids_TK):
+    # A null expert's weight is a matter of its kind, not of its score.
+    bare_TK = np.where(expert_ids_TK >= case.spec.num_experts, 0, bare_TK)
+    total_T1 = bare_TK.sum(axis=-1, keepdims=True)
+    return bare_TK / np.where(total_T1 == 0, 1, total_T1)
+
+
+def shares_differ(judge: Judge, seen: Observation, *, dtype: str | None = None) -> list[int]:
+    """Tokens whose weights are not in the ratio of the scores of the selected experts, in whatever order."""
+    case, dtype = seen.case, dtype or judge.subject.compute_dtype
+    wanted_TK = expected_weights(case, seen.expert_ids_TK)
+    wanted_share_TK = np.sort(shares(case, wanted_TK, seen.expert_ids_TK), axis=-1)
+    share_TK = np.sort(shares(case, seen.weights_TK, seen.expert_ids_TK), axis=-1)
+    error_TK = 2 * weight_error(case, seen.expert_ids_TK, dtype).max(axis=-1, keepdims=True, initial=0)
+    # A token's null experts have no share: what remains may be too small for this dtype.
+    total_T1 = np.where(seen.expert_ids_TK >= case.spec.num_experts, 0, wanted_TK).sum(axis=-1, keepdims=True)
+    floor_T1 = _amplified(case, seen.expert_ids_TK, wanted_TK, dtype) / np.where(total_T1 == 0, 1, total_T1)
+    ok_T = close(share_TK, wanted_share_TK, error_TK, floor_T1).all(axis=-1)
+    # Nothing can be said of a token whose weights are all 0 in this dtype.
+    judged_T = (total_T1[:, 0] > 0) & (floor_T1[:, 0] < EPSILON["float16"]) & valid_tokens(case)
+    wrong = np.flatnonzero(~ok_T & judged_T)
+    if len(wrong) == 0:
+        return []
+    # Right weights in the wrong slots: the scores are right (WGT-8).
+    also_in_any_order = set(weights_differ(judge, seen, in_any_order=True, dtype=dtype))
+    return [int(t) for t in wrong if t in also_in_any_order]
+
+
+def weights_differ(judge: Judge, seen: Observation, *, in_any_order: bool = False, dtype=None) -> list[int]:
+    """Tokens whose weights are not those of their experts."""
+    case, dtype = seen.case, dtype or judge.subject.compute_dtype
+    wanted_TK, found_TK = expected_weights(case, seen.expert_ids_TK), seen.weights_TK
+    error_TK = weight_error(case, seen.expert_ids_TK, dtype)
+    if in_any_order:
+        wanted_TK, found_TK = np.sort(wanted_TK, axis=-1), np.sort(found_TK, axis=-1)
+        error_TK = error_TK.max(axis=-1, keepdims=True, initial=0)
+    floor_T1 = _amplified(case, seen.expert_ids_TK, wanted_TK, dtype)
+    ok_T = close(found_TK, wanted_TK, error_TK, floor_T1).all(axis=-1)
+    return [int(t) for t in np.flatnonzero(~ok_T & valid_tokens(case))]
+
+
+def _amplified(case: Case, expert_ids_TK, wanted_TK, dtype: str) -> np.ndarray:
+    """What the smallest number of a dtype becomes after norm and scale, (T, 1)."""
+    if case.reference.scores_TE is None:
+        return np.full((case.num_tokens, 1), TINY[dtype] * max(1.0, case.spec.route_scale))
+    raw_TK = gather(case.reference.scores_TE, expert_ids_TK)
+    factor_TK = np.where(raw_TK > 0, wanted_TK / np.where(raw_TK > 0, raw_TK, 1), 1)
+    return score_floor(case.spec, dtype) * factor_TK.max(axis=-1, keepdims=True, initial=1)
+
+
+def by_id(seen: Observation):
+    """Ids and weights of each token in ascending order of id."""
+    order_TK = np.argsort(seen.expert_ids_TK, axis=-1, kind="stable")
+    take = np.take_along_axis
+    return take(seen.expert_ids_TK, order_TK, axis=-1), take(seen.weights_TK, order_TK, axis=-1)
+
+
+def differ(judge: Judge, seen: Observation, other: Observation, *, ids_alone: bool = False) -> list[int]:
+    """Tokens for which two results of one subject, on cases that mean the same, differ by more than rounding.
+
+    Args:
+        ids_alone: what weights do is not looked at; where they alone differ, their own requirements find it.
+    """
+    dtype = judge.subject.compute_dtype
+    (ids_TK, weights_TK), (other_ids_TK, other_weights_TK) = by_id(seen), by_id(other)
+    same_T = (ids_TK == other_ids_TK).all(axis=-1)
+    error_TK = weight_error(seen.case, ids_TK, dtype) + weight_error(other.case, ids_TK, dtype)
+    floor_T1 = 2 * _amplified(seen.case, ids_TK, expected_weights(seen.case, ids_TK), dtype)
+    # Unused slots, non-finite weights: equal is equal.
+    close_T = (
+        close(other_weights_TK, weights_TK, error_TK, floor_T1)
+        | (other_weights_TK == weights_TK)
+        | (np.isnan(other_weights_TK) & np.isnan(weights_TK))
+    ).all(axis=-1)
+    wrong = set() if ids_alone else set(np.flatnonzero(same_T & ~close_T).tolist())
+    moved = np.flatnonzero(~same_T)
+    if len(moved) and seen.case.spec.selector != "top_k":
+        return sorted(wrong | set(moved.tolist()))
+    if len(moved):
+        choice_TE = unlimited_choice(seen.case)
+        error_TE = choice_error(seen.case, dtype) + choice_error(other.case, dtype)
+        for t in moved:
+            near_tie = all(
+                admissible(x[t], choice_TE[t], error_TE[t], seen.case.spec, dtype) for x in (ids_TK, other_ids_TK)
+            )
+            if not near_tie:
+                wrong.add(int(t))
+    return sorted(wrong)
+
+
+def unused(expert_ids_TK) -> np.ndarray:
+    """(T, K) which slots are unused."""
+    return expert_ids_TK == UNUSED

@@ -1,0 +1,1 @@
+"""conformance, running: the command line, the pytest plugin, reports and deviations."""

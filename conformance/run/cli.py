@@ -1,0 +1,243 @@
+"""conformance, the command line of `moe-conformance`; `main` is its entry.
+
+Exit status: 0 nothing new; 1 a new failure or a stale declaration; 4 a usage error.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from conformance.core.register import REQUIREMENTS, STAGES, spec_markdown
+from conformance.pictures import balance as load_picture
+from conformance.pictures import traffic
+from conformance.run.deviations import UsageError, case_id, read_case
+from conformance.run.subjects_by_name import subject_named
+from moe_ref.specs.checks import nearest
+
+EXIT_USAGE = 4
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with our exit status, and the nearest valid name where one was mistyped."""
+
+    def error(self, message):
+        if match := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            message += nearest(match[1], re.findall(r"[\w-]+", match[2]))
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_USAGE, f"moe-conformance: {message}\n")
+
+
+def parser() -> Parser:
+    """Every command and option; the README's table of options is made from it."""
+    top = Parser(prog="moe-conformance", description="Judges Mixture-of-Experts implementations against moe_ref.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    run = commands.add_parser("run", help="judge subjects; without one, every built-in subject that is importable")
+    run.add_argument("subjects", nargs="*", metavar="SUBJECT", help="a name, module:Class or path/to/file.py:Class")
+    run.add_argument("--examples", type=_positive, metavar="N", help="cases for each requirement")
+    run.add_argument("--seed", type=int, metavar="S", help="other cases than the fixed ones")
+    run.add_argument("--stage", choices=STAGES, metavar="STAGE", help=f"one of {', '.join(STAGES)}")
+    run.add_argument("--deviations", action="append", default=[], metavar="FILE", help="TOML of known deviations")
+    run.add_argument("--report", type=Path, metavar="DIR", help="write report.json, report.md and junit.xml there")
+    run.add_argument(
+        "--propose-deviations",
+        type=Path,
+        metavar="FILE",
+        help="write what is new as deviations, reason and link left empty, with their witnesses",
+    )
+    run.add_argument("--timeout", type=_positive, default=900, metavar="SECONDS", help="for each subject (default 900)")
+
+    listing = commands.add_parser("list", help="the requirements, a line each")
+    listing.add_argument("--stage", choices=STAGES, metavar="STAGE", help="of this stage alone")
+
+    replay = commands.add_parser("replay", help="one case again, stage by stage beside the reference")
+    replay.add_argument("case", metavar="ID", help="such as SEL-3-b254db, or the path of a case file")
+    replay.add_argument("--subject", metavar="SUBJECT", help="default: the one that failed")
+
+    faults = commands.add_parser("faults", help="the known wrong routers and layers, and what catches each")
+    faults.add_argument("--seeds", type=_positive, default=1, metavar="N", help="how many seeds (default 1)")
+    faults.add_argument("--only", metavar="NAME", help="one fault")
+
+    moved = commands.add_parser("traffic", help="rows and bytes across nodes, for each strategy of a layout")
+    traffic.add_options(moved, _positive)
+
+    evened = commands.add_parser("load", help="the load of experts over steps, without bias updates and with them")
+    load_picture.add_options(evened, _positive)
+
+    commands.add_parser("glossary", help="our names, and those of other code bases, as Markdown")
+    commands.add_parser("options", help="this table")
+    commands.add_parser("spec", help="SPEC.md")
+    new = commands.add_parser("new-subject", help="a file of 25 lines to start from, on standard output")
+    new.add_argument("kind", choices=("numpy", "torch", "jax"), metavar="KIND", help="numpy, torch or jax")
+    return top
+
+
+def options_markdown() -> str:
+    """Commands and options as a Markdown table, made from the parser, so that they cannot drift apart."""
+    lines = ["| command | option | meaning |", "|---|---|---|"]
+    commands = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    for pseudo in commands._choices_actions:
+        lines.append(f"| `{pseudo.dest}` | | {pseudo.help} |")
+        for action in commands.choices[pseudo.dest]._actions:
+            if not isinstance(action, argparse._HelpAction):
+                name = " ".join([*action.option_strings[:1], *([str(action.metavar)] if action.metavar else [])])
+                choices = ", ".join(map(str, action.choices or ()))
+                meaning = action.help or (f"one of {choices}" if choices else "")
+                lines.append(f"| | `{name or action.dest}` | {meaning} |")
+    return "\n".join(lines)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program; returns its exit status."""
+    options = parser().parse_args(argv)
+    try:
+        return COMMANDS[options.command](options)
+    except (UsageError, ImportError) as error:
+        print(f"moe-conformance: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+def run(options) -> int:
+    from conformance.run.running import run_subjects
+
+    return run_subjects(options)
+
+
+def list_requirements(options) -> int:
+    for r in REQUIREMENTS.values():
+        if options.stage in (None, r.stage):
+            print(f"{r.id:<7} {r.level:<6}  {r.stage:<8}  {r.sentence}")
+    return 0
+
+
+def replay(options) -> int:
+    """Judge one stored case again: 0 where it holds, 1 where it does not."""
+    import json
+
+    from conformance.core.judge import CHECKS, Judge, NotRun, Violation
+    from conformance.core.trial import load_suite
+    from conformance.run.conclude import CASES, diagnoses
+    from conformance.run.report import failure_page, side_by_side
+
+    path = Path(options.case) if options.case.endswith(".json") else _find_case(options.case, CASES)
+    id, case = read_case(path)
+    name = options.subject or json.loads(path.read_text()).get("subject", "")
+    if not name:
+        raise UsageError(f"case {path} names no subject; give --subject")
+    load_suite()
+    judge = Judge(subject_named(name))
+    try:
+        CHECKS[id].run(judge, case)
+    except Violation as violation:
+        print(failure_page(judge, violation, diagnoses(judge, violation)))
+        print(side_by_side(judge, case))
+        return 1
+    except NotRun as sentence:
+        print(f"{case_id(id, case)}: {judge.name} does not run it: {sentence}")
+        return 0
+    print(side_by_side(judge, case))
+    print(f"{case_id(id, case)}: {judge.name} holds {id}  {REQUIREMENTS[id].sentence}")
+    return 0
+
+
+def _find_case(id: str, local: Path) -> Path:
+    """A case by id: of the last runs in this folder, or a witness of a shipped deviation."""
+    witnesses = Path(__file__).parents[1] / "deviations_of" / "witnesses"
+    found = {path.stem: path for folder in (witnesses, local) for path in sorted(folder.glob("*.json"))}
+    if id not in found:
+        hint = nearest(id, found) if found else ""
+        raise UsageError(f"there is no case {id!r} in {local}{hint}")
+    return found[id]
+
+
+def faults(options) -> int:
+    """The kill table: 0 where every fault is caught with every seed.
+
+    Of a router's fault every requirement that catches it; of a layer's or of load, which cost more, the first, its own
+    tried first.
+    """
+    from conformance.faults import FAULTS
+    from conformance.faults.layer_faults import LAYER_FAULTS
+    from conformance.faults.layout_faults import LAYOUT_FAULTS
+    from conformance.faults.load_faults import LOAD_FAULTS
+
+    known = (*FAULTS, *LAYER_FAULTS, *LAYOUT_FAULTS, *LOAD_FAULTS)
+    chosen = [fault for fault in known if options.only in (None, fault.name)]
+    if not chosen:
+        raise UsageError(f"there is no fault {options.only!r}{nearest(str(options.only), [f.name for f in known])}")
+    survivors = 0
+    for seed in range(options.seeds):
+        if options.seeds > 1:
+            print(f"seed {seed}")
+        for fault in chosen:
+            killers = _killers(fault, seed)
+            survivors += not killers
+            print(f"{fault.name:<50} {fault.stage:<8} {' '.join(killers) or 'SURVIVES'}", flush=True)
+    print(f"{len(chosen)} faults, {options.seeds} seeds, {survivors} survivors")
+    return 1 if survivors else 0
+
+
+def _killers(fault, seed: int) -> list[str]:
+    """The requirements that catch a fault."""
+    from conformance.core.trial import DEFAULT_EXAMPLES
+    from conformance.faults import kill_table
+    from conformance.faults.layer_fault import LayerFault
+    from conformance.faults.layer_fault import first_accusation as of_layer
+    from conformance.faults.layout_fault import LayoutFault
+    from conformance.faults.layout_fault import first_accusation as of_layout
+    from conformance.faults.load_fault import LoadFault
+    from conformance.faults.load_fault import first_accusation as of_load
+
+    accusers = {LoadFault: of_load, LayoutFault: of_layout, LayerFault: of_layer}
+    accuse = next((each for kind, each in accusers.items() if isinstance(fault, kind)), None)
+    if accuse is None:
+        return kill_table([fault], seed)[fault.name]
+    first = accuse(fault, seed=seed, examples=DEFAULT_EXAMPLES)
+    return [first.requirement] if first else []
+
+
+def glossary(options) -> int:
+    from moe_ref.specs.names import glossary_markdown
+
+    print(glossary_markdown())
+    return 0
+
+
+def options_table(options) -> int:
+    print(options_markdown())
+    return 0
+
+
+def spec(options) -> int:
+    print(spec_markdown(), end="")
+    return 0
+
+
+def new_subject(options) -> int:
+    print((Path(__file__).parents[1] / "templates" / f"{options.kind}_subject.py.txt").read_text(), end="")
+    return 0
+
+
+COMMANDS = {
+    "run": run,
+    "list": list_requirements,
+    "replay": replay,
+    "faults": faults,
+    "traffic": traffic.traffic,
+    "load": load_picture.load,
+    "glossary": glossary,
+    "options": options_table,
+    "spec": spec,
+    "new-subject": new_subject,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

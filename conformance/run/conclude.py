@@ -1,0 +1,89 @@
+"""conformance, from a finished test to records: shrinks, diagnoses and stores a failure, replays the witnesses."""
+
+from pathlib import Path
+
+import pytest
+
+from conformance.core.judge import Entry, Judge, Violation
+from conformance.core.shrink import shrink, violated
+from conformance.router.case import Case
+from conformance.run.deviations import write_case
+from conformance.run.report import failure_page, record
+
+CASES = Path(".moe-conformance") / "cases"
+"""Where failing cases are kept, below the current folder."""
+
+
+def conclude(judge: Judge, id: str | None, excinfo) -> list[dict]:
+    """The records that a test leaves: of its own requirement, and of others that it found violated.
+
+    Args:
+        id: the test's requirement; None for the tests that judge several.
+        excinfo: pytest's, or None where nothing was raised.
+    """
+    if excinfo is not None and hasattr(excinfo.value, "records"):
+        return excinfo.value.records  # of suite/test_deviations.py
+    accused: dict[str, Violation | None] = {id: None} if id is not None else {}
+    if excinfo is not None and isinstance(excinfo.value, Violation):
+        accused[excinfo.value.requirement] = excinfo.value
+    for other, entry in judge.ledger.items():
+        if entry.violation is not None and other not in accused:
+            accused[other] = entry.violation
+    if excinfo is not None and not isinstance(excinfo.value, (Violation, pytest.skip.Exception)):
+        # An error of the judge, or a hypothesis that could not draw: never a pass.
+        text = f"the judge broke off: {type(excinfo.value).__name__}: {str(excinfo.value).splitlines()[0][:200]}"
+        accused[id or "RUN-1"] = Violation(id or "RUN-1", None, text, expected="a verdict", received="none")
+    found = []
+    for requirement, violation in accused.items():
+        entry, page = judge.ledger[requirement], ""
+        if violation is not None:
+            violation = shrink(judge, violation)
+            entry.violation = violation
+            page = failure_page(judge, violation, diagnoses(judge, violation))
+            if violation.case is not None:
+                write_case(CASES, requirement, violation.case, judge.name)
+        found.append(record(judge, requirement, entry, page))
+        entry.violation = None  # reported; a later test that finds another tells of its own
+    return found
+
+
+def diagnoses(judge: Judge, violation: Violation) -> list:
+    """Faults whose output is the subject's on this case."""
+    if not isinstance(violation.case, Case) or "nan_logits" in violation.case.tags:
+        return []
+    try:
+        from conformance.faults.diagnose import diagnose
+
+        return diagnose(violation.case, judge.observe(violation.case))[:3]
+    except Exception:  # the subject raises on this very case, as the violation says
+        return []
+
+
+def stale(judge: Judge) -> list[dict]:
+    """A record for each declared deviation whose witness no longer shows it, or whose date has passed."""
+    found = []
+    for deviation in judge.deviations:
+        if deviation.expired:
+            title = f"the declaration ran out on {deviation.until}"
+        elif deviation.witness is None or shows(judge, deviation):
+            continue
+        else:
+            title = "no longer happens; delete the declaration"
+        violation = Violation(
+            deviation.requirement,
+            deviation.witness,
+            f"declared deviation {deviation}: {title}",
+            expected="the declared failure",
+            received="none",
+        )
+        entry = Entry(violation=violation)
+        row = record(judge, deviation.requirement, entry, failure_page(judge, violation))
+        found.append(row | {"status": "STALE"})
+    return found
+
+
+def shows(judge: Judge, deviation) -> bool:
+    """Whether the witness of a deviation still violates its requirement, inside the declared tags."""
+    undeclared = Judge(judge.subject)
+    violation = violated(undeclared, deviation.requirement, deviation.witness)
+    return violation is not None and deviation.covers(violation)

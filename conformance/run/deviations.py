@@ -1,0 +1,137 @@
+"""conformance, known deviations: differences from the specification that somebody declared, with a reason and a link.
+
+A TOML file of [[deviation]] tables. A declared failure does not fail a run, an undeclared one does, and so does a
+declared one that is gone: its witness, a pinned case, is replayed first, so that this never depends on luck.
+"""
+
+import datetime
+import json
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from conformance.balance.case import LOAD_TAGS, LoadCase
+from conformance.core.register import REQUIREMENTS
+from conformance.layer.case import LAYER_TAGS, LayerCase, case_from_json
+from conformance.router.case import TAGS, Case
+from conformance.sharded.case import LAYOUT_TAGS
+from moe_ref.specs.checks import nearest, one_of, require
+
+KINDS = ("bug", "by-design", "numerics")
+EVERY_TAG = TAGS | LAYER_TAGS | LAYOUT_TAGS | LOAD_TAGS
+
+
+class UsageError(ValueError):
+    """What the user gave cannot be used; the text says what and why. Exit status 4."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)  # one entry of one file: equal to itself alone
+class Deviation:
+    """One declared difference from one requirement."""
+
+    requirement: str
+    when: frozenset[str]
+    """Case tags, all of which a covered case has."""
+    kind: str
+    reason: str
+    link: str
+    witness: Case | LayerCase | LoadCase | None
+    """A case that shows it; None for a requirement that is judged without a case (stage config)."""
+    witness_id: str = ""
+    until: datetime.date | None = None
+
+    def covers(self, violation) -> bool:
+        """Whether a violation is this declared one."""
+        if violation.requirement != self.requirement:
+            return False
+        tags = frozenset() if violation.case is None else violation.case.tags
+        return self.when <= tags
+
+    @property
+    def expired(self) -> bool:
+        return self.until is not None and datetime.date.today() > self.until
+
+    def __str__(self) -> str:
+        when = f" when {' & '.join(sorted(self.when))}" if self.when else ""
+        return f"{self.requirement}{when}"
+
+
+def read(path: Path) -> list[Deviation]:
+    """The deviations of a TOML file.
+
+    Raises:
+        UsageError: an unknown key, requirement or tag (with the nearest one), or a missing reason, link or witness.
+    """
+    try:
+        data = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"deviations file {path}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"deviations file {path}: {error}") from None
+    unknown = data.keys() - {"deviation"}
+    if unknown:
+        raise UsageError(f"deviations file {path}: unknown table {sorted(unknown)[0]!r} (did you mean deviation?)")
+    found = []
+    for number, entry in enumerate(data.get("deviation", []), 1):
+        try:
+            found.append(_entry(entry, path.parent))
+        except ValueError as error:
+            raise UsageError(f"deviations file {path}, entry {number}: {error}") from None
+    return found
+
+
+def _entry(entry: dict, folder: Path) -> Deviation:
+    keys = {f.name for f in fields(Deviation)} - {"witness_id"}
+    for key in entry:
+        require(key in keys, f"unknown key {key!r}{nearest(key, keys)}")
+    id = entry.get("requirement", "")
+    require(id in REQUIREMENTS, f"unknown requirement {id!r}{nearest(id, REQUIREMENTS)}")
+    when = entry.get("when", [])
+    require(isinstance(when, list), f"when is {when!r}; it is a list of tags")
+    for tag in when:
+        require(tag in EVERY_TAG, f"unknown tag {tag!r}{nearest(tag, EVERY_TAG)}")
+    for key in ("reason", "link"):
+        require(bool(str(entry.get(key, "")).strip()), f"{id} has no {key}")
+    one_of("kind", entry.get("kind", "bug"), KINDS)
+    until = entry.get("until")
+    require(until is None or isinstance(until, datetime.date), f"until is {until!r}; it is a date such as 2027-01-31")
+    needs_witness = REQUIREMENTS[id].stage != "config"
+    require(not needs_witness or "witness" in entry, f"{id} has no witness; `replay` names the case of a failure")
+    witness = read_case(folder / "witnesses" / f"{entry['witness']}.json")[1] if needs_witness else None
+    return Deviation(
+        requirement=id,
+        when=frozenset(when),
+        kind=entry.get("kind", "bug"),
+        reason=entry["reason"],
+        link=entry["link"],
+        witness=witness,
+        witness_id=entry.get("witness", ""),
+        until=until,
+    )
+
+
+def read_case(path: Path) -> tuple[str, Case | LayerCase | LoadCase]:
+    """The requirement and the case of a file that `write_case` wrote."""
+    try:
+        data = json.loads(path.read_text())
+        require(isinstance(data, dict) and {"requirement", "case"} <= data.keys(), "it has no requirement and case")
+        require(data["requirement"] in REQUIREMENTS, f"unknown requirement {data['requirement']!r}")
+        return data["requirement"], case_from_json(data["case"])
+    except OSError as error:
+        raise UsageError(f"case {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"case {path}: {error}") from None
+
+
+def case_id(requirement: str, case: Case | LayerCase | LoadCase) -> str:
+    """The name under which a failing case replays, such as SEL-3-b254db."""
+    return f"{requirement}-{case.digest}"
+
+
+def write_case(folder: Path, requirement: str, case: Case | LayerCase | LoadCase, subject: str) -> Path:
+    """Store a case so that it replays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{case_id(requirement, case)}.json"
+    data = {"requirement": requirement, "subject": subject, "case": case.to_json()}
+    path.write_text(json.dumps(data, indent=1) + "\n")
+    return path

@@ -1,0 +1,214 @@
+"""conformance, the pytest plugin: `pytest --pyargs conformance.suite --subject path.py:Class`.
+
+Loaded into every pytest run of the environment, so it imports nothing of the project until a suite test is collected.
+"""
+
+from __future__ import annotations
+
+# Annotations stay strings: the judge is imported with the suite, not with the plugin.
+import json
+import tomllib
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from conformance.core.judge import Judge
+
+KEYS = {"subject", "deviations", "examples", "seed"}
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("moe-conformance")
+    group.addoption(
+        "--subject",
+        action="append",
+        default=[],
+        metavar="SUBJECT",
+        help="what the conformance suite judges: a name, module:Class or path.py:Class; repeatable",
+    )
+    group.addoption("--moe-deviations", action="append", default=[], metavar="FILE", help="TOML of known deviations")
+    group.addoption("--moe-examples", type=int, default=None, metavar="N", help="cases for each requirement")
+    group.addoption("--moe-seed", type=int, default=None, metavar="S", help="other cases than the fixed ones")
+    group.addoption("--moe-stage", default=None, metavar="STAGE", help="requirements of this stage alone")
+    group.addoption("--moe-records", default=None, metavar="FILE", help="append each verdict as a line of JSON")
+
+
+def _settings(config) -> dict:
+    """Options of the command line before those of [tool.moe-conformance] in the host's pyproject.toml."""
+    file = config.rootpath / "pyproject.toml"
+    table = tomllib.loads(file.read_text()).get("tool", {}).get("moe-conformance", {}) if file.exists() else {}
+    if unknown := table.keys() - KEYS:
+        from conformance.run.deviations import UsageError
+        from moe_ref.specs.checks import nearest
+
+        key = sorted(unknown)[0]
+        raise UsageError(f"[tool.moe-conformance] in {file}: unknown key {key!r}{nearest(key, KEYS)}")
+
+    def listed(value) -> list[str]:
+        return [value] if isinstance(value, str) else list(value)
+
+    option = config.getoption
+    return {
+        "subjects": option("--subject") or listed(table.get("subject", [])),
+        "deviations": option("--moe-deviations")
+        or [str(config.rootpath / f) for f in listed(table.get("deviations", []))],
+        "examples": option("--moe-examples") or table.get("examples"),
+        "seed": option("--moe-seed") if option("--moe-seed") is not None else table.get("seed"),
+    }
+
+
+class Session:
+    """The judges of a pytest run, made when the first suite test is collected."""
+
+    def __init__(self, config):
+        from conformance.core.judge import Judge
+        from conformance.core.trial import DEFAULT_EXAMPLES, LAYERS_COST, hypothesis_settings, load_suite
+        from conformance.run.deviations import UsageError
+        from conformance.run.subjects_by_name import declared, subject_named
+
+        chosen = _settings(config)
+        if not chosen["subjects"]:
+            raise UsageError("the conformance suite needs --subject, or subject in [tool.moe-conformance]")
+        examples = DEFAULT_EXAMPLES if chosen["examples"] is None else chosen["examples"]
+        if not isinstance(examples, int) or examples < 1:
+            raise UsageError(f"examples is {examples!r}; it is an integer of at least 1")
+        load_suite()
+        self.judges: dict[str, Judge] = {}
+        for name in chosen["subjects"]:
+            judge = Judge(subject_named(name), declared(name, chosen["deviations"]))
+            self.judges[judge.name] = judge
+        self.seed = chosen["seed"]
+        # Fixed cases unless a seed is given: the same commit gets the same verdict.
+        fixed = self.seed is None
+        layer_examples = -(-examples // LAYERS_COST)
+        self.profiles = {
+            False: hypothesis_settings(examples, derandomize=fixed),
+            True: hypothesis_settings(layer_examples, derandomize=fixed),
+        }
+
+    def as_test(self, id: str):
+        """The hypothesis test of a requirement with the settings of this run."""
+        import hypothesis
+
+        from conformance.core.check import as_test
+        from conformance.core.judge import CHECKS, LayerCheck
+
+        test = self.profiles[isinstance(CHECKS[id], LayerCheck)](as_test(CHECKS[id]))
+        return test if self.seed is None else hypothesis.seed(self.seed)(test)
+
+
+def _session(config) -> Session:
+    if not hasattr(config, "_moe_session"):
+        config._moe_session = Session(config)
+    return config._moe_session
+
+
+def _append(file: str, record: dict) -> None:
+    with open(file, "a") as lines:
+        lines.write(json.dumps(record) + "\n")
+
+
+def _in_suite(module) -> bool:
+    return getattr(module, "__name__", "").startswith("conformance.suite")
+
+
+def pytest_generate_tests(metafunc):
+    if "judge" in metafunc.fixturenames and _in_suite(metafunc.module):
+        from conformance.run.deviations import UsageError
+
+        judges = {}
+        try:
+            judges = _session(metafunc.config).judges
+        except (UsageError, ImportError) as error:
+            metafunc.config._moe_error = str(error)  # raised once, below, not for each file
+        metafunc.parametrize("judge", judges.values(), ids=judges.keys(), scope="session")
+
+
+def pytest_collection_modifyitems(config, items):
+    if error := getattr(config, "_moe_error", None):
+        if file := config.getoption("--moe-records"):
+            _append(file, {"error": error})
+        raise pytest.UsageError(error)
+    mine = [item for item in items if _in_suite(getattr(item, "module", None))]
+    for item in mine:
+        if hasattr(item.obj, "requirement"):
+            item.obj = _session(config).as_test(item.obj.requirement)
+    if stage := config.getoption("--moe-stage"):
+        from conformance.core.register import REQUIREMENTS
+
+        wanted = {id for id, requirement in REQUIREMENTS.items() if requirement.stage == stage}
+        others = [item for item in mine if getattr(item.obj, "requirement", None) not in wanted]
+        items[:] = [item for item in items if item not in others]
+        config.hook.pytest_deselected(items=others)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.when != "call" or not _in_suite(getattr(item, "module", None)):
+        return report
+    from conformance.run.conclude import conclude
+
+    judge = item.callspec.params["judge"]
+    records = conclude(judge, getattr(item.obj, "requirement", None), call.excinfo)
+    report.moe_records = records
+    _restate(report, records, judge)
+    return report
+
+
+def _restate(report, records: list[dict], judge: Judge) -> None:
+    """The outcome of the pytest test: SHOULD never fails, unsupported never passes."""
+    pages = [r["failure"]["page"] for r in records if r["status"] in ("NEW", "STALE") and "failure" in r]
+    if pages:
+        report.outcome, report.longrepr = "failed", "\n\n".join(pages)
+    elif any(r["status"] == "advice" for r in records):
+        report.outcome, report.wasxfail = "skipped", "a SHOULD that does not hold"
+    elif records and all(r["status"] == "unsupported" for r in records) and report.outcome == "passed":
+        reason = "; ".join(records[0]["unsupported"]) or "no case could be run"
+        report.outcome, report.longrepr = (
+            "skipped",
+            (report.location[0], report.location[1] or 0, f"unsupported: {reason}"),
+        )
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Collector(config), "moe-conformance-collector")
+
+
+class Collector:
+    """Gathers the records of all tests, of xdist workers too, and prints the table of requirements at the end."""
+
+    def __init__(self, config):
+        self.config, self.records = config, {}
+
+    def pytest_runtest_logreport(self, report):
+        worker = hasattr(self.config, "workerinput")
+        for record in getattr(report, "moe_records", ()):
+            merge(self.records, record)
+            if self.config.getoption("--moe-records") and not worker:
+                _append(self.config.getoption("--moe-records"), record)
+
+    def pytest_sessionfinish(self, session, exitstatus):
+        failed = any(record["status"] in ("NEW", "STALE") for record in self.records.values())
+        if failed and exitstatus == 0:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if not self.records or self.config.getoption("--moe-records"):
+            return
+        from conformance.run.report import table
+
+        for name in sorted({record["subject"] for record in self.records.values()}):
+            mine = [record for record in self.records.values() if record["subject"] == name]
+            terminalreporter.section("moe conformance")
+            terminalreporter.write_line(table({"name": name, "version": ""}, mine))
+
+
+def merge(records: dict, record: dict) -> None:
+    """Add a record to those by (subject, id); of two for one requirement the worse verdict stays."""
+    worst_first = ("NEW", "STALE", "advice", "known", "ok", "unsupported", "not judged")
+    key = (record["subject"], record["id"])
+    old = records.get(key)
+    if old is None or worst_first.index(record["status"]) <= worst_first.index(old["status"]):
+        records[key] = record

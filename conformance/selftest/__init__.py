@@ -1,1 +1,0 @@
-"""conformance, the tests of the tests."""

@@ -1,0 +1,1 @@
+"""conformance, the kind sharded: a layer laid over devices."""

@@ -1,0 +1,397 @@
+"""conformance, what is generated for layouts: settings of a layer and a layout, then tokens, counts and loads for one.
+
+A subject that compiles gets a few settings, in which every fact comes about, and any data; others get any mesh of at
+most 8 devices with any number of tokens on each shard.
+"""
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from hypothesis import strategies as st
+
+from conformance.core.judge import CHECKS, Judge, LayoutCheck
+from conformance.layer.draw import (
+    CLEARLY,
+    DEEPSEEK,
+    DRAWS,
+    GPT_OSS,
+    NORM,
+    SELECTED,
+    SIGMOID,
+    SOFTMAX,
+    facts,
+    layer_inputs,
+    params_of_kind,
+)
+from conformance.layer.verdicts import stable_T
+from conformance.sharded.case import LayoutCase
+from moe_ref import UNUSED, ExpertSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec
+from moe_ref.specs.families import tiny
+from moe_ref.specs.layout import STRATEGIES, ShardLayout
+
+MOST_RANKS = 8
+TOKENS = 4
+"""Of each shard where all have as many; two and four chunks divide it."""
+MESHES_EACH = 12
+"""Meshes tried for each layer and strategy: every mesh is tried with several layers."""
+PRIMES = (2, 3, 5, 7)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A layer on a layout, before tokens are drawn."""
+
+    spec: LayerSpec
+    layout: ShardLayout
+
+
+DIMS: dict[str, Any] = {"dim": 8, "hidden_dim": 16}
+PLAIN = ExpertSpec(**DIMS)
+
+LAYOUT_SPECS = (
+    LayerSpec(router=RouterSpec(num_experts=8, top_k=2, **SOFTMAX), experts=PLAIN),
+    LayerSpec(router=RouterSpec(num_experts=8, top_k=1, **SIGMOID, output_scale=2.5), experts=PLAIN),
+    LayerSpec(router=tiny("gpt_oss"), experts=ExpertSpec(**DIMS, **GPT_OSS), gate_bias=True),
+    LayerSpec(router=tiny("deepseek_v3"), experts=PLAIN, shared=SharedSpec(hidden_dim=8)),
+    LayerSpec(router=tiny("qwen2_moe"), experts=PLAIN, shared=SharedSpec(hidden_dim=24, gate="sigmoid")),
+    LayerSpec(
+        router=RouterSpec(num_experts=8, top_k=2, **SIGMOID, select_by="logit", weight_on="input"),
+        experts=ExpertSpec(**DIMS, activation="gelu", bias=True),
+    ),
+    LayerSpec(router=tiny("cohere2_moe"), experts=PLAIN, shared=SharedSpec(hidden_dim=16, combine="average")),
+    LayerSpec(router=tiny("longcat_flash"), experts=PLAIN),
+    LayerSpec(
+        router=RouterSpec(num_experts=8, top_k=3, **SOFTMAX, num_null_experts=3, null_kind="skip"), experts=PLAIN
+    ),
+    LayerSpec(
+        router=RouterSpec(num_experts=8, top_k=3, **SIGMOID, **NORM, selector="given"),
+        experts=ExpertSpec(dim=8, hidden_dim=8, bias=True),
+    ),
+    LayerSpec(router=tiny("gemma4"), experts=ExpertSpec(**DIMS, gated=False, activation="relu2", bias=True)),
+    LayerSpec(router=tiny("inkling"), experts=PLAIN, shared=SharedSpec(hidden_dim=8)),
+    LayerSpec(router=tiny("deepseek_v4_hash"), experts=ExpertSpec(**DIMS, clamp=0.75), shared=SharedSpec(hidden_dim=8)),
+    # Sizes that fit one another nowhere.
+    LayerSpec(router=RouterSpec(num_experts=6, top_k=2, **SELECTED), experts=ExpertSpec(dim=5, hidden_dim=7)),
+    LayerSpec(
+        router=RouterSpec(num_experts=16, top_k=3, **DEEPSEEK),
+        experts=ExpertSpec(dim=6, hidden_dim=30, bias=True),
+        shared=SharedSpec(hidden_dim=4),
+    ),
+)
+DISPATCH_SPECS = tuple(
+    LayerSpec(
+        router=RouterSpec(num_experts=E, top_k=K, **SIGMOID, selector="given", num_null_experts=null),
+        experts=ExpertSpec(dim=8, hidden_dim=8),
+    )
+    for E, K, null in ((8, 2, 0), (8, 1, 0), (16, 4, 0), (8, 3, 2), (6, 2, 0), (4, 4, 0), (24, 3, 0))
+)
+"""Dispatch looks at the ids alone: they are given."""
+
+
+def meshes() -> list[dict]:
+    """Every mesh of at most 8 devices whose expert degree is 1, 2, 4 or 8."""
+    sizes = range(1, MOST_RANKS + 1)
+    found = [dict(zip(("data", "fsdp", "expert", "tensor"), mesh, strict=True)) for mesh in product(sizes, repeat=4)]
+    return [m for m in found if np.prod(list(m.values())) <= MOST_RANKS and m["expert"] in (1, 2, 4, 8)]
+
+
+@cache
+def settings_of(specs: tuple[LayerSpec, ...]) -> tuple[Setting, ...]:
+    """Layers on meshes with strategies, each with some of the options that a layout has; plain ones first."""
+    rng, found, every_mesh, seen = np.random.default_rng(0), [], meshes(), set()
+    for spec, strategy in product(specs, STRATEGIES):
+        for place, number in enumerate(rng.permutation(len(every_mesh))):
+            mesh = every_mesh[number]
+            plain = _valid(spec, ShardLayout(**mesh, strategy=strategy, tokens_per_shard=_equal(mesh, strategy)))
+            if plain is not None and (place < MESHES_EACH or number not in seen):
+                found += [plain, _with_options(plain, rng)]
+                seen.add(number)
+    return tuple(sorted(set(found), key=lambda setting: setting.layout.num_ranks))
+
+
+def _equal(mesh: dict, strategy: str, tokens: int = TOKENS) -> tuple[int, ...]:
+    shards = mesh["data"] * mesh["fsdp"] * (1 if strategy == "replicated" else mesh["expert"])
+    return (tokens,) * shards
+
+
+def _valid(spec: LayerSpec, layout: ShardLayout) -> Setting | None:
+    """The setting, or None where the layer cannot be laid out so."""
+    try:
+        layout.check(spec)
+    except ValueError:
+        return None
+    return Setting(spec=spec, layout=layout)
+
+
+def _with_options(plain: Setting, rng: np.random.Generator) -> Setting:
+    """The same with a few of the options that it can have."""
+    spec, layout = plain.spec, plain.layout
+    E, ep = spec.router.num_experts, layout.expert
+    options: list[dict] = [{"placement": tuple(rng.permutation(E).tolist())}]
+    options += [{"ranks_per_node": n} for n in (1, 2, 4) if n < ep and ep % n == 0]
+    if spec not in DISPATCH_SPECS:  # its plan is that of one exchange
+        options += [{"num_token_chunks": int(rng.choice([2, 4]))}, {"num_emb_chunks": 2}]
+    if layout.strategy == "ragged_all_to_all":
+        options += [{"buffer_factor": float(rng.choice([0.5, 1.0, 1.5]))}] * 2
+    for number in rng.permutation(len(options))[: int(rng.integers(1, 4))]:
+        try:
+            changed = _valid(spec, layout.replace(**options[number]))
+        except ValueError:
+            continue
+        layout = layout if changed is None else changed.layout
+    return Setting(spec=spec, layout=layout)
+
+
+def layout_facts(setting: Setting) -> set:
+    """What is not the plainest in a layer and its layout, and the pairs that go wrong together."""
+    spec, layout = setting.spec, setting.layout
+    ep, tp, sharded = layout.expert, layout.tensor, layout.num_ranks > 1
+    axes = (layout.data > 1, layout.fsdp > 1, ep > 1, tp > 1)
+    found = {("strategy", layout.strategy, ep > 1), ("expert", ep), ("axes", axes)}
+    found |= {("tensor", spec.experts.bias, spec.shared is not None)} if tp > 1 else set()
+    found |= {("groups", layout.strategy)} if layout.num_rank_groups > 1 and ep > 1 else set()
+    found |= {("placed", layout.strategy)} if layout.placement is not None and ep > 1 else set()
+    found |= {("nodes", layout.strategy)} if layout.num_nodes > 1 else set()
+    found |= {("token chunks", ep > 1)} if layout.num_token_chunks > 1 else set()
+    found |= {("emb chunks", ep > 1, tp > 1)} if layout.num_emb_chunks > 1 else set()
+    found |= {("buffer", layout.buffer_factor)} if layout.buffer_factor is not None and ep > 1 else set()
+    found |= {("tokens", layout.tokens_per_shard[0] > 0)}
+    found |= {("null experts", layout.strategy)} if spec in DISPATCH_SPECS and spec.router.num_null_experts else set()
+    return found | {("layer", fact) for fact in facts(spec) if sharded}
+
+
+@cache
+def facts_of(setting: Setting) -> frozenset:
+    """`layout_facts`, found once."""
+    return frozenset(layout_facts(setting))
+
+
+@cache
+def facts_of_layout(setting: Setting) -> frozenset:
+    """Those of them that are about the layout."""
+    return frozenset(fact for fact in facts_of(setting) if fact[0] != "layer")
+
+
+def covering(settings, of: Callable[[Setting], frozenset]) -> list[Setting]:
+    """Few settings of which one has each fact that some setting has."""
+    missing, kept = set().union(*map(of, settings)), []
+    facts_of_each = {setting: of(setting) for setting in settings}
+    while missing:
+        best = max(settings, key=lambda setting: len(facts_of_each[setting] & missing))
+        kept.append(best)
+        missing -= facts_of_each[best]
+    return kept
+
+
+def supported(judge: Judge, check: LayoutCheck) -> tuple[list[Setting], Counter]:
+    """The settings that the check wants and the subject supports, and why the others are not run."""
+    pool = DISPATCH_SPECS if check.method == "dispatch" else LAYOUT_SPECS
+    if check.method not in judge.capabilities:
+        return [], Counter([f"{check.method}() is not defined"])
+
+    def wants(setting: Setting) -> bool:
+        return check.spec(setting.spec) and check.layout(setting.layout)
+
+    runnable, refused = _runnable(judge, pool)
+    wanted = [setting for setting in runnable if wants(setting)]
+    if judge.subject.compiles:  # its counts are those of the setting
+        wanted = [s for s in wanted if (s.layout.num_tokens == 0) == (check.counts == ("empty",))]
+    return wanted, Counter(sentence for setting, sentence in refused if wants(setting))
+
+
+def _runnable(judge: Judge, specs: tuple[LayerSpec, ...]) -> tuple[list[Setting], list[tuple[Setting, str]]]:
+    """The settings that the subject runs, and the others with the sentence that says why not."""
+    known = _RUNNABLE.setdefault(judge, {})
+    if specs not in known:
+        settings = settings_of(specs)
+        why = [judge.subject.supports_layer(setting.spec, setting.layout) for setting in settings]
+        pairs = list(zip(settings, why, strict=True))
+        found = [setting for setting, sentence in pairs if sentence is None]
+        if judge.subject.compiles and specs is not DISPATCH_SPECS:
+            found = thin(found)
+        known[specs] = found, [(setting, sentence) for setting, sentence in pairs if sentence]
+    return known[specs]
+
+
+def thin(settings: list[Setting]) -> list[Setting]:
+    """A few settings: one for each requirement, strategy and expert degree, and one without any token."""
+    kept = covering(settings, _wanted_by)
+    if kept:
+        first = kept[0]
+        kept.append(Setting(spec=first.spec, layout=with_tokens(first.layout, 0)))
+    return kept
+
+
+def _wanted_by(setting: Setting) -> frozenset:
+    """The requirements that want a setting; those about any load of plain layouts for each strategy."""
+    spec, layout = setting.spec, setting.layout
+    sharded, checks = layout.expert > 1, [c for c in CHECKS.values() if isinstance(c, LayoutCheck)]
+    found: set = {("strategy", layout.strategy, sharded), ("expert", layout.expert)}
+    for check in checks:
+        if check.method != "dispatch" and check.spec(spec) and check.layout(layout) and layout.num_ranks > 1:
+            every_strategy = sharded and check.requirement in ("LYT-2", "LYT-31")
+            found.add((check.requirement, layout.strategy if every_strategy else ""))
+    return frozenset(found | ({("groups",)} if layout.num_rank_groups > 1 and sharded else set()))
+
+
+def with_tokens(layout: ShardLayout, tokens: int) -> ShardLayout:
+    """The same with so many tokens on every shard."""
+    return layout.replace(tokens_per_shard=(tokens,) * len(layout.tokens_per_shard))
+
+
+def counts_of_kind(kind: str, layout: ShardLayout, rng: np.random.Generator) -> tuple[int, ...]:
+    """Tokens of each shard."""
+    shards = len(layout.tokens_per_shard)
+    if kind == "equal":
+        return (int(rng.choice([1, 2, 3, 4, 5])),) * shards
+    if kind == "prime":
+        return tuple(rng.choice(PRIMES, shards).tolist())
+    found_S = rng.integers(1, 7, shards)
+    if kind == "some_empty":
+        found_S[rng.random(shards) < 0.5] = 0
+        found_S[rng.integers(shards)] = 0
+    return tuple((found_S * (kind != "empty")).tolist())
+
+
+def vary(judge: Judge, setting: Setting, counts: str, rng: np.random.Generator) -> ShardLayout:
+    """The layout with other tokens and another placement, where the subject supports that too."""
+    spec, layout = setting.spec, setting.layout
+    # A plan is compiled in a fraction of what a layer takes.
+    if judge.subject.compiles and (spec not in DISPATCH_SPECS or rng.random() < 0.6):
+        return layout
+    for kind in (counts, "equal"):
+        other = layout.replace(tokens_per_shard=counts_of_kind(kind, layout, rng))
+        if layout.placement is not None:
+            other = other.replace(placement=tuple(rng.permutation(spec.router.num_experts).tolist()))
+        if _valid(spec, other) is not None and judge.subject.supports_layer(spec, other) is None:
+            return other
+    return layout
+
+
+def given_ids(spec: RouterSpec, layout: ShardLayout, load: str, rng: np.random.Generator) -> np.ndarray:
+    """(T, K) ids of a kind of load; the slots of a token are distinct, or unused."""
+    T, E, K = layout.num_tokens, spec.num_choices, spec.top_k
+    order_TE = rng.random((T, E))
+    if load == "one_rank":  # everything that fits to one rank
+        order_TE[:, list(layout.experts_of(int(rng.integers(layout.expert)), spec.num_experts))] -= 1
+    if load == "one_expert":  # the same experts for all
+        order_TE[:] = order_TE[:1]
+    if load == "skewed":
+        order_TE = order_TE ** np.linspace(4, 0.25, E)
+    ids_TK = np.argsort(order_TE, axis=-1)[:, :K]
+    share = {"unused": 0.4, "nobody": 1.0}.get(load, 0.0)
+    return np.where(rng.random((T, K)) < share, UNUSED, ids_TK)
+
+
+def make_layout_case(judge: Judge, check: LayoutCheck, setting: Setting, *, x, bias, load, counts, seed) -> LayoutCase:
+    """The case of these choices."""
+    rng, spec = np.random.default_rng(seed), setting.spec
+    layout = vary(judge, setting, counts, rng)
+    T, D = layout.num_tokens, spec.experts.dim
+    inputs = layer_inputs(spec.router, T, check.inputs, rng)
+    if spec.router.selector == "given":
+        inputs["given_ids_TK"] = given_ids(spec.router, layout, load, rng)
+
+    def draw() -> np.ndarray:
+        size = {"normal": 1.0, "large": 8.0}[x]
+        return (size * rng.normal(size=(T, D))).astype(np.float32).astype(np.float64)
+
+    if check.method == "dispatch":  # the ids are all that it sees
+        nothing = np.zeros((T, D))
+        return LayoutCase(spec=spec, params=_no_params(spec), x_TD=nothing, d_output_TD=nothing, inputs=inputs,
+                          seed=seed, layout=layout)  # fmt: skip
+    case = LayoutCase(
+        spec=spec,
+        params=_params(spec, layout, bias, rng),
+        x_TD=draw(),
+        d_output_TD=rng.normal(size=(T, D)).astype(np.float32).astype(np.float64),
+        inputs=inputs,
+        seed=seed,
+        layout=layout,
+    )
+    for _ in range(DRAWS):
+        clear_T = stable_T(case, CLEARLY)
+        if clear_T.all():
+            break
+        case = case.with_(x_TD=np.where(clear_T[:, None], case.x_TD, draw()))
+    return case
+
+
+@cache
+def _no_params(spec: LayerSpec) -> LayerParams:
+    return LayerParams.init(spec, 0)
+
+
+def _params(spec: LayerSpec, layout: ShardLayout, bias: str, rng: np.random.Generator) -> LayerParams:
+    """Parameters of a kind of expert_bias; one_rank lets every token prefer the experts of one rank."""
+    made = params_of_kind(spec, "mixed" if bias == "one_rank" else bias, rng)
+    if bias == "one_rank" and made.expert_bias_E is not None:
+        made.expert_bias_E[list(layout.experts_of(int(rng.integers(layout.expert)), spec.router.num_experts))] += 8
+    return made
+
+
+def another_layout(judge: Judge, case: LayoutCase) -> ShardLayout | None:
+    """Another layout of the same tokens that the subject supports: any, or one rank where each costs a compilation."""
+    rng, one = case.rng(), ShardLayout(tokens_per_shard=(case.num_tokens,))
+    others = [s.layout for s in _runnable(judge, LAYOUT_SPECS)[0] if s.spec == case.spec and s.layout != case.layout]
+    tried = [] if judge.subject.compiles else [others[n] for n in rng.permutation(len(others))[:8]]
+    for layout in (*filter(lambda layout: layout.buffer_factor is None, tried), one):
+        shards = len(layout.tokens_per_shard)
+        for counts in (rng.multinomial(case.num_tokens, np.full(shards, 1 / shards)), case.num_tokens // shards):
+            spread = tuple(np.broadcast_to(counts, shards).tolist())
+            other = layout.replace(tokens_per_shard=spread)
+            fits = sum(spread) == case.num_tokens and other != case.layout
+            if fits and judge.subject.supports_layer(case.spec, other) is None:
+                return other
+    return None
+
+
+def survey_layout_cases(judge: Judge, check: LayoutCheck) -> Iterator[LayoutCase]:
+    """A case for each fact of layouts, so that a rare one is not left to luck."""
+    settings = judge.specs(check)[0]
+    chosen = covering(settings, facts_of_layout)
+    for number, setting in enumerate(chosen):
+        kinds = {name: getattr(check, plural) for name, plural in PLURALS.items()}
+        choices = {name: each[number % len(each)] for name, each in kinds.items()}
+        yield make_layout_case(judge, check, setting, **choices, seed=number)
+
+
+PLURALS = {"x": "x", "bias": "bias", "load": "loads", "counts": "counts"}
+"""A choice of `make_layout_case`, and the field of a check that has its kinds."""
+
+
+def layout_cases(judge: Judge, check: LayoutCheck) -> st.SearchStrategy[LayoutCase]:
+    """Cases that the check wants and the subject supports; each fact comes about as often as any other."""
+    drawn = _STRATEGIES.setdefault(judge, {})
+    if check.requirement not in drawn:
+        settings = judge.specs(check)[0]
+        by_fact: dict[Any, list[Setting]] = {}
+        for setting in settings:
+            for fact in facts_of(setting):
+                by_fact.setdefault(fact, []).append(setting)
+        groups = [by_fact[fact] for fact in sorted(by_fact, key=str)]
+        drawn[check.requirement] = st.builds(
+            lambda group, seed, **choices: make_layout_case(
+                judge, check, _one_of(group, check, seed), seed=seed, **choices
+            ),
+            st.sampled_from(groups),
+            st.integers(0, 2**32 - 1),
+            **{name: st.sampled_from(getattr(check, plural)) for name, plural in PLURALS.items()},
+        )
+    return drawn[check.requirement]
+
+
+def _one_of(settings: list[Setting], check: LayoutCheck, seed: int) -> Setting:
+    """A setting by a seed; each requirement is judged on others, since hypothesis draws the same seeds for all."""
+    return settings[np.random.default_rng((zlib.crc32(check.requirement.encode()), seed)).integers(len(settings))]
+
+
+_RUNNABLE: WeakKeyDictionary[Judge, dict] = WeakKeyDictionary()
+_STRATEGIES: WeakKeyDictionary[Judge, dict[str, st.SearchStrategy[LayoutCase]]] = WeakKeyDictionary()

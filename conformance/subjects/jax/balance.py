@@ -1,0 +1,223 @@
+"""conformance, subject jax: load, losses, bias update and capacity of moe_jax, compiled.
+
+Several shards run as they would under `jax.shard_map`, side by side under one axis name; each is filled up with padding
+tokens to the length of the whole batch, so that one program serves every way of cutting it.
+"""
+# They name their inputs, which is how a subject says what it takes.
+# pyright: reportIncompatibleMethodOverride=false
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from conformance.core.subject import Subject
+from moe_jax.balance import bias_update, tokens_per_expert
+from moe_jax.capacity import Limited, apply_capacity, slot_table
+from moe_jax.losses import balance_loss, balance_sums, loss_of_sums, z_loss
+from moe_jax.routing import scale_logits
+from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, RouterSpec
+
+AXIS = "shards"
+
+
+class JaxLoad(Subject):
+    """The methods of load, for the subject of moe_jax."""
+
+    def load(self, expert_ids_TK, num_experts, *, token_mask_T=None):
+        """The count of one batch."""
+        return np.asarray(_load(narrow(expert_ids_TK), token_mask_T=token_mask_T, num_experts=num_experts))
+
+    def balance_loss(
+        self,
+        logits_TE,
+        expert_ids_TK,
+        balance,
+        router,
+        *,
+        expert_bias_E=None,
+        token_mask_T=None,
+        sequence_lengths=None,
+        tokens_per_shard=None,
+    ):
+        """The loss of all shards together, and its gradient by `jax.grad`; no loss reads the balancing bias."""
+        T = len(logits_TE)
+        rows_ST = shards_of(T, tokens_per_shard)
+        loss, d_logits_TE = _balance(
+            narrow(logits_TE), narrow(expert_ids_TK), narrow(rows_ST), mask(token_mask_T, T),
+            narrow(part_of(T, sequence_lengths)), spec=balance, router=router, num_sequences=num_of(sequence_lengths),
+        )  # fmt: skip
+        return {"loss": float(loss), "d_logits_TE": np.asarray(d_logits_TE)}
+
+    def z_loss(self, logits_TE, coeff, *, token_mask_T=None):
+        """One batch."""
+        loss, d_logits_TE = _z_loss(narrow(logits_TE), mask(token_mask_T, len(logits_TE)), coeff)
+        return {"loss": float(loss), "d_logits_TE": np.asarray(d_logits_TE)}
+
+    def bias_update(self, counts_SE, update, expert_bias_E):
+        """The counts are those of shards, summed over their axis."""
+        return np.asarray(_bias_update(narrow(counts_SE), narrow(expert_bias_E), spec=update))
+
+    def capacity(
+        self,
+        expert_ids_TK,
+        weights_TK,
+        capacity,
+        num_experts,
+        *,
+        token_mask_T=None,
+        sequence_lengths=None,
+        tokens_per_shard=None,
+        d_weights_TK=None,
+    ):
+        """What the layers do with a choice, and the gradient of the weights by `jax.vjp`."""
+        T = len(expert_ids_TK)
+        d_kept_TK = np.zeros_like(weights_TK) if d_weights_TK is None else d_weights_TK
+        kept, d_given_TK = _capacity(
+            narrow(expert_ids_TK), narrow(weights_TK), narrow(shards_of(T, tokens_per_shard)), mask(token_mask_T, T),
+            narrow(part_of(T, sequence_lengths)), narrow(d_kept_TK), spec=capacity, num_experts=num_experts,
+            num_sequences=num_of(sequence_lengths),
+        )  # fmt: skip
+        found = {"expert_ids_TK": np.asarray(kept.expert_ids_TK), "weights_TK": np.asarray(kept.weights_TK)}
+        last = capacity.then or capacity
+        if last.pad_to_capacity:
+            lengths = {"global": None, "rank": tokens_per_shard, "sequence": sequence_lengths}[last.scope]
+            unit_of_T, num_units, K = part_of(T, lengths), num_of(lengths), np.shape(expert_ids_TK)[1]
+            tokens_U = np.bincount(unit_of_T[np.asarray(mask(token_mask_T, T))], minlength=num_units)
+            C = max(last.capacity(int(tokens), K, num_experts) for tokens in tokens_U)
+            found["slot_table_UEC"] = np.asarray(
+                slot_table(kept, num_experts, C, unit_of_T=unit_of_T, num_units=num_units)
+            )
+        return found if d_weights_TK is None else found | {"d_weights_TK": np.asarray(d_given_TK)}
+
+
+_load = jax.jit(tokens_per_expert, static_argnames="num_experts")
+
+
+@jax.jit
+def _z_loss(logits_TE, token_mask_T, coeff):
+    return jax.value_and_grad(lambda logits_TE: z_loss(logits_TE, coeff=coeff, token_mask_T=token_mask_T))(logits_TE)
+
+
+@partial(jax.jit, static_argnames="spec")
+def _bias_update(counts_SE, expert_bias_E, *, spec: BiasUpdateSpec):
+    update = partial(bias_update, spec=spec, expert_bias_E=expert_bias_E, axis_name=AXIS)
+    return jax.vmap(update, axis_name=AXIS)(counts_SE)[0]
+
+
+@partial(jax.jit, static_argnames=("spec", "router", "num_sequences"))
+def _balance(
+    logits_TE,
+    ids_TK,
+    rows_ST,
+    token_mask_T,
+    sequence_of_T,
+    *,
+    spec: BalanceSpec,
+    router: RouterSpec,
+    num_sequences: int,
+):
+    def loss(logits_TE):
+        scored_TE = scale_logits(logits_TE, router)[:, : router.num_choices]
+        per_shard = [take(values, rows_ST) for values in (scored_TE, ids_TK, token_mask_T, sequence_of_T)]
+        inputs: Any = {"num_sequences": num_sequences}
+        if spec.scope == "running":
+            return _running(per_shard, spec, inputs)
+
+        def of_shard(scored_TE, ids_TK, own_T, token_mask_T, sequence_of_T):
+            return balance_loss(
+                scored_TE, ids_TK, spec, token_mask_T=own_T & token_mask_T, sequence_of_T=sequence_of_T,
+                axis_name=AXIS, **inputs,
+            )  # fmt: skip
+
+        scored, ids, valid, sequences = per_shard
+        return jax.vmap(of_shard, axis_name=AXIS)(scored, ids, rows_ST >= 0, valid, sequences)[0]
+
+    def _running(per_shard, spec, inputs):
+        """Shards are micro-batches here, one after the other."""
+        losses, has_tokens, earlier = [], [], None
+        for number, (scored, ids, valid, sequences, rows) in enumerate(zip(*per_shard, rows_ST, strict=True)):
+            sums = balance_sums(
+                scored, ids, spec, token_mask_T=valid & (rows >= 0), sequence_of_T=sequences, **inputs
+            )  # fmt: skip
+            losses.append(loss_of_sums(sums, spec, earlier=earlier, num_earlier=number))
+            has_tokens.append(sums.tokens_U.any())
+            earlier = sums if earlier is None else earlier + sums
+        return jnp.stack(losses).sum() / jnp.maximum(jnp.stack(has_tokens).sum(), 1)
+
+    return jax.value_and_grad(loss)(logits_TE)
+
+
+@partial(jax.jit, static_argnames=("spec", "num_experts", "num_sequences"))
+def _capacity(
+    ids_TK, weights_TK, rows_ST, token_mask_T, sequence_of_T, d_weights_TK, *, spec: CapacitySpec, num_experts: int,
+    num_sequences: int,
+):  # fmt: skip
+    def of_shard(ids_TK, weights_TK, own_T, token_mask_T, sequence_of_T):
+        limited = apply_capacity(
+            ids_TK, weights_TK, spec, num_experts, token_mask_T=own_T & token_mask_T, sequence_of_T=sequence_of_T,
+            num_sequences=num_sequences, axis_name=AXIS,
+        )  # fmt: skip
+        return limited.weights_TK, limited
+
+    def forward(weights_TK):
+        ids, weights, valid, sequences = (
+            take(values, rows_ST) for values in (ids_TK, weights_TK, token_mask_T, sequence_of_T)
+        )
+        kept_weights, limited = jax.vmap(of_shard, axis_name=AXIS)(ids, weights, rows_ST >= 0, valid, sequences)
+        whole: Limited = jax.tree.map(lambda values: put_back(values, rows_ST), limited)
+        return put_back(kept_weights, rows_ST), whole
+
+    _, pull, limited = jax.vjp(forward, weights_TK, has_aux=True)
+    return limited, pull(d_weights_TK)[0]
+
+
+def shards_of(num_tokens: int, tokens_per_shard) -> np.ndarray:
+    """(S, T) the tokens of each shard, in order; -1 fills up."""
+    lengths = [num_tokens] if tokens_per_shard is None else list(tokens_per_shard)
+    rows_ST = np.full((len(lengths), num_tokens), -1)
+    for own_T, length, end in zip(rows_ST, lengths, np.cumsum(lengths), strict=True):
+        own_T[:length] = np.arange(end - length, end)
+    return rows_ST
+
+
+def part_of(num_tokens: int, lengths) -> np.ndarray:
+    """(T,) the number of the sequence of each token."""
+    return np.zeros(num_tokens, np.int64) if lengths is None else np.repeat(np.arange(len(lengths)), lengths)
+
+
+def num_of(lengths) -> int:
+    """How many sequences there are; one without lengths."""
+    return 1 if lengths is None else len(lengths)
+
+
+def mask(token_mask_T, num_tokens: int):
+    """A mask where none is given: one program less to compile."""
+    return np.ones(num_tokens, bool) if token_mask_T is None else token_mask_T
+
+
+def take(values_T, rows_ST):
+    """The values of each shard's tokens; those that fill up have the last token's."""
+    return values_T[rows_ST]
+
+
+def put_back(values_ST, rows_ST):
+    """(T, ...) from the values of the shards."""
+    T = rows_ST.shape[1]
+    flat = values_ST.reshape(-1, *values_ST.shape[2:])
+    return (
+        jnp.zeros((T, *flat.shape[1:]), flat.dtype)
+        .at[jnp.where(rows_ST < 0, T, rows_ST).reshape(-1)]
+        .set(flat, mode="drop")
+    )
+
+
+def narrow(array) -> Any:
+    """float64 and int64 become their 32-bit kinds, as everywhere in JAX without jax_enable_x64."""
+    if array is None:
+        return None
+    array = np.asarray(array)
+    narrow = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
+    return jnp.asarray(array, dtype=narrow.get(array.dtype, array.dtype))

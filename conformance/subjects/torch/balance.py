@@ -1,0 +1,150 @@
+"""conformance, subject torch: load, losses, bias update and capacity of moe_torch, in this process.
+
+What ranks would all-reduce is added up here; the all-reduce itself is under test with real ranks elsewhere.
+"""
+# They name their inputs, which is how a subject says what it takes.
+# pyright: reportIncompatibleMethodOverride=false
+
+from dataclasses import fields
+from functools import reduce
+from operator import add
+
+import numpy as np
+import torch
+
+from conformance.core.subject import Subject
+from conformance.subjects.identity_gate import to_torch
+from moe_torch.balance import bias_update, tokens_per_expert
+from moe_torch.capacity import Limited, apply_capacity, capacities, slot_table
+from moe_torch.losses import balance_sums, loss_of_sums, z_loss
+from moe_torch.routing import scale_logits
+
+
+class TorchLoad(Subject):
+    """The methods of load, for the subject of moe_torch."""
+
+    def load(self, expert_ids_TK, num_experts, *, token_mask_T=None):
+        """The count of one batch."""
+        return tokens_per_expert(to_torch(expert_ids_TK), num_experts, _maybe(token_mask_T)).numpy()
+
+    def balance_loss(
+        self,
+        logits_TE,
+        expert_ids_TK,
+        balance,
+        router,
+        *,
+        expert_bias_E=None,
+        token_mask_T=None,
+        sequence_lengths=None,
+        tokens_per_shard=None,
+    ):
+        """The loss of all shards together, and its gradient by autograd; no loss reads the balancing bias."""
+        given_TE = to_torch(logits_TE).requires_grad_()
+        scored_TE = scale_logits(given_TE, router)[:, : router.num_choices]
+        ids_TK, mask_T = to_torch(expert_ids_TK), _mask(token_mask_T, len(given_TE))
+        num_sequences, sequence_of_T = _sequences(sequence_lengths, len(given_TE))
+        sums = [
+            balance_sums(
+                scored_TE[own],
+                ids_TK[own],
+                balance,
+                token_mask_T=mask_T[own],
+                sequence_of_T=sequence_of_T[own],
+                num_sequences=num_sequences,
+            )
+            for own in _slices(tokens_per_shard, len(given_TE))
+        ]
+        if balance.scope == "global":
+            loss, _ = loss_of_sums(reduce(add, sums), balance)
+        else:
+            # With scope 'running' shards are micro-batches; nothing came before the first.
+            before = [None, *(reduce(add, sums[:number]) for number in range(1, len(sums)))]
+            parts = [
+                loss_of_sums(own, balance, earlier=earlier, num_earlier=number)
+                for number, (own, earlier) in enumerate(zip(sums, before, strict=True))
+            ]
+            losses, has_tokens = (torch.stack(each) for each in zip(*parts, strict=True))
+            loss = losses.sum() / has_tokens.sum().clamp(min=1)
+        return _with_gradient(loss, given_TE)
+
+    def z_loss(self, logits_TE, coeff, *, token_mask_T=None):
+        """One batch."""
+        given_TE = to_torch(logits_TE).requires_grad_()
+        return _with_gradient(z_loss(given_TE, coeff=coeff, token_mask_T=_maybe(token_mask_T)), given_TE)
+
+    def bias_update(self, counts_SE, update, expert_bias_E):
+        """The counts of ranks and micro-batches are summed first."""
+        return bias_update(to_torch(counts_SE).sum(0), update, to_torch(expert_bias_E)).numpy()
+
+    def capacity(
+        self,
+        expert_ids_TK,
+        weights_TK,
+        capacity,
+        num_experts,
+        *,
+        token_mask_T=None,
+        sequence_lengths=None,
+        tokens_per_shard=None,
+        d_weights_TK=None,
+    ):
+        """What the layer does with a choice; the gradient of the weights is autograd's."""
+        given_TK, ids_TK = to_torch(weights_TK).requires_grad_(), to_torch(expert_ids_TK)
+        mask_T, limit, last, whole, kept_TK = _mask(token_mask_T, len(ids_TK)), capacity, capacity, None, given_TK
+        num_sequences, sequence_of_T = _sequences(sequence_lengths, len(ids_TK))
+        while limit is not None:
+            # Each limit on its own, because a shard is a rank for one scope and a part of the batch for another.
+            shards = _slices(tokens_per_shard if limit.scope == "rank" else None, len(ids_TK))
+            parts = [
+                apply_capacity(
+                    ids_TK[own],
+                    kept_TK[own],
+                    limit.replace(then=None),
+                    num_experts,
+                    token_mask_T=mask_T[own],
+                    sequence_of_T=sequence_of_T[own],
+                    num_sequences=num_sequences,
+                )
+                for own in shards
+            ]
+            whole = Limited(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Limited)})
+            ids_TK, kept_TK, last, limit = whole.expert_ids_TK, whole.weights_TK, limit, limit.then
+        found = {"expert_ids_TK": ids_TK.numpy(), "weights_TK": kept_TK.detach().numpy()}
+        if whole is not None and last.pad_to_capacity:
+            by_scope = {"global": None, "rank": tokens_per_shard, "sequence": sequence_lengths}
+            num_units, unit_of_T = _sequences(by_scope[last.scope], len(ids_TK))
+            tokens_U = torch.bincount(unit_of_T[mask_T], minlength=num_units)
+            C = int(capacities(tokens_U, last, ids_TK.shape[1], num_experts).max())
+            found["slot_table_UEC"] = slot_table(
+                whole, num_experts, C, unit_of_T=unit_of_T, num_units=num_units
+            ).numpy()
+        if d_weights_TK is None:
+            return found
+        (d_given_TK,) = torch.autograd.grad(kept_TK, given_TK, to_torch(d_weights_TK))
+        return found | {"d_weights_TK": d_given_TK.numpy()}
+
+
+def _with_gradient(loss: torch.Tensor, logits_TE: torch.Tensor) -> dict:
+    (d_logits_TE,) = torch.autograd.grad(loss, logits_TE)
+    return {"loss": float(loss.detach()), "d_logits_TE": d_logits_TE.float().numpy()}
+
+
+def _slices(lengths, num_tokens: int) -> list[slice]:
+    """Consecutive parts of the tokens; one without lengths."""
+    lengths = [num_tokens] if lengths is None else list(lengths)
+    return [slice(end - length, end) for length, end in zip(lengths, np.cumsum(lengths).tolist(), strict=True)]
+
+
+def _sequences(lengths, num_tokens: int) -> tuple[int, torch.Tensor]:
+    """How many sequences there are, and that of each token."""
+    lengths = [num_tokens] if lengths is None else list(lengths)
+    return len(lengths), torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
+
+
+def _mask(token_mask_T, num_tokens: int) -> torch.Tensor:
+    return torch.ones(num_tokens, dtype=torch.bool) if token_mask_T is None else to_torch(token_mask_T)
+
+
+def _maybe(array) -> torch.Tensor | None:
+    return None if array is None else to_torch(array)

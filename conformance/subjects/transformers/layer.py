@@ -1,0 +1,239 @@
+"""conformance, subject transformers: the MoE blocks of huggingface/transformers, as they are.
+
+A block is built from a small config, the parameters are written into it in its own layout, and it is called as its
+decoder layer calls it. Gradients come from autograd and are brought back into the canonical layout. Which block
+computes what is data, in `transformers_blocks.py`.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from conformance.core.subject import Subject, Unsupported
+from conformance.subjects.identity_gate import to_numpy, to_torch
+from conformance.subjects.transformers.blocks import BLOCKS, NO_BLOCK, Projections, RealBlock
+from moe_ref import LayerParams, LayerSpec
+
+IMPLEMENTATIONS = ("eager", "grouped_mm")
+"""The loop of the model file, and what the library swaps in."""
+
+EXPERT_FIELDS = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
+SHARED_FIELDS = ("shared_w_gate_SDF", "shared_w_up_SDF", "shared_w_down_SFD")
+BIAS_FIELDS = ("b_gate_EF", "b_up_EF", "b_down_ED")
+
+
+class TransformersLayers(Subject):
+    """The block of transformers that computes a layer; with `family`, only that family's."""
+
+    family = ""
+    last_family = ""
+    experts_implementation = "eager"
+    """One of IMPLEMENTATIONS."""
+
+    def supports_layer(self, spec: LayerSpec, layout=None) -> str | None:
+        if layout is not None:
+            return "transformers shards no layer here"
+        return find_block(spec, self.family, False, self.experts_implementation)[1] or None
+
+    # They name their inputs (none further), which is how a subject says what it takes.
+    def layer(self, x_TD, params, spec):  # pyright: ignore[reportIncompatibleMethodOverride]
+        module = self._loaded(params, spec)[1]
+        with torch.no_grad():
+            return to_numpy(run(module, to_torch(x_TD)))
+
+    def layer_gradients(self, x_TD, params, spec, d_output_TD):  # pyright: ignore[reportIncompatibleMethodOverride]
+        block, module = self._loaded(params, spec)
+        tokens_TD = to_torch(x_TD).requires_grad_()
+        natives = to_native(block, params)
+        weights = {path: module.get_parameter(path) for path in natives}
+        for weight in weights.values():
+            weight.requires_grad_()
+        output_TD = run(module, tokens_TD)
+        gradients = gradients_of(output_TD, to_torch(d_output_TD), [tokens_TD, *weights.values()])
+        by_path = {
+            path: _prefix(gradient, natives[path])
+            for path, gradient in zip(weights, gradients[1:], strict=True)
+        }  # fmt: skip
+        return {"x_TD": gradients[0]} | to_canonical(block, by_path, params)
+
+    def experts(self, rows_RD, tokens_per_expert_E, params, spec):
+        """The experts alone; rows that belong to nobody are not given to them, and come back as 0."""
+        block, module = self._loaded(params, spec)
+        if block.interface == "none":
+            raise Unsupported(f"the experts of {block.name} take no token that has a single expert")
+        counts_E = np.asarray(tokens_per_expert_E)
+        outputs_RD = np.zeros(np.shape(rows_RD), np.float32)
+        rows = to_torch(rows_RD)[: counts_E.sum()]
+        call = {"usual": call_usual, "sequences": call_with_sequences, "padded": call_padded}[block.interface]
+        with torch.no_grad():
+            outputs_RD[: counts_E.sum()] = to_numpy(call(module.get_submodule("experts"), rows, counts_E))
+        return outputs_RD
+
+    def _loaded(self, params: LayerParams, spec: LayerSpec) -> tuple[RealBlock, torch.nn.Module]:
+        """The block of a spec with these parameters."""
+        with_bias = params.expert_bias_E is not None
+        block, why = find_block(spec, self.family, with_bias, self.experts_implementation)
+        if block is None:
+            raise Unsupported(why)
+        self.last_family = block.name
+        module = build_block(block, spec, self.experts_implementation).requires_grad_(False)
+        for path, native in to_native(block, params).items():
+            _prefix(module.get_parameter(path), native).copy_(torch.from_numpy(native))
+        set_expert_bias(module, block, params.expert_bias_E)
+        return block, module
+
+
+@lru_cache(maxsize=4096)
+def find_block(spec: LayerSpec, family: str, with_bias: bool, implementation: str) -> tuple[RealBlock | None, str]:
+    """The first block that computes the layer, or a sentence that says why none does."""
+    if family in NO_BLOCK:
+        return None, f"the layer of {family} is not judged: {NO_BLOCK[family]}"
+    blocks = [BLOCKS[family]] if family else list(BLOCKS.values())
+    missing = {block: block.mismatches(spec) for block in blocks}
+    fitting = [block for block in blocks if not missing[block]]
+    runnable = [block for block in fitting if implementation in block.implementations]
+    if runnable and implementation == "grouped_mm":
+        # Its kernel wants strides of a multiple of 16 bytes (huggingface/transformers#48644).
+        for name, size in (("dim", spec.experts.dim), ("hidden_dim", spec.experts.hidden_dim)):
+            if size % 4:
+                return None, f"experts.{name} is {size}; grouped_mm takes float32 rows of a multiple of 4"
+    for block in runnable:
+        if block.row.bias or not with_bias:
+            return block, ""
+    if runnable:
+        return None, f"{runnable[0].name} computes this layer, but without an expert bias"
+    if fitting:
+        return None, f"{fitting[0].name} computes this layer, but its experts have no {implementation}"
+    closest = min(blocks, key=lambda block: len(missing[block]))
+    who = closest.name if family else f"no transformers block computes this; the nearest, {closest.name},"
+    return None, f"{who} differs in {', '.join(missing[closest])}"
+
+
+@lru_cache(maxsize=256)
+def build_block(block: RealBlock, spec: LayerSpec, implementation: str) -> torch.nn.Module:
+    """The block from its own config. Its parameters are NaN, so that one that is forgotten does not go unseen."""
+    row = block.row
+    modeling = importlib.import_module(f"transformers.models.{row.module}.modeling_{row.module}")
+    configuration = importlib.import_module(f"transformers.models.{row.module}.configuration_{row.module}")
+    config = getattr(configuration, row.config)(**block.config_entries(asdict(spec.router), spec))
+    config._experts_implementation = implementation
+    module = getattr(modeling, block.block)(config, *block.arguments).eval().requires_grad_(False)
+    for parameter in module.parameters():
+        parameter.fill_(torch.nan)
+    return module
+
+
+def run(module: torch.nn.Module, tokens_TD: torch.Tensor) -> torch.Tensor:
+    """The block's output for one sequence; some return the router's output too."""
+    found = module(tokens_TD[None])
+    return (found[0] if isinstance(found, tuple) else found).reshape(tokens_TD.shape)
+
+
+def gradients_of(output_TD: torch.Tensor, d_output_TD: torch.Tensor, inputs: list[torch.Tensor]) -> list[np.ndarray]:
+    """Gradients of sum(output * d_output); 0 for what takes no part, as everything where there is no token."""
+    if not output_TD.requires_grad:
+        return [np.zeros(each.shape, np.float32) for each in inputs]
+    found = torch.autograd.grad(output_TD, inputs, d_output_TD, allow_unused=True, materialize_grads=True)
+    return [to_numpy(each) for each in found]
+
+
+def call_usual(experts: Callable, rows_RD: torch.Tensor, counts_E: np.ndarray) -> torch.Tensor:
+    """Each row is a token that has chosen its expert with weight 1."""
+    ids_R1 = torch.from_numpy(np.repeat(np.arange(len(counts_E)), counts_E))[:, None]
+    return experts(rows_RD, ids_R1, torch.ones_like(ids_R1, dtype=rows_RD.dtype)).reshape(rows_RD.shape)
+
+
+def call_with_sequences(experts: torch.nn.Module, rows_RD: torch.Tensor, counts_E: np.ndarray) -> torch.Tensor:
+    """The rows are the tokens of one sequence."""
+    return call_usual(lambda rows_RD, *choices: experts(rows_RD[None], *choices), rows_RD, counts_E)
+
+
+def call_padded(experts: torch.nn.Module, rows_RD: torch.Tensor, counts_E: np.ndarray) -> torch.Tensor:
+    """Every expert is given as many rows as the fullest has; the further ones are 0."""
+    ids_R = np.repeat(np.arange(len(counts_E)), counts_E)
+    place_R = np.arange(len(ids_R)) - np.repeat(np.cumsum(counts_E) - counts_E, counts_E)
+    padded = rows_RD.new_zeros(len(counts_E), max(counts_E), rows_RD.shape[1])
+    padded[ids_R, place_R] = rows_RD
+    return experts(padded.flatten(0, 1)).reshape(padded.shape)[ids_R, place_R]
+
+
+def set_expert_bias(module: torch.nn.Module, block: RealBlock, expert_bias_E) -> None:
+    """The balancing bias is written where block or router keep it; None is zeros."""
+    path = block.bias or (f"{block.router}.{block.row.bias}" if block.row.bias else "")
+    if not path:
+        return
+    owner, _, name = path.rpartition(".")
+    kept = getattr(module.get_submodule(owner), name)
+    kept.copy_(torch.zeros(kept.shape) if expert_bias_E is None else to_torch(expert_bias_E).reshape(kept.shape))
+
+
+def to_native(block: RealBlock, params: LayerParams) -> dict[str, np.ndarray]:
+    """path -> what the block keeps there, up to its shape: everything that is trained."""
+    row = block.row
+    router = f"{block.router}." if block.router else ""
+    found: dict = {router + row.gate: params.gate_ED}
+    if row.gate_bias:
+        found[router + row.gate_bias] = params.gate_bias_E
+    if params.learned_scale is not None:
+        found[router + "global_scale"] = params.learned_scale
+    found |= _native_projections(block.experts, *(getattr(params, name) for name in EXPERT_FIELDS))
+    if block.experts.biases:
+        b_gate_EF, b_up_EF, b_down_ED = (getattr(params, name) for name in BIAS_FIELDS)
+        fused = block.experts.layout.bias_from_canonical(b_gate_EF, b_up_EF)
+        names = (f"{block.experts.path}.{name}" for name in block.experts.biases)
+        found |= dict(zip(names, (fused, b_down_ED), strict=True))
+    if block.shared is not None and params.shared_w_up_SDF is not None:
+        found |= _native_projections(block.shared.projections, *(getattr(params, name) for name in SHARED_FIELDS))
+        if block.shared.gate:
+            found[block.shared.gate] = params.shared_token_gate_D
+    return {path: np.array(value, np.float32, order="C") for path, value in found.items()}
+
+
+def to_canonical(block: RealBlock, natives: dict[str, np.ndarray], params: LayerParams) -> dict[str, np.ndarray]:
+    """Field of LayerParams -> value, from what `to_native` returns; `params` says which there are."""
+    row, shared = block.row, block.shared
+    router = f"{block.router}." if block.router else ""
+    found: dict = {"gate_ED": natives[router + row.gate]}
+    if row.gate_bias:
+        found["gate_bias_E"] = natives[router + row.gate_bias]
+    if params.learned_scale is not None:
+        found["learned_scale"] = natives[router + "global_scale"]
+    found |= zip(EXPERT_FIELDS, _canonical_projections(block.experts, natives), strict=True)
+    if block.experts.biases:
+        fused, b_down_ED = (natives[f"{block.experts.path}.{name}"] for name in block.experts.biases)
+        found |= zip(BIAS_FIELDS, (*block.experts.layout.bias_to_canonical(fused), b_down_ED), strict=True)
+    if shared is not None and params.shared_w_up_SDF is not None:
+        found |= zip(SHARED_FIELDS, _canonical_projections(shared.projections, natives), strict=True)
+        if shared.gate:
+            found["shared_token_gate_D"] = natives[shared.gate]
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _native_projections(own: Projections, w_gate, w_up, w_down) -> dict[str, np.ndarray]:
+    """path -> weights of experts, routed or shared."""
+    gate_up, down = own.layout.from_canonical(w_gate, w_up, w_down)
+    if own.down_order == "in_out":
+        down = w_down
+    parts = [each for each in gate_up if each is not None] if isinstance(gate_up, tuple) else [gate_up]
+    names = (f"{own.path}.{name}" for name in (*own.gate_up, own.down))
+    return dict(zip(names, (*parts, down), strict=True))
+
+
+def _canonical_projections(own: Projections, natives: dict[str, np.ndarray]):
+    """w_gate (None where experts are not gated), w_up, w_down."""
+    *parts, down = (natives[f"{own.path}.{name}"] for name in (*own.gate_up, own.down))
+    gate_up = parts[0] if own.layout.fused != "separate" else (parts[0] if len(parts) == 2 else None, parts[-1])
+    w_gate, w_up, w_down = own.layout.to_canonical(gate_up, down)
+    return w_gate, w_up, down if own.down_order == "in_out" else w_down
+
+
+def _prefix(values, native: np.ndarray):
+    """The numbers that have a canonical name, in the shape of `native`.
+
+    longcat_flash keeps up projections for its null experts too, after the others.
+    """
+    return values.reshape(-1)[: native.size].reshape(native.shape)

@@ -1,0 +1,263 @@
+"""conformance, subject transformers: the routers and MoE blocks of huggingface/transformers, as they are.
+
+For each spec the router class that computes it is built from a small config, its gate is replaced by an identity
+(`identity_gate`), and it is called as its block calls it. Which class computes what is data, in
+`transformers_families.py`. Whole layers are in `transformers_layers.py`. Nothing is downloaded.
+"""
+
+import importlib
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.metadata import version
+
+import numpy as np
+import torch
+
+from conformance.core.subject import Routing, Unsupported
+from conformance.subjects.identity_gate import give_identity_gate, to_numpy, to_torch
+from conformance.subjects.transformers.balance import TransformersLoad
+from conformance.subjects.transformers.families import DEFAULTS, ROUTERS, RealRouter
+from conformance.subjects.transformers.layer import IMPLEMENTATIONS, TransformersLayers
+from moe_ref import RouterSpec
+from moe_ref.specs.checks import nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Returned:
+    """What a router module returned, under our names; torch tensors."""
+
+    logits_TE: torch.Tensor
+    weights_TK: torch.Tensor
+    expert_ids_TK: torch.Tensor
+    scores_TE: torch.Tensor | None = None
+    shared_weights_TS: torch.Tensor | None = None
+
+
+class Transformers(TransformersLoad, TransformersLayers):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """The router or block of transformers that computes a spec; with `family`, only that family's."""
+
+    name = "transformers"
+    url = "https://github.com/huggingface/transformers"
+    logit_dtypes = ("float32", "bfloat16")
+
+    def __init__(self, family: str = "", experts_implementation: str = ""):
+        family = family or self.family
+        if family and family not in ROUTERS:
+            raise ValueError(f"family is {family!r}{nearest(family, ROUTERS)}")
+        self.family = family
+        self.experts_implementation = experts_implementation or self.experts_implementation
+        if self.experts_implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"experts_implementation is {experts_implementation!r}; it is one of {', '.join(IMPLEMENTATIONS)}"
+            )
+        self.version = version("transformers")
+        torch.set_num_threads(1)  # a router call is too small to share
+
+    def supports(self, spec: RouterSpec, layout=None) -> str | None:
+        if layout is not None:
+            return "transformers shards no router"
+        return find(spec, self.family, False)[1] or None
+
+    # It names its inputs, which is how a subject says what it takes.
+    def route(self, logits_TE, spec, expert_bias_E, *, learned_scale=None, token_ids_T=None, table_VK=None) -> Routing:
+        row, why = find(spec, self.family, expert_bias_E is not None)
+        if row is None:
+            raise Unsupported(why)
+        self.last_family = row.name
+        tokens_TE = to_torch(logits_TE)
+        router = build_for_logits(row, spec, tokens_TE.dtype)
+        inputs = {"learned_scale": learned_scale, "token_ids_T": token_ids_T, "table_VK": table_VK}
+        with torch.no_grad():
+            bias_E = set_bias(router, row, expert_bias_E, spec.num_choices, tokens_TE.dtype)
+            found = getattr(self, f"_call_{row.call}")(router, tokens_TE, bias_E, inputs)
+        return Routing(
+            expert_ids_TK=to_numpy(found.expert_ids_TK),
+            weights_TK=to_numpy(found.weights_TK),
+            scores_TE=None if found.scores_TE is None else to_numpy(found.scores_TE),
+            shared_weights_TS=None if found.shared_weights_TS is None else to_numpy(found.shared_weights_TS),
+        )
+
+    def gate(self, x_TD, gate_ED, gate_bias_E) -> np.ndarray:
+        row = ROUTERS[self.family or ("mixtral" if gate_bias_E is None else "gpt_oss")]
+        if not row.plain_gate:
+            raise Unsupported(f"the logits of {row.name} are not the product of tokens and gate alone")
+        if gate_bias_E is not None and not row.gate_bias:
+            raise Unsupported(f"the gate of {row.name} has no learned bias")
+        self.last_family = row.name
+        num_experts, hidden_size = gate_ED.shape
+        tokens_TD = to_torch(x_TD)
+        spec = row.example(num_experts)
+        router = build(row, asdict(spec), hidden_size, tokens_TD.dtype)
+        with torch.no_grad():
+            router.get_parameter(row.gate).copy_(to_torch(gate_ED))
+            if gate_bias_E is not None:
+                router.get_parameter(row.gate_bias).copy_(to_torch(gate_bias_E))
+            bias_E = set_bias(router, row, None, num_experts, tokens_TD.dtype)
+            found = getattr(self, f"_call_{row.call}")(router, tokens_TD, bias_E, no_inputs(len(x_TD), spec.top_k))
+        return to_numpy(found.logits_TE)
+
+    def configure(self, fields: dict) -> None:
+        """Config, router and a forward pass of two tokens; whatever the library raises passes through."""
+        row, why = find_config(fields, self.family)
+        if row is None:
+            raise Unsupported(why)
+        self.last_family = row.name
+        values = asdict(row.example(8)) | fields
+        num_experts, top_k = (
+            n if isinstance(n, int) and n > 0 else 1 for n in (values["num_experts"], values["top_k"])
+        )
+        router = build(row, values, num_experts, torch.float32)
+        with torch.no_grad():
+            bias_E = set_bias(router, row, None, num_experts, torch.float32)
+            getattr(self, f"_call_{row.call}")(router, torch.zeros(2, num_experts), bias_E, no_inputs(2, top_k))
+
+    # How each kind of router is called by its block, and what it returns.
+
+    def _call_usual(self, router, tokens_TE, bias_E, inputs) -> Returned:
+        logits_TE, weights_TK, ids_TK = router(tokens_TE) if bias_E is None else router(tokens_TE, bias_E)
+        return Returned(logits_TE=logits_TE, weights_TK=weights_TK, expert_ids_TK=ids_TK)
+
+    def _call_rank_3(self, router, tokens_TE, bias_E, inputs) -> Returned:
+        return self._call_usual(router, tokens_TE[None], bias_E, inputs)
+
+    def _call_inkling(self, router, tokens_TE, bias_E, inputs) -> Returned:
+        if inputs["learned_scale"] is not None:
+            router.global_scale.copy_(to_torch(np.reshape(inputs["learned_scale"], 1)))
+        logits_TE, weights_TK, ids_TK, shared_TS = router(tokens_TE)
+        return Returned(logits_TE=logits_TE, weights_TK=weights_TK, expert_ids_TK=ids_TK, shared_weights_TS=shared_TS)
+
+    def _call_deepseek_v4_hash(self, router, tokens_TE, bias_E, inputs) -> Returned:
+        router.tid2eid = torch.as_tensor(inputs["table_VK"], dtype=torch.long)
+        token_ids_T = torch.as_tensor(inputs["token_ids_T"], dtype=torch.long)
+        logits_TE, weights_TK, ids_TK = router(tokens_TE, token_ids_T)
+        return Returned(logits_TE=logits_TE, weights_TK=weights_TK, expert_ids_TK=ids_TK)
+
+    def _call_dbrx(self, block, tokens_TE, bias_E, inputs) -> Returned:
+        logits_TE = block.router(tokens_TE)
+        weights_TK, ids_TK = block.route_tokens_to_experts(logits_TE)
+        return Returned(logits_TE=logits_TE, weights_TK=weights_TK, expert_ids_TK=ids_TK)
+
+    def _call_gemma4(self, router, tokens_TE, bias_E, inputs) -> Returned:
+        # Before its gate this router normalises the token; given logits, that part is taken out.
+        router.norm = torch.nn.Identity()
+        router.scalar_root_size = 1.0
+        if inputs["learned_scale"] is not None:
+            router.per_expert_scale.copy_(to_torch(inputs["learned_scale"]))
+        scores_TE, weights_TK, ids_TK = router(tokens_TE)
+        return Returned(logits_TE=tokens_TE, weights_TK=weights_TK, expert_ids_TK=ids_TK, scores_TE=scores_TE)
+
+    def _call_zaya(self, router, tokens_TE, bias_E, inputs) -> Returned:
+        # Its gate is a small network; given logits, that part is taken out.
+        router.down_proj = router.router_mlp = torch.nn.Identity()
+        logits_TE, weights_TK, ids_TK, _ = router(tokens_TE[None])
+        return Returned(logits_TE=logits_TE, weights_TK=weights_TK, expert_ids_TK=ids_TK)
+
+    def _call_llama4(self, router, tokens_TE, bias_E, inputs) -> Returned:
+        scores_TE, logits_TE = router(tokens_TE)
+        # It returns no ids: an expert is selected where its weight is not 0.
+        selected_TE = scores_TE != 0
+        if (selected_TE.sum(dim=-1) != router.top_k).any():
+            raise Unsupported("llama4 returns no ids, and here a selected expert has weight 0 like the others")
+        ids_TK = selected_TE.nonzero()[:, 1].reshape(-1, router.top_k)
+        return Returned(logits_TE=logits_TE, weights_TK=scores_TE.gather(1, ids_TK), expert_ids_TK=ids_TK)
+
+    def _call_jetmoe(self, router, tokens_TE, bias_E, inputs) -> Returned:
+        slot_N, _, weight_N, size_E, logits_TE = router(tokens_TE)
+        # Rows come sorted by expert; slot_N says which slot of which token each row was.
+        expert_N = torch.repeat_interleave(torch.arange(len(size_E)), torch.tensor(size_E))
+        ids_TK = torch.empty_like(slot_N).scatter_(0, slot_N, expert_N).reshape(-1, router.top_k)
+        weights_TK = torch.empty_like(weight_N).scatter_(0, slot_N, weight_N).reshape(ids_TK.shape)
+        return Returned(logits_TE=logits_TE, weights_TK=weights_TK, expert_ids_TK=ids_TK)
+
+
+class TransformersGroupedMm(Transformers):
+    """The same with experts on grouped matmuls, which is what a model uses unless it is told otherwise."""
+
+    name = "transformers-grouped-mm"
+    experts_implementation = "grouped_mm"
+
+
+@lru_cache(maxsize=4096)
+def find(spec: RouterSpec, family: str, with_bias: bool) -> tuple[RealRouter | None, str]:
+    """The first router that computes the spec, or a sentence that says why none does."""
+    rows = [ROUTERS[family]] if family else list(ROUTERS.values())
+    missing = {row: row.mismatches(spec) for row in rows}
+    fitting = [row for row in rows if not missing[row]]
+    for row in fitting:
+        if row.bias or not with_bias:
+            return row, ""
+    if fitting:
+        return None, f"{fitting[0].name} computes this spec, but without an expert bias"
+    closest = min(rows, key=lambda row: len(missing[row]))
+    who = closest.name if family else f"no transformers router computes this; the nearest, {closest.name},"
+    return None, f"{who} differs in {', '.join(missing[closest])}"
+
+
+def find_config(fields: dict, family: str) -> tuple[RealRouter | None, str]:
+    """The first router whose config takes these raw fields, valid or not."""
+    for row in [ROUTERS[family]] if family else ROUTERS.values():
+        if all(name in row.free or value in row.has(name, DEFAULTS.get(name)) for name, value in fields.items()):
+            return row, ""
+    return None, f"no config of {family or 'transformers'} takes {', '.join(sorted(fields))} together"
+
+
+@lru_cache(maxsize=1024)
+def build_for_logits(row: RealRouter, spec: RouterSpec, dtype: torch.dtype) -> torch.nn.Module:
+    """A router that takes logits: its gate is an identity."""
+    router = build(row, asdict(spec), spec.num_logits, dtype)
+    if row.gate:
+        give_identity_gate(router, row.gate)
+    return router
+
+
+def build(row: RealRouter, values: dict, hidden_size: int, dtype: torch.dtype) -> torch.nn.Module:
+    """The router module for the fields of a spec, as from_pretrained(dtype=...) makes it, with untrained weights."""
+    modeling = importlib.import_module(f"transformers.models.{row.module}.modeling_{row.module}")
+    configuration = importlib.import_module(f"transformers.models.{row.module}.configuration_{row.module}")
+    config = getattr(configuration, row.config)(**row.config_entries(values, hidden_size))
+    arguments = {"jetmoe": (hidden_size, values["num_experts"], values["top_k"]), "zaya": (config, 0)}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # so does from_pretrained: a parameter with a dtype of its own keeps it
+    try:
+        router = getattr(modeling, row.router)(*arguments.get(row.call, (config,)))
+    finally:
+        torch.set_default_dtype(before)
+    if dtype != torch.float32:
+        keep_in_float32(router, modeling)
+    return router.eval().requires_grad_(False)
+
+
+def keep_in_float32(router: torch.nn.Module, modeling) -> None:
+    """Parameters and buffers on the strict keep-list of the model class are float32 in a bfloat16 model too.
+
+    Families differ in whether their balancing bias is on it (huggingface/transformers#39058, #42580).
+    """
+    kept = {
+        pattern
+        for each in vars(modeling).values()
+        if isinstance(each, type) and each.__module__ == modeling.__name__
+        for pattern in getattr(each, "_keep_in_fp32_modules_strict", None) or ()
+    }
+    for name, tensor in [*router.named_parameters(), *router.named_buffers()]:
+        # Blocks call their router mlp.gate or mlp.router; the lists only ever name the former.
+        if any(pattern in f"mlp.gate.{name}" for pattern in kept):
+            tensor.data = tensor.data.float()
+
+
+def set_bias(router: torch.nn.Module, row: RealRouter, expert_bias_E, num_choices: int, dtype: torch.dtype):
+    """The balancing bias is written where the class keeps it (None: zeros), or returned where it is an argument."""
+    if not row.bias:
+        return None
+    bias_E = torch.zeros(num_choices) if expert_bias_E is None else to_torch(expert_bias_E)
+    if row.bias == "argument":
+        return bias_E if row.bias_is_float32 else bias_E.to(dtype)
+    owner, _, name = row.bias.rpartition(".")
+    kept = getattr(router.get_submodule(owner), name)
+    kept.copy_(bias_E.reshape(kept.shape))
+    return None
+
+
+def no_inputs(num_tokens: int, top_k: int) -> dict:
+    """The further inputs of a call where they do not matter."""
+    table_VK = np.arange(top_k)[None]
+    return {"learned_scale": None, "token_ids_T": np.zeros(num_tokens, np.int64), "table_VK": table_VK}

@@ -1,0 +1,1 @@
+"""moe_jax, the layer over a mesh of devices."""

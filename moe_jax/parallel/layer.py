@@ -1,0 +1,211 @@
+"""moe_jax, parallel: the layer over a mesh of devices. Start reading at `sharded_sparse_matmul`.
+
+    mesh: data x fsdp x expert x tensor, laid out by `moe_ref.ShardLayout`
+
+Every rank works on its own tokens and experts; how rows travel is in `parallel_exchange.py`, what a rank does in each
+stage in `parallel_stages.py`. shard_map checks that what is returned as replicated is: no check is switched off.
+
+Legend: T tokens of all shards, D model dim, E experts, K top_k, S ranks (data, fsdp, expert).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import partial, reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moe_jax.experts import keep_tokens
+from moe_jax.parallel.exchange import AXES
+from moe_jax.parallel.stages import (
+    BY_RANK,
+    EVERYWHERE,
+    INPUTS,
+    Stages,
+    join_columns,
+    param_specs,
+    split,
+    stage_specs,
+    token_axes,
+)
+from moe_jax.sparse_matmul import RouteOutput, check_tokens
+from moe_ref.specs.layer import LayerSpec
+from moe_ref.specs.layout import ShardLayout
+from moe_ref.specs.params import LayerParams
+
+__all__ = [
+    "ShardedOutput", "Stages", "make_mesh", "param_specs", "place", "shard", "sharded_sparse_matmul", "split",
+    "stage_specs", "unplace", "use_cpu_devices",
+]  # fmt: skip
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class ShardedOutput:
+    """What the layer returns; arrays of the mesh."""
+
+    output_TD: jax.Array
+    """Over the token axes, replicated over the others."""
+    decided: RouteOutput
+    """Lies as output_TD does."""
+    tokens_per_expert_E: jax.Array
+    """(E,) int32, by expert id, of all shards; on every device. Slots that a buffer dropped are counted."""
+    overflow_S: jax.Array
+    """(S,) int32: rows that each rank had no room for; 0 unless the layout has a buffer_factor."""
+
+
+def sharded_sparse_matmul(
+    x_TD,
+    params: LayerParams,
+    spec: LayerSpec,
+    layout: ShardLayout,
+    mesh: Mesh,
+    *,
+    token_mask_T=None,
+    buffer_fill=0.0,
+    split_stages: bool = False,
+    precision: lax.PrecisionLike = None,
+    implementation: str = "auto",
+    **selector_inputs,
+) -> ShardedOutput:
+    """The layer of `sparse_matmul`, over the devices of a mesh: no layout changes a result, but for what it drops.
+
+    Args:
+        x_TD: (T, D) tokens of all shards, one shard after the other; each has as many.
+        params: of `place`: experts in the order of their places. They lie best as `param_specs` says (`shard`).
+        spec, layout: static.
+        mesh: of `make_mesh`.
+        token_mask_T: (T,) bools, as in `sparse_matmul`.
+        buffer_fill: what buffer rows that nobody sent start with. Nothing depends on it.
+        split_stages: each stage under a shard_map of its own, instead of all in one.
+        precision, implementation: as in `grouped_matmul`.
+        selector_inputs: as in `moe_jax.routing.route`, of all tokens. Each shard draws from a key of its own.
+
+    Raises:
+        ValueError: the layout does not fit spec, mesh or tokens, or is one that JAX has not.
+    """
+    check_tokens(x_TD, spec)
+    check_layout(layout, spec, mesh, len(x_TD))
+    stages = Stages(spec, layout, precision=precision, implementation=implementation)
+    given = {name: value for name, value in selector_inputs.items() if value is not None}
+    if token_mask_T is not None:
+        given["token_mask_T"] = jnp.asarray(token_mask_T)
+    by_token = {name: value for name, value in given.items() if name in INPUTS}
+    others = {name: value for name, value in given.items() if name not in INPUTS}
+    arrays = (jnp.asarray(x_TD), params, by_token, others, jnp.asarray(buffer_fill))
+    if split_stages:
+        return _layer(split(stages, params, mesh), stages, *arrays)
+    tokens = PartitionSpec(token_axes(layout))
+    fused = jax.shard_map(
+        partial(_layer, lambda name: getattr(stages, name), stages),
+        mesh=mesh,
+        in_specs=(tokens, param_specs(params, spec, layout), tokens, EVERYWHERE, EVERYWHERE),
+        out_specs=ShardedOutput(output_TD=tokens, decided=tokens, tokens_per_expert_E=EVERYWHERE, overflow_S=BY_RANK),  # type: ignore[arg-type]  # a tree of specs
+    )
+    return fused(*arrays)
+
+
+def _layer(get: Callable, stages: Stages, x_TD, params: LayerParams, by_token: dict, others: dict, fill):
+    """The order of the stages; `get` gives each by its name."""
+    mask_T, layout = by_token.get("token_mask_T"), stages.layout
+    clean_x_TD = keep_tokens(x_TD, mask_T)
+    decided = get("route")(clean_x_TD, params, by_token, others)
+    if layout.num_token_chunks == 1:
+        parts = [(clean_x_TD, decided)]
+    else:
+        parts = [get("chunk")((clean_x_TD, decided), index=index) for index in range(layout.num_token_chunks)]
+    plans = [get("plan")(part.expert_ids_TK) for _, part in parts]
+    routed = [_experts(get, stages, *part, plan, params, fill) for part, plan in zip(parts, plans, strict=True)]
+    routed_TD = routed[0] if len(routed) == 1 else get("concatenate")(routed)
+    return ShardedOutput(
+        output_TD=keep_tokens(get("join")(routed_TD, clean_x_TD, decided, params), mask_T),
+        decided=decided,
+        tokens_per_expert_E=get("count")(decided.expert_ids_TK),
+        overflow_S=reduce(jnp.add, (plan.overflow_1 for plan in plans)),
+    )
+
+
+def _experts(get: Callable, stages: Stages, x_TD, decided: RouteOutput, plan, params: LayerParams, fill):
+    """One chunk of tokens. Gathers and exchanges of a chunk of the model dim depend on no other chunk's products, so
+    that a compiler is free to run them meanwhile."""
+    if len(x_TD) == 0:
+        return x_TD  # a reduce-scatter of no rows never ends on CPU
+    chunks = range(stages.layout.num_emb_chunks)
+    rows = [get("dispatch")(x_TD, decided, plan, fill, chunk=chunk) for chunk in chunks]
+    projected = [get("gmm_up")(rows[chunk], params, plan, chunk=chunk) for chunk in chunks]
+    gate_RF, up_RF = reduce(partial(jax.tree.map, jnp.add), projected)
+    hidden_RF = get("activate")(gate_RF, up_RF, params, plan, dtype=x_TD.dtype)
+    done = [get("gmm_down")(hidden_RF, params, plan, chunk=chunk) for chunk in chunks]
+    outputs = [get("unpermute")(rows_RD, decided, plan, fill) for rows_RD in done]
+    return join_columns(outputs, stages.spec, stages.layout)
+
+
+def check_layout(layout: ShardLayout, spec: LayerSpec, mesh: Mesh, num_tokens: int) -> None:
+    """The layout fits the layer, the mesh and the tokens, and its strategy is one of JAX's."""
+    layout.check(spec)
+    if layout.strategy == "node_dedup":
+        raise ValueError("strategy is 'node_dedup'; a JAX mesh has the other four")
+    if len(set(layout.tokens_per_shard)) > 1:
+        raise ValueError(f"tokens_per_shard is {layout.tokens_per_shard}; shards of a JAX array are equal")
+    if layout.num_tokens != num_tokens:
+        raise ValueError(f"tokens_per_shard sums to {layout.num_tokens}; x_TD has {num_tokens} tokens")
+    sizes = {axis: getattr(layout, axis) for axis in AXES}
+    if dict(mesh.shape) != sizes:
+        raise ValueError(f"the mesh is {dict(mesh.shape)}; the layout needs {sizes}")
+
+
+def make_mesh(layout: ShardLayout, devices=None) -> Mesh:
+    """The mesh of a layout; device i is its rank i."""
+    found = jax.devices() if devices is None else list(devices)
+    if len(found) < layout.num_ranks:
+        raise ValueError(f"the layout has {layout.num_ranks} ranks; there are {len(found)} devices")
+    sizes = [getattr(layout, axis) for axis in AXES]
+    return Mesh(np.array(found[: layout.num_ranks]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def place(params: LayerParams, layout: ShardLayout) -> LayerParams:
+    """Parameters with the experts in the order of their places; the router keeps the order of the ids."""
+    return params if layout.placement is None else _reordered(params, np.array(layout.placement))
+
+
+def unplace(params: LayerParams, layout: ShardLayout) -> LayerParams:
+    """The inverse of `place`: of parameters, or of their gradients."""
+    return params if layout.placement is None else _reordered(params, np.argsort(layout.placement))
+
+
+def _reordered(params: LayerParams, order) -> LayerParams:
+    changes = {}
+    for field in fields(LayerParams):
+        value = getattr(params, field.name)
+        if field.name.startswith(("w_", "b_")) and value is not None:
+            changes[field.name] = value[order]
+    return replace(params, **changes)
+
+
+def shard(params: LayerParams, spec: LayerSpec, layout: ShardLayout, mesh: Mesh) -> LayerParams:
+    """Parameters of `place`, put on the devices that own them."""
+    specs: Any = param_specs(params, spec, layout)
+    return jax.tree.map(lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec)), params, specs)
+
+
+def use_cpu_devices(count: int) -> None:
+    """At least so many CPU devices, to run a mesh without accelerators; before JAX starts, and without starting it.
+
+    Raises:
+        RuntimeError: JAX has started with fewer.
+    """
+    if jax.config.jax_num_cpu_devices >= count:  # type: ignore[attr-defined]  # made at run time
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # it has started
+        found = len(jax.devices("cpu"))
+        if found < count:
+            raise RuntimeError(
+                f"JAX has started with {found} CPU devices, {count} are needed; call use_cpu_devices before any array "
+                f"is made, or set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+            ) from None

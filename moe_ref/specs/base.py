@@ -1,0 +1,32 @@
+"""moe_ref, what every spec shares: reading, writing, and a changed copy.
+
+A spec says *what* is computed, never how: frozen, validated data.
+"""
+
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Self
+
+from moe_ref.specs.checks import nearest, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What the specs share: reading, writing, and a changed copy."""
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Self:
+        """A spec from the names of its fields; an unknown name is a ValueError."""
+        own = {field.name for field in fields(cls)}
+        for name in values:
+            require(name in own, f"unknown field {name!r} of {cls.__name__}{nearest(name, own)}")
+        missing = {field.name for field in fields(cls) if field.default is MISSING} - values.keys()
+        require(not missing, f"{cls.__name__} needs {', '.join(sorted(missing))}")
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        """The fields that differ from their default, JSON-ready; `from_dict` reads it back."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    def replace(self, **changes) -> Self:
+        """A copy with other values, validated again."""
+        return replace(self, **changes)

@@ -1,0 +1,220 @@
+"""moe_ref, the families: public models and how they route, with their published sizes, as data.
+
+Each entry of FAMILIES is a RouterSpec and where its numbers come from. A name is that of the model family in
+huggingface/transformers; a suffix tells two routers of one family apart. Where a released checkpoint is not known for
+sure, `checkpoint` says whose defaults stand in for it.
+"""
+
+from dataclasses import dataclass
+
+from moe_ref.specs.checks import nearest, require
+from moe_ref.specs.router import RouterSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A model family: its router at published size, the same router small, and the source."""
+
+    name: str
+    router: RouterSpec
+    tiny: RouterSpec
+    """The same semantics with at most 16 experts; with groups wherever the family can have them."""
+    expert_bias: bool
+    """Whether the choice has a balancing bias."""
+    gate_bias: bool
+    """Whether the gate has a learned bias."""
+    checkpoint: str
+    source: str
+
+
+# What the families differ in, before any size. The names are those of the model that brought it.
+DEEPSEEK_V3 = {"score_func": "sigmoid", "route_norm": True, "norm_eps": 1e-20}
+DEEPSEEK_V2 = {"group_score_k": 1, "mask_fill": 0.0, "weights_from": "masked_scores"}
+MISTRAL4 = {"mask_fill": 0.0, "route_norm": True, "norm_eps": 1e-20}
+MIXTRAL = {"route_norm": True}
+SELECTED = {"score_over": "selected", "select_by": "logit"}
+MINIMAX_M2 = {"score_func": "sigmoid", "route_norm": True}
+ERNIE = {"route_norm": True, "norm_form": "clamp", "norm_eps": 1e-12}
+ONE_GROUP = {"num_expert_groups": 1, "num_limited_groups": 1}
+NO_CHANGES: dict = {}
+TINY_GROUPS = {"num_expert_groups": 4, "num_limited_groups": 2}
+
+
+def _tiny(router: RouterSpec, changes: dict) -> RouterSpec:
+    """The router with 8 experts, or 16 in 4 groups of which 2 are kept."""
+    if router.num_expert_groups:
+        changes = TINY_GROUPS | changes
+    sizes = {
+        "num_experts": 16 if "num_expert_groups" in changes else 8,
+        "top_k": min(router.top_k, 4),
+        "num_null_experts": min(router.num_null_experts, 4),
+    }
+    return router.replace(**sizes, **changes)
+
+
+def _family(name: str, checkpoint: str, num_experts: int, top_k: int, *semantics: dict, tiny: dict = NO_CHANGES,
+            expert_bias: bool = False, gate_bias: bool = False, **fields) -> Family:  # fmt: skip
+    """A row of the table; a checkpoint without a slash is not a released model but stands in for one."""
+    merged = {key: value for each in semantics for key, value in each.items()} | fields
+    router = RouterSpec(num_experts=num_experts, top_k=top_k, **merged)
+    hub, code = (
+        "https://huggingface.co/",
+        "https://github.com/huggingface/transformers/tree/main/src/transformers/models/",
+    )
+    folder = name.removesuffix("_hash").removesuffix("_sigmoid").removesuffix("_talker")
+    return Family(
+        name=name,
+        router=router,
+        tiny=_tiny(router, tiny),
+        expert_bias=expert_bias,
+        gate_bias=gate_bias,
+        checkpoint=checkpoint,
+        source=hub + checkpoint if "/" in checkpoint else code + folder,
+    )
+
+
+def _deepseek_v3_line() -> list[Family]:
+    """Sigmoid and balancing bias, groups scored by their two best, dropped groups -inf (arXiv:2412.19437)."""
+    groups_8_4 = {"num_expert_groups": 8, "num_limited_groups": 4}
+    rows = [
+        ("deepseek_v3", "deepseek-ai/DeepSeek-V3", 256, 8, groups_8_4, 2.5),
+        ("deepseek_v32", "deepseek-ai/DeepSeek-V3.2-Exp", 256, 8, groups_8_4, 2.5),
+        ("glm4_moe", "zai-org/GLM-4.5", 160, 8, ONE_GROUP, 2.5),
+        ("glm4_moe_lite", "zai-org/GLM-4.7-Flash", 64, 4, ONE_GROUP, 1.8),
+        ("glm4v_moe", "zai-org/GLM-4.5V", 128, 8, ONE_GROUP, 1.0),
+        ("glm_moe_dsa", "zai-org/GLM-5", 256, 8, ONE_GROUP, 2.5),
+        ("dots1", "rednote-hilab/dots.llm1.inst", 128, 6, ONE_GROUP, 2.5),
+        ("kimi_linear", "moonshotai/Kimi-Linear-48B-A3B-Instruct", 256, 8, ONE_GROUP, 2.446),
+        ("mimo_v2_flash", "defaults of MiMoV2FlashConfig", 256, 8, ONE_GROUP, 1.0),
+        ("solar_open", "defaults of SolarOpenConfig", 128, 8, ONE_GROUP, 1.0),
+        ("axk1", "defaults of AXK1Config", 192, 8, groups_8_4, 2.5),
+        ("bailing_hybrid", "defaults of BailingHybridConfig", 512, 8, groups_8_4, 2.5),
+        ("dots3_note", "defaults of Dots3NoteTextConfig", 256, 8, ONE_GROUP, 1.0),
+        ("exaone_moe", "defaults of ExaoneMoeConfig", 64, 8, ONE_GROUP, 2.5),
+        ("glm5_next", "defaults of Glm5NextTextConfig", 288, 8, ONE_GROUP, 2.5),
+        ("hy_v4", "defaults of HYV4Config", 256, 8, ONE_GROUP, 2.827),
+        ("nemotron_h", "defaults of NemotronHConfig", 8, 2, ONE_GROUP, 1.0),
+    ]
+    return [
+        _family(name, checkpoint, num_experts, top_k, DEEPSEEK_V3, groups, expert_bias=True, route_scale=scale)
+        for name, checkpoint, num_experts, top_k, groups, scale in rows
+    ]
+
+
+def _other_groups() -> list[Family]:
+    """Groups, and what differs from DeepSeek-V3: the fill, the group score, or where the scale is applied."""
+    return [
+        # Fills with 0, which a negative choice score loses to; its released sizes have no groups.
+        _family("axk2", "defaults of AXK2Config", 128, 8, DEEPSEEK_V3, expert_bias=True, route_scale=2.5,
+                tiny=TINY_GROUPS | {"mask_fill": 0.0}),
+        _family("beam", "defaults of BeamConfig", 256, 8, DEEPSEEK_V3, expert_bias=True, output_scale=2.5,
+                num_expert_groups=8, num_limited_groups=4),
+        _family("deepseek_v2", "deepseek-ai/DeepSeek-V2", 160, 6, DEEPSEEK_V2, route_scale=16.0,
+                num_expert_groups=8, num_limited_groups=3),
+        _family("deepseek_ocr2", "deepseek-ai/DeepSeek-OCR-2", 64, 6, tiny=TINY_GROUPS | DEEPSEEK_V2),
+        _family("unlimited_ocr", "defaults of UnlimitedOcrTextConfig", 64, 6, tiny=TINY_GROUPS | DEEPSEEK_V2),
+        _family("mistral4", "defaults of Mistral4Config", 128, 4, MISTRAL4, ONE_GROUP),
+        _family("mistral_large4", "defaults of MistralLarge4TextConfig", 128, 4, MISTRAL4, ONE_GROUP),
+    ]  # fmt: skip
+
+
+def _sigmoid_line() -> list[Family]:
+    """Sigmoid (or sqrtsoftplus) scores without groups."""
+    return [
+        _family("afmoe", "defaults of AfmoeConfig", 64, 6, DEEPSEEK_V3, expert_bias=True),
+        _family("hy_v3", "defaults of HYV3Config", 192, 8, DEEPSEEK_V3, expert_bias=True, route_scale=2.826),
+        _family("inkling2", "defaults of Inkling2TextConfig", 384, 8, DEEPSEEK_V3, expert_bias=True, route_scale=8.0),
+        _family("muse_spark", "defaults of MuseSparkTextConfig", 256, 8, DEEPSEEK_V3, expert_bias=True,
+                norm_eps=1e-15, logit_scale=0.1767766952966369),
+        _family("lfm2_moe", "LiquidAI/LFM2-8B-A1B", 32, 4, DEEPSEEK_V3, expert_bias=True, norm_eps=1e-6),
+        _family("minimax_m2", "MiniMaxAI/MiniMax-M2", 256, 8, MINIMAX_M2, expert_bias=True),
+        _family("minimax_m3_vl", "defaults of MiniMaxM3VLTextConfig", 128, 4, MINIMAX_M2, expert_bias=True,
+                output_scale=2.0),
+        _family("step3p7", "defaults of Step3p7TextConfig", 288, 8, MINIMAX_M2, expert_bias=True),
+        # The cap is off by default; the tiny router has it.
+        _family("laguna", "defaults of LagunaConfig", 256, 8, MINIMAX_M2, expert_bias=True,
+                tiny={"logit_softcap": 2.0}),
+        _family("kolibri1", "defaults of Kolibri1Config", 384, 6, expert_bias=True, score_func="sigmoid",
+                select_by="logit"),
+        _family("flint", "defaults of FlintConfig", 256, 6, MINIMAX_M2),
+        _family("inkling", "defaults of InklingTextConfig", 256, 6, MINIMAX_M2, expert_bias=True, route_scale=8.0,
+                num_scored_shared_experts=2, norm_with_shared=True, learned_scale="global"),
+        _family("deepseek_v4", "defaults of DeepseekV4Config", 256, 6, DEEPSEEK_V3, expert_bias=True,
+                score_func="sqrtsoftplus", route_scale=1.5),
+        _family("deepseek_v4_hash", "defaults of DeepseekV4Config", 256, 6, DEEPSEEK_V3, selector="table",
+                score_func="sqrtsoftplus", route_scale=1.5),
+        _family("llama4", "meta-llama/Llama-4-Scout-17B-16E", 16, 1, score_func="sigmoid", select_by="logit",
+                weight_on="input"),
+        _family("cohere2_moe_sigmoid", "defaults of Cohere2MoeConfig, sigmoid", 8, 2, MINIMAX_M2, select_by="logit"),
+    ]  # fmt: skip
+
+
+def _softmax_line() -> list[Family]:
+    """Softmax scores over all experts, then a selection."""
+    return [
+        _family("mixtral", "mistralai/Mixtral-8x7B-v0.1", 8, 2, MIXTRAL),
+        _family("qwen3_moe", "Qwen/Qwen3-30B-A3B", 128, 8, MIXTRAL),
+        _family("olmoe", "allenai/OLMoE-1B-7B-0924", 64, 8),
+        _family("qwen2_moe", "Qwen/Qwen1.5-MoE-A2.7B", 60, 4),
+        _family("qwen3_next", "Qwen/Qwen3-Next-80B-A3B-Instruct", 512, 10, MIXTRAL),
+        _family("qwen3_vl_moe", "Qwen/Qwen3-VL-30B-A3B-Instruct", 128, 8, MIXTRAL),
+        _family("qwen3_omni_moe", "Qwen/Qwen3-Omni-30B-A3B-Instruct", 128, 8, MIXTRAL),
+        _family("qwen3_omni_moe_talker", "defaults of Qwen3OmniMoeTalkerTextConfig", 128, 8),
+        _family("qwen3_5_moe", "defaults of Qwen3_5MoeTextConfig", 256, 8, MIXTRAL),
+        _family("qwen4_exp", "defaults of Qwen4ExpTextConfig", 512, 10, MIXTRAL),
+        _family("minimax", "MiniMaxAI/MiniMax-Text-01-hf", 32, 2, MIXTRAL),
+        _family("mellum", "defaults of MellumConfig", 64, 8, MIXTRAL),
+        _family("flex_olmo", "allenai/FlexOlmo-7x7B-1T", 7, 5),
+        _family("jamba", "ai21labs/Jamba-v0.1", 16, 2),
+        _family("hunyuan_v1_moe", "tencent/Hunyuan-A13B-Instruct", 64, 8, MIXTRAL),
+        _family("dbrx", "databricks/dbrx-instruct", 16, 4, MIXTRAL),
+        _family("gemma4", "google/gemma-4-26B-A4B", 128, 8, MIXTRAL, learned_scale="per_expert"),
+        _family("diffusion_gemma", "sizes of gemma4", 128, 8, MIXTRAL, learned_scale="per_expert"),
+        _family("ernie4_5_moe", "baidu/ERNIE-4.5-21B-A3B-PT", 64, 6, ERNIE, expert_bias=True),
+        _family("ernie4_5_vl_moe", "baidu/ERNIE-4.5-VL-28B-A3B-PT", 64, 6, ERNIE, expert_bias=True),
+        _family("longcat_flash", "meituan-longcat/LongCat-Flash-Chat", 512, 12, expert_bias=True, route_scale=6.0,
+                num_null_experts=256),
+        _family("zaya", "Zyphra/ZAYA1-base", 16, 1, expert_bias=True, num_null_experts=1, null_kind="skip"),
+    ]  # fmt: skip
+
+
+def _logit_line() -> list[Family]:
+    """Logits are ranked first; the weights are a softmax of the selected alone, or of a band."""
+    return [
+        _family("gpt_oss", "openai/gpt-oss-120b", 128, 4, SELECTED, gate_bias=True),
+        # Weights are divided by K and the sum is multiplied by K, which cancels.
+        _family("openai_privacy_filter", "defaults of OpenAIPrivacyFilterConfig", 128, 4, SELECTED, gate_bias=True,
+                route_scale=1 / 4, output_scale=4.0),
+        _family("granitemoe", "ibm-granite/granite-3.0-3b-a800m-base", 40, 8, SELECTED),
+        _family("granitemoehybrid", "defaults of GraniteMoeHybridConfig", 8, 2, SELECTED),
+        _family("granitemoeshared", "defaults of GraniteMoeSharedConfig", 8, 2, SELECTED),
+        _family("granitemoe_swa", "defaults of GraniteMoeSWAConfig", 8, 2, SELECTED),
+        _family("aria", "rhymes-ai/Aria", 64, 6, SELECTED),
+        _family("jetmoe", "jetmoe/jetmoe-8b", 8, 2, SELECTED),
+        _family("cohere2_moe", "defaults of Cohere2MoeConfig", 8, 2, SELECTED),
+        _family("phimoe", "microsoft/Phi-3.5-MoE-instruct", 16, 2, selector="sparsemixer", select_by="logit"),
+    ]  # fmt: skip
+
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for line in (_deepseek_v3_line, _other_groups, _sigmoid_line, _softmax_line, _logit_line)
+    for family in line()
+}
+"""Every family by name."""
+
+
+def family(name: str) -> Family:
+    """The family of that name; an unknown one is a ValueError with the nearest name."""
+    require(name in FAMILIES, f"unknown family {name!r}{nearest(name, FAMILIES)}")
+    return FAMILIES[name]
+
+
+def preset(name: str, **changes) -> RouterSpec:
+    """The router of a family at its published size, with changed fields if any, validated again."""
+    return family(name).router.replace(**changes)
+
+
+def tiny(name: str) -> RouterSpec:
+    """The router of a family with at most 16 experts."""
+    return family(name).tiny

@@ -1,0 +1,150 @@
+"""moe_ref, the spec of a layer: its router, its experts, and the experts that every token has beside them.
+
+A spec says *what* a layer computes, never how. Each field past the first few defaults to the identity, so a spec
+lists only what a model has.
+"""
+
+from dataclasses import dataclass
+
+from moe_ref.specs.base import Spec
+from moe_ref.specs.checks import integer, number, one_of, require
+from moe_ref.specs.router import RouterSpec
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertSpec(Spec):
+    """What one expert computes: down(act(gate(x)) * up(x)), or down(act(up(x))) where it is not gated.
+
+    The activation's input is called the gate half; without a gate it is the up projection. The shared experts of a
+    layer compute the same, with a width and a clamp of their own (`LayerSpec.shared_experts`).
+
+    Raises:
+        ValueError: a field is out of its range, or two fields contradict each other.
+    """
+
+    dim: int
+    """Width of a token, D."""
+    hidden_dim: int
+    """Width inside an expert, F."""
+    gated: bool = True
+    """Two projections in, gate and up; False: up alone (nemotron_h)."""
+    activation: str = "silu"
+    """silu, gelu (exact, with erf), gelu_tanh, relu, or relu2, the square of relu."""
+    alpha: float = 1.0
+    """alpha in z * sigmoid(alpha * z); only with silu (gpt-oss: 1.702)."""
+    up_offset: float = 0.0
+    """Added to the up half, after its clamp (gpt-oss: 1)."""
+    clamp: float | None = None
+    """The gate half is at most this, the up half at most this in size; None: no clamp."""
+    clamp_at: str = "before"
+    """Whether the gate half is clamped before the activation (gpt-oss) or after it (step3p7)."""
+    bias: bool = False
+    """All projections have a bias (gpt-oss)."""
+
+    def __post_init__(self):
+        integer("dim", self.dim, 1)
+        integer("hidden_dim", self.hidden_dim, 1)
+        one_of("activation", self.activation, ACTIVATIONS)
+        one_of("clamp_at", self.clamp_at, ("before", "after"))
+        for field in ("gated", "bias"):
+            require(isinstance(getattr(self, field), bool), f"{field} is {getattr(self, field)!r}; it is a bool")
+        number("alpha", self.alpha, above=0.0)
+        number("up_offset", self.up_offset)
+        if self.clamp is not None:
+            number("clamp", self.clamp, above=0.0)
+        require(
+            self.alpha == 1.0 or self.activation == "silu",
+            f"alpha is {self.alpha!r} with activation {self.activation!r}; only 'silu' has one",
+        )
+        require(self.up_offset == 0.0 or self.gated, f"up_offset is {self.up_offset!r}; without a gate it is 0.0")
+        require(
+            self.clamp_at == "before" or self.clamp is not None,
+            f"clamp_at is {self.clamp_at!r}, but clamp is None",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedSpec(Spec):
+    """Experts that see every token and whose output joins the routed output.
+
+    There is one, of any width, or as many as the router scores (`RouterSpec.num_scored_shared_experts`).
+    They have the form of the routed experts, but no bias, and no clamp unless it is given here.
+    """
+
+    hidden_dim: int
+    """Width inside a shared expert."""
+    gate: str = "none"
+    """none, or sigmoid: its output is multiplied by the sigmoid of one logit per token (qwen2_moe)."""
+    combine: str = "sum"
+    """sum: routed + shared; average: (routed + shared) / 2 (cohere2_moe)."""
+    clamp: float | None = None
+    """As in ExpertSpec, at the same place; models that clamp both say it twice (hy_v4 clamps the routed alone)."""
+
+    def __post_init__(self):
+        integer("hidden_dim", self.hidden_dim, 1)
+        one_of("gate", self.gate, ("none", "sigmoid"))
+        one_of("combine", self.combine, ("sum", "average"))
+        if self.clamp is not None:
+            number("clamp", self.clamp, above=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec(Spec):
+    """One Mixture-of-Experts layer: a router, its experts, and what stands beside them."""
+
+    router: RouterSpec
+    experts: ExpertSpec
+    shared: SharedSpec | None = None
+    """None: no shared expert."""
+    gate_bias: bool = False
+    """The gate has a learned bias, part of the logits (gpt-oss)."""
+
+    def __post_init__(self):
+        for field, kind in (("router", RouterSpec), ("experts", ExpertSpec), ("gate_bias", bool)):
+            value = getattr(self, field)
+            require(isinstance(value, kind), f"{field} is {value!r}; it is a {kind.__name__}")
+        require(
+            self.shared is None or isinstance(self.shared, SharedSpec),
+            f"shared is {self.shared!r}; it is a SharedSpec or None",
+        )
+        scored = self.router.num_scored_shared_experts
+        if scored:
+            require(self.shared is not None, f"shared is None, but router.num_scored_shared_experts is {scored}")
+        if scored and self.shared is not None:
+            # Their factor is the router's weight; a second one has no public model.
+            require(
+                self.shared.gate == "none",
+                f"shared.gate is {self.shared.gate!r}, but the router scores the {scored} shared experts",
+            )
+
+    @property
+    def num_shared_experts(self) -> int:
+        """S: the router-scored shared experts, else 1 where there is a shared expert, else 0."""
+        return 0 if self.shared is None else max(1, self.router.num_scored_shared_experts)
+
+    @property
+    def shared_experts(self) -> ExpertSpec | None:
+        """What a shared expert computes; None where there is none."""
+        if self.shared is None:
+            return None
+        # clamp_at means nothing without a clamp, and is then the default.
+        clamp_at = "before" if self.shared.clamp is None else self.experts.clamp_at
+        return self.experts.replace(
+            hidden_dim=self.shared.hidden_dim, clamp=self.shared.clamp, clamp_at=clamp_at, bias=False
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "LayerSpec":
+        """A spec from nested dicts; an unknown name at any level is a ValueError."""
+        parts = {"router": RouterSpec, "experts": ExpertSpec, "shared": SharedSpec}
+        given = {name: value for name, value in values.items() if name not in parts or value is not None}
+        return super().from_dict(
+            {name: parts[name].from_dict(value) if name in parts else value for name, value in given.items()}
+        )
+
+    def to_dict(self) -> dict:
+        """Nested dicts of the fields that differ from their default, JSON-ready; `from_dict` reads it back."""
+        found = super().to_dict() | {"router": self.router.to_dict(), "experts": self.experts.to_dict()}
+        return found if self.shared is None else found | {"shared": self.shared.to_dict()}

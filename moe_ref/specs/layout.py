@@ -1,0 +1,278 @@
+"""moe_ref, the layout: how one layer lies over ranks. A layout says where, never what: no layout changes a result.
+
+    mesh: data x fsdp x expert x tensor          rank = ((d * fsdp + f) * expert + e) * tensor + t
+
+* data, fsdp: other tokens, the same layer. Over fsdp each parameter is stored in pieces and gathered before use.
+* expert: each rank of this axis owns num_experts / expert experts. The ranks that differ in it alone are a
+  rank group; rows travel inside it and nowhere else. Nodes are runs of consecutive ranks of this axis.
+* tensor: each rank has a slice of F of the routed experts; its outputs are partial sums. Shared experts are whole.
+
+A token shard is the tokens of one rank, counted before the tensor axis: tensor ranks share their shard's tokens.
+With strategy "replicated" the ranks of a rank group share them too.
+
+Legend: T tokens, D model dim, F expert hidden dim, E experts, e experts on this rank, K top_k, S ranks, R rows.
+"""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Self
+
+import numpy as np
+
+from moe_ref.specs.base import Spec
+from moe_ref.specs.checks import integer, number, one_of, require
+from moe_ref.specs.layer import LayerSpec
+from moe_ref.specs.router import RouterSpec
+
+STRATEGIES = ("all_to_all", "ragged_all_to_all", "ring_of_experts", "replicated", "node_dedup")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardLayout(Spec):
+    """Where the tokens and the parameters of a layer are, and how rows reach their experts.
+
+    Raises:
+        ValueError: a field is out of its range, or two fields contradict each other. What depends on the sizes of a
+            layer is checked by `check(spec)`.
+    """
+
+    tokens_per_shard: tuple[int, ...]
+    """Tokens of each token shard. The shards are (data, fsdp, expert) in rank order; with strategy "replicated"
+    (data, fsdp) alone. Uneven, and 0, is allowed."""
+
+    # mesh
+    data: int = 1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    strategy: str = "all_to_all"
+    """all_to_all: exact splits. ragged_all_to_all: into a buffer of fixed size. ring_of_experts: tokens are gathered
+    over the rank group, partial outputs reduce-scattered. replicated: the rank group shares its tokens, partial
+    outputs are summed. node_dedup: a token crosses to a node once, then fans out inside it."""
+    placement: tuple[int, ...] | None = None
+    """placement[i] is the expert at place i; rank e of the expert axis owns places [e*E/expert, (e+1)*E/expert).
+    None: expert i at place i."""
+    ranks_per_node: int | None = None
+    """Of the expert axis; None: the whole axis is one node."""
+    groups_per_node: int | None = None
+    """A promise that `check` holds the router to: each node has this many whole expert groups of the router, so that
+    node-limited routing limits nodes. None: groups may lie anyhow."""
+    num_token_chunks: int = 1
+    """Each shard's tokens are worked on in this many chunks, one exchange each. See `chunk_sizes`."""
+    num_emb_chunks: int = 1
+    """The gate and up projections are summed over this many equal pieces of D."""
+    buffer_factor: float | None = None
+    """ragged_all_to_all alone: a receiver has room for this many times the rows of balanced load. None: for the
+    worst case. See `buffer_rows`."""
+
+    def __post_init__(self):
+        for field in ("data", "fsdp", "expert", "tensor", "num_token_chunks", "num_emb_chunks"):
+            integer(field, getattr(self, field), 1)
+        one_of("strategy", self.strategy, STRATEGIES)
+        object.__setattr__(self, "tokens_per_shard", _ints("tokens_per_shard", self.tokens_per_shard))
+        require(
+            len(self.tokens_per_shard) == self.num_token_shards,
+            f"tokens_per_shard has {len(self.tokens_per_shard)} entries; with strategy {self.strategy!r} and mesh "
+            f"{self.data} x {self.fsdp} x {self.expert} there are {self.num_token_shards} token shards",
+        )
+        if self.placement is not None:
+            object.__setattr__(self, "placement", _ints("placement", self.placement))
+            require(
+                sorted(self.placement) == list(range(len(self.placement))),
+                f"placement is {self.placement}; it has each of 0 .. {len(self.placement) - 1} once",
+            )
+        self._check_nodes()
+        self._check_buffer()
+
+    def _check_nodes(self):
+        if self.ranks_per_node is not None:
+            integer("ranks_per_node", self.ranks_per_node, 1, self.expert, why="the expert axis")
+            require(
+                self.expert % self.ranks_per_node == 0,
+                f"ranks_per_node is {self.ranks_per_node}, which does not divide the expert axis ({self.expert})",
+            )
+        if self.groups_per_node is not None:
+            integer("groups_per_node", self.groups_per_node, 1)
+
+    def _check_buffer(self):
+        if self.buffer_factor is not None:
+            number("buffer_factor", self.buffer_factor, above=0.0)
+            require(
+                self.strategy == "ragged_all_to_all",
+                f"buffer_factor is {self.buffer_factor!r} with strategy {self.strategy!r}; only 'ragged_all_to_all' "
+                "has a buffer",
+            )
+
+    def check(self, spec: RouterSpec | LayerSpec) -> None:
+        """The layout fits the layer: what is split is split evenly, and groups lie where groups_per_node says."""
+        router = spec.router if isinstance(spec, LayerSpec) else spec
+        integer("expert", self.expert, 1, router.num_experts, why="num_experts")
+        _divides("expert", self.expert, "num_experts", router.num_experts)
+        if self.placement is not None:
+            require(
+                len(self.placement) == router.num_experts,
+                f"placement has {len(self.placement)} entries; num_experts is {router.num_experts}",
+            )
+        if self.groups_per_node is not None:
+            self._check_groups(router, self.groups_per_node)
+        if isinstance(spec, LayerSpec):
+            _divides("tensor", self.tensor, "hidden_dim", spec.experts.hidden_dim)
+            _divides("num_emb_chunks", self.num_emb_chunks, "dim", spec.experts.dim)
+
+    def _check_groups(self, router: RouterSpec, groups_per_node: int):
+        groups = router.num_expert_groups
+        require(
+            groups is not None, f"groups_per_node is {groups_per_node}, but num_expert_groups of the router is None"
+        )
+        require(
+            groups_per_node * self.num_nodes == groups,
+            f"groups_per_node is {groups_per_node}; {self.num_nodes} nodes of that many groups are not the router's "
+            f"{groups}",
+        )
+        for expert_id in range(router.num_experts):
+            first_of_group = expert_id - expert_id % router.experts_per_group
+            node = self.node_of(self.owner_of(expert_id, router.num_experts))
+            home = self.node_of(self.owner_of(first_of_group, router.num_experts))
+            require(
+                node == home,
+                f"groups_per_node is {groups_per_node}, but group {expert_id // router.experts_per_group} straddles "
+                f"nodes: expert {first_of_group} is on node {home}, expert {expert_id} on node {node}",
+            )
+
+    # ranks and shards
+
+    @property
+    def num_ranks(self) -> int:
+        """All ranks of the mesh."""
+        return self.data * self.fsdp * self.expert * self.tensor
+
+    @property
+    def num_rank_groups(self) -> int:
+        """Sets of ranks that exchange rows with each other, not counting the tensor axis: data * fsdp."""
+        return self.data * self.fsdp
+
+    @property
+    def num_token_shards(self) -> int:
+        """Token shards of the mesh."""
+        return self.num_rank_groups * self.shards_per_group
+
+    @property
+    def shards_per_group(self) -> int:
+        """Token shards of one rank group: one for each of its ranks, or one in all where it is replicated."""
+        return 1 if self.strategy == "replicated" else self.expert
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all shards."""
+        return sum(self.tokens_per_shard)
+
+    def rank(self, d: int, f: int, e: int, t: int = 0) -> int:
+        """The number of the rank at these coordinates."""
+        return ((d * self.fsdp + f) * self.expert + e) * self.tensor + t
+
+    def coordinates(self, rank: int) -> tuple[int, int, int, int]:
+        """(d, f, e, t) of a rank; the inverse of `rank`."""
+        integer("rank", rank, 0, self.num_ranks - 1)
+        rest, t = divmod(rank, self.tensor)
+        rest, e = divmod(rest, self.expert)
+        return *divmod(rest, self.fsdp), e, t
+
+    def group_of(self, rank: int) -> int:
+        """The rank group of a rank: d * fsdp + f."""
+        d, f, _, _ = self.coordinates(rank)
+        return d * self.fsdp + f
+
+    def shard_of(self, rank: int) -> int:
+        """The token shard of a rank."""
+        _, _, e, _ = self.coordinates(rank)
+        return self.group_of(rank) * self.shards_per_group + (0 if self.shards_per_group == 1 else e)
+
+    def shards_of_group(self, group: int) -> range:
+        """The token shards of a rank group, in rank order."""
+        return range(group * self.shards_per_group, (group + 1) * self.shards_per_group)
+
+    def tokens_of_group(self, group: int) -> int:
+        """Tokens of all shards of a rank group."""
+        return sum(self.tokens_per_shard[shard] for shard in self.shards_of_group(group))
+
+    # experts
+
+    def experts_of(self, e: int, num_experts: int) -> tuple[int, ...]:
+        """The experts that rank e of the expert axis owns, in the order of their places."""
+        integer("e", e, 0, self.expert - 1, why="the expert axis")
+        per_rank = num_experts // self.expert
+        return self._placed(num_experts)[e * per_rank : (e + 1) * per_rank]
+
+    def place_of(self, expert_id: int, num_experts: int) -> int:
+        """The place of an expert: places count through the ranks of the expert axis."""
+        return self._placed(num_experts).index(expert_id)
+
+    def owner_of(self, expert_id: int, num_experts: int) -> int:
+        """The rank of the expert axis that owns an expert."""
+        return self.place_of(expert_id, num_experts) // (num_experts // self.expert)
+
+    def experts_of_node(self, node: int, num_experts: int) -> tuple[int, ...]:
+        """The experts that the ranks of a node own, in the order of their places."""
+        integer("node", node, 0, self.num_nodes - 1, why="num_nodes")
+        per_node = num_experts // self.num_nodes
+        return self._placed(num_experts)[node * per_node : (node + 1) * per_node]
+
+    def _placed(self, num_experts: int) -> tuple[int, ...]:
+        return tuple(range(num_experts)) if self.placement is None else self.placement
+
+    # nodes
+
+    @property
+    def node_size(self) -> int:
+        """Ranks of the expert axis on one node."""
+        return self.expert if self.ranks_per_node is None else self.ranks_per_node
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of one rank group."""
+        return self.expert // self.node_size
+
+    def node_of(self, e: int) -> int:
+        """The node of rank e of the expert axis."""
+        return e // self.node_size
+
+    # chunks and buffers
+
+    def chunk_sizes(self, num_tokens: int) -> tuple[int, ...]:
+        """Chunks are consecutive tokens, as even as can be: the first num_tokens % num_token_chunks have one more."""
+        size, larger = divmod(num_tokens, self.num_token_chunks)
+        return tuple(size + (chunk < larger) for chunk in range(self.num_token_chunks))
+
+    def chunk(self, index: int) -> Self:
+        """The layout of one token chunk, itself not chunked."""
+        integer("index", index, 0, self.num_token_chunks - 1, why="num_token_chunks")
+        tokens = tuple(self.chunk_sizes(num_tokens)[index] for num_tokens in self.tokens_per_shard)
+        return self.replace(tokens_per_shard=tokens, num_token_chunks=1)
+
+    def buffer_rows(self, num_tokens: int, num_experts: int, top_k: int) -> int:
+        """Rows of a receive buffer of ragged_all_to_all, for a rank group of num_tokens tokens (of one chunk).
+
+        Balanced load is B = num_tokens * top_k / expert rows on each rank. The experts of a token are distinct, so a
+        rank receives at most min(top_k, E / expert) rows of a token: never more than the worst case
+        num_tokens * min(top_k, E / expert), which is B * min(expert, E / top_k). The buffer has that many rows, or
+        ceil(B * buffer_factor) where that is less; the factor is the decimal number it prints as.
+        """
+        worst = num_tokens * min(top_k, num_experts // self.expert)
+        if self.buffer_factor is None:
+            return worst
+        balanced = Fraction(num_tokens * top_k, self.expert)
+        return min(worst, math.ceil(balanced * Fraction(repr(float(self.buffer_factor)))))
+
+
+def _ints(field: str, values) -> tuple[int, ...]:
+    """Natural numbers as a tuple, from any sequence of them (JSON has lists)."""
+    require(isinstance(values, (tuple, list, np.ndarray)), f"{field} is {values!r}; it is a tuple of integers")
+    for index, value in enumerate(values):
+        integer(f"{field}[{index}]", value, 0)
+    return tuple(int(value) for value in values)
+
+
+def _divides(field: str, value: int, of_field: str, of_value: int) -> None:
+    require(of_value % value == 0, f"{field} is {value}, which does not divide {of_field} ({of_value})")

@@ -1,0 +1,220 @@
+"""moe_ref, the spec of a router: how tokens choose experts, and with which weights.
+
+A spec says *what* a router computes, never how. Each field past the first few defaults to the identity, so a spec
+lists only what a model has. Families with their published sizes are in `families.py`.
+"""
+
+from dataclasses import asdict, dataclass, fields, replace
+
+import numpy as np
+
+from moe_ref.specs.checks import integer, nearest, number, one_of, require
+from moe_ref.specs.names import ALIASES
+
+SCORE_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus")
+SELECTORS = ("top_k", "table", "given", "round_robin", "random", "sparsemixer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSpec:
+    """How tokens choose experts and with which weights, at evaluation.
+
+    Sources: node-limited routing and expert_bias from DeepSeek-V3 (arXiv:2412.19437); names after
+    pytorch/torchtitan; the remaining fields from 72 model families of huggingface/transformers 5.23.
+
+    Raises:
+        ValueError: a field is out of its range, or two fields contradict each other.
+    """
+
+    num_experts: int
+    """Routed experts, E. The logits have one column for each of them, and those named below."""
+    top_k: int
+    """Experts per token, K."""
+
+    # score
+    score_func: str = "softmax"
+    """softmax, sigmoid or sqrtsoftplus, sqrt(log(1 + exp(z)))."""
+    score_over: str = "all"
+    """all: scored before the selection; selected: softmax over the selected logits alone (gpt-oss)."""
+    logit_scale: float = 1.0
+    """Multiplies the logits before all else (muse_spark)."""
+    logit_softcap: float | None = None
+    """c in c * tanh(z / c), after logit_scale (laguna); None: no cap."""
+
+    # limit_groups
+    num_expert_groups: int | None = None
+    """Groups of consecutive experts, G; None: no groups."""
+    num_limited_groups: int | None = None
+    """Groups kept for each token, L."""
+    group_score_k: int = 2
+    """A group's score is the sum of its k best choice scores: 2 DeepSeek-V3, 1 DeepSeek-V2."""
+    mask_fill: float = -np.inf
+    """Choice score of an expert of a dropped group: -inf, or 0 to describe models that do that."""
+
+    # select
+    selector: str = "top_k"
+    """top_k; table (by token id), given (replay), round_robin, random (load tests), sparsemixer (phimoe)."""
+    select_by: str = "score"
+    """What is ranked and what expert_bias is added to: score or logit."""
+    mixer_eps: float = 0.01
+    """Half the relative width of sparsemixer's band; only with that selector."""
+
+    # weigh
+    weights_from: str = "scores"
+    """scores, or masked_scores: scores of dropped groups replaced by mask_fill (DeepSeek-V2)."""
+    route_norm: bool = False
+    """Weights of a token are divided by their norm."""
+    norm_form: str = "add_eps"
+    """add_eps: w / (norm + norm_eps); clamp: w / max(norm, norm_eps)."""
+    norm_eps: float = 0.0
+    norm_p: float = 1.0
+    """Order of the norm (dbrx: any)."""
+    norm_with_shared: bool = False
+    """The scores of router-scored shared experts join the norm (inkling)."""
+    route_scale: float = 1.0
+    """Multiplies the weights, once, after the norm."""
+    learned_scale: str = "none"
+    """none, per_expert (gemma4: by expert id), global (inkling): trained factors on the weights."""
+
+    # what the layer does with ids and weights
+    num_null_experts: int = 0
+    """Choices without an FFN, Z; their columns follow the E experts. Ids E .. E+Z-1."""
+    null_kind: str = "identity"
+    """identity: the expert returns its input (longcat_flash); skip: its weight is 0 (zaya)."""
+    num_scored_shared_experts: int = 0
+    """Always active experts, scored by the router; their columns come last (inkling)."""
+    weight_on: str = "output"
+    """The weight multiplies the expert's output, or its input (llama4)."""
+    output_scale: float = 1.0
+    """Multiplies the summed routed output, before shared experts are added."""
+
+    def __post_init__(self):
+        integer("num_experts", self.num_experts, 1)
+        integer("num_null_experts", self.num_null_experts, 0)
+        integer("num_scored_shared_experts", self.num_scored_shared_experts, 0)
+        one_of("score_func", self.score_func, SCORE_FUNCS)
+        one_of("score_over", self.score_over, ("all", "selected"))
+        one_of("select_by", self.select_by, ("score", "logit"))
+        one_of("selector", self.selector, SELECTORS)
+        one_of("weights_from", self.weights_from, ("scores", "masked_scores"))
+        one_of("norm_form", self.norm_form, ("add_eps", "clamp"))
+        one_of("learned_scale", self.learned_scale, ("none", "per_expert", "global"))
+        one_of("null_kind", self.null_kind, ("identity", "skip"))
+        one_of("weight_on", self.weight_on, ("output", "input"))
+        for field in ("route_norm", "norm_with_shared"):
+            require(isinstance(getattr(self, field), bool), f"{field} is {getattr(self, field)!r}; it is a bool")
+        for field in ("logit_scale", "norm_p", "mixer_eps"):
+            number(field, getattr(self, field), above=0.0)
+        for field in ("norm_eps", "route_scale", "output_scale"):
+            number(field, getattr(self, field), low=0.0)
+        if self.logit_softcap is not None:
+            number("logit_softcap", self.logit_softcap, above=0.0)
+        require(
+            self.mask_fill in (0.0, -np.inf),
+            f"mask_fill is {self.mask_fill!r}; it is -inf, or 0.0 to describe a model that fills with 0",
+        )
+        integer("top_k", self.top_k, 1, self.num_choices, why="num_experts + num_null_experts")
+        self._check_groups()
+        self._check_combinations()
+
+    def _check_groups(self):
+        if self.num_expert_groups is None:
+            for field, identity in (("num_limited_groups", None), ("group_score_k", 2),
+                                    ("mask_fill", -np.inf), ("weights_from", "scores")):  # fmt: skip
+                value = getattr(self, field)
+                require(value == identity, f"{field} is {value!r}, but num_expert_groups is None")
+            return
+        integer("num_expert_groups", self.num_expert_groups, 1, self.num_experts, why="num_experts")
+        require(
+            self.num_experts % self.num_expert_groups == 0,
+            f"num_expert_groups is {self.num_expert_groups}, which does not divide num_experts ({self.num_experts})",
+        )
+        require(self.num_limited_groups is not None, "num_limited_groups is None; with groups it is an integer")
+        integer("num_limited_groups", self.num_limited_groups, 1, self.num_expert_groups, why="num_expert_groups")
+        integer("group_score_k", self.group_score_k, 1, self.experts_per_group, why="experts per group")
+        kept = (self.num_limited_groups or 0) * self.experts_per_group
+        # Otherwise the selection falls through to masked experts (huggingface/transformers#48647).
+        require(
+            self.top_k <= kept,
+            f"top_k is {self.top_k}, but the {self.num_limited_groups} kept groups of {self.experts_per_group} "
+            f"experts hold {kept}",
+        )
+        require(self.num_null_experts == 0, f"num_null_experts is {self.num_null_experts}; with groups it is 0")
+        require(
+            self.selector == "top_k",
+            f"selector is {self.selector!r}; with num_expert_groups it is 'top_k'",
+        )
+
+    def _check_combinations(self):
+        if self.score_over == "selected":
+            require(
+                self.score_func == "softmax",
+                f"score_over is 'selected' with score_func {self.score_func!r}; only a softmax has a support",
+            )
+            # Nothing is scored before the selection, so there is nothing else to rank.
+            require(self.select_by == "logit", "score_over is 'selected'; then select_by is 'logit'")
+        if self.selector == "sparsemixer":
+            require(self.select_by == "logit", "selector is 'sparsemixer'; then select_by is 'logit'")
+            require(
+                self.score_func == "softmax",
+                f"selector is 'sparsemixer' with score_func {self.score_func!r}; its weights are banded softmaxes",
+            )
+            require(self.score_over == "all", "selector is 'sparsemixer'; then score_over is 'all'")
+        if self.selector == "round_robin":
+            integer("top_k", self.top_k, 1, self.num_experts, why="num_experts; round_robin takes no null expert")
+        if self.num_scored_shared_experts:
+            require(
+                self.score_func != "softmax",
+                "num_scored_shared_experts needs a score_func of one logit alone, not 'softmax'",
+            )
+        require(
+            self.num_scored_shared_experts > 0 or not self.norm_with_shared,
+            "norm_with_shared is True, but num_scored_shared_experts is 0",
+        )
+
+    @property
+    def num_choices(self) -> int:
+        """What a token can choose from: experts and null experts."""
+        return self.num_experts + self.num_null_experts
+
+    @property
+    def num_logits(self) -> int:
+        """Columns of the logits: choices, then router-scored shared experts."""
+        return self.num_choices + self.num_scored_shared_experts
+
+    @property
+    def experts_per_group(self) -> int:
+        """P. Expert i belongs to group i // P."""
+        return self.num_experts // (self.num_expert_groups or 1)
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether there is a score for every choice before the selection."""
+        return self.score_over == "all" and self.selector != "sparsemixer"
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "RouterSpec":
+        """A spec from names of this or another framework (`names.ALIASES`); an unknown name is a ValueError."""
+        own = {field.name for field in fields(cls)}
+        found = {}
+        for name, value in values.items():
+            field = name if name in own else ALIASES.get(name)
+            if field not in own:
+                raise ValueError(f"unknown field {name!r} of RouterSpec{nearest(name, own | ALIASES.keys())}")
+            if field in found:
+                raise ValueError(f"field {field} is given twice (once as {name!r})")
+            found[field] = -np.inf if field == "mask_fill" and value == "-inf" else value
+        missing = {"num_experts", "top_k"} - found.keys()
+        if missing:
+            raise ValueError(f"RouterSpec needs {', '.join(sorted(missing))}")
+        return cls(**found)
+
+    def to_dict(self) -> dict:
+        """The fields that differ from their default, JSON-ready; `from_dict` reads it back."""
+        default = {field.name: field.default for field in fields(self)}
+        found = {name: value for name, value in asdict(self).items() if value != default[name]}
+        return found
+
+    def replace(self, **changes) -> "RouterSpec":
+        """A copy with other values, validated again."""
+        return replace(self, **changes)

@@ -1,0 +1,1 @@
+"""moe_torch, the layer over process groups."""

@@ -1,0 +1,73 @@
+"""tests of the judge: a small router of our own, right and wrong, as a third party would hand it in."""
+
+import numpy as np
+
+from conformance import Routing, Subject
+
+
+class Sigmoid(Subject):
+    """Sigmoid, groups, norm and scale, in plain NumPy; right."""
+
+    name, version = "right", "1"
+
+    def supports(self, spec, layout=None):
+        plain = type(spec)(
+            num_experts=spec.num_experts,
+            top_k=spec.top_k,
+            score_func="sigmoid",
+            num_expert_groups=spec.num_expert_groups,
+            num_limited_groups=spec.num_limited_groups,
+            route_norm=spec.route_norm,
+            norm_eps=spec.norm_eps,
+            route_scale=spec.route_scale,
+        )
+        return None if spec == plain else "sigmoid, top-2 groups, sum norm and scale alone"
+
+    def mask(self, choice_TE, kept_TE):
+        return np.where(kept_TE, choice_TE, -np.inf)
+
+    def route(self, logits_TE, spec, expert_bias_E):
+        scores_TE = np.exp(-np.logaddexp(0, -logits_TE.astype(np.float64)))
+        choice_TE = scores_TE if expert_bias_E is None else scores_TE + expert_bias_E
+        if spec.num_expert_groups is not None:
+            T, G = len(choice_TE), spec.num_expert_groups
+            groups_TG = np.sort(choice_TE.reshape(T, G, spec.experts_per_group))[:, :, -2:].sum(axis=-1)
+            kept_TG = np.zeros((T, G), dtype=bool)
+            np.put_along_axis(
+                kept_TG, np.argsort(-groups_TG, kind="stable")[:, : spec.num_limited_groups], True, axis=1
+            )
+            choice_TE = self.mask(choice_TE, np.repeat(kept_TG, spec.experts_per_group, axis=1))
+        ids_TK = np.argsort(-choice_TE, axis=-1, kind="stable")[:, : spec.top_k]
+        weights_TK = np.take_along_axis(scores_TE, ids_TK, axis=-1)
+        if spec.route_norm:
+            weights_TK = weights_TK / (weights_TK.sum(axis=-1, keepdims=True) + spec.norm_eps)
+        return Routing(expert_ids_TK=ids_TK, weights_TK=weights_TK * spec.route_scale)
+
+
+class MaskedZero(Sigmoid):
+    """Fills dropped groups with 0 (huggingface/transformers#45440)."""
+
+    name = "masked-zero"
+
+    def mask(self, choice_TE, kept_TE):
+        return np.where(kept_TE, choice_TE, 0.0)
+
+
+class Crashing(Sigmoid):
+    name = "crashing"
+
+    def route(self, logits_TE, spec, expert_bias_E):
+        raise RuntimeError("kernel launch failed")
+
+
+class Empty(Subject):
+    """Defines nothing."""
+
+
+class Interrupting(Sigmoid):
+    """Its version of a bug in the judge: `supports` itself raises."""
+
+    name = "interrupting"
+
+    def supports(self, spec, layout=None):
+        raise TypeError("supports() is broken")

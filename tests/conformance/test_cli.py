@@ -1,0 +1,182 @@
+"""tests of the judge: the command line and the pytest plugin as a user meets them, in processes of their own."""
+
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+ROUTERS = Path(__file__).with_name("routers.py")
+EXAMPLES = 40
+"""Enough that no luck is needed: with 12 the zero mask is missed now and then."""
+WITNESS_TAGS = ["grouped", "negative_choice"]
+
+
+def moe(*arguments, cwd, code: int) -> str:
+    """The output of a command that ends with this exit status."""
+    command = [sys.executable, "-m", "conformance.run.cli", *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def run(name: str, *options, cwd, code: int) -> str:
+    return moe("run", f"{ROUTERS}:{name}", "--examples", EXAMPLES, *options, cwd=cwd, code=code)
+
+
+def test_a_right_router_is_accused_of_nothing(tmp_path):
+    printed = run("Sigmoid", cwd=tmp_path, code=0)
+    assert "0 NEW" in printed
+    assert "ok          SEL-3   An expert of a dropped group is never selected" in printed
+    assert "unsupported SCR-3" in printed
+
+
+def test_a_wrong_router_is_accused_with_a_page_a_replay_and_reports(tmp_path):
+    printed = run("MaskedZero", "--stage", "select", "--report", "out", cwd=tmp_path, code=1)
+    assert "NEW         SEL-3" in printed
+    assert "not judged  SCR-1" in printed
+    page = printed[printed.index("SEL-3 MUST") :]
+    for part in ("expected", "received", "of dropped groups", "huggingface/transformers#45440", "looks like"):
+        assert part in page
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    failure = next(r for r in report["requirements"] if r["id"] == "SEL-3")["failure"]
+    assert not report["complete"]
+    assert len(failure["case"]["logits_TE"]) == 1, "the smallest case has one token"
+    suites = ET.parse(tmp_path / "out" / "junit.xml").getroot()
+    assert int(suites[0].attrib["failures"]) >= 1
+    assert "SEL-3 NEW" in (tmp_path / "out" / "report.md").read_text()
+    replayed = moe("replay", failure["replay"], "--subject", f"{ROUTERS}:MaskedZero", cwd=tmp_path, code=1)
+    assert "reference" in replayed
+    assert "holds SEL-3" in moe("replay", failure["replay"], "--subject", f"{ROUTERS}:Sigmoid", cwd=tmp_path, code=0)
+
+
+@pytest.fixture(scope="module")
+def proposed(tmp_path_factory) -> Path:
+    """A folder with the proposed deviations of the wrong router, before anybody filled them in."""
+    folder = tmp_path_factory.mktemp("proposed")
+    run("MaskedZero", "--propose-deviations", "known.toml", cwd=folder, code=1)
+    return folder
+
+
+def test_a_proposal_is_refused_until_reason_and_link_are_filled_in(proposed):
+    assert "has no reason" in run("MaskedZero", "--deviations", "known.toml", cwd=proposed, code=4)
+
+
+def filled_in(proposed: Path, name: str) -> str:
+    text = (proposed / "known.toml").read_text()
+    lines = []
+    for line in text.splitlines():
+        if line.startswith("when"):
+            line = f"when = {json.dumps(WITNESS_TAGS)}" if "negative_choice" in line else "when = ['grouped']"
+        line = line.replace('reason = ""', 'reason = "Dropped groups are filled with 0."')
+        lines.append(line.replace('link = ""', 'link = "https://github.com/huggingface/transformers/issues/45440"'))
+    (proposed / name).write_text("\n".join(lines) + "\n")
+    return name
+
+
+def test_declared_failures_are_known_and_gone_ones_are_stale(proposed):
+    file = filled_in(proposed, "filled.toml")
+    printed = run("MaskedZero", "--deviations", file, cwd=proposed, code=0)
+    assert "0 NEW" in printed
+    assert "known       SEL-3" in printed
+    printed = run("Sigmoid", "--deviations", file, cwd=proposed, code=1)
+    assert "STALE       SEL-3" in printed
+    assert "no longer happens; delete the declaration" in printed
+
+
+def test_an_expired_declaration_fails(proposed):
+    file = filled_in(proposed, "expired.toml")
+    text = (proposed / file).read_text().replace('kind = "bug"', 'until = 2020-01-31\nkind = "bug"')
+    (proposed / file).write_text(text)
+    assert "ran out on 2020-01-31" in run("MaskedZero", "--deviations", file, cwd=proposed, code=1)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("requirement =", "requirment =", "did you mean requirement"),
+        ('"SEL-3"', '"SEL-33"', "unknown requirement 'SEL-33' (did you mean SEL-3"),
+        ('"grouped"', '"groupd"', "unknown tag 'groupd' (did you mean grouped?)"),
+        ("[[deviation]]", "[[deviations]]", "did you mean deviation?"),
+        ('witness = "SEL-3', 'witness = "SEL-9', "No such file"),
+    ],
+)
+def test_a_mistyped_declaration_is_a_usage_error_with_the_nearest_name(proposed, old, new, message):
+    file = filled_in(proposed, "mistyped.toml")
+    (proposed / file).write_text((proposed / file).read_text().replace(old, new))
+    assert message in run("MaskedZero", "--deviations", file, cwd=proposed, code=4)
+
+
+def test_a_crash_is_a_violation_with_the_error_and_its_place(tmp_path):
+    printed = run("Crashing", "--stage", "run", cwd=tmp_path, code=1)
+    assert "NEW         RUN-1" in printed
+    assert "RuntimeError: kernel launch failed" in printed
+    assert "routers.py" in printed
+
+
+def test_a_judgement_that_breaks_off_is_never_a_pass(tmp_path):
+    printed = run("Interrupting", "--stage", "select", cwd=tmp_path, code=1)
+    assert "the judge broke off: TypeError: supports() is broken" in printed
+    assert " ok " not in printed
+
+
+@pytest.mark.parametrize(
+    ("subject", "message"),
+    [
+        ("jacks", "did you mean jax?"),
+        ("nowhere.py:Router", "there is no file nowhere.py"),
+        ("no_such_module:Router", "there is no module 'no_such_module'"),
+        (f"{ROUTERS}:Sigmoidd", "did you mean Sigmoid?"),
+        (f"{ROUTERS}:np", "is no subclass of conformance.Subject"),
+        (f"{ROUTERS}:Empty", "route() is enough to start"),
+    ],
+)
+def test_a_subject_that_is_none_is_a_usage_error(subject, message, tmp_path):
+    assert message in moe("run", subject, cwd=tmp_path, code=4)
+
+
+def test_a_mistyped_command_or_stage_is_a_usage_error(tmp_path):
+    assert "did you mean run?" in moe("rn", cwd=tmp_path, code=4)
+    assert "did you mean select?" in moe("run", "--stage", "selct", cwd=tmp_path, code=4)
+
+
+def pytest_run(*arguments, cwd, code: int) -> str:
+    command = [sys.executable, "-m", "pytest", "--pyargs", "conformance.suite", "-q", *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_suite_runs_under_pytest_with_a_subject(tmp_path):
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    printed = pytest_run(
+        "--subject", f"{ROUTERS}:MaskedZero", "--moe-examples", EXAMPLES, "-k", "dropped", cwd=tmp_path, code=1
+    )
+    assert "SEL-3 MUST" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_host_needs_one_table_in_its_pyproject_and_xdist_works(tmp_path):
+    (tmp_path / "pyproject.toml").write_text(f"[tool.moe-conformance]\nsubject = '{ROUTERS}:Sigmoid'\nexamples = 8\n")
+    printed = pytest_run("-n", 2, "-k", "groups", cwd=tmp_path, code=0)
+    assert "ok          GRP-1" in printed
+
+
+def test_an_unknown_key_of_the_host_is_a_usage_error(tmp_path):
+    (tmp_path / "pyproject.toml").write_text("[tool.moe-conformance]\nsubjct = 'reference'\n")
+    command = [sys.executable, "-m", "pytest", "--pyargs", "conformance.suite", "-q"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 4
+    assert "did you mean subject?" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "jax"])
+def test_a_new_subject_has_25_lines_and_holds_what_it_supports(kind, tmp_path):
+    text = moe("new-subject", kind, cwd=tmp_path, code=0)
+    assert len([line for line in text.splitlines() if line.strip()]) <= 25
+    (tmp_path / "router.py").write_text(text)
+    printed = moe("run", "router.py:MyRouter", "--examples", 12, cwd=tmp_path, code=0)
+    assert "0 NEW" in printed
+    assert "ok          WGT-2" in printed

@@ -1,0 +1,232 @@
+"""tests of the judge: the judge is judged. Every known fault is accused, at its stage, by a named requirement."""
+
+import contextlib
+import time
+
+import numpy as np
+import pytest
+
+from conformance.core.judge import CHECKS, Judge, stage_order
+from conformance.core.register import REQUIREMENTS, STAGES
+from conformance.core.subject import Subject, capabilities
+from conformance.core.trial import accuse, load_suite
+from conformance.faults import FAULTS, FaultySubject, run_under
+from conformance.faults.diagnose import diagnose
+from conformance.faults.table import first_accusation, kill_table
+from conformance.router.draw import SPECS, make_case
+from conformance.subjects.reference import Reference
+from moe_ref import RouterSpec
+
+ROUTING = ("config", "run", "gate", "score", "groups", "select", "weights")
+BY_NAME = {fault.name: fault for fault in FAULTS}
+
+PUBLIC_BUGS = {
+    "softmax-divides-in-one-warp": "ggml-org/llama.cpp#16711",
+    "argpartition-at-k": "ml-explore/mlx-examples#671",
+    "bfloat16-gate": "vllm-project/vllm#14027",
+    "biased-weights-ernie": "huggingface/transformers#39581",
+    "biased-scores-from-the-gate": "AI-Hypercomputer/maxtext#1492",
+    "double-norm-before-the-gate": "NVIDIA-NeMo/Automodel#1852",
+    "eps-above-the-scores": "NVIDIA/Megatron-LM#1545",
+    "gate-bias-in-the-fused-path": "vllm-project/vllm#29237",
+    "gate-bias-or-selection-bias": "NVIDIA/Megatron-LM#1971",
+    "gate-quantised": "vllm-project/vllm#23031",
+    "gguf-drops-norm": "huggingface/transformers#41151",
+    "group-ranks-of-mistral-rs": "EricLBuehler/mistral.rs#1278",
+    "groups-for-every-sigmoid": "vllm-project/vllm#34673",
+    "impossible-groups": "huggingface/transformers#48647",
+    "mask-of-0-official": "deepseek-ai/DeepSeek-V3#741",
+    "mask-of-0-transformers": "huggingface/transformers#45441",
+    "nan-beats-nothing": "vllm-project/vllm#39391",
+    "nan-beyond-the-experts": "sgl-project/sglang#30079",
+    "nan-minus-one": "intel/torch-xpu-ops#4839",
+    "nan-negative": "openxla/xla#48119",
+    "nan-repeats": "jax-ml/jax#21397",
+    "nan-by-position": "tensorflow/tensorflow#117287",
+    "noise-at-inference": "eduardzamfir/MoCE-IR#19",
+    "norm-default-fak": "anthony-chaudhary/fak#9720",
+    "norm-default-mere-run": "sawfwair/mere-run#136",
+    "norm-default-swiftlet": "leonickson1/Swiftlet#6",
+    "norm-missing": "pytorch/torchtitan#1418",
+    "norm-missing-converted": "pytorch/torchtitan#1448",
+    "norm-over-tokens": "databricks/megablocks#87",
+    "norm-read-back": "flagos-ai/FlagGems#5123",
+    "one-kernel-tile": "MetaX-MACA/vLLM-metax#270",
+    "padding-in-some-paths": "vllm-project/vllm#50759",
+    "padding-stale": "sgl-project/sglang#36404",
+    "per-expert-scale-folded": "onnxruntime/mobius#546",
+    "raw-logits": "sgl-project/sglang#35160",
+    "replay-boundary": "PrimeIntellect-ai/prime-rl#1807",
+    "replay-ids-without-weights": "radixark/miles#2722",
+    "replay-positions": "AI-Hypercomputer/maxtext#5266",
+    "replay-skips-padded-sequences": "radixark/miles#645",
+    "replay-transposed": "radixark/miles#3146",
+    "router-precision": "NVIDIA-NeMo/Automodel#3650",
+    "scale-twice": "vllm-project/vllm#45037",
+    "silent-kernel-tier": "flashinfer-ai/flashinfer#3840",
+    "softmax-order-gemma": "ml-explore/mlx-swift-lm#228",
+    "softmax-order-litgpt": "Lightning-AI/litgpt#2014",
+    "softmax-over-selected-olmoe": "lablup/mlxcel#391",
+    "softmax-where-sigmoid": "ggml-org/llama.cpp#18980",
+    "sqrtsoftplus-unknown": "flashinfer-ai/flashinfer#5190",
+    "ties-in-the-oracle": "vllm-project/vllm#54403",
+    "top-2-for-every-group": "NVIDIA/Megatron-LM#1441",
+    "top-k-all-negative": "vllm-project/vllm#37605",
+    "top-k-unsorted": "vllm-project/vllm#55514",
+    "top-k-wide": "pytorch/pytorch#196177",
+    "capacity-of-uneven-ranks": "vllm-project/vllm-ascend#16384",
+    "dispatcher-count": "vllm-project/vllm#23619",
+}
+"""Bugs of routing reported in public, each under a short name: the faults cover them."""
+
+NOT_FAULTS = {
+    "nan-by-position": "what the row of a NaN selects is free as long as its ids are distinct and in range (RUN-5)",
+    "softmax-order-litgpt": "no bug: with a norm, softmax before and after the selection are the same number",
+    "capacity-of-uneven-ranks": "expert parallelism: no router computes a capacity per rank",
+    "dispatcher-count": "expert parallelism: the number of ranks is no matter of a router",
+}
+"""Why a bug is not among the faults."""
+
+
+def test_every_public_bug_is_a_fault_or_says_why_not():
+    covered = {link for fault in FAULTS for link in fault.links}
+    uncovered = {name for name, link in PUBLIC_BUGS.items() if link not in covered}
+    assert uncovered == NOT_FAULTS.keys()
+
+
+def test_a_fault_has_a_kebab_case_name_and_one_sentence():
+    for fault in FAULTS:
+        assert fault.name == fault.name.lower().replace("_", "-")
+        assert fault.summary.endswith(".")
+        assert "\n" not in fault.summary
+
+
+@pytest.mark.parametrize(("seed", "open"), [(0, False), (1, True)], ids=["closed", "open"])
+def test_every_fault_is_accused_at_its_stage(seed, open):
+    survivors, elsewhere = [], {}
+    for fault in FAULTS:
+        violation = first_accusation(fault, seed=seed, open=open)
+        if violation is None:
+            survivors.append(fault.name)
+        elif violation.requirement != "RUN-1" and REQUIREMENTS[violation.requirement].stage not in fault.stages:
+            elsewhere[fault.name] = violation.requirement
+    assert survivors == []
+    assert elsewhere == {}
+
+
+LATE = ("bias-missing", "scale-missing", "weights-reversed", "dropped-groups-filled-with-0", "learned-scale-by-slot",
+        "group-scores-without-bias", "last-pick-off-by-one", "shared-weigh-1")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_no_earlier_stage_is_accused(name):
+    fault = BY_NAME[name]
+    earlier = [id for id, r in REQUIREMENTS.items() if STAGES.index(r.stage) < STAGES.index(fault.stage)]
+    accused = accuse(Judge(FaultySubject(fault)), seed=5, examples=6, ids=earlier)
+    assert [id for id in accused if REQUIREMENTS[id].stage not in fault.stages] == []
+
+
+@pytest.mark.parametrize("id", [id for id, requirement in REQUIREMENTS.items() if requirement.stage in ROUTING])
+def test_every_requirement_of_routing_accuses_a_fault_of_its_own(id):
+    own = [fault for fault in FAULTS if fault.requirement == id]
+    assert any(id in accuse(Judge(FaultySubject(fault)), seed=2, ids=[id]) for fault in own)
+
+
+def test_a_fault_changes_nothing_once_its_call_is_over():
+    case = a_case(RouterSpec(num_experts=8, top_k=2))
+    clean = case.reference
+    for fault in FAULTS:
+        before = Reference().route(case.logits_TE, case.spec, None)
+        with contextlib.suppress(ValueError, RuntimeError):
+            run_under(fault, case)
+        after = Reference().route(case.logits_TE, case.spec, None)
+        assert (before.weights_TK == after.weights_TK).all()
+    assert (case.with_().reference.weights_TK == clean.weights_TK).all()
+
+
+def test_a_faulty_subject_shows_its_stages_only_where_it_is_open():
+    case = a_case(RouterSpec(num_experts=8, top_k=2, num_expert_groups=4, num_limited_groups=2))
+    closed, opened = (
+        FaultySubject(BY_NAME["groups-ignored"], open=open).route(case.logits_TE, case.spec, None)
+        for open in (False, True)
+    )
+    assert closed.scores_TE is None
+    assert closed.group_ids_TL is None
+    assert opened.scores_TE is not None
+    assert opened.group_ids_TL is not None
+    assert capabilities(FaultySubject(BY_NAME["groups-ignored"])) == {"route", "gate", "configure"}
+
+
+def test_the_kill_table_lists_requirements_by_stage():
+    faults = [BY_NAME["norm-missing"], BY_NAME["gate-bias-missing"]]
+    table = kill_table(faults, seed=0, examples=5)
+    assert list(table) == faults
+    assert table[faults[1]] == ["GAT-2"]
+    assert table[faults[0]][0] == "WGT-2"
+    assert table[faults[0]] == sorted(table[faults[0]], key=stage_order)
+
+
+# a subject that is not deterministic
+
+
+class FailsOnce(Subject):
+    """The reference, but its first call returns other weights."""
+
+    logit_dtypes = ("float32", "float64", "bfloat16")
+
+    def __init__(self):
+        self.reference, self.calls = Reference(), 0
+
+    def route(self, logits_TE, spec, expert_bias_E, **inputs):
+        self.calls += 1
+        found = self.reference.route(logits_TE, spec, expert_bias_E, **inputs)
+        return type(found)(**vars(found) | {"weights_TK": found.weights_TK * (2 if self.calls == 1 else 1)})
+
+
+def test_a_violation_that_does_not_repeat_is_a_violation_all_the_same():
+    assert "RUN-4" in accuse(Judge(FailsOnce()), seed=0, ids=["RUN-4"])
+
+
+# the diagnosis
+
+
+def a_case(spec: RouterSpec, *, logits="normal", bias="none", tokens=1, seed=0):
+    load_suite()
+    return make_case(spec, CHECKS["RUN-1"], logits=logits, bias=bias, tokens=tokens, seed=seed)
+
+
+@pytest.mark.parametrize("name", ["norm-missing", "scale-twice", "group-score-of-the-best", "softmax-for-sigmoid",
+                                  "dropped-groups-filled-with-0", "weights-of-biased-scores"])  # fmt: skip
+def test_the_diagnosis_names_the_fault(name):
+    fault = BY_NAME[name]
+    spec = RouterSpec(num_experts=16, top_k=4, score_func="sigmoid", num_expert_groups=4, num_limited_groups=2,
+                      route_norm=True, norm_eps=1e-20, route_scale=2.5)  # fmt: skip
+    for seed in range(200):
+        case = a_case(spec, bias="negative", seed=seed)
+        observation = Judge(FaultySubject(fault)).observe(case)
+        found = diagnose(case, observation)
+        if found:
+            break
+    assert fault in found
+    assert len(found) <= 8
+
+
+def test_the_diagnosis_of_what_is_right_is_empty():
+    for seed, spec in enumerate(SPECS):
+        case = a_case(spec, bias="mixed", tokens=3, seed=seed)
+        assert diagnose(case, Judge(Reference()).observe(case)) == []
+
+
+def test_the_diagnosis_of_a_token_takes_less_than_a_second():
+    case = a_case(RouterSpec(num_experts=8, top_k=2, route_norm=True))
+    observation = Judge(FaultySubject(BY_NAME["norm-missing"])).observe(case)
+    start = time.process_time()
+    diagnose(case, observation)
+    assert time.process_time() - start < 1
+
+
+def test_an_unknown_fault_has_no_diagnosis():
+    case = a_case(RouterSpec(num_experts=8, top_k=2))
+    seen = Judge(Reference()).observe(case)
+    strange = type(seen)(**vars(seen) | {"weights_TK": np.full((1, 2), 0.123)})
+    assert diagnose(case, strange) == []

@@ -1,0 +1,180 @@
+"""tests of the judge: what is right is never accused, in whatever style it is right."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from conformance.core.judge import CHECKS, Judge, stage_order
+from conformance.core.register import REQUIREMENTS
+from conformance.core.subject import Subject
+from conformance.core.trial import accuse, load_suite
+from conformance.subjects.reference import Reference
+from moe_ref import UNUSED, routing
+from moe_ref.routing import normalise, scale_weights, weigh
+
+SEEDS = (0, 1)
+load_suite()
+ROUTING = [id for id in sorted(CHECKS, key=stage_order) if CHECKS[id].method in ("configure", "gate", "route")]
+MUST = frozenset(id for id, requirement in REQUIREMENTS.items() if requirement.level == "MUST")
+SHOULD = frozenset(REQUIREMENTS) - MUST
+
+
+class Float64(Reference):
+    """The oracle itself."""
+
+    compute_dtype = "float64"
+
+
+class Closed(Reference):
+    """Ids and weights alone."""
+
+    def route(self, logits_TE, spec, expert_bias_E, **inputs):
+        found = super().route(logits_TE, spec, expert_bias_E, **inputs)
+        return replace(found, scores_TE=None, group_ids_TL=None)
+
+
+class Reordered(Closed):
+    """The slots of a token in another order, where the selector leaves it free."""
+
+    def order(self, ids_TK):
+        """(T, K) the new order of the slots."""
+        return np.broadcast_to(np.arange(ids_TK.shape[1])[::-1], ids_TK.shape)
+
+    def route(self, logits_TE, spec, expert_bias_E, **inputs):
+        found = super().route(logits_TE, spec, expert_bias_E, **inputs)
+        if spec.selector != "top_k":
+            return found
+        order_TK = self.order(found.expert_ids_TK)
+        ids_TK, weights_TK = (np.take_along_axis(v, order_TK, 1) for v in (found.expert_ids_TK, found.weights_TK))
+        return replace(found, expert_ids_TK=ids_TK, weights_TK=weights_TK)
+
+
+class Shuffled(Reordered):
+    """Slots in an order that depends on the token alone."""
+
+    def order(self, ids_TK):
+        return np.argsort((ids_TK * 7919 + ids_TK.sum(axis=1, keepdims=True) * 31) % 101, axis=1, kind="stable")
+
+
+class HighestIdWins(Closed):
+    """Of equal experts, and of equal groups, the higher id."""
+
+    def route(self, logits_TE, spec, expert_bias_E, **inputs):
+        def top_k(scores_TE, k):
+            return scores_TE.shape[1] - 1 - np.argsort(-scores_TE[:, ::-1], axis=-1, kind="stable")[:, :k]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(routing, "top_k", top_k)
+            return super().route(logits_TE, spec, expert_bias_E, **inputs)
+
+
+class NoisyRanking(Closed):
+    """Choice scores off by up to two roundings, the same ones for the same score: near ties fall otherwise."""
+
+    def route(self, logits_TE, spec, expert_bias_E, **inputs):
+        clean = routing.bias_choice
+
+        def bias_choice(scaled_logits_TE, scores_TE, expert_bias_E, spec):
+            choice_TE = clean(scaled_logits_TE, scores_TE, expert_bias_E, spec)
+            if spec.select_by == "logit":
+                return choice_TE
+            bits_TE = scores_TE.astype(np.float32).view(np.uint32)
+            noise_TE = ((bits_TE * np.uint32(2654435761)) >> np.uint32(30)).astype(np.float32) - 1.5
+            return choice_TE + noise_TE * np.float32(2**-23) * scores_TE
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(routing, "bias_choice", bias_choice)
+            return super().route(logits_TE, spec, expert_bias_E, **inputs)
+
+
+class ScaledFirst(Closed):
+    """Weights by another route: logarithms, the slots summed backwards, the scale over the norm multiplied once."""
+
+    def route(self, logits_TE, spec, expert_bias_E, **inputs):
+        def other_normalise(raw_TK, shared_TS, spec):
+            if not spec.route_norm or spec.norm_p != 1 or spec.norm_form != "add_eps" or spec.norm_with_shared:
+                return normalise(raw_TK, shared_TS, spec)
+            total_T1 = np.zeros_like(raw_TK[:, :1])
+            for k in reversed(range(spec.top_k)):
+                total_T1 = total_T1 + raw_TK[:, k : k + 1]
+            divisor_T1 = total_T1 + raw_TK.dtype.type(spec.norm_eps)
+            return raw_TK * (1 / np.where(divisor_T1 < 1e-30, np.inf, divisor_T1)), shared_TS
+
+        def other_weigh(z_TE, scores_TE, ids_TK, spec):
+            raw_TK = weigh(z_TE, scores_TE, ids_TK, spec)
+            return np.where(ids_TK == UNUSED, 0, np.exp(np.log(np.maximum(raw_TK, 1e-45)))) * (raw_TK > 0)
+
+        def other_scale(weights_TK, ids_TK, learned, spec):
+            return spec.route_scale * scale_weights(weights_TK, ids_TK, learned, spec.replace(route_scale=1.0))
+
+        with pytest.MonkeyPatch.context() as patch, np.errstate(under="ignore"):
+            for name, made in (("weigh", other_weigh), ("normalise", other_normalise), ("scale_weights", other_scale)):
+                patch.setattr(routing, name, made)
+            return super().route(logits_TE, spec, expert_bias_E, **inputs)
+
+
+class Int32Ids(Closed):
+    """Ids of int32."""
+
+    def route(self, logits_TE, spec, expert_bias_E, **inputs):
+        found = super().route(logits_TE, spec, expert_bias_E, **inputs)
+        return replace(found, expert_ids_TK=found.expert_ids_TK.astype(np.int32))
+
+
+class Uint8Ids(Closed):
+    """Ids of uint8, where no slot is unused."""
+
+    def supports(self, spec, layout=None):
+        return "unused slots have no unsigned id" if spec.selector == "given" else None
+
+    def route(self, logits_TE, spec, expert_bias_E, *, learned_scale=None, token_ids_T=None, table_VK=None, seed=0):
+        named = {"learned_scale": learned_scale, "token_ids_T": token_ids_T, "table_VK": table_VK, "seed": seed}
+        inputs = {name: value for name, value in named.items() if value is not None}
+        found = super().route(logits_TE, spec, expert_bias_E, **inputs)
+        return replace(found, expert_ids_TK=found.expert_ids_TK.astype(np.uint8))
+
+
+class Float64Weights(Closed):
+    """Scores in float32, weights returned as float64."""
+
+    def route(self, logits_TE, spec, expert_bias_E, **inputs):
+        found = super().route(logits_TE, spec, expert_bias_E, **inputs)
+        return replace(found, weights_TK=found.weights_TK.astype(np.float64))
+
+
+INNOCENT: dict[type[Subject], frozenset[str]] = {
+    Reference: frozenset(),
+    Float64: frozenset(),
+    Closed: frozenset(),
+    Reordered: frozenset({"SEL-6"}),
+    Shuffled: frozenset({"SEL-6"}),
+    HighestIdWins: frozenset({"GRP-4", "SEL-5", "SEL-6"}),
+    NoisyRanking: frozenset({"SEL-6"}),
+    ScaledFirst: frozenset(),
+    Int32Ids: frozenset(),
+    Uint8Ids: frozenset(),
+    Float64Weights: frozenset(),
+}
+"""Each with the SHOULDs that it does not keep."""
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("subject", INNOCENT, ids=lambda subject: subject.__name__)
+def test_what_is_right_is_not_accused(subject, seed):
+    judge = Judge(subject())
+    accused = accuse(judge, seed=seed, examples=8, ids=ROUTING)
+    assert INNOCENT[subject] <= SHOULD
+    assert accused.keys() <= INNOCENT[subject], {id: (str(v), v.expected, v.received) for id, v in accused.items()}
+
+
+def test_the_reference_is_judged_by_every_requirement_of_routing():
+    judge = Judge(Reference())
+    accuse(judge, seed=0, examples=10, ids=ROUTING)
+    assert [id for id in ROUTING if judge.ledger[id].judged == 0] == []
+
+
+@pytest.mark.parametrize("subject", [Reordered, HighestIdWins], ids=lambda subject: subject.__name__)
+def test_the_shoulds_that_are_not_kept_are_noticed(subject):
+    ids = sorted(INNOCENT[subject])
+    assert accuse(Judge(subject()), seed=0, ids=ids).keys() == set(ids)

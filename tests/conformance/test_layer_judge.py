@@ -1,0 +1,231 @@
+"""tests of the judge: the judge of layers. What is right is never accused; bounds, cases and pages are sound."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from conformance.core.judge import CHECKS, Judge, LayerCheck, Violation
+from conformance.core.register import REQUIREMENTS
+from conformance.core.shrink import shrink
+from conformance.core.subject import Subject
+from conformance.core.trial import accuse, load_suite
+from conformance.layer import bounds as layer_bounds
+from conformance.layer.case import LayerCase, case_from_json
+from conformance.layer.draw import LAYER_SPECS, THIN_LAYER_SPECS, make_layer_case
+from conformance.layer.verdicts import FORM, stable_T, wanted_gradients
+from conformance.run.deviations import read_case, write_case
+from conformance.run.report import failure_page, side_by_side
+from conformance.subjects.reference import Reference
+from moe_ref import moe_layer
+
+STAGES = ("permute", "experts", "combine", "layer", "backward")
+IDS = [id for id, requirement in REQUIREMENTS.items() if requirement.stage in STAGES]
+CHECK = LayerCheck(requirement="LAY-2", run=lambda judge, case: None, method="layer", inputs=("token_mask_T",))
+
+
+def a_case(spec, seed: int = 0, **choices) -> LayerCase:
+    return make_layer_case(spec, CHECK, **({"x": "normal", "bias": "mixed", "tokens": 7, "seed": seed} | choices))
+
+
+class Float64(Reference):
+    """The oracle itself."""
+
+    compute_dtype = expert_dtype = "float64"
+
+
+class Backwards(Reference):
+    """The slots of a token summed from the last to the first, and features in another order inside an expert."""
+
+    def experts(self, rows_RD, tokens_per_expert_E, params, spec):
+        return super().experts(rows_RD, tokens_per_expert_E, turned(params), spec)
+
+    def combine(self, rows_ND, order_N, weights_TK, spec):
+        K = weights_TK.shape[1]
+        turned_N = order_N // K * K + (K - 1 - order_N % K)
+        return super().combine(rows_ND, turned_N, weights_TK[:, ::-1], spec)
+
+    def layer(self, x_TD, params, spec, **inputs):
+        return super().layer(x_TD, turned(params), spec, **inputs)
+
+
+def turned(params):
+    """The hidden features of the routed experts from the last to the first: the same experts, summed otherwise."""
+    names = ("w_up_EDF", "w_gate_EDF", "b_up_EF", "b_gate_EF")
+    found = {name: getattr(params, name) for name in names}
+    changes = {name: value[..., ::-1] for name, value in found.items() if value is not None}
+    return replace(params, w_down_EFD=params.w_down_EFD[:, ::-1], **changes)
+
+
+class Bfloat16(Reference):
+    """Experts that read and return bfloat16 numbers, and say so."""
+
+    expert_dtype = "bfloat16"
+
+    def experts(self, rows_RD, tokens_per_expert_E, params, spec):
+        import ml_dtypes
+
+        def rounded(values):
+            return values.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+        return rounded(super().experts(rounded(rows_RD), tokens_per_expert_E, params, spec))
+
+
+INNOCENT = (Reference, Float64, Backwards, Bfloat16)
+
+
+@pytest.mark.parametrize("subject", INNOCENT, ids=lambda subject: subject.__name__)
+def test_what_is_right_is_not_accused(subject):
+    judge = Judge(subject())
+    accused = accuse(judge, seed=0, examples=12, ids=IDS)
+    assert {id: (str(v), v.expected, v.received) for id, v in accused.items()} == {}
+    assert {id for id in IDS if judge.ledger[id].judged == 0} == set()
+
+
+def test_every_requirement_of_these_stages_has_a_check():
+    load_suite()
+    assert {id for id in IDS if not isinstance(CHECKS[id], LayerCheck)} == set()
+    assert set(FORM.values()) <= set(IDS)
+
+
+def test_a_subject_without_layers_is_unsupported_and_not_ok():
+    class Empty(Subject):
+        """Defines nothing."""
+
+    judge = Judge(Empty())
+    assert accuse(judge, seed=0, examples=3, ids=IDS) == {}
+    assert {judge.ledger[id].status("MUST") for id in IDS} == {"unsupported"}
+
+
+@pytest.mark.parametrize("x", ["normal", "large", "small"])
+def test_balls_are_centred_on_the_reference_and_hold_what_float32_gives(x):
+    for number, spec in enumerate(LAYER_SPECS):
+        case = a_case(spec, seed=number, x=x)
+        ball = layer_bounds.layer(case, "float32", "float32")
+        grads = layer_bounds.gradients(case, "float32", "float32")
+        np.testing.assert_allclose(ball.output_TD.centre, case.reference.output_TD, rtol=1e-9, atol=1e-9)
+        wanted = wanted_gradients(case)
+        assert grads.keys() == wanted.keys()
+        for name, grad in grads.items():
+            np.testing.assert_allclose(grad.centre, wanted[name], rtol=1e-9, atol=1e-9, err_msg=name)
+            # Large where clamps and kinks are near; never so large that nothing is said.
+            if name.startswith(("w_", "shared_w_")):
+                assert np.median(grad.radius) <= 1e-3 * np.abs(wanted[name]).max(), name
+        if stable_T(case, "float32").all():
+            narrow = moe_layer(case.x_TD, case.params, spec, dtype=np.float32, **case.inputs)
+            assert (np.abs(narrow.output_TD - case.reference.output_TD) <= ball.output_TD.radius).all()
+
+
+def test_generated_choices_are_clear_of_rounding():
+    unclear = [~stable_T(a_case(spec, seed=seed), "float32") for spec in LAYER_SPECS for seed in range(4)]
+    assert np.concatenate(unclear).mean() < 0.01
+
+
+def test_a_choice_that_rounding_can_change_is_not_stable():
+    case = a_case(LAYER_SPECS[0], bias="none").with_(inputs={})
+    gate_ED = case.params.gate_ED.copy()
+    gate_ED[:] = gate_ED[0]
+    gate_ED[0] += 1
+    assert not stable_T(case.with_params(gate_ED=gate_ED), "float32").any()
+
+
+def test_every_check_finds_specs_in_both_pools():
+    load_suite()
+    for id in IDS:
+        for pool in (LAYER_SPECS, THIN_LAYER_SPECS):
+            assert any(CHECKS[id].spec(spec) for spec in pool), id
+    assert len(THIN_LAYER_SPECS) < len(LAYER_SPECS) / 2
+
+
+@pytest.mark.parametrize("number", [0, 2, 11, 17, 18, 60])
+def test_a_case_is_the_same_after_json(number, tmp_path):
+    case = a_case(LAYER_SPECS[number], seed=number)
+    again = case_from_json(json.loads(json.dumps(case.to_json())))
+    assert isinstance(again, LayerCase)
+    assert again.digest == case.digest
+    assert again.spec == case.spec
+    np.testing.assert_array_equal(again.reference.output_TD, case.reference.output_TD)
+    id, read = read_case(write_case(tmp_path, "LAY-2", case, "nobody"))
+    assert (id, read.digest) == ("LAY-2", case.digest)
+    assert read.tags == case.tags
+
+
+def test_a_case_with_an_unknown_parameter_is_refused():
+    data = a_case(LAYER_SPECS[0]).to_json()
+    data["params"]["w_sideways"] = [1.0]
+    with pytest.raises(ValueError, match="w_sideways"):
+        case_from_json(data)
+
+
+class NoClamp(Reference):
+    """Forgets the clamp (sgl-project/sglang#39939)."""
+
+    name = "no-clamp"
+
+    def experts(self, rows_RD, tokens_per_expert_E, params, spec):
+        plain = spec.replace(experts=spec.experts.replace(clamp=None, clamp_at="before"))
+        return super().experts(rows_RD, tokens_per_expert_E, params, plain)
+
+
+class NoShared(Reference):
+    """Forgets the shared experts."""
+
+    name = "no-shared"
+
+    def layer(self, x_TD, params, spec, **inputs):
+        zero = None if params.shared_w_down_SFD is None else 0 * params.shared_w_down_SFD
+        return super().layer(x_TD, replace(params, shared_w_down_SFD=zero), spec, **inputs)
+
+
+@pytest.mark.parametrize(("subject", "id"), [(NoClamp, "EXP-3"), (NoShared, "LAY-8")])
+def test_a_failure_shrinks_to_one_token_and_reads_like_a_page(subject, id):
+    judge = Judge(subject())
+    violation = shrink(judge, accuse(judge, seed=0, examples=60, ids=[id])[id])
+    case = violation.case
+    assert isinstance(case, LayerCase)
+    assert case.num_tokens == 1
+    page = failure_page(judge, violation)
+    for part in (id, "expected", "received", "router", "experts", "weights[0]", "tags", f"replay {id}-{case.digest}"):
+        assert part in page
+    shown = side_by_side(judge, case)
+    assert "output_TD" in shown
+    assert judge.name in shown
+
+
+class WrongRouter(Reference):
+    """The selection bias enters the weights, of the router and of the layer alike."""
+
+    def route(self, logits_TE, spec, expert_bias_E, **inputs):
+        found = super().route(logits_TE, spec, expert_bias_E, **inputs)
+        if expert_bias_E is None:
+            return found
+        return replace(found, weights_TK=found.weights_TK + expert_bias_E[found.expert_ids_TK])
+
+    def layer(self, x_TD, params, spec, **inputs):
+        if params.expert_bias_E is None:
+            return super().layer(x_TD, params, spec, **inputs)
+        return super().layer(x_TD, params, spec, **inputs) + 1
+
+
+def test_a_wrong_router_is_accused_and_not_the_layer():
+    judge = Judge(WrongRouter())
+    assert accuse(judge, seed=0, examples=30, ids=["LAY-2"]) == {}
+    assert judge.ledger["LAY-2"].not_run["judged where the subject's router is right"] > 0
+    assert "WGT-1" in accuse(judge, seed=0, examples=30, ids=["WGT-1"])
+
+
+def test_an_error_on_a_variation_is_blamed_on_what_varies():
+    class Fragile(Reference):
+        """Refuses a batch without rows."""
+
+        def experts(self, rows_RD, tokens_per_expert_E, params, spec):
+            if not len(rows_RD):
+                raise RuntimeError("empty")
+            return super().experts(rows_RD, tokens_per_expert_E, params, spec)
+
+    judge = Judge(Fragile())
+    (violation,) = accuse(judge, seed=0, examples=5, ids=["EXP-9"]).values()
+    assert isinstance(violation, Violation)
+    assert violation.requirement == "EXP-9"
+    assert "RuntimeError: empty" in violation.received
