@@ -19,13 +19,13 @@ ROUNDINGS = 32
 """Granted to a sum of products besides one for each term: exp, log and divisions."""
 
 
-def counted(judge: Judge, case: LoadCase, id: str) -> np.ndarray:
+def counted(judge: Judge, case: LoadCase) -> np.ndarray:
     """The subject's (E,) counts, as int64."""
     E, inputs = case.spec.num_experts, mask_of(case)
-    found = np.asarray(judge.call(case, "load", case.expert_ids_TK.copy(), E, blame=id, **inputs))
+    found = np.asarray(judge.call(case, "load", case.expert_ids_TK.copy(), E, **inputs))
     if found.dtype.kind not in "iu" or found.shape != (E,):
         received = f"{found.dtype}{list(found.shape)}"
-        raise Violation(id, case, "not a count for each expert", expected=f"{E} integers", received=received)
+        accuse("not a count for each expert", expected=f"{E} integers", received=received)
     return found.astype(np.int64)
 
 
@@ -42,27 +42,27 @@ class Loss:
     d_logits_TE: np.ndarray
 
 
-def lost(judge: Judge, case: LoadCase, id: str, **more) -> Loss:
+def lost(judge: Judge, case: LoadCase, **more) -> Loss:
     """The subject's balance loss."""
     given = (case.logits_TE.astype(np.float32), case.expert_ids_TK.copy(), case.spec.balance, case.router)
-    return loss_of(case, judge.call(case, "balance_loss", *given, blame=id, **case.inputs, **more), id)
+    return loss_of(case, judge.call(case, "balance_loss", *given, **case.inputs, **more))
 
 
-def z_lost(judge: Judge, case: LoadCase, id: str) -> Loss:
+def z_lost(judge: Judge, case: LoadCase) -> Loss:
     """The subject's z-loss."""
     given = (case.logits_TE.astype(np.float32), case.spec.coeff)
-    return loss_of(case, judge.call(case, "z_loss", *given, blame=id, **mask_of(case)), id)
+    return loss_of(case, judge.call(case, "z_loss", *given, **mask_of(case)))
 
 
-def loss_of(case: LoadCase, returned, id: str) -> Loss:
+def loss_of(case: LoadCase, returned) -> Loss:
     """A number and a gradient of the shape of the logits, in float64."""
     try:
         loss, d_logits_TE = (np.asarray(returned[name], dtype=np.float64) for name in ("loss", "d_logits_TE"))
     except (TypeError, KeyError, ValueError):
-        raise Violation(id, case, "no loss and d_logits_TE", expected="both", received=str(returned)[:200]) from None
+        raise Violation("no loss and d_logits_TE", expected="both", received=str(returned)[:200]) from None
     if loss.shape or d_logits_TE.shape != case.logits_TE.shape:
         expected, received = f"() and {case.logits_TE.shape}", f"{loss.shape} and {d_logits_TE.shape}"
-        raise Violation(id, case, "loss or gradient of another shape", expected=expected, received=received)
+        accuse("loss or gradient of another shape", expected=expected, received=received)
     return Loss(loss=loss, d_logits_TE=d_logits_TE)
 
 
@@ -117,31 +117,30 @@ def z_radius(judge: Judge, case: LoadCase) -> Loss:
     return Loss(loss=np.asarray(loss + TINY[dtype]), d_logits_TE=gradient_TE + TINY[dtype])
 
 
-def hold_loss(case: LoadCase, id: str, title: str, found: Loss, wanted: Loss, radius: Loss, *, gradient=True):
+def hold_loss(case: LoadCase, title: str, found: Loss, wanted: Loss, radius: Loss, *, gradient=True):
     """Loss and gradient are within their radius of the wanted ones."""
     if not abs(found.loss - wanted.loss) <= radius.loss:
         expected, received = f"loss {float(wanted.loss):.9g}", f"loss {float(found.loss):.9g}"
-        raise Violation(id, case, title, expected=expected, received=received)
+        accuse(title, expected=expected, received=received)
     if gradient:
-        hold_gradient(case, id, title, found.d_logits_TE, wanted.d_logits_TE, radius.d_logits_TE)
+        hold_gradient(case, title, found.d_logits_TE, wanted.d_logits_TE, radius.d_logits_TE)
 
 
-def hold_gradient(case: LoadCase, id: str, title: str, found_TE, wanted_TE, radius_TE) -> None:
+def hold_gradient(case: LoadCase, title: str, found_TE, wanted_TE, radius_TE) -> None:
     """The gradients of each token are within their radius of the wanted ones."""
     with np.errstate(invalid="ignore"):
         wrong_T = ~(np.abs(found_TE - wanted_TE) <= radius_TE).all(axis=-1)  # NaN is wrong
     for t in np.flatnonzero(wrong_T):
         expected, received = f"d_logits {shown(wanted_TE[t])}", f"d_logits {shown(found_TE[t])}"
-        raise Violation(id, case, title, token=int(t), expected=expected, received=received)
+        accuse(title, token=int(t), expected=expected, received=received)
 
 
-def moved(judge: Judge, case: LoadCase, id: str) -> np.ndarray:
+def moved(judge: Judge, case: LoadCase) -> np.ndarray:
     """The subject's (E,) bias after a step."""
     given = (case.counts_SE.copy(), case.spec.update, case.expert_bias_E.astype(np.float32))
-    found = np.asarray(judge.call(case, "bias_update", *given, blame=id), dtype=np.float64)
+    found = np.asarray(judge.call(case, "bias_update", *given), dtype=np.float64)
     if found.shape != case.expert_bias_E.shape:
-        raise Violation(id, case, "bias of another shape", expected=str(case.expert_bias_E.shape),
-                        received=str(found.shape))  # fmt: skip
+        accuse("bias of another shape", expected=str(case.expert_bias_E.shape), received=str(found.shape))  # fmt: skip
     return found
 
 
@@ -155,24 +154,23 @@ class Limited:
     slot_table_UEC: np.ndarray | None
 
 
-def limited(judge: Judge, case: LoadCase, id: str, *, gradient: bool = False) -> Limited:
+def limited(judge: Judge, case: LoadCase, *, gradient: bool = False) -> Limited:
     """The subject's choice and weights under the capacity; kept ids are the given ones."""
     given = (case.expert_ids_TK.copy(), case.weights_TK.astype(np.float32), case.spec.capacity, case.spec.num_experts)
     more = {"d_weights_TK": case.d_weights_TK} if gradient else {}
-    returned = judge.call(case, "capacity", *given, blame=id, **case.inputs, **more)
+    returned = judge.call(case, "capacity", *given, **case.inputs, **more)
     shape = case.expert_ids_TK.shape
     try:
         ids_TK, weights_TK = np.asarray(returned["expert_ids_TK"]), np.asarray(returned["weights_TK"])
         d_weights_TK = np.asarray(returned["d_weights_TK"], dtype=np.float64) if gradient else None
     except (TypeError, KeyError):
-        raise Violation(id, case, "no ids and weights", expected="both", received=str(returned)[:200]) from None
+        raise Violation("no ids and weights", expected="both", received=str(returned)[:200]) from None
     if ids_TK.shape != shape or weights_TK.shape != shape or ids_TK.dtype.kind not in "iu":
         received = f"{ids_TK.dtype}{list(ids_TK.shape)} and {weights_TK.shape}"
-        raise Violation(id, case, "ids or weights of another form", expected=f"two of {shape}", received=received)
+        accuse("ids or weights of another form", expected=f"two of {shape}", received=received)
     wrong_TK = (ids_TK != -1) & (ids_TK != case.expert_ids_TK)
     for t in np.flatnonzero(wrong_TK.any(axis=-1)):
-        raise Violation(id, case, "a slot has another expert", token=int(t),
-                        expected=str(case.expert_ids_TK[t].tolist()), received=str(ids_TK[t].tolist()))  # fmt: skip
+        accuse("a slot has another expert", token=int(t), expected=str(case.expert_ids_TK[t].tolist()), received=str(ids_TK[t].tolist()))  # fmt: skip
     return Limited(
         expert_ids_TK=ids_TK.astype(np.int64),
         weights_TK=weights_TK.astype(np.float64),
@@ -181,11 +179,10 @@ def limited(judge: Judge, case: LoadCase, id: str, *, gradient: bool = False) ->
     )
 
 
-def hold_kept(case: LoadCase, id: str, title: str, found_TK, wanted_TK) -> None:
+def hold_kept(case: LoadCase, title: str, found_TK, wanted_TK) -> None:
     """The kept slots are the reference's."""
     for t in np.flatnonzero((found_TK != wanted_TK).any(axis=-1)):
-        raise Violation(id, case, title, token=int(t), expected=str(wanted_TK[t].tolist()),
-                        received=str(found_TK[t].tolist()))  # fmt: skip
+        accuse(title, token=int(t), expected=str(wanted_TK[t].tolist()), received=str(found_TK[t].tolist()))  # fmt: skip
 
 
 def weights_radius(judge: Judge, wanted) -> np.ndarray:

@@ -4,32 +4,20 @@ import inspect
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
-from conformance.balance.case import LoadCase
-from conformance.core.checks import (
-    CHECKS,
-    LAYOUT_METHODS,
-    LOAD_RULES,
-    REPLAY_METHODS,  # noqa: F401  (known here too)
-    Check,
-    LayerCheck,
-    LayoutCheck,
-    LoadCheck,
-)
-from conformance.core.register import REQUIREMENTS, STAGES
-from conformance.core.subject import Routing, Subject, Unsupported, capabilities
-from conformance.layer.case import LayerCase
-from conformance.router.case import Case, valid_tokens
-from conformance.sharded.case import LayoutCase
-from moe_ref import UNUSED, LayerSpec, RouterSpec
+from conformance.core.case import Case
+from conformance.core.check import CHECKS, Check
+from conformance.core.register import REQUIREMENTS
+from conformance.core.rounding import EPSILON
+from conformance.core.subject import Subject, Unsupported, capabilities
 from moe_ref.specs.checks import require
 
 
 class NotRun(Exception):
-    """The subject cannot run a case; the text is the sentence that says why."""
+    """A case is not judged; the text is the sentence that says why."""
 
 
 class Violation(AssertionError):
@@ -37,29 +25,46 @@ class Violation(AssertionError):
 
     def __init__(
         self,
-        requirement: str,
-        case: Case | LayerCase | LoadCase | None,
         title: str,
         *,
-        token=None,
-        expected="",
-        received="",
+        token: int | None = None,
+        expected: object = "",
+        received: object = "",
+        requirement: str = "",
+        case: Case | None = None,
     ):
-        super().__init__(f"{requirement} {title}")
-        self.requirement, self.case, self.title = requirement, case, title
-        self.token, self.expected, self.received = token, expected, received
+        """Without a requirement it is that of the check that runs, on the case that it runs on."""
+        super().__init__(title)
+        self.title, self.token = title, None if token is None else int(token)
+        self.expected, self.received = str(expected), str(received)
+        self.requirement, self.case = requirement, case
+
+    def __str__(self) -> str:
+        return f"{self.requirement} {self.title}".strip()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Observation:
-    """What a subject returned for a case, checked for its form, in float64 and int64."""
+class Crash(Violation):
+    """The subject raised an error on a case that it says it supports."""
 
-    case: Case
-    expert_ids_TK: np.ndarray
-    weights_TK: np.ndarray
-    scores_TE: np.ndarray | None
-    group_ids_TL: np.ndarray | None
-    shared_weights_TS: np.ndarray | None
+    def __init__(
+        self, error: Exception, *, expected: str = "a result", requirement: str = "", case: Case | None = None
+    ):
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        super().__init__(
+            "raised an error",
+            expected=expected,
+            received=f"{text} ({where.filename}:{where.lineno})",
+            requirement=requirement,
+            case=case,
+        )
+        self.refused = isinstance(error, ValueError)
+        """Whether it is the error by which an input is refused."""
+
+
+def accuse(title: str, *, token: int | None = None, expected: object = "", received: object = "") -> NoReturn:
+    """The requirement of the check that runs does not hold for its case."""
+    raise Violation(title, token=token, expected=expected, received=received)
 
 
 @dataclass(kw_only=True)
@@ -68,8 +73,8 @@ class Entry:
 
     judged: int = 0
     near_ties: int = 0
-    layouts: set = field(default_factory=set)
-    """The different layouts on which it was judged."""
+    places: set = field(default_factory=set)
+    """The different places on which it was judged, for kinds that have them."""
     reasons: Counter = field(default_factory=Counter)
     """Why specs of the pool are not supported."""
     not_run: Counter = field(default_factory=Counter)
@@ -87,19 +92,20 @@ class Entry:
 
 
 class Judge:
-    """Judges one subject. The checks of the suite get one of these."""
+    """Judges one subject. The checks of the chapters get one of these."""
 
     def __init__(self, subject: Subject, deviations=()):
         self.subject = subject
         self.deviations = tuple(deviations)
-        self.ledger = {id: Entry() for id in REQUIREMENTS}
+        self.ledger = {name: Entry() for name in REQUIREMENTS}
         self.capabilities = capabilities(subject)
-        self.surveys: dict[str, Violation | None] = {}
-        """What the fixed cases of a layer's requirement found; they are run once."""
-        self._observed: tuple[Case | None, Observation | None] = (None, None)
-        self._specs: dict[str, tuple[list, Counter]] = {}
+        self.memory: dict[Any, Any] = {}
+        """What a kind keeps of this subject between calls."""
+        self._running: list[Check] = []
+        self._surveyed: dict[str, Violation | None] = {}
+        """What the fixed cases of a requirement found; they are run once."""
         for dtype in (*subject.logit_dtypes, subject.compute_dtype, subject.expert_dtype):
-            known = ("float64", "float32", "float16", "bfloat16")
+            known = tuple(EPSILON)
             require(dtype in known, f"subject {self.name}: dtype {dtype!r} is not one of {known}")
 
     @property
@@ -108,40 +114,26 @@ class Judge:
 
     # running the subject
 
-    def observe(self, case: Case) -> Observation:
-        """The subject's result for a case; NotRun where it cannot run it, Violation where its form is wrong."""
-        if self._observed[0] is not case:
-            self._observed = (case, well_formed(case, self.route(case)))
-        observation = self._observed[1]
-        assert observation is not None
-        return observation
+    def call(self, case: Case, method: str, *arguments: Any, blame: str = "", **inputs: Any) -> Any:
+        """What a method of the subject returns for a case.
 
-    def route(self, case: Case) -> Routing:
-        """The subject's bare result for a case."""
-        spec = case.spec
-        self.needs("route")
-        if sentence := self.subject.supports(spec):
-            raise NotRun(sentence)
-        dtype = case.dtype if case.dtype in self.subject.logit_dtypes else "float64"
-        if dtype not in self.subject.logit_dtypes:
-            raise NotRun(f"logits of dtype {case.dtype} are not taken")
-        bias_E = None if case.expert_bias_E is None else case.expert_bias_E.astype(np.float32)
-        inputs = {name: _as_given(value) for name, value in case.inputs.items()}
-        self._names_inputs("route", inputs)
-        try:
-            return self.subject.route(cast(case.logits_TE, dtype), spec, bias_E, **inputs)
-        except Unsupported as sentence:
-            raise NotRun(str(sentence)) from None
-        except Exception as error:
-            raise crash(case, error) from error
+        Args:
+            blame: the requirement that an error violates; that of the check that runs, unless it is given.
+            inputs: by name; float64 arrays are given in float32. None that the method does not name may be among them.
 
-    def call(self, case: LayerCase | LoadCase, method: str, *arguments, blame: str, **inputs):
-        """What a method of layers returns; an error that it raises violates the requirement `blame`."""
+        Raises:
+            NotRun: the subject does not run the case.
+            Crash: it raised an error.
+        """
         self.needs(method)
-        if sentence := self._why_not(case, method):
+        if sentence := case.why_not(self.subject, method):
             raise NotRun(sentence)
         inputs = {name: _as_given(value) for name, value in inputs.items()}
-        self._names_inputs(method, inputs)
+        parameters = inspect.signature(getattr(self.subject, method)).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            for name in inputs:
+                if name not in parameters:
+                    raise NotRun(f"{method}() has no parameter {name}")
         try:
             # Poisoned rows overflow; that is for the checks to see, not for Python to warn of.
             with np.errstate(all="ignore"):
@@ -149,84 +141,131 @@ class Judge:
         except Unsupported as sentence:
             raise NotRun(str(sentence)) from None
         except Exception as error:
-            raise crash(case, error, blame, "a result") from error
-
-    def _why_not(self, case: LayerCase | LoadCase, method: str) -> str | None:
-        if isinstance(case, LoadCase):
-            return None if LOAD_RULES[method] is None else self.subject.supports_load(case.spec.rule)
-        place = (case.layout,) if isinstance(case, LayoutCase) and method in LAYOUT_METHODS else ()
-        return self.subject.supports_layer(case.spec, *place)
-
-    def sound(self, case: Case, *ids: str) -> bool:
-        """Whether these requirements hold for a neighbouring case; if not, they are to blame, not this case."""
-        return all(self.holds(id, case) for id in ids)
+            raise Crash(error, requirement=blame, case=case if blame else None) from error
 
     def needs(self, method: str) -> None:
         """NotRun where the subject does not define an optional method."""
         if method not in self.capabilities:
             raise NotRun(f"{method}() is not defined")
 
-    def _names_inputs(self, method: str, inputs: dict) -> None:
-        parameters = inspect.signature(getattr(self.subject, method)).parameters
-        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            return
-        for name in inputs:
-            if name not in parameters:
-                raise NotRun(f"{method}() has no parameter {name}")
-
-    def specs(self, check: Check) -> tuple[list, Counter]:
-        """The specs of the pool that the check wants and the subject supports; why the others are not run.
-
-        For a LayoutCheck they are settings: a spec with a layout.
-        """
-        if check.requirement not in self._specs and isinstance(check, LayoutCheck):
-            from conformance.sharded.draw import supported
-
-            self._specs[check.requirement] = supported(self, check)
-        if check.requirement not in self._specs and isinstance(check, LoadCheck):
-            from conformance.balance.draw import supported as supported_rules
-
-            self._specs[check.requirement] = supported_rules(self, check)
-        if check.requirement not in self._specs:
-            wanted: list[Any] = [spec for spec in self._pool(check) if check.spec(spec)]
-            supports = self.subject.supports_layer if isinstance(check, LayerCheck) else self.subject.supports
-            reasons = [supports(spec) for spec in wanted]
-            supported = [spec for spec, why in zip(wanted, reasons, strict=True) if why is None]
-            self._specs[check.requirement] = supported, Counter(why for why in reasons if why)
-        return self._specs[check.requirement]
-
-    def _pool(self, check: Check) -> list[RouterSpec] | list[LayerSpec]:
-        from conformance.layer.draw import LAYER_SPECS, THIN_LAYER_SPECS
-        from conformance.router.draw import SPECS, THIN_SPECS
-
-        if isinstance(check, LayerCheck):
-            return THIN_LAYER_SPECS if self.subject.compiles else LAYER_SPECS
-        return THIN_SPECS if self.subject.compiles else SPECS
+    def settings(self, check: Check) -> tuple[list, Counter]:
+        """What the check wants and the subject supports; why the rest is not run."""
+        key = "settings", check.requirement
+        if key not in self.memory:
+            self.memory[key] = check.kind.settings(self, check)
+        return self.memory[key]
 
     # holding a case against a requirement
 
-    def begin(self, check: Check) -> None:
-        """Called once for each example that a check draws, also where none can be run."""
-        reasons = self.specs(check)[1]
+    def begin(self, check: Check) -> str | None:
+        """Before the cases of a check: why none can be run, or None."""
+        entry = self.ledger[check.requirement]
         if check.method not in self.capabilities:
-            reasons = Counter([f"{check.method}() is not defined"])
-        self.ledger[check.requirement].reasons = reasons
+            entry.reasons = Counter([f"{check.method}() is not defined"])
+            return f"{check.method}() is not defined"
+        found, entry.reasons = self.settings(check)
+        return None if found else "; ".join(entry.reasons)
 
-    def examine(self, check: Check, case: Case | LayerCase | LoadCase) -> None:
-        """Run a check on a case; a violation that no deviation covers and no earlier stage explains is raised."""
+    def survey(self, check: Check) -> None:
+        """Examine the fixed cases of a check, once; what they found is raised each time, so that none is flaky."""
+        if check.requirement not in self._surveyed:
+            self._surveyed[check.requirement] = None
+            try:
+                for case in check.kind.fixed(self, check):
+                    self.examine(check, case)
+            except Violation as violation:
+                self._surveyed[check.requirement] = violation
+        if found := self._surveyed[check.requirement]:
+            raise found
+
+    def examine(self, check: Check, case: Case) -> None:
+        """Run a check on a case; a violation that no deviation covers and nothing else explains is raised."""
         entry = self.ledger[check.requirement]
         try:
-            check.run(self, case)
-            entry.judged += 1
-            if isinstance(case, LayoutCase):
-                entry.layouts.add(case.layout)
+            self.run(check, case)
         except NotRun as sentence:
             entry.not_run[str(sentence)] += 1
-        except Violation as violation:
-            self._attribute(check, violation)
+        except Violation as found:
+            try:
+                violation = self.blame(check, found)
+            except NotRun as sentence:
+                entry.not_run[str(sentence)] += 1
+            else:
+                self._enter(check, violation)
+        else:
+            entry.judged += 1
+            if case.place is not None:
+                entry.places.add(case.place)
 
-    def _attribute(self, check: Check, violation: Violation) -> None:
-        violation = self.earliest(check, violation)
+    def run(self, check: Check, case: Case) -> None:
+        """Run a check on a case, whoever is to blame.
+
+        Raises:
+            NotRun: the case is not what the check is given, or the subject does not run it.
+            Violation: with its requirement and case.
+        """
+        for condition in check.given:
+            if not condition.holds(self, case):
+                raise NotRun(condition.sentence)
+        self._running.append(check)
+        try:
+            check.run(self, case)
+        except Violation as violation:
+            if not violation.requirement:
+                violation.requirement = check.requirement
+                violation.case = case if check.shows_case else None
+            raise
+        finally:
+            self._running.pop()
+
+    def near_ties(self, count: int) -> None:
+        """So many tokens hung on rounding, and were forgiven by the check that runs."""
+        if self._running:
+            self.ledger[self._running[-1].requirement].near_ties += count
+
+    def blame(self, check: Check, violation: Violation) -> Violation:
+        """The violation to report in place of one that a check found: one fault is reported once, where it is.
+
+        Raises:
+            NotRun: the violation is explained by something that is not judged here.
+        """
+        case = violation.case
+        if violation.requirement != check.requirement or case is None:
+            return violation
+        asked = [(case, check.after)]
+        asked += [(neighbour, names) for simplify, names in check.simpler if (neighbour := simplify(case)) is not None]
+        for neighbour, names in asked:
+            for name in names:
+                if (found := self.violated(name, neighbour)) is not None:
+                    return self.blame(CHECKS[name], found)
+        for condition in (*check.unless, *check.kind.excuses):
+            if condition.holds(self, case):
+                raise NotRun(condition.sentence)
+        return violation
+
+    def violated(self, requirement: str, case: Case) -> Violation | None:
+        """What the check of a requirement finds on a case of its kind, or of the kind that its kind is made of."""
+        check = CHECKS[requirement]
+        part = case if isinstance(case, check.kind.case) else getattr(case, f"{check.kind.name}_case", case)
+        if check.method not in self.capabilities or not check.wants(part):
+            return None
+        try:
+            self.run(check, part)
+        except Violation as violation:
+            return violation
+        except NotRun:
+            return None
+        return None
+
+    def holds(self, requirement: str, case: Case) -> bool:
+        """Whether a requirement holds for a case; a case that cannot be run does not contradict it."""
+        return self.violated(requirement, case) is None
+
+    def covering(self, violation: Violation):
+        """The declared deviation that covers a violation, or None."""
+        return next((d for d in self.deviations if d.covers(violation)), None)
+
+    def _enter(self, check: Check, violation: Violation) -> None:
         entry = self.ledger[violation.requirement]
         if deviation := self.covering(violation):
             entry.known[deviation] += 1
@@ -238,41 +277,8 @@ class Judge:
             # Another requirement's own test finds it too, as a rule; if not, it is accused all the same.
             entry.violation = violation
 
-    def earliest(self, check: Check, violation: Violation) -> Violation:
-        """The violation of the earliest stage on the same case: one fault is reported once."""
-        if violation.requirement != check.requirement or violation.case is None:
-            return violation
-        for id in check.after:
-            earlier, case = CHECKS[id], violation.case
-            if isinstance(case, LayerCase) and not isinstance(earlier, LayerCheck):
-                case = case.router_case
-            if earlier.method in self.capabilities and earlier.wants(case):
-                try:
-                    earlier.run(self, case)
-                except Violation as found:
-                    return self.earliest(earlier, found)
-                except NotRun:
-                    continue
-        return violation
 
-    def covering(self, violation: Violation):
-        """The declared deviation that covers a violation, or None."""
-        return next((d for d in self.deviations if d.covers(violation)), None)
-
-    def holds(self, id: str, case: Case | LayerCase | LoadCase) -> bool:
-        """Whether a requirement holds for a case; a case that cannot be run does not contradict it."""
-        if not CHECKS[id].wants(case):
-            return True
-        try:
-            CHECKS[id].run(self, case)
-        except Violation:
-            return False
-        except NotRun:
-            return True
-        return True
-
-
-def cast(array, dtype: str) -> np.ndarray:
+def cast(array: np.ndarray, dtype: str) -> np.ndarray:
     """A copy in a dtype by name; bfloat16 needs ml_dtypes, which comes with the extras that use it."""
     if dtype == "bfloat16":
         import ml_dtypes
@@ -285,57 +291,3 @@ def _as_given(value):
     if isinstance(value, np.ndarray):
         return value.astype(np.float32) if value.dtype == np.float64 else value.copy()
     return value
-
-
-def crash(
-    case: Case | LayerCase | LoadCase, error: Exception, blame: str = "RUN-1", wanted: str = "a routing"
-) -> Violation:
-    """An error of the subject on a case that it says it supports."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    received = f"{text} ({where.filename}:{where.lineno})"
-    return Violation(blame, case, "raised an error", expected=wanted, received=received)
-
-
-def well_formed(case: Case, routing: Routing) -> Observation:
-    """The result as float64 and int64 arrays of the right shapes, or a Violation of SEL-1."""
-    spec, T = case.spec, case.num_tokens
-
-    def wrong(title, expected, received, token=None):
-        return Violation("SEL-1", case, title, token=token, expected=str(expected), received=str(received))
-
-    ids_TK, weights_TK = np.asarray(routing.expert_ids_TK), np.asarray(routing.weights_TK)
-    shape = (T, spec.top_k)
-    if ids_TK.shape != shape:
-        raise wrong("expert ids of another shape", shape, ids_TK.shape)
-    if weights_TK.shape != shape:
-        raise wrong("weights of another shape", shape, weights_TK.shape)
-    if ids_TK.dtype.kind not in "iu":
-        raise wrong("expert ids are not integers", "integers", ids_TK.dtype)
-    ids_TK = ids_TK.astype(np.int64)
-    may_be_unused_TK = ~valid_tokens(case)[:, None] | (np.asarray(case.inputs.get("given_ids_TK", 0)) == UNUSED)
-    unused_TK = may_be_unused_TK & (ids_TK == UNUSED)
-    for t in np.flatnonzero((((ids_TK < 0) | (ids_TK >= spec.num_choices)) & ~unused_TK).any(axis=-1)):
-        raise wrong("an expert id is out of range", f"ids in 0 .. {spec.num_choices - 1}", ids_TK[t].tolist(), int(t))
-    in_order_TK = np.sort(np.where(unused_TK, -1 - np.arange(spec.top_k), ids_TK), axis=-1)
-    for t in np.flatnonzero((np.diff(in_order_TK) == 0).any(axis=-1)):
-        raise wrong("an expert is selected twice", f"{spec.top_k} distinct experts", ids_TK[t].tolist(), int(t))
-    optional = {}
-    for name, wanted in (
-        ("scores_TE", (T, spec.num_choices)),
-        ("group_ids_TL", (T, spec.num_limited_groups)),
-        ("shared_weights_TS", (T, spec.num_scored_shared_experts)),
-    ):
-        value = getattr(routing, name)
-        if value is not None:
-            value = np.asarray(value)
-            if value.shape != wanted:
-                raise wrong(f"{name} of another shape", wanted, value.shape)
-            value = value.astype(np.int64 if name == "group_ids_TL" else np.float64)
-        optional[name] = value
-    return Observation(case=case, expert_ids_TK=ids_TK, weights_TK=weights_TK.astype(np.float64), **optional)
-
-
-def stage_order(id: str) -> tuple[int, int]:
-    """Sort key: the stage of a requirement, then its place in the register."""
-    return STAGES.index(REQUIREMENTS[id].stage), list(REQUIREMENTS).index(id)

@@ -1,23 +1,24 @@
-"""conformance, the trial: every check of the suite on one subject without pytest, for the tests of the judge."""
+"""conformance, the trial: how a check becomes a hypothesis test, and every check on one subject without pytest."""
 
-import importlib
-from pathlib import Path
+import zlib
+from collections.abc import Callable, Iterable
 
 import hypothesis
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from hypothesis.errors import FlakyFailure
 
-from conformance.core.check import as_test
-from conformance.core.judge import CHECKS, Judge, Violation, stage_order
+from conformance.core.check import CHECKS, Check
+from conformance.core.judge import Judge, Violation
+from conformance.core.register import REQUIREMENTS, SPEC_VERSION, stage_order
 
 DEFAULT_EXAMPLES = 60
-"""Cases per requirement."""
-LAYERS_COST = 4
-"""A run tries a whole layer this many times less often than a router: it costs that much more."""
+"""Cases for each requirement of a kind whose cost is 1."""
+BITS = 32
+"""Of the seed of a case."""
 
-
-# A case is built by NumPy from a few drawn choices: what hypothesis finds slow or large is neither.
+# A case is built by NumPy from one seed: what hypothesis finds slow or large is neither.
 UNHELPFUL = [
     HealthCheck.too_slow,
     HealthCheck.data_too_large,
@@ -25,42 +26,66 @@ UNHELPFUL = [
     HealthCheck.large_base_example,
 ]
 
+# Not an integer: among these hypothesis mixes the literals of the user's own modules, so that one more constant in a
+# subject's file would draw other cases. Bits are nothing but its random generator.
+SEEDS = st.tuples(*[st.booleans()] * BITS).map(lambda bits: sum(bit << place for place, bit in enumerate(bits)))
 
-def hypothesis_settings(examples: int, **more) -> settings:
-    """The settings under which a check runs, in a trial and under pytest."""
-    return settings(
-        max_examples=examples,
+
+def as_test(check: Check, *, examples: int = DEFAULT_EXAMPLES, seed: int | None = None) -> Callable[[Judge], None]:
+    """A hypothesis test of a check: called with a judge, it draws cases until one fails.
+
+    The cases depend on the requirement and the version of the specification alone, and on the seed where one is given:
+    the same commit gets the same verdict.
+
+    Args:
+        examples: cases, where one costs 1.
+        seed: draws other cases.
+    """
+
+    @given(number=SEEDS)
+    def test(judge: Judge, number: int):
+        if sentence := judge.begin(check):
+            pytest.skip(f"unsupported: {sentence}")
+        judge.survey(check)
+        judge.examine(check, check.kind.draw(judge, check, number))
+
+    test.__name__ = test.__qualname__ = f"test_{check.requirement.replace('-', '_')}_{check.run.__name__}"
+    test.__module__ = check.run.__module__
+    test.__doc__ = f"{check.requirement}: {REQUIREMENTS[check.requirement].sentence}"
+    test.requirement = check.requirement  # type: ignore[attr-defined]
+    of_case = zlib.crc32(f"{check.requirement} {SPEC_VERSION} {'' if seed is None else seed}".encode())
+    profile = settings(
+        max_examples=-(-examples // check.kind.cost),
         deadline=None,
         database=None,
         report_multiple_bugs=False,
         print_blob=False,
         suppress_health_check=UNHELPFUL,
-        **more,
+        phases=[Phase.generate],  # simpler seeds say nothing; `core.shrink` makes the case itself smaller
     )
+    return hypothesis.seed(of_case)(profile(test))
 
 
-def load_suite() -> None:
-    """Import the checks of every chapter, so that all of them are registered."""
-    root = Path(__file__).parents[1]
-    for path in sorted(root.glob("*/*/checks*.py")):
-        importlib.import_module(".".join(("conformance", *path.relative_to(root).with_suffix("").parts)))
-
-
-def accuse(judge: Judge, *, seed: int, examples: int = DEFAULT_EXAMPLES, ids=None, first: bool = False):
+def accusations(
+    judge: Judge,
+    *,
+    seed: int | None = None,
+    examples: int = DEFAULT_EXAMPLES,
+    of: Iterable[str] | None = None,
+    first: bool = False,
+) -> dict[str, Violation]:
     """Violations of a subject, by requirement, earliest stage first, not shrunk.
 
     Args:
         judge: of the subject.
-        seed: of the generated cases.
-        examples: cases per requirement.
-        ids: requirements to judge; None is all.
+        seed: of the generated cases; None: those of a run.
+        examples: cases for each requirement.
+        of: requirements to judge; None: every one.
         first: stop at the first violation.
     """
-    load_suite()
-    profile = hypothesis_settings(examples, phases=[Phase.generate])
-    for id in sorted(CHECKS, key=stage_order) if ids is None else ids:
+    for name in sorted(CHECKS, key=stage_order) if of is None else of:
         try:
-            hypothesis.seed(seed)(profile(as_test(CHECKS[id])))(judge)
+            as_test(CHECKS[name], examples=examples, seed=seed)(judge)
         except Violation as violation:
             judge.ledger[violation.requirement].violation = violation
         except FlakyFailure as flaky:
@@ -73,5 +98,5 @@ def accuse(judge: Judge, *, seed: int, examples: int = DEFAULT_EXAMPLES, ids=Non
             continue  # unsupported, and in the ledger as such
         if first and any(entry.violation for entry in judge.ledger.values()):
             break
-    found = {id: entry.violation for id, entry in judge.ledger.items() if entry.violation}
+    found = {name: entry.violation for name, entry in judge.ledger.items() if entry.violation}
     return dict(sorted(found.items(), key=lambda item: stage_order(item[0])))

@@ -63,10 +63,10 @@ def _stable_groups_T(router, error_TE, dtype: str):
     return in_order_TG[:, L - 1] - in_order_TG[:, L] > 2 * slack_T
 
 
-def judged_T(judge: Judge, case: LayerCase, id: str) -> np.ndarray:
+def judged_T(judge: Judge, case: LayerCase) -> np.ndarray:
     """(T,) the tokens whose choice of experts is beyond doubt; the others are counted as near ties."""
     clear_T = stable_T(case, judge.subject.compute_dtype)
-    judge.ledger[id].near_ties += int((~clear_T).sum())
+    judge.near_ties(int((~clear_T).sum()))
     return clear_T
 
 
@@ -83,57 +83,55 @@ def blaming(case: LayerCase):
         raise
 
 
-def permuted(judge: Judge, case: LayerCase, expert_ids_TK, num_experts: int, id: str):
+def permuted(judge: Judge, case: LayerCase, expert_ids_TK, num_experts: int):
     """The subject's order and counts, as int64."""
-    returned = judge.call(case, "permute", expert_ids_TK.copy(), num_experts, blame=id)
+    returned = judge.call(case, "permute", expert_ids_TK.copy(), num_experts)
     try:
         order_N, counts_E = (np.asarray(each) for each in returned)
     except (TypeError, ValueError):
-        raise Violation(id, case, "not two arrays", expected="(order_N, counts)", received=str(returned)) from None
+        raise Violation("not two arrays", expected="(order_N, counts)", received=str(returned)) from None
     for name, found in (("order", order_N), ("counts", counts_E)):
         if found.dtype.kind not in "iu" or found.ndim != 1:
-            raise Violation(id, case, f"the {name} are not integers of one axis", expected="integers",
-                            received=f"{found.dtype}{list(found.shape)}")  # fmt: skip
+            accuse(f"the {name} are not integers of one axis", expected="integers", received=f"{found.dtype}{list(found.shape)}")  # fmt: skip
     if len(counts_E) != num_experts:
-        raise Violation(id, case, "counts of another length", expected=str(num_experts), received=str(len(counts_E)))
+        accuse("counts of another length", expected=str(num_experts), received=str(len(counts_E)))
     return order_N.astype(np.int64), counts_E.astype(np.int64)
 
 
-def expert_rows(judge: Judge, case: LayerCase, rows_RD, tokens_per_expert_E, id: str) -> np.ndarray:
+def expert_rows(judge: Judge, case: LayerCase, rows_RD, tokens_per_expert_E) -> np.ndarray:
     """The subject's (R, D) outputs of rows sorted by expert."""
     given = (rows_RD.astype(np.float32), tokens_per_expert_E.copy(), case.params.astype(np.float32), case.spec)
-    return _array(case, judge.call(case, "experts", *given, blame=id), rows_RD.shape, id)
+    return _array(case, judge.call(case, "experts", *given), rows_RD.shape)
 
 
-def combined(judge: Judge, case: LayerCase, rows_ND, order_N, weights_TK, id: str) -> np.ndarray:
+def combined(judge: Judge, case: LayerCase, rows_ND, order_N, weights_TK) -> np.ndarray:
     """The subject's (T, D) weighted sums."""
     given = (rows_ND.astype(np.float32), order_N.copy(), weights_TK.astype(np.float32), case.spec)
     shape = (len(weights_TK), case.spec.experts.dim)
-    return _array(case, judge.call(case, "combine", *given, blame=id), shape, id)
+    return _array(case, judge.call(case, "combine", *given), shape)
 
 
-def output(judge: Judge, case: LayerCase, id: str) -> np.ndarray:
+def output(judge: Judge, case: LayerCase) -> np.ndarray:
     """The subject's (T, D) output of the whole layer."""
     given = (case.x_TD.astype(np.float32), case.params.astype(np.float32), case.spec)
-    return _array(case, judge.call(case, "layer", *given, blame=id, **case.inputs), case.x_TD.shape, id)
+    return _array(case, judge.call(case, "layer", *given, **case.inputs), case.x_TD.shape)
 
 
-def gradients(judge: Judge, case: LayerCase, id: str) -> dict[str, np.ndarray]:
+def gradients(judge: Judge, case: LayerCase) -> dict[str, np.ndarray]:
     """The subject's gradients by name, each of the shape of what it belongs to."""
     given = (case.x_TD.astype(np.float32), case.params.astype(np.float32), case.spec)
     d_output_TD = case.d_output_TD.astype(np.float32)
-    found = judge.call(case, "layer_gradients", *given, d_output_TD, blame=id, **case.inputs)
+    found = judge.call(case, "layer_gradients", *given, d_output_TD, **case.inputs)
     wanted = wanted_gradients(case)
     missing = wanted.keys() - found.keys()
     unknown = found.keys() - wanted.keys() - {"expert_bias_E"}
     if missing or unknown:
-        raise Violation(id, case, "gradients of other parameters", expected=", ".join(sorted(wanted)),
-                        received=", ".join(sorted(found)))  # fmt: skip
+        accuse("gradients of other parameters", expected=", ".join(sorted(wanted)), received=", ".join(sorted(found)))  # fmt: skip
     shapes = {name: value.shape for name, value in wanted.items()}
     if case.params.expert_bias_E is not None:
         shapes["expert_bias_E"] = case.params.expert_bias_E.shape
     # Without a bias there is nothing that its gradient could have the shape of.
-    return {name: _array(case, value, shapes[name], id, name) for name, value in found.items() if name in shapes}
+    return {name: _array(case, value, shapes[name], name) for name, value in found.items() if name in shapes}
 
 
 def wanted_gradients(case: LayerCase) -> dict[str, np.ndarray]:
@@ -145,20 +143,20 @@ def wanted_gradients(case: LayerCase) -> dict[str, np.ndarray]:
     }
 
 
-def _array(case, value, shape, id: str, name: str = "output") -> np.ndarray:
+def _array(case, value, shape, name: str = "output") -> np.ndarray:
     try:
         found = np.asarray(value).astype(np.float64)
     except (TypeError, ValueError):
-        raise Violation(id, case, f"{name}: no array", expected=f"shape {shape}", received=str(type(value))) from None
+        raise Violation(f"{name}: no array", expected=f"shape {shape}", received=str(type(value))) from None
     if found.shape != shape:
-        raise Violation(id, case, f"{name} of another shape", expected=str(shape), received=str(found.shape))
+        accuse(f"{name} of another shape", expected=str(shape), received=str(found.shape))
     return found
 
 
 # holding what returned against the reference
 
 
-def hold(case, id: str, title: str, found, wanted, radius, *, rows=None, label: Callable[[int], str] | None = None):
+def hold(case, title: str, found, wanted, radius, *, rows=None, label: Callable[[int], str] | None = None):
     """Every number is within its radius of the wanted one; the first row that has another is shown.
 
     Args:
@@ -172,7 +170,7 @@ def hold(case, id: str, title: str, found, wanted, radius, *, rows=None, label: 
     for row in np.flatnonzero(wrong_R if rows is None else wrong_R & rows):
         token = int(row) if label is None else None
         full_title = title if label is None else f"{title}: {label(int(row))}"
-        raise Violation(id, case, full_title, token=token, expected=shown(wanted[row]), received=shown(found[row]))
+        accuse(full_title, token=token, expected=shown(wanted[row]), received=shown(found[row]))
 
 
 def shown(values) -> str:
@@ -182,14 +180,14 @@ def shown(values) -> str:
     return f"[{numbers}{' ...' if len(flat) > 12 else ''}]"
 
 
-def hold_experts(judge: Judge, case: LayerCase, rows_RD, counts_E, id: str, title: str) -> None:
+def hold_experts(judge: Judge, case: LayerCase, rows_RD, counts_E, title: str) -> None:
     """The rows of the experts are the reference's; those past the counts are not judged."""
-    found = expert_rows(judge, case, rows_RD, counts_E, id)
+    found = expert_rows(judge, case, rows_RD, counts_E)
     N = int(counts_E.sum())
     wanted_ND = run_experts(rows_RD[:N], counts_E, case.params, case.spec.experts).output_RD
     owner_N = np.repeat(np.arange(len(counts_E)), counts_E)
     radius_ND = experts_radius(judge, case, rows_RD[:N], counts_E)
-    hold(case, id, title, found[:N], wanted_ND, radius_ND, label=lambda row: f"row {row}, of expert {owner_N[row]}")
+    hold(case, title, found[:N], wanted_ND, radius_ND, label=lambda row: f"row {row}, of expert {owner_N[row]}")
 
 
 def experts_radius(judge: Judge, case: LayerCase, rows_ND, counts_E) -> np.ndarray:
@@ -213,44 +211,44 @@ def combined_ball(judge: Judge, case: LayerCase, rows_ND, order_N, weights_TK) -
     return ball.made(combine(slots_TKD, weights_TK, case.spec.router), ball.radius)
 
 
-def hold_layer(judge: Judge, case: LayerCase, id: str, title: str) -> None:
+def hold_layer(judge: Judge, case: LayerCase, title: str) -> None:
     """The output is the reference's, for the tokens whose choice is beyond doubt."""
-    found = output(judge, case, id)
+    found = output(judge, case)
     radius_TD = layer_bounds.layer(case, *dtypes(judge)).output_TD.radius
-    with excusing(judge, case, id):
-        hold(case, id, title, found, case.reference.output_TD, radius_TD, rows=judged_T(judge, case, id))
+    with excusing(judge, case):
+        hold(case, title, found, case.reference.output_TD, radius_TD, rows=judged_T(judge, case))
 
 
-def hold_gradients(judge: Judge, case: LayerCase, names, id: str, title: str) -> None:
+def hold_gradients(judge: Judge, case: LayerCase, names, title: str) -> None:
     """The gradients of these names are the reference's; a case with a near tie has none that could be judged."""
-    found = gradients(judge, case, id)
+    found = gradients(judge, case)
     balls, wanted = layer_bounds.gradients(case, *dtypes(judge)), wanted_gradients(case)
-    clear_T = judged_T(judge, case, id)
-    with excusing(judge, case, id):
+    clear_T = judged_T(judge, case)
+    with excusing(judge, case):
         for name in names:
             if name == "x_TD":
-                hold(case, id, title, found[name], wanted[name], balls[name].radius, rows=clear_T)
+                hold(case, title, found[name], wanted[name], balls[name].radius, rows=clear_T)
             elif name in wanted and clear_T.all():
-                hold_parameter(case, id, title, name, found[name], wanted[name], balls[name].radius)
+                hold_parameter(case, title, name, found[name], wanted[name], balls[name].radius)
 
 
-def hold_parameter(case: LayerCase, id: str, title: str, name: str, found, wanted, radius, *, rows=None) -> None:
+def hold_parameter(case: LayerCase, title: str, name: str, found, wanted, radius, *, rows=None) -> None:
     """`hold` of what belongs to a parameter."""
-    hold(case, id, title, found, wanted, radius, rows=rows, label=lambda row: f"{name}[{row}]")
+    hold(case, title, found, wanted, radius, rows=rows, label=lambda row: f"{name}[{row}]")
 
 
 @contextmanager
-def excusing(judge: Judge, case: LayerCase, id: str):
+def excusing(judge: Judge, case: LayerCase):
     """What a wrong router makes wrong is not judged: the requirements of the router accuse it."""
     try:
         yield
     except Violation:
-        if router_is_wrong(judge, case, id):
+        if router_is_wrong(judge, case):
             raise NotRun("judged where the subject's router is right") from None
         raise
 
 
-def router_is_wrong(judge: Judge, case: LayerCase, id: str) -> bool:
+def router_is_wrong(judge: Judge, case: LayerCase) -> bool:
     """The subject's own `route` selects or weighs otherwise on this case, where it has one."""
     try:
         seen = judge.observe(case.router_case)
@@ -258,7 +256,7 @@ def router_is_wrong(judge: Judge, case: LayerCase, id: str) -> bool:
         return False
     except Violation:
         return True
-    return bool(selection_differs(judge, seen, id) or weights_differ(judge, seen))
+    return bool(selection_differs(judge, seen) or weights_differ(judge, seen))
 
 
 def unused_or_null(expert_ids_TK, num_experts: int) -> np.ndarray:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from conformance.core.usage import UsageError
 from conformance.pictures.traffic import _figure as figure_class
-from conformance.run.deviations import UsageError
 from moe_ref.balance import bias_update, load_statistics, tokens_per_expert
 from moe_ref.routing import route
 from moe_ref.specs.balance import BiasUpdateSpec

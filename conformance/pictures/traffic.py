@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from conformance.run.deviations import UsageError
+from conformance.core.usage import UsageError
 from moe_ref.routing import route
 from moe_ref.specs.checks import integer, number
 from moe_ref.specs.families import family

@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from conformance.core.rounding import EPSILON, TINY
-from conformance.router.case import Case
+from conformance.router.case import RouterCase
 from moe_ref import UNUSED, RouterSpec
 from moe_ref.routing import factor_of, gather, kept_experts, normalise, scale_weights, score, softmax
 
@@ -22,7 +22,7 @@ def score_floor(spec: RouterSpec, dtype: str) -> float:
     return TINY[dtype] ** 0.5 if spec.score_func == "sqrtsoftplus" else TINY[dtype]
 
 
-def logit_error(case: Case, dtype: str) -> np.ndarray:
+def logit_error(case: RouterCase, dtype: str) -> np.ndarray:
     """Absolute error of each scaled logit."""
     spec = case.spec
     z_TE = np.abs(np.nan_to_num(case.reference.scaled_logits_TE[:, : spec.num_choices], neginf=0.0))
@@ -31,7 +31,7 @@ def logit_error(case: Case, dtype: str) -> np.ndarray:
     return 4 * EPSILON[dtype] * z_TE
 
 
-def score_error(case: Case, dtype: str) -> np.ndarray:
+def score_error(case: RouterCase, dtype: str) -> np.ndarray:
     """Relative error of each score, (T, E)."""
     spec, eps = case.spec, EPSILON[dtype]
     z_TE = np.nan_to_num(case.reference.scaled_logits_TE[:, : spec.num_choices], neginf=0.0)
@@ -43,7 +43,7 @@ def score_error(case: Case, dtype: str) -> np.ndarray:
     return error_TE
 
 
-def choice_error(case: Case, dtype: str) -> np.ndarray:
+def choice_error(case: RouterCase, dtype: str) -> np.ndarray:
     """Absolute error of each choice score, (T, E)."""
     trace, eps = case.reference, EPSILON[dtype]
     choice_TE = np.abs(np.nan_to_num(trace.scores_for_choice_TE, neginf=0.0))
@@ -56,7 +56,7 @@ def choice_error(case: Case, dtype: str) -> np.ndarray:
     return error_TE + eps * (choice_TE + np.abs(case.expert_bias_E))
 
 
-def unlimited_choice(case: Case) -> np.ndarray:
+def unlimited_choice(case: RouterCase) -> np.ndarray:
     """Choice scores before any group is dropped, (T, E)."""
     spec, trace = case.spec, case.reference
     if spec.num_expert_groups is None:
@@ -142,7 +142,7 @@ def keeps(kept_L, choice_E, spec: RouterSpec, dtype: str) -> bool:
     return bool(scores_G[in_G].min() + slack >= scores_G[~in_G].max(initial=-np.inf))
 
 
-def expected_weights(case: Case, expert_ids_TK) -> np.ndarray:
+def expected_weights(case: RouterCase, expert_ids_TK) -> np.ndarray:
     """The reference's weights for these ids, whoever selected them, (T, K)."""
     spec, trace = case.spec, case.reference
     E, S = spec.num_choices, spec.num_scored_shared_experts
@@ -165,7 +165,7 @@ def expected_weights(case: Case, expert_ids_TK) -> np.ndarray:
     return scale_weights(normed_TK, expert_ids_TK, learned, spec)
 
 
-def weight_error(case: Case, expert_ids_TK, dtype: str) -> np.ndarray:
+def weight_error(case: RouterCase, expert_ids_TK, dtype: str) -> np.ndarray:
     """Relative error of each weight, (T, K)."""
     error_TK = gather(score_error(case, dtype), expert_ids_TK)
     if case.spec.route_norm or case.spec.score_over == "selected":
@@ -177,7 +177,7 @@ def weight_error(case: Case, expert_ids_TK, dtype: str) -> np.ndarray:
     return error_TK * max(1.0, powers) + EPSILON[dtype] * ROUNDINGS
 
 
-def known_factor(case: Case, expert_ids_TK):
+def known_factor(case: RouterCase, expert_ids_TK):
     """Per-expert factors of the selected experts, to be divided out where only the scores matter."""
     if case.spec.learned_scale == "none":
         return np.ones(())

@@ -1,112 +1,94 @@
-"""conformance, the case: one input of a router, with an id, tags, and a JSON form that replays."""
+"""conformance, router: its case. Logits, and what goes with them."""
 
-import hashlib
-import json
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 
+from conformance.core.case import Case, plain, rounder
+from conformance.core.subject import Subject
 from moe_ref import RouterSpec, route
 
 INT_INPUTS = ("token_ids_T", "table_VK", "given_ids_TK")
+ROW_INPUTS = ("token_ids_T", "given_ids_TK", "token_mask_T")
+"""Inputs with one entry for each token."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """A spec and the arrays that go with it. Everything is float64 or int64; dtype says what the subject is given."""
+class RouterCase(Case):
+    """A spec and the arrays that go with it. Everything is float64 or int64; dtype says what the subject is given.
+
+    `inputs`: further ones of moe_ref.route: learned_scale, token_ids_T, table_VK, given_ids_TK, token_mask_T, seed.
+    """
+
+    KEYS = frozenset({"spec", "logits_TE"})
 
     spec: RouterSpec
     logits_TE: np.ndarray
     expert_bias_E: np.ndarray | None = None
-    inputs: dict = field(default_factory=dict)
-    """Further inputs of moe_ref.route: learned_scale, token_ids_T, table_VK, given_ids_TK, token_mask_T, seed."""
-    dtype: str = "float32"
-    seed: int = 0
-    """Of the draws that a metamorphic requirement makes: permutations, constants."""
 
     @cached_property
     def reference(self):
         """The oracle's trace of this case."""
         return route(self.logits_TE, self.spec, expert_bias_E=self.expert_bias_E, **self.inputs)
 
-    @cached_property
-    def tags(self) -> frozenset[str]:
-        """What is special about this case; deviations are declared by tags."""
-        return frozenset(tag for tag, holds in TAGS.items() if holds(self))
-
     @property
     def num_tokens(self) -> int:
         return len(self.logits_TE)
 
-    def rng(self) -> np.random.Generator:
-        """The source of a metamorphic requirement's draws."""
-        return np.random.default_rng(self.seed)
-
-    def with_(self, **changes) -> "Case":
-        """A copy with other values."""
-        return replace(self, **changes)
-
-    def tokens(self, rows) -> "Case":
+    def tokens(self, rows) -> Self:
         """The case of some of its tokens, in the order given."""
-        inputs = dict(self.inputs)
-        for name in ("token_ids_T", "given_ids_TK", "token_mask_T"):
-            if name in inputs:
-                inputs[name] = inputs[name][rows]
+        inputs = {name: value[rows] if name in ROW_INPUTS else value for name, value in self.inputs.items()}
         return self.with_(logits_TE=self.logits_TE[rows], inputs=inputs)
 
+    def simpler(self) -> Iterator[Self]:
+        """Without a bias, or parts of it; rounder numbers."""
+        bias_E = self.expert_bias_E
+        if bias_E is not None:
+            yield self.with_(expert_bias_E=None)
+            for e in np.flatnonzero(bias_E):
+                yield self.with_(expert_bias_E=np.where(np.arange(len(bias_E)) == e, 0, bias_E))
+            yield from (self.with_(expert_bias_E=each) for each in rounder(bias_E))
+        yield from (self.with_(logits_TE=each) for each in rounder(self.logits_TE))
+
+    def why_not(self, subject: Subject, method: str) -> str | None:
+        """By its spec."""
+        return subject.supports(self.spec)
+
     def to_json(self) -> dict:
-        """Plain data; -inf and NaN are strings, so that any JSON reader takes it."""
+        """Plain data."""
         found = {
-            "spec": {k: _plain(v) for k, v in self.spec.to_dict().items()},
-            "logits_TE": _plain(self.logits_TE),
-            "expert_bias_E": _plain(self.expert_bias_E),
-            "inputs": {name: _plain(value) for name, value in self.inputs.items()},
+            "spec": plain(self.spec.to_dict()),
+            "logits_TE": plain(self.logits_TE),
+            "expert_bias_E": plain(self.expert_bias_E),
+            "inputs": plain(self.inputs),
             "dtype": self.dtype,
             "seed": self.seed,
         }
         return {k: v for k, v in found.items() if v is not None and v != {}}
 
     @classmethod
-    def from_json(cls, data: dict) -> "Case":
-        """Reads what `to_json` wrote; an unknown or missing key is a ValueError."""
+    def from_json(cls, data: dict) -> Self:
+        """Reads what `to_json` wrote."""
         unknown = data.keys() - {f.name for f in fields(cls)}
-        if unknown or not {"spec", "logits_TE"} <= data.keys():
+        if unknown or not data.keys() >= cls.KEYS:
             raise ValueError(f"a case has the keys {sorted(f.name for f in fields(cls))}, not {sorted(data)}")
         spec = RouterSpec.from_dict(data["spec"])
-        inputs = {name: _array(name, value) for name, value in data.get("inputs", {}).items()}
         bias = data.get("expert_bias_E")
         return cls(
             spec=spec,
             logits_TE=np.array(data["logits_TE"], dtype=np.float64).reshape(-1, spec.num_logits),
             expert_bias_E=None if bias is None else np.array(bias, dtype=np.float64),
-            inputs=inputs,
+            inputs={name: input_of_json(name, value) for name, value in data.get("inputs", {}).items()},
             dtype=data.get("dtype", "float32"),
             seed=data.get("seed", 0),
         )
 
-    @cached_property
-    def digest(self) -> str:
-        """Six hex digits that name the case."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:6]
 
-
-def valid_tokens(case: Case) -> np.ndarray:
-    """(T,) which tokens are not padding."""
-    return case.inputs.get("token_mask_T", np.ones(case.num_tokens, dtype=bool))
-
-
-def _plain(value):
-    if isinstance(value, np.ndarray):
-        return [_plain(entry) for entry in value] if value.ndim else _plain(value.item())
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not np.isfinite(value):
-        return str(value)
-    return value
-
-
-def _array(name: str, value):
+def input_of_json(name: str, value: Any):
+    """A further input of a router, read from plain data."""
     if name == "seed":
         return int(value)
     if name == "token_mask_T":
@@ -114,7 +96,7 @@ def _array(name: str, value):
     return np.array(value, dtype=np.int64 if name in INT_INPUTS else np.float64)
 
 
-def _choice_below_zero(case: Case) -> bool:
+def _choice_below_zero(case: RouterCase) -> bool:
     if case.spec.selector != "top_k" or case.num_tokens == 0 or np.isnan(case.logits_TE).any():
         return False
     ungrouped = case.spec.replace(
@@ -129,11 +111,11 @@ def _has_ties(logits_TE) -> bool:
     return bool(((in_order_TE[:, 1:] == in_order_TE[:, :-1]) & np.isfinite(in_order_TE[:, 1:])).any())
 
 
-def _finite(case: Case) -> np.ndarray:
+def _finite(case: RouterCase) -> np.ndarray:
     return case.logits_TE[np.isfinite(case.logits_TE)]
 
 
-TAGS = {
+RouterCase.TAGS = {
     "grouped": lambda c: c.spec.num_expert_groups is not None,
     "biased": lambda c: c.expert_bias_E is not None and bool(np.any(c.expert_bias_E)),
     "negative_choice": _choice_below_zero,
@@ -164,4 +146,3 @@ TAGS = {
     "equal_logits": lambda c: _has_ties(c.logits_TE),
     "bfloat16": lambda c: c.dtype == "bfloat16",
 }
-"""name -> whether a case has it. Each is decided from the case alone, so that a replay decides alike."""

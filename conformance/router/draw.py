@@ -1,17 +1,18 @@
 """conformance, what is generated: specs from a bounded pool, and for each the logits, biases and further inputs.
 
-The pool is bounded so that compiled code is reused; the data vary freely. Hypothesis draws the choices and one
-seed; NumPy makes the arrays from them, so that a case of many tokens costs no more to draw than one of few.
+The pool is bounded so that compiled code is reused; the data vary freely, all of them from one seed.
 """
 
+from collections import Counter
 from dataclasses import fields, replace
-from weakref import WeakKeyDictionary
 
 import numpy as np
-from hypothesis import strategies as st
 
-from conformance.core.judge import Check, Judge, cast
-from conformance.router.case import Case
+from conformance.core.case import float32
+from conformance.core.drawing import one_of
+from conformance.core.judge import Judge, cast
+from conformance.router.case import RouterCase
+from conformance.router.check import RouterCheck
 from moe_ref import UNUSED, RouterSpec
 from moe_ref.specs.families import FAMILIES, tiny
 
@@ -205,16 +206,15 @@ def inputs_of(spec: RouterSpec, num_tokens: int, wanted: tuple[str, ...], rng: n
         inputs["seed"] = int(rng.integers(2**31))
     if "token_mask_T" in wanted:
         inputs["token_mask_T"] = rng.random(T) < 0.6
-    return {name: _float32(value) for name, value in inputs.items()}
+    return {name: _held(value) for name, value in inputs.items()}
 
 
-def _float32(value):
-    """What float32 holds exactly, in float64, so that subject and reference read the same numbers."""
-    is_float = isinstance(value, np.ndarray) and value.dtype == np.float64
-    return value.astype(np.float32).astype(np.float64) if is_float else value
+def _held(value):
+    """Arrays of numbers as float32 holds them; anything else as it is."""
+    return float32(value) if isinstance(value, np.ndarray) and value.dtype == np.float64 else value
 
 
-def make_case(spec: RouterSpec, check: Check, *, logits: str, bias: str, tokens: int, seed: int) -> Case:
+def make_case(spec: RouterSpec, check: RouterCheck, *, logits: str, bias: str, tokens: int, seed: int) -> RouterCase:
     """The case of these choices."""
     rng = np.random.default_rng(seed)
     kind = "normal" if logits == "masked" else logits
@@ -222,34 +222,26 @@ def make_case(spec: RouterSpec, check: Check, *, logits: str, bias: str, tokens:
     if logits == "masked":
         logits_TE = masked(logits_TE, spec, rng)
     bias_E = bias_of_kind(bias, spec, rng)
-    return Case(
+    return RouterCase(
         spec=spec,
         logits_TE=cast(logits_TE, check.dtype).astype(np.float64),
-        expert_bias_E=None if bias_E is None else _float32(bias_E),
+        expert_bias_E=None if bias_E is None else float32(bias_E),
         inputs=inputs_of(spec, tokens, check.inputs, rng),
         dtype=check.dtype,
         seed=seed,
     )
 
 
-def cases(judge: Judge, check: Check) -> st.SearchStrategy[Case]:
-    """Cases that the check wants and the subject supports."""
-    drawn = _STRATEGIES.setdefault(judge, {})
-    if check.requirement not in drawn:
-        drawn[check.requirement] = _cases(judge.specs(check)[0], check)
-    return drawn[check.requirement]
+def settings(judge: Judge, check: RouterCheck) -> tuple[list[RouterSpec], Counter]:
+    """The specs that the check wants and the subject supports, each field changed about as often as any other."""
+    wanted = [spec for spec in (THIN_SPECS if judge.subject.compiles else SPECS) if check.spec(spec)]
+    reasons = [judge.subject.supports(spec) for spec in wanted]
+    supported = [spec for spec, why in zip(wanted, reasons, strict=True) if why is None]
+    return evenly(supported), Counter(why for why in reasons if why)
 
 
-_STRATEGIES: WeakKeyDictionary[Judge, dict[str, st.SearchStrategy[Case]]] = WeakKeyDictionary()
-"""Built once for a judge and a check: hypothesis takes longer to build a strategy than to draw from it."""
-
-
-def _cases(specs: list[RouterSpec], check: Check) -> st.SearchStrategy[Case]:
-    return st.builds(
-        lambda spec, **choices: make_case(spec, check, **choices),
-        st.sampled_from(evenly(specs)),
-        logits=st.sampled_from(check.logits),
-        bias=st.sampled_from(check.bias),
-        tokens=st.sampled_from(check.tokens),
-        seed=st.integers(0, 2**32 - 1),
-    )
+def draw(judge: Judge, check: RouterCheck, seed: int) -> RouterCase:
+    """The case of a seed."""
+    rng, (specs, _) = np.random.default_rng(seed), judge.settings(check)
+    spec, logits, bias, tokens = (one_of(rng, each) for each in (specs, check.logits, check.bias, check.tokens))
+    return make_case(spec, check, logits=logits, bias=bias, tokens=tokens, seed=int(rng.integers(2**32)))

@@ -6,9 +6,12 @@ is tried: three levels up to E = 6, two for E = 8. What this covers needs no luc
 levels, and biases.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from conformance.router.case import Case
+from conformance.core.judge import Judge
+from conformance.router.case import RouterCase
 from moe_ref import RouterSpec
 
 LARGEST_ORDERING = 7
@@ -51,11 +54,32 @@ def worlds() -> list[dict]:
     return found
 
 
-def world(spec: RouterSpec) -> Case:
+def world(spec: RouterSpec) -> RouterCase:
     """Every row of a spec's world as one case. Half units: no score function maps two of them to one float32."""
     if spec.num_expert_groups is None:
         levels_TE = weak_orderings(spec.num_experts)
     else:
         levels = next(n for E, G, n in GROUPED if (spec.num_experts, spec.num_expert_groups) == (E, G))
         levels_TE = lattice(spec.num_experts, levels)
-    return Case(spec=spec, logits_TE=(levels_TE - 1) * 0.5)
+    return RouterCase(spec=spec, logits_TE=(levels_TE - 1) * 0.5)
+
+
+JUDGED = {False: ("SEL-1", "SEL-2"), True: ("SEL-1", "GRP-2", "GRP-1", "SEL-2")}
+"""Whether there are groups -> the requirements that every row of a world is held against."""
+
+
+def worlds_of(judge: Judge) -> Iterator[tuple[str, RouterCase]]:
+    """(requirement, world) of every world that the subject supports; a fourth of them where each is a compilation."""
+    if "route" not in judge.capabilities:
+        return
+    for grouped, requirements in JUDGED.items():
+        found = [first_supported(judge, sizes) for sizes in worlds() if ("num_expert_groups" in sizes) == grouped]
+        for spec in [spec for spec in found if spec is not None][:: 4 if judge.subject.compiles else 1]:
+            case = world(spec)
+            yield from ((requirement, case) for requirement in requirements)
+
+
+def first_supported(judge: Judge, sizes: dict) -> RouterSpec | None:
+    """The spec of these sizes that the subject supports, with the plainest other fields."""
+    specs = (RouterSpec(**base, **sizes) for base in BASES)
+    return next((spec for spec in specs if judge.subject.supports(spec) is None), None)

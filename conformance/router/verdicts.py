@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from conformance.core.judge import Judge, Observation
+from conformance.core.judge import Judge, accuse
 from conformance.core.rounding import EPSILON, TINY, close
 from conformance.router.bounds import (
     admissible,
@@ -16,16 +16,17 @@ from conformance.router.bounds import (
     unlimited_choice,
     weight_error,
 )
-from conformance.router.case import Case, valid_tokens
+from conformance.router.case import RouterCase
+from conformance.router.observation import Observation, observe
 from moe_ref import UNUSED
 from moe_ref.routing import gather
 
 
-def selection_differs(judge: Judge, seen: Observation, id: str) -> list[int]:
+def selection_differs(judge: Judge, seen: Observation) -> list[int]:
     """Tokens whose selection no choice scores within the rounding error explain; the others are near ties."""
     case = seen.case
     different_T = (np.sort(seen.expert_ids_TK) != np.sort(case.reference.expert_ids_TK)).any(axis=-1)
-    tokens = np.flatnonzero(different_T & valid_tokens(case))
+    tokens = np.flatnonzero(different_T & case.valid_T)
     if len(tokens) == 0:
         return []
     dtype = judge.subject.compute_dtype
@@ -37,7 +38,7 @@ def selection_differs(judge: Judge, seen: Observation, id: str) -> list[int]:
     unexplained = [
         int(t) for t in doubtful if not admissible(seen.expert_ids_TK[t], choice_TE[t], error_TE[t], case.spec, dtype)
     ]
-    judge.ledger[id].near_ties += len(tokens) - len(unexplained)
+    judge.near_ties(len(tokens) - len(unexplained))
     return unexplained
 
 
@@ -49,7 +50,7 @@ def groups_used(seen: Observation, token) -> set[int]:
 def leaves_groups(seen: Observation) -> list[int]:
     """Tokens with experts of more groups than are kept."""
     limit = seen.case.spec.num_limited_groups or seen.case.spec.num_experts
-    return [int(t) for t in np.flatnonzero(valid_tokens(seen.case)) if len(groups_used(seen, t)) > limit]
+    return [int(t) for t in np.flatnonzero(seen.case.valid_T) if len(groups_used(seen, t)) > limit]
 
 
 def best_of_other_groups(judge: Judge, seen: Observation, token: int) -> bool:
@@ -61,12 +62,12 @@ def best_of_other_groups(judge: Judge, seen: Observation, token: int) -> bool:
     return best_in_some_groups(seen.expert_ids_TK[token], unlimited_choice(case)[token], error_E, case.spec)
 
 
-def wrong_selections(judge: Judge, seen: Observation, id: str = "SEL-2") -> list[int]:
+def wrong_selections(judge: Judge, seen: Observation) -> list[int]:
     """Tokens whose experts are not the best ones of whichever groups they come from."""
     elsewhere = set(leaves_groups(seen)) if seen.case.spec.num_expert_groups else set()
     return [
         t
-        for t in selection_differs(judge, seen, id)
+        for t in selection_differs(judge, seen)
         if t not in elsewhere and not best_of_other_groups(judge, seen, t)  # the groups are at fault
     ]
 
@@ -77,7 +78,7 @@ def other_groups(judge: Judge, seen: Observation) -> list[int]:
     if seen.group_ids_TL is None:
         return []
     different_T = (np.sort(seen.group_ids_TL) != np.sort(case.reference.group_ids_TL)).any(axis=-1)
-    tokens = np.flatnonzero(different_T & valid_tokens(case))
+    tokens = np.flatnonzero(different_T & case.valid_T)
     choice_TE, error_TE = unlimited_choice(case), choice_error(case, dtype)
     return [
         int(t)
@@ -92,16 +93,16 @@ def scores_differ(judge: Judge, seen: Observation) -> list[int]:
     if seen.scores_TE is None or case.reference.scores_TE is None:
         return []
     close_TE = close(seen.scores_TE, case.reference.scores_TE, score_error(case, dtype), score_floor(case.spec, dtype))
-    return [int(t) for t in np.flatnonzero(~close_TE.all(axis=-1) & valid_tokens(case))]
+    return [int(t) for t in np.flatnonzero(~close_TE.all(axis=-1) & case.valid_T)]
 
 
-def shares(case: Case, weights_TK, expert_ids_TK):
+def shares(case: RouterCase, weights_TK, expert_ids_TK):
     """Each weight over the sum of its token's: what the scores alone decide, whatever the norm and the scale."""
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # found weights may be anything
         return _shares(case, weights_TK / known_factor(case, expert_ids_TK), expert_ids_TK)
 
 
-def _shares(case: Case, bare_TK, expert_ids_TK):
+def _shares(case: RouterCase, bare_TK, expert_ids_TK):
     # A null expert's weight is a matter of its kind, not of its score.
     bare_TK = np.where(expert_ids_TK >= case.spec.num_experts, 0, bare_TK)
     total_T1 = bare_TK.sum(axis=-1, keepdims=True)
@@ -120,7 +121,7 @@ def shares_differ(judge: Judge, seen: Observation, *, dtype: str | None = None) 
     floor_T1 = _amplified(case, seen.expert_ids_TK, wanted_TK, dtype) / np.where(total_T1 == 0, 1, total_T1)
     ok_T = close(share_TK, wanted_share_TK, error_TK, floor_T1).all(axis=-1)
     # Nothing can be said of a token whose weights are all 0 in this dtype.
-    judged_T = (total_T1[:, 0] > 0) & (floor_T1[:, 0] < EPSILON["float16"]) & valid_tokens(case)
+    judged_T = (total_T1[:, 0] > 0) & (floor_T1[:, 0] < EPSILON["float16"]) & case.valid_T
     wrong = np.flatnonzero(~ok_T & judged_T)
     if len(wrong) == 0:
         return []
@@ -139,10 +140,10 @@ def weights_differ(judge: Judge, seen: Observation, *, in_any_order: bool = Fals
         error_TK = error_TK.max(axis=-1, keepdims=True, initial=0)
     floor_T1 = _amplified(case, seen.expert_ids_TK, wanted_TK, dtype)
     ok_T = close(found_TK, wanted_TK, error_TK, floor_T1).all(axis=-1)
-    return [int(t) for t in np.flatnonzero(~ok_T & valid_tokens(case))]
+    return [int(t) for t in np.flatnonzero(~ok_T & case.valid_T)]
 
 
-def _amplified(case: Case, expert_ids_TK, wanted_TK, dtype: str) -> np.ndarray:
+def _amplified(case: RouterCase, expert_ids_TK, wanted_TK, dtype: str) -> np.ndarray:
     """What the smallest number of a dtype becomes after norm and scale, (T, 1)."""
     if case.reference.scores_TE is None:
         return np.full((case.num_tokens, 1), TINY[dtype] * max(1.0, case.spec.route_scale))
@@ -194,3 +195,74 @@ def differ(judge: Judge, seen: Observation, other: Observation, *, ids_alone: bo
 def unused(expert_ids_TK) -> np.ndarray:
     """(T, K) which slots are unused."""
     return expert_ids_TK == UNUSED
+
+
+# holding a case against the reference
+
+
+def hold_selection(judge: Judge, case: RouterCase) -> None:
+    """The selected experts are the best ones, of whichever groups they come from."""
+    seen = observe(judge, case)
+    for t in wrong_selections(judge, seen):
+        choice_E = unlimited_choice(case)[t]
+        wanted, found = case.reference.expert_ids_TK[t].tolist(), seen.expert_ids_TK[t].tolist()
+        accuse(
+            "another selection",
+            token=t,
+            expected=f"experts {wanted} with choice scores {choice_E[wanted].round(6).tolist()}",
+            received=f"experts {found} with choice scores {choice_E[found].round(6).tolist()}",
+        )
+
+
+def hold_few_groups(judge: Judge, case: RouterCase) -> None:
+    """No token has experts of more groups than are kept."""
+    seen = observe(judge, case)
+    for t in leaves_groups(seen):
+        kept = sorted(case.reference.group_ids_TL[t].tolist())
+        dropped = [
+            f"{i} (group {i // case.spec.experts_per_group})"
+            for i in seen.expert_ids_TK[t]
+            if i // case.spec.experts_per_group not in kept
+        ]
+        accuse(
+            f"experts of {len(groups_used(seen, t))} groups are selected",
+            token=t,
+            expected=f"experts {sorted(case.reference.expert_ids_TK[t].tolist())} of groups {kept}",
+            received=f"experts {sorted(seen.expert_ids_TK[t].tolist())}; of dropped groups: {', '.join(dropped)}",
+        )
+
+
+def hold_renamed(judge: Judge, case: RouterCase, new_to_old: np.ndarray) -> None:
+    """Columns renamed: the same experts under their new names."""
+    bias_E, inputs = case.expert_bias_E, dict(case.inputs)
+    if case.spec.learned_scale == "per_expert":
+        inputs["learned_scale"] = inputs["learned_scale"][new_to_old]
+    renamed = case.with_(
+        logits_TE=case.logits_TE[:, new_to_old],
+        inputs=inputs,
+        expert_bias_E=None if bias_E is None else bias_E[new_to_old],
+    )
+    seen, other = observe(judge, case), observe(judge, renamed)
+    back = Observation(
+        case=case, expert_ids_TK=np.asarray(new_to_old)[other.expert_ids_TK], weights_TK=other.weights_TK
+    )
+    for t in differ(judge, seen, back, ids_alone=True):
+        accuse(
+            "under other names the routing is another",
+            token=t,
+            expected=sorted(seen.expert_ids_TK[t].tolist()),
+            received=f"{sorted(back.expert_ids_TK[t].tolist())} after renaming back",
+        )
+
+
+def hold_weights(judge: Judge, case: RouterCase, title: str) -> None:
+    """The weights of the selected experts are the reference's for these experts."""
+    seen = observe(judge, case)
+    for t in weights_differ(judge, seen):
+        wanted_K = expected_weights(case, seen.expert_ids_TK)[t]
+        accuse(
+            title,
+            token=t,
+            expected=f"experts {seen.expert_ids_TK[t].tolist()} weigh {[float(f'{w:.7g}') for w in wanted_K]}",
+            received=[float(f"{w:.7g}") for w in seen.weights_TK[t]],
+        )

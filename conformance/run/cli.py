@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 from conformance.core.register import REQUIREMENTS, STAGES, spec_markdown
-from conformance.pictures import balance as load_picture
+from conformance.core.usage import UsageError
+from conformance.pictures import balance as balance_picture
 from conformance.pictures import traffic
-from conformance.run.deviations import UsageError, case_id, read_case
+from conformance.run.deviations import case_id, read_case
+from conformance.run.kinds import kind_of, load_faults
 from conformance.run.subjects_by_name import subject_named
 from moe_ref.specs.checks import nearest
 
@@ -56,14 +58,17 @@ def parser() -> Parser:
     replay.add_argument("--subject", metavar="SUBJECT", help="default: the one that failed")
 
     faults = commands.add_parser("faults", help="the known wrong routers and layers, and what catches each")
-    faults.add_argument("--seeds", type=_positive, default=1, metavar="N", help="how many seeds (default 1)")
+    faults.add_argument(
+        "--seeds", type=_positive, default=1, metavar="N", help="how many seeds (default 1: the cases of a run)"
+    )
     faults.add_argument("--only", metavar="NAME", help="one fault")
+    faults.add_argument("--all", action="store_true", help="every requirement that catches it, not the first")
 
     moved = commands.add_parser("traffic", help="rows and bytes across nodes, for each strategy of a layout")
     traffic.add_options(moved, _positive)
 
     evened = commands.add_parser("load", help="the load of experts over steps, without bias updates and with them")
-    load_picture.add_options(evened, _positive)
+    balance_picture.add_options(evened, _positive)
 
     commands.add_parser("glossary", help="our names, and those of other code bases, as Markdown")
     commands.add_parser("options", help="this table")
@@ -122,86 +127,66 @@ def replay(options) -> int:
     """Judge one stored case again: 0 where it holds, 1 where it does not."""
     import json
 
-    from conformance.core.judge import CHECKS, Judge, NotRun, Violation
-    from conformance.core.trial import load_suite
+    from conformance.core.check import CHECKS
+    from conformance.core.judge import Judge, NotRun, Violation
     from conformance.run.conclude import CASES, diagnoses
-    from conformance.run.report import failure_page, side_by_side
+    from conformance.run.report import failure_page
 
     path = Path(options.case) if options.case.endswith(".json") else _find_case(options.case, CASES)
-    id, case = read_case(path)
+    requirement, case = read_case(path)
     name = options.subject or json.loads(path.read_text()).get("subject", "")
     if not name:
         raise UsageError(f"case {path} names no subject; give --subject")
-    load_suite()
-    judge = Judge(subject_named(name))
+    judge, kind = Judge(subject_named(name)), kind_of(requirement)
     try:
-        CHECKS[id].run(judge, case)
+        judge.run(CHECKS[requirement], case)
     except Violation as violation:
         print(failure_page(judge, violation, diagnoses(judge, violation)))
-        print(side_by_side(judge, case))
+        print(kind.side_by_side(judge, case))
         return 1
     except NotRun as sentence:
-        print(f"{case_id(id, case)}: {judge.name} does not run it: {sentence}")
+        print(f"{case_id(requirement, case)}: {judge.name} does not run it: {sentence}")
         return 0
-    print(side_by_side(judge, case))
-    print(f"{case_id(id, case)}: {judge.name} holds {id}  {REQUIREMENTS[id].sentence}")
+    print(kind.side_by_side(judge, case))
+    print(f"{case_id(requirement, case)}: {judge.name} holds {requirement}  {REQUIREMENTS[requirement].sentence}")
     return 0
 
 
-def _find_case(id: str, local: Path) -> Path:
+def _find_case(name: str, local: Path) -> Path:
     """A case by id: of the last runs in this folder, or a witness of a shipped deviation."""
     witnesses = Path(__file__).parents[1] / "deviations_of" / "witnesses"
     found = {path.stem: path for folder in (witnesses, local) for path in sorted(folder.glob("*.json"))}
-    if id not in found:
-        hint = nearest(id, found) if found else ""
-        raise UsageError(f"there is no case {id!r} in {local}{hint}")
-    return found[id]
+    if name not in found:
+        hint = nearest(name, found) if found else ""
+        raise UsageError(f"there is no case {name!r} in {local}{hint}")
+    return found[name]
 
 
 def faults(options) -> int:
-    """The kill table: 0 where every fault is caught with every seed.
+    """The kill table: 0 where every fault is caught with every seed, by as many cases as a run has.
 
-    Of a router's fault every requirement that catches it; of a layer's or of load, which cost more, the first, its own
-    tried first.
+    What catches a fault first, its own requirement tried first; with --all every requirement of its kind that does.
     """
-    from conformance.faults import FAULTS
-    from conformance.faults.layer_faults import LAYER_FAULTS
-    from conformance.faults.layout_faults import LAYOUT_FAULTS
-    from conformance.faults.load_faults import LOAD_FAULTS
+    from conformance.core.fault import first_killer, killers
 
-    known = (*FAULTS, *LAYER_FAULTS, *LAYOUT_FAULTS, *LOAD_FAULTS)
-    chosen = [fault for fault in known if options.only in (None, fault.name)]
+    known = load_faults()
+    chosen = [fault for fault in known.values() if options.only in (None, fault.name)]
     if not chosen:
-        raise UsageError(f"there is no fault {options.only!r}{nearest(str(options.only), [f.name for f in known])}")
+        raise UsageError(f"there is no fault {options.only!r}{nearest(str(options.only), known)}")
     survivors = 0
-    for seed in range(options.seeds):
-        if options.seeds > 1:
+    for seed in (None, *range(1, options.seeds)):
+        if seed is not None:
             print(f"seed {seed}")
         for fault in chosen:
-            killers = _killers(fault, seed)
-            survivors += not killers
-            print(f"{fault.name:<50} {fault.stage:<8} {' '.join(killers) or 'SURVIVES'}", flush=True)
+            if options.all:
+                found = list(killers(fault, seed=seed))
+            else:
+                first = first_killer(fault, seed=seed)
+                found = [first.requirement] if first else []
+            survivors += not found
+            print(f"{fault.name:<50} {fault.stage:<8} {' '.join(found) or 'SURVIVES'}", flush=True)
     print(f"{len(chosen)} faults, {options.seeds} seeds, {survivors} survivors")
     return 1 if survivors else 0
-
-
-def _killers(fault, seed: int) -> list[str]:
-    """The requirements that catch a fault."""
-    from conformance.core.trial import DEFAULT_EXAMPLES
-    from conformance.faults import kill_table
-    from conformance.faults.layer_fault import LayerFault
-    from conformance.faults.layer_fault import first_accusation as of_layer
-    from conformance.faults.layout_fault import LayoutFault
-    from conformance.faults.layout_fault import first_accusation as of_layout
-    from conformance.faults.load_fault import LoadFault
-    from conformance.faults.load_fault import first_accusation as of_load
-
-    accusers = {LoadFault: of_load, LayoutFault: of_layout, LayerFault: of_layer}
-    accuse = next((each for kind, each in accusers.items() if isinstance(fault, kind)), None)
-    if accuse is None:
-        return kill_table([fault], seed)[fault.name]
-    first = accuse(fault, seed=seed, examples=DEFAULT_EXAMPLES)
-    return [first.requirement] if first else []
 
 
 def glossary(options) -> int:
@@ -232,7 +217,7 @@ COMMANDS = {
     "replay": replay,
     "faults": faults,
     "traffic": traffic.traffic,
-    "load": load_picture.load,
+    "load": balance_picture.load,
     "glossary": glossary,
     "options": options_table,
     "spec": spec,

@@ -4,26 +4,29 @@ from pathlib import Path
 
 import pytest
 
+from conformance.core.check import CHECKS
+from conformance.core.fault import Fault
 from conformance.core.judge import Entry, Judge, Violation
-from conformance.core.shrink import shrink, violated
-from conformance.router.case import Case
+from conformance.core.shrink import shrink, still_violated
 from conformance.run.deviations import write_case
+from conformance.run.kinds import load_faults
 from conformance.run.report import failure_page, record
 
 CASES = Path(".moe-conformance") / "cases"
 """Where failing cases are kept, below the current folder."""
+MOST_DIAGNOSES = 3
 
 
-def conclude(judge: Judge, id: str | None, excinfo) -> list[dict]:
+def conclude(judge: Judge, requirement: str | None, excinfo) -> list[dict]:
     """The records that a test leaves: of its own requirement, and of others that it found violated.
 
     Args:
-        id: the test's requirement; None for the tests that judge several.
+        requirement: the test's; None for the tests that judge several.
         excinfo: pytest's, or None where nothing was raised.
     """
     if excinfo is not None and hasattr(excinfo.value, "records"):
         return excinfo.value.records  # of suite/test_deviations.py
-    accused: dict[str, Violation | None] = {id: None} if id is not None else {}
+    accused: dict[str, Violation | None] = {requirement: None} if requirement is not None else {}
     if excinfo is not None and isinstance(excinfo.value, Violation):
         accused[excinfo.value.requirement] = excinfo.value
     for other, entry in judge.ledger.items():
@@ -32,31 +35,29 @@ def conclude(judge: Judge, id: str | None, excinfo) -> list[dict]:
     if excinfo is not None and not isinstance(excinfo.value, (Violation, pytest.skip.Exception)):
         # An error of the judge, or a hypothesis that could not draw: never a pass.
         text = f"the judge broke off: {type(excinfo.value).__name__}: {str(excinfo.value).splitlines()[0][:200]}"
-        accused[id or "RUN-1"] = Violation(id or "RUN-1", None, text, expected="a verdict", received="none")
+        blamed = requirement or next(iter(CHECKS))
+        accused[blamed] = Violation(text, expected="a verdict", received="none", requirement=blamed)
     found = []
-    for requirement, violation in accused.items():
-        entry, page = judge.ledger[requirement], ""
+    for name, violation in accused.items():
+        entry, page = judge.ledger[name], ""
         if violation is not None:
             violation = shrink(judge, violation)
             entry.violation = violation
             page = failure_page(judge, violation, diagnoses(judge, violation))
             if violation.case is not None:
-                write_case(CASES, requirement, violation.case, judge.name)
-        found.append(record(judge, requirement, entry, page))
+                write_case(CASES, name, violation.case, judge.name)
+        found.append(record(judge, name, entry, page))
         entry.violation = None  # reported; a later test that finds another tells of its own
     return found
 
 
-def diagnoses(judge: Judge, violation: Violation) -> list:
-    """Faults whose output is the subject's on this case."""
-    if not isinstance(violation.case, Case) or "nan_logits" in violation.case.tags:
+def diagnoses(judge: Judge, violation: Violation) -> list[Fault]:
+    """Faults whose output is the subject's on this case, a few of them."""
+    if violation.case is None:
         return []
-    try:
-        from conformance.faults.diagnose import diagnose
-
-        return diagnose(violation.case, judge.observe(violation.case))[:3]
-    except Exception:  # the subject raises on this very case, as the violation says
-        return []
+    kind = CHECKS[violation.requirement].kind
+    faults = [fault for fault in load_faults().values() if fault.kind is kind]
+    return kind.diagnose(judge, violation.case, faults)[:MOST_DIAGNOSES]
 
 
 def stale(judge: Judge) -> list[dict]:
@@ -65,16 +66,16 @@ def stale(judge: Judge) -> list[dict]:
     for deviation in judge.deviations:
         if deviation.expired:
             title = f"the declaration ran out on {deviation.until}"
-        elif deviation.witness is None or shows(judge, deviation):
+        elif deviation.witness is None or still_happens(judge, deviation):
             continue
         else:
             title = "no longer happens; delete the declaration"
         violation = Violation(
-            deviation.requirement,
-            deviation.witness,
             f"declared deviation {deviation}: {title}",
             expected="the declared failure",
             received="none",
+            requirement=deviation.requirement,
+            case=deviation.witness,
         )
         entry = Entry(violation=violation)
         row = record(judge, deviation.requirement, entry, failure_page(judge, violation))
@@ -82,8 +83,8 @@ def stale(judge: Judge) -> list[dict]:
     return found
 
 
-def shows(judge: Judge, deviation) -> bool:
+def still_happens(judge: Judge, deviation) -> bool:
     """Whether the witness of a deviation still violates its requirement, inside the declared tags."""
     undeclared = Judge(judge.subject)
-    violation = violated(undeclared, deviation.requirement, deviation.witness)
+    violation = still_violated(undeclared, deviation.requirement, deviation.witness)
     return violation is not None and deviation.covers(violation)

@@ -10,19 +10,14 @@ import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from conformance.balance.case import LOAD_TAGS, LoadCase
+from conformance.core.case import Case
+from conformance.core.check import CHECKS
 from conformance.core.register import REQUIREMENTS
-from conformance.layer.case import LAYER_TAGS, LayerCase, case_from_json
-from conformance.router.case import TAGS, Case
-from conformance.sharded.case import LAYOUT_TAGS
+from conformance.core.usage import UsageError
+from conformance.run.kinds import case_of_json, every_tag
 from moe_ref.specs.checks import nearest, one_of, require
 
-KINDS = ("bug", "by-design", "numerics")
-EVERY_TAG = TAGS | LAYER_TAGS | LAYOUT_TAGS | LOAD_TAGS
-
-
-class UsageError(ValueError):
-    """What the user gave cannot be used; the text says what and why. Exit status 4."""
+REASONS = ("bug", "by-design", "numerics")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)  # one entry of one file: equal to itself alone
@@ -35,8 +30,8 @@ class Deviation:
     kind: str
     reason: str
     link: str
-    witness: Case | LayerCase | LoadCase | None
-    """A case that shows it; None for a requirement that is judged without a case (stage config)."""
+    witness: Case | None
+    """A case that shows it; None for a requirement that is judged without a case (a configuration)."""
     witness_id: str = ""
     until: datetime.date | None = None
 
@@ -84,22 +79,22 @@ def _entry(entry: dict, folder: Path) -> Deviation:
     keys = {f.name for f in fields(Deviation)} - {"witness_id"}
     for key in entry:
         require(key in keys, f"unknown key {key!r}{nearest(key, keys)}")
-    id = entry.get("requirement", "")
-    require(id in REQUIREMENTS, f"unknown requirement {id!r}{nearest(id, REQUIREMENTS)}")
+    name, tags = entry.get("requirement", ""), every_tag()
+    require(name in REQUIREMENTS, f"unknown requirement {name!r}{nearest(name, REQUIREMENTS)}")
     when = entry.get("when", [])
     require(isinstance(when, list), f"when is {when!r}; it is a list of tags")
     for tag in when:
-        require(tag in EVERY_TAG, f"unknown tag {tag!r}{nearest(tag, EVERY_TAG)}")
+        require(tag in tags, f"unknown tag {tag!r}{nearest(tag, tags)}")
     for key in ("reason", "link"):
-        require(bool(str(entry.get(key, "")).strip()), f"{id} has no {key}")
-    one_of("kind", entry.get("kind", "bug"), KINDS)
+        require(bool(str(entry.get(key, "")).strip()), f"{name} has no {key}")
+    one_of("kind", entry.get("kind", "bug"), REASONS)
     until = entry.get("until")
     require(until is None or isinstance(until, datetime.date), f"until is {until!r}; it is a date such as 2027-01-31")
-    needs_witness = REQUIREMENTS[id].stage != "config"
-    require(not needs_witness or "witness" in entry, f"{id} has no witness; `replay` names the case of a failure")
+    needs_witness = CHECKS[name].shows_case
+    require(not needs_witness or "witness" in entry, f"{name} has no witness; `replay` names the case of a failure")
     witness = read_case(folder / "witnesses" / f"{entry['witness']}.json")[1] if needs_witness else None
     return Deviation(
-        requirement=id,
+        requirement=name,
         when=frozenset(when),
         kind=entry.get("kind", "bug"),
         reason=entry["reason"],
@@ -110,25 +105,25 @@ def _entry(entry: dict, folder: Path) -> Deviation:
     )
 
 
-def read_case(path: Path) -> tuple[str, Case | LayerCase | LoadCase]:
+def read_case(path: Path) -> tuple[str, Case]:
     """The requirement and the case of a file that `write_case` wrote."""
     try:
         data = json.loads(path.read_text())
         require(isinstance(data, dict) and {"requirement", "case"} <= data.keys(), "it has no requirement and case")
         require(data["requirement"] in REQUIREMENTS, f"unknown requirement {data['requirement']!r}")
-        return data["requirement"], case_from_json(data["case"])
+        return data["requirement"], case_of_json(data["case"])
     except OSError as error:
         raise UsageError(f"case {path}: {error.strerror}") from None
     except ValueError as error:
         raise UsageError(f"case {path}: {error}") from None
 
 
-def case_id(requirement: str, case: Case | LayerCase | LoadCase) -> str:
+def case_id(requirement: str, case: Case) -> str:
     """The name under which a failing case replays, such as SEL-3-b254db."""
     return f"{requirement}-{case.digest}"
 
 
-def write_case(folder: Path, requirement: str, case: Case | LayerCase | LoadCase, subject: str) -> Path:
+def write_case(folder: Path, requirement: str, case: Case, subject: str) -> Path:
     """Store a case so that it replays."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{case_id(requirement, case)}.json"

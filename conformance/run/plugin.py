@@ -39,7 +39,7 @@ def _settings(config) -> dict:
     file = config.rootpath / "pyproject.toml"
     table = tomllib.loads(file.read_text()).get("tool", {}).get("moe-conformance", {}) if file.exists() else {}
     if unknown := table.keys() - KEYS:
-        from conformance.run.deviations import UsageError
+        from conformance.core.usage import UsageError
         from moe_ref.specs.checks import nearest
 
         key = sorted(unknown)[0]
@@ -63,8 +63,8 @@ class Session:
 
     def __init__(self, config):
         from conformance.core.judge import Judge
-        from conformance.core.trial import DEFAULT_EXAMPLES, LAYERS_COST, hypothesis_settings, load_suite
-        from conformance.run.deviations import UsageError
+        from conformance.core.trial import DEFAULT_EXAMPLES
+        from conformance.core.usage import UsageError
         from conformance.run.subjects_by_name import declared, subject_named
 
         chosen = _settings(config)
@@ -73,29 +73,18 @@ class Session:
         examples = DEFAULT_EXAMPLES if chosen["examples"] is None else chosen["examples"]
         if not isinstance(examples, int) or examples < 1:
             raise UsageError(f"examples is {examples!r}; it is an integer of at least 1")
-        load_suite()
         self.judges: dict[str, Judge] = {}
         for name in chosen["subjects"]:
             judge = Judge(subject_named(name), declared(name, chosen["deviations"]))
             self.judges[judge.name] = judge
-        self.seed = chosen["seed"]
-        # Fixed cases unless a seed is given: the same commit gets the same verdict.
-        fixed = self.seed is None
-        layer_examples = -(-examples // LAYERS_COST)
-        self.profiles = {
-            False: hypothesis_settings(examples, derandomize=fixed),
-            True: hypothesis_settings(layer_examples, derandomize=fixed),
-        }
+        self.seed, self.examples = chosen["seed"], examples
 
-    def as_test(self, id: str):
+    def as_test(self, requirement: str):
         """The hypothesis test of a requirement with the settings of this run."""
-        import hypothesis
+        from conformance.core.check import CHECKS
+        from conformance.core.trial import as_test
 
-        from conformance.core.check import as_test
-        from conformance.core.judge import CHECKS, LayerCheck
-
-        test = self.profiles[isinstance(CHECKS[id], LayerCheck)](as_test(CHECKS[id]))
-        return test if self.seed is None else hypothesis.seed(self.seed)(test)
+        return as_test(CHECKS[requirement], examples=self.examples, seed=self.seed)
 
 
 def _session(config) -> Session:
@@ -115,7 +104,7 @@ def _in_suite(module) -> bool:
 
 def pytest_generate_tests(metafunc):
     if "judge" in metafunc.fixturenames and _in_suite(metafunc.module):
-        from conformance.run.deviations import UsageError
+        from conformance.core.usage import UsageError
 
         judges = {}
         try:
@@ -137,7 +126,7 @@ def pytest_collection_modifyitems(config, items):
     if stage := config.getoption("--moe-stage"):
         from conformance.core.register import REQUIREMENTS
 
-        wanted = {id for id, requirement in REQUIREMENTS.items() if requirement.stage == stage}
+        wanted = {name for name, requirement in REQUIREMENTS.items() if requirement.stage == stage}
         others = [item for item in mine if getattr(item.obj, "requirement", None) not in wanted]
         items[:] = [item for item in items if item not in others]
         config.hook.pytest_deselected(items=others)

@@ -4,16 +4,10 @@ import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from conformance.balance.case import LoadCase
-from conformance.balance.page import load_rows, load_side_by_side
-from conformance.core.judge import Entry, Judge, NotRun, Violation, stage_order
-from conformance.core.register import REQUIREMENTS, SPEC_VERSION, STAGES
-from conformance.layer.case import LayerCase
-from conformance.layer.verdicts import output
-from conformance.router.case import Case
+from conformance.core.judge import Entry, Judge, Violation
+from conformance.core.register import REQUIREMENTS, SPEC_VERSION, STAGES, stage_order
 from conformance.run.deviations import case_id
-from conformance.sharded.case import LayoutCase, digest_of
-from conformance.sharded.page import layout_rows, ranks_side_by_side
+from conformance.run.kinds import kind_of
 
 STATUSES = ("ok", "known", "NEW", "STALE", "advice", "unsupported", "not judged")
 FAILING = ("NEW", "STALE")
@@ -25,10 +19,7 @@ def failure_page(judge: Judge, violation: Violation, diagnoses=()) -> str:
     token = "" if violation.token is None else f", token {violation.token}"
     rows: list[tuple[str, str]] = [("expected", violation.expected), ("received", violation.received), ("", "")]
     if case is not None:
-        if isinstance(case, LoadCase):
-            rows += load_rows(case, violation.token)
-        else:
-            rows += _layer_rows(case, violation.token) if isinstance(case, LayerCase) else _rows(case, violation.token)
+        rows += kind_of(violation.requirement).rows_of_page(case, violation.token)
         rows.append(("tags", " ".join(sorted(case.tags))))
     for fault in diagnoses:
         rows.append(("looks like", f"{fault.name}: {fault.summary} {fault.link}".rstrip()))
@@ -42,137 +33,21 @@ def failure_page(judge: Judge, violation: Violation, diagnoses=()) -> str:
     return "\n".join([title, "", f"    {judge.name}: {violation.title}{token}", *body])
 
 
-def _rows(case: Case, token: int | None) -> list[tuple[str, str]]:
-    """What a page shows of a router's case."""
-    rows = [("spec", f"{_fields(case.spec)} tokens={case.num_tokens} dtype={case.dtype}")]
-    t = token if token is not None else 0
-    if case.num_tokens:
-        rows.append((f"logits[{t}]", _numbers(case.logits_TE[t])))
-        trace = case.reference if "nan_logits" not in case.tags else None
-        if trace is not None and trace.scores_TE is not None:
-            rows.append((f"scores[{t}]", _numbers(trace.scores_TE[t])))
-    if case.expert_bias_E is not None:
-        rows.append(("bias", _numbers(case.expert_bias_E)))
-    return rows + [(name, _numbers(value)) for name, value in case.inputs.items()]
-
-
-def _layer_rows(case: LayerCase, token: int | None) -> list[tuple[str, str]]:
-    """What a page shows of a layer's case: the specs, and the token with its experts; the file has the parameters."""
-    spec, trace = case.spec, case.reference
-    shared = "none" if spec.shared is None else _fields(spec.shared)
-    rows = [
-        ("router", f"{_fields(spec.router)}{' gate_bias=True' if spec.gate_bias else ''} tokens={case.num_tokens}"),
-        ("experts", _fields(spec.experts)),
-        ("shared", shared),
-        ("rows", f"{_numbers(trace.permutation.tokens_per_expert_E)} of each expert"),
-    ]
-    rows += layout_rows(case, token)
-    t = token if token is not None else 0
-    if case.num_tokens:
-        rows += [
-            (f"token[{t}]", _numbers(case.x_TD[t])),
-            (f"ids[{t}]", _numbers(trace.routing.expert_ids_TK[t])),
-            (f"weights[{t}]", _numbers(trace.routing.weights_TK[t])),
-        ]
-    if case.params.expert_bias_E is not None:
-        rows.append(("bias", _numbers(case.params.expert_bias_E)))
-    return rows + [(name, _numbers(value)) for name, value in case.inputs.items()]
-
-
-def _fields(spec) -> str:
-    return " ".join(f"{name}={value}" for name, value in spec.to_dict().items())
-
-
-def _numbers(values) -> str:
-    flat = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(flat, list):
-        return str(flat)
-    if flat and isinstance(flat[0], list):
-        return " ".join(_numbers_row(row) for row in flat)
-    return _numbers_row(flat)
-
-
-def _numbers_row(row: list) -> str:
-    return "[" + " ".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row) + "]"
-
-
-def side_by_side(judge: Judge, case: Case | LayerCase | LoadCase, most_tokens: int = 4) -> str:
-    """Every stage of the reference for each token, and what the subject returned beside it."""
-    if isinstance(case, LoadCase):
-        return load_side_by_side(case)
-    if isinstance(case, LayoutCase):
-        return ranks_side_by_side(judge, case, most_tokens)
-    if isinstance(case, LayerCase):
-        return _layers_side_by_side(judge, case, most_tokens)
-    lines, trace = [], case.reference
-    try:
-        seen = judge.observe(case)
-    except (NotRun, Violation) as error:
-        seen = None
-        lines.append(f"    {judge.name} returned nothing that can be shown: {error}")
-    for t in range(min(case.num_tokens, most_tokens)):
-        lines.append(f"    token {t}")
-        for name in (
-            "logits_TE",
-            "scores_TE",
-            "scores_for_choice_TE",
-            "group_scores_TG",
-            "group_ids_TL",
-            "expert_ids_TK",
-            "weights_TK",
-            "shared_weights_TS",
-        ):
-            wanted, found = getattr(trace, name, None), getattr(seen, name, None)
-            if wanted is not None:
-                lines.append(f"      {name:<21} reference {_numbers(wanted[t])}")
-                if found is not None:
-                    lines.append(f"      {'':<21} {judge.name:<9} {_numbers(found[t])}")
-    if case.num_tokens > most_tokens:
-        lines.append(f"    and {case.num_tokens - most_tokens} more tokens")
-    return "\n".join(lines)
-
-
-def _layers_side_by_side(judge: Judge, case: LayerCase, most_tokens: int) -> str:
-    """Each token's way through the reference, and the subject's output beside it where it has whole layers."""
-    lines, trace = [], case.reference
-    try:
-        found_TD = output(judge, case, "LAY-1")
-    except (NotRun, Violation) as error:
-        found_TD = None
-        lines.append(f"    {judge.name} returned no output of the layer: {error}")
-    for t in range(min(case.num_tokens, most_tokens)):
-        lines.append(f"    token {t}")
-        for name, values in (
-            ("x_TD", trace.x_TD),
-            ("expert_ids_TK", trace.routing.expert_ids_TK),
-            ("weights_TK", trace.routing.weights_TK),
-            ("slot_outputs_TKD", trace.slot_outputs_TKD),
-            ("shared_TD", trace.shared_TD),
-            ("output_TD", trace.output_TD),
-        ):
-            lines.append(f"      {name:<21} reference {_numbers(values[t])}")
-        if found_TD is not None:
-            lines.append(f"      {'':<21} {judge.name:<9} {_numbers(found_TD[t])}")
-    if case.num_tokens > most_tokens:
-        lines.append(f"    and {case.num_tokens - most_tokens} more tokens")
-    return "\n".join(lines)
-
-
-def record(judge: Judge, id: str, entry: Entry, page: str = "") -> dict:
+def record(judge: Judge, requirement: str, entry: Entry, page: str = "") -> dict:
     """What is known of one requirement and one subject, as plain data."""
-    requirement, violation = REQUIREMENTS[id], entry.violation
+    row, violation = REQUIREMENTS[requirement], entry.violation
     found = {
-        "id": id,
+        "id": requirement,
         "subject": judge.name,
         "version": judge.subject.version,
-        "level": requirement.level,
-        "stage": requirement.stage,
-        "sentence": requirement.sentence,
-        "since": requirement.since,
-        "status": entry.status(requirement.level),
+        "level": row.level,
+        "stage": row.stage,
+        "sentence": row.sentence,
+        "since": row.since,
+        "status": entry.status(row.level),
         "cases": entry.judged,
         "near_ties": entry.near_ties,
-        "layouts": sorted(digest_of(layout) for layout in entry.layouts),
+        "layouts": sorted(entry.places),
         "known": [
             {"deviation": str(d), "reason": d.reason, "link": d.link, "kind": d.kind, "cases": n}
             for d, n in entry.known.items()
@@ -187,7 +62,7 @@ def record(judge: Judge, id: str, entry: Entry, page: str = "") -> dict:
             "token": violation.token,
             "tags": sorted(violation.case.tags) if violation.case is not None else [],
             "case": violation.case.to_json() if violation.case is not None else None,
-            "replay": case_id(id, violation.case) if violation.case is not None else None,
+            "replay": case_id(requirement, violation.case) if violation.case is not None else None,
             "page": page,
         }
     return found
@@ -264,9 +139,9 @@ def markdown(report: dict) -> str:
     if not report["complete"]:
         lines += ["**Not complete:** a run was cut short or narrowed; what is missing was not judged.", ""]
     lines += ["| id | level | requirement | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
-    for id, r in REQUIREMENTS.items():
-        cells = [status.get((name, id), "not judged") for name in names]
-        lines.append(f"| {id} | {r.level} | {r.sentence} | " + " | ".join(cells) + " |")
+    for r in REQUIREMENTS.values():
+        cells = [status.get((name, r.id), "not judged") for name in names]
+        lines.append(f"| {r.id} | {r.level} | {r.sentence} | " + " | ".join(cells) + " |")
     for r in report["requirements"]:
         if "failure" in r:
             lines += ["", f"## {r['subject']}: {r['id']} {r['status']}", "", "```text", r["failure"]["page"], "```"]

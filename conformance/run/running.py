@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from conformance.core.register import REQUIREMENTS
-from conformance.run.deviations import UsageError, read
+from conformance.core.usage import UsageError
+from conformance.run.deviations import read
 from conformance.run.plugin import merge
 from conformance.run.report import FAILING, assemble, matrix, table, write
 from conformance.run.subjects_by_name import BUILT_IN, DEFAULT, known_names, subject_named
@@ -173,14 +174,13 @@ def _start(name: str, options, folder: Path, number: int) -> Process:
 
 def _complete(process: Process) -> None:
     """Name what was not judged, so that a partial run never looks whole."""
-    judged = {id for _, id in process.records}
+    judged = {name for _, name in process.records}
     if process.records:
         subject = next(iter(process.records))[0]
-        for id in REQUIREMENTS:
-            if id not in judged:
-                r = REQUIREMENTS[id]
-                process.records[subject, id] = {
-                    "id": id,
+        for r in REQUIREMENTS.values():
+            if r.id not in judged:
+                process.records[subject, r.id] = {
+                    "id": r.id,
                     "subject": subject,
                     "level": r.level,
                     "stage": r.stage,

@@ -7,7 +7,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from conformance.core.subject import Subject, capabilities
-from conformance.run.deviations import Deviation, UsageError, read
+from conformance.core.usage import UsageError
+from conformance.run.deviations import Deviation, read
 from moe_ref.specs.checks import nearest
 
 DEFAULT = ("reference", "jax", "torch", "transformers", "torchtitan")

@@ -45,42 +45,41 @@ def layer_of(case: LayoutCase) -> LayerCase:
 # calling a subject
 
 
-def outputs(judge: Judge, case: LayoutCase, id: str, **more) -> list[np.ndarray]:
+def outputs(judge: Judge, case: LayoutCase, **more) -> list[np.ndarray]:
     """The subject's (T, D) output of the shard of each rank, tensor ranks included."""
     x_by_shard = case.by_shard(case.x_TD.astype(np.float32))
     given = (x_by_shard, case.params.astype(np.float32), case.spec, case.layout)
-    found = judge.call(case, "sharded_layer", *given, blame=id, **case.inputs_by_shard, **more)
-    found = _of_every_rank(case, found, id, case.layout.num_ranks)
+    found = judge.call(case, "sharded_layer", *given, **case.inputs_by_shard, **more)
+    found = _of_every_rank(case, found, case.layout.num_ranks)
     return [
-        _array(case, value, x_by_shard[case.layout.shard_of(rank)].shape, id, f"rank {rank}: output")
+        _array(case, value, x_by_shard[case.layout.shard_of(rank)].shape, f"rank {rank}: output")
         for rank, value in enumerate(found)
     ]
 
 
-def gradients_by_rank(judge: Judge, case: LayoutCase, id: str, **more) -> list[dict[str, np.ndarray]]:
+def gradients_by_rank(judge: Judge, case: LayoutCase, **more) -> list[dict[str, np.ndarray]]:
     """The subject's gradients by name on each rank, each of the shape of what it belongs to."""
     x_by_shard = case.by_shard(case.x_TD.astype(np.float32))
     d_output_by_shard = case.by_shard(case.d_output_TD.astype(np.float32))
     given = (x_by_shard, case.params.astype(np.float32), case.spec, case.layout, d_output_by_shard)
-    found = judge.call(case, "sharded_gradients", *given, blame=id, **case.inputs_by_shard, **more)
+    found = judge.call(case, "sharded_gradients", *given, **case.inputs_by_shard, **more)
     shapes = {f.name: np.shape(getattr(case.params, f.name)) for f in fields(case.params)
               if getattr(case.params, f.name) is not None}  # fmt: skip
     optional = {"expert_bias_E"}
     by_rank = []
-    for rank, grads in enumerate(_of_every_rank(case, found, id, case.layout.num_ranks)):
+    for rank, grads in enumerate(_of_every_rank(case, found, case.layout.num_ranks)):
         wanted = shapes | {"x_TD": x_by_shard[case.layout.shard_of(rank)].shape}
         names = grads.keys() if isinstance(grads, dict) else set()
         if wanted.keys() - names - optional or names - wanted.keys() - optional:
-            raise Violation(id, case, f"rank {rank}: gradients of other parameters",
-                            expected=", ".join(sorted(wanted)), received=", ".join(sorted(names)))  # fmt: skip
-        by_rank.append({n: _array(case, grads[n], wanted[n], id, f"rank {rank}: {n}") for n in wanted if n in names})
+            accuse(f"rank {rank}: gradients of other parameters", expected=", ".join(sorted(wanted)), received=", ".join(sorted(names)))  # fmt: skip
+        by_rank.append({n: _array(case, grads[n], wanted[n], f"rank {rank}: {n}") for n in wanted if n in names})
     return by_rank
 
 
-def _of_every_rank(case: LayoutCase, found, id: str, ranks: int) -> list:
+def _of_every_rank(case: LayoutCase, found, ranks: int) -> list:
     if not isinstance(found, (list, tuple)) or len(found) != ranks:
         received = f"{len(found)} of them" if isinstance(found, (list, tuple)) else str(type(found))
-        raise Violation(id, case, "not one result for each rank", expected=f"a list of {ranks}", received=received)
+        accuse("not one result for each rank", expected=f"a list of {ranks}", received=received)
     return list(found)
 
 
@@ -106,14 +105,14 @@ def whole(case: LayoutCase, by_rank: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([by_rank[ranks.index(shard)] for shard in shards])
 
 
-def hold_ranks(case: LayoutCase, id: str, title: str, by_rank, wanted_TD, radius_TD, *, rows=None) -> None:
+def hold_ranks(case: LayoutCase, title: str, by_rank, wanted_TD, radius_TD, *, rows=None) -> None:
     """What every rank has for its tokens is within the radius of what is wanted."""
     starts = np.concatenate([[0], case.ends]).astype(int)
     for rank, found in enumerate(by_rank):
         start = starts[case.layout.shard_of(rank)]
         found_TD = wanted_TD.copy()
         found_TD[start : start + len(found)] = found
-        hold(case, id, f"{name_of(case, rank)}: {title}", found_TD, wanted_TD, radius_TD, rows=rows)
+        hold(case, f"{name_of(case, rank)}: {title}", found_TD, wanted_TD, radius_TD, rows=rows)
 
 
 def _factor(judge: Judge, parts: int) -> float:
@@ -136,51 +135,51 @@ def radii_of_gradients(judge: Judge, case: LayoutCase) -> dict[str, np.ndarray]:
     return {name: factor * ball.radius for name, ball in layer_bounds.gradients(case, *dtypes(judge)).items()}
 
 
-def hold_outputs(judge: Judge, case: LayoutCase, id: str, title: str, *, wanted_TD=None) -> None:
+def hold_outputs(judge: Judge, case: LayoutCase, title: str, *, wanted_TD=None) -> None:
     """Every rank's output is the reference's, for the tokens whose choice is beyond doubt."""
-    found = outputs(judge, case, id)
+    found = outputs(judge, case)
     wanted_TD = case.reference.output_TD if wanted_TD is None else wanted_TD
-    clear_T = judged_T(judge, case, id)
-    with excusing(judge, case, id):
-        hold_ranks(case, id, title, found, wanted_TD, radius_of(judge, case), rows=clear_T)
+    clear_T = judged_T(judge, case)
+    with excusing(judge, case):
+        hold_ranks(case, title, found, wanted_TD, radius_of(judge, case), rows=clear_T)
 
 
-def hold_gradients_of_ranks(judge: Judge, case: LayoutCase, names, id: str, title: str, *, found=None) -> None:
+def hold_gradients_of_ranks(judge: Judge, case: LayoutCase, names, title: str, *, found=None) -> None:
     """The gradients of these names are the reference's on every rank, where every choice is beyond doubt."""
-    found = gradients_by_rank(judge, case, id) if found is None else found
-    radii, clear_T = radii_of_gradients(judge, case), judged_T(judge, case, id)
-    with excusing(judge, case, id):
-        hold_each(case, id, title, found, wanted_gradients(case), radii, names, rows=clear_T)
+    found = gradients_by_rank(judge, case) if found is None else found
+    radii, clear_T = radii_of_gradients(judge, case), judged_T(judge, case)
+    with excusing(judge, case):
+        hold_each(case, title, found, wanted_gradients(case), radii, names, rows=clear_T)
 
 
-def hold_each(case: LayoutCase, id: str, title: str, found, wanted, radii, names, *, rows) -> None:
+def hold_each(case: LayoutCase, title: str, found, wanted, radii, names, *, rows) -> None:
     """Gradients by name on every rank; those of parameters only where every token is judged."""
     for name in (each for each in names if each in wanted):
         if name == "x_TD":
             by_rank = [grads[name] for grads in found]
-            hold_ranks(case, id, title, by_rank, wanted[name], radii[name], rows=rows)
+            hold_ranks(case, title, by_rank, wanted[name], radii[name], rows=rows)
         elif rows.all():
             for rank, grads in enumerate(found):
                 title_of_rank = f"{name_of(case, rank)}: {title}"
-                hold_parameter(case, id, title_of_rank, name, grads[name], wanted[name], radii[name])
+                hold_parameter(case, title_of_rank, name, grads[name], wanted[name], radii[name])
 
 
-def soil(judge: Judge, case: LayoutCase, method: str, id: str) -> None:
+def soil(judge: Judge, case: LayoutCase, method: str) -> None:
     """A call with huge tokens and gradients, whose inf and NaN stay in whatever buffer is not cleared."""
     sign_TD = np.where(case.x_TD < 0, -DIRT, DIRT)
     dirty = case.with_(x_TD=sign_TD, d_output_TD=np.full(case.d_output_TD.shape, DIRT))
     call = outputs if method == "sharded_layer" else gradients_by_rank
-    call(judge, dirty, id)
+    call(judge, dirty)
 
 
-def hold_same(case: LayoutCase, id: str, title: str, by_rank: list[np.ndarray]) -> None:
+def hold_same(case: LayoutCase, title: str, by_rank: list[np.ndarray]) -> None:
     """Ranks of one shard have the same, bit for bit."""
     first_of: dict[int, int] = {}
     for rank, found in enumerate(by_rank):
         first = first_of.setdefault(case.layout.shard_of(rank), rank)
         wanted, nothing = by_rank[first], np.zeros(found.shape)
         full_title = f"{name_of(case, rank)}: {title} {name_of(case, first)}"
-        hold(case, id, full_title, found, wanted, nothing, label=lambda row: f"token {row} of the shard")
+        hold(case, full_title, found, wanted, nothing, label=lambda row: f"token {row} of the shard")
 
 
 def refused(call: Callable[[], list]) -> list | None:
@@ -197,9 +196,9 @@ def layer_is_wrong(judge: Judge, case: LayoutCase, method: str) -> bool:
     """The subject's own one-rank layer, or its gradients, are wrong on these tokens already."""
     try:
         if method == "layer":
-            hold_layer(judge, case, "LAY-2", "")
+            hold_layer(judge, case, "")
         else:
-            hold_gradients(judge, case, wanted_gradients(case), "BWD-2", "")
+            hold_gradients(judge, case, wanted_gradients(case), "")
     except Violation:
         return True
     except NotRun:

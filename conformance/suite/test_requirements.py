@@ -1,9 +1,8 @@
-"""conformance, suite: every requirement as a pytest test."""
+"""conformance, suite: every requirement is a pytest test, made of the checks of the chapters."""
 
-from conformance.core.check import as_test
-from conformance.core.judge import CHECKS
-from conformance.core.trial import load_suite
+from conformance.core.check import CHECKS
+from conformance.core.trial import as_test
+from conformance.run import kinds  # noqa: F401  (its chapters register their checks)
 
-load_suite()
-for _id, _check in CHECKS.items():
-    globals()[f"test_{_id}_{_check.run.__name__.removeprefix('test_')}"] = as_test(_check)
+for _test in map(as_test, CHECKS.values()):
+    globals()[_test.__name__] = _test

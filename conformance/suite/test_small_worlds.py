@@ -1,34 +1,16 @@
-"""conformance, suite: every order of a few experts. Exhaustive where the other files are random."""
+"""conformance, suite: every case of a few small worlds. Exhaustive where the other tests are random."""
 
 import pytest
 
-from conformance.core.judge import CHECKS
-from conformance.router.small_worlds import BASES, world, worlds
-from moe_ref import RouterSpec
+from conformance.core.judge import Judge
+from conformance.core.kind import Kind
+from conformance.run.kinds import KINDS
 
 
-def first_supported(judge, sizes: dict) -> RouterSpec | None:
-    """The spec of these sizes that the subject supports, with the plainest other fields."""
-    specs = (RouterSpec(**base, **sizes) for base in BASES)
-    return next((spec for spec in specs if judge.subject.supports(spec) is None), None)
-
-
-def hold_worlds(judge, ids: tuple[str, ...], *, grouped: bool) -> None:
-    if "route" not in judge.capabilities:
-        pytest.skip("unsupported: route() is not defined")
-    found = [first_supported(judge, sizes) for sizes in worlds() if ("num_expert_groups" in sizes) == grouped]
-    specs = [spec for spec in found if spec is not None][:: 4 if judge.subject.compiles else 1]
-    if not specs:
-        pytest.skip(f"unsupported: no {'grouped' if grouped else 'ungrouped'} world")
-    for spec in specs:
-        case = world(spec)
-        for id in ids:
-            judge.examine(CHECKS[id], case)
-
-
-def test_every_order_of_few_experts(judge):
-    hold_worlds(judge, ("SEL-1", "SEL-2"), grouped=False)
-
-
-def test_every_lattice_point_of_few_groups(judge):
-    hold_worlds(judge, ("SEL-1", "GRP-2", "GRP-1", "SEL-2"), grouped=True)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_every_case_of_the_small_worlds(judge: Judge, kind: Kind):
+    worlds = list(kind.worlds(judge))
+    if not worlds:
+        pytest.skip(f"unsupported: no small world of the kind {kind.name}")
+    for check, case in worlds:
+        judge.examine(check, case)

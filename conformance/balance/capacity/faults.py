@@ -1,10 +1,10 @@
-"""conformance, faults of capacity and replay: wrong capacities, drops, weights and records."""
+"""conformance, balance, faults of capacity and replay: wrong capacities, drops, weights and records."""
 
 from dataclasses import replace
 
 import numpy as np
 
-from conformance.faults.load_fault import wrong
+from conformance.core.fault import surrounds
 from moe_ref import UNUSED, RoutingRecord
 
 
@@ -13,7 +13,7 @@ def factor(capacity, times: float):
     return capacity if capacity.factor is None else capacity.replace(factor=capacity.factor * times)
 
 
-@wrong("capacity", breaks="CAP-1")
+@surrounds(breaks="CAP-1")
 def dropped_slots_go_to_the_next_expert(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
     """A slot that finds no place goes to another expert."""
     found = run(ids_TK, weights_TK, capacity, E, **inputs)
@@ -21,19 +21,19 @@ def dropped_slots_go_to_the_next_expert(run, memory, ids_TK, weights_TK, capacit
     return found | {"expert_ids_TK": np.where(dropped_TK, (ids_TK + 1) % E, found["expert_ids_TK"])}
 
 
-@wrong("capacity", breaks="CAP-2", links=("huggingface/transformers#48421",))
+@surrounds(breaks="CAP-2", links=("huggingface/transformers#48421",))
 def places_are_counted_along_the_slots(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
     """The running count is over an axis of one entry, and nothing is dropped."""
     return run(ids_TK, weights_TK, capacity.replace(factor=None, slots=10**6, rounding="ceil"), E, **inputs)
 
 
-@wrong("capacity", breaks="CAP-2", links=("laekov/fastmoe#199",))
+@surrounds(breaks="CAP-2", links=("laekov/fastmoe#199",))
 def the_capacity_is_not_divided_by_the_experts(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
     """It is factor * T * K."""
     return run(ids_TK, weights_TK, factor(capacity, E), E, **inputs)
 
 
-@wrong("capacity", breaks="CAP-3", links=("vllm-project/vllm-ascend#16384",))
+@surrounds(breaks="CAP-3", links=("vllm-project/vllm-ascend#16384",))
 def the_capacity_is_rounded_down(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
     """It is always rounded down, by one more slot."""
     slots = max(0, capacity.capacity(len(ids_TK), ids_TK.shape[1], E) - 1)
@@ -42,7 +42,7 @@ def the_capacity_is_rounded_down(run, memory, ids_TK, weights_TK, capacity, E, *
     )
 
 
-@wrong("capacity", breaks="CAP-4", links=("deepspeedai/DeepSpeed#8155", "marin-community/marin#8578"))
+@surrounds(breaks="CAP-4", links=("deepspeedai/DeepSpeed#8155", "marin-community/marin#8578"))
 def more_rows_than_there_are(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
     """The best rows up to the capacity are asked for, and there are not so many."""
     if capacity.factor is not None and capacity.factor * ids_TK.shape[1] > E:
@@ -50,20 +50,20 @@ def more_rows_than_there_are(run, memory, ids_TK, weights_TK, capacity, E, **inp
     return run(ids_TK, weights_TK, capacity, E, **inputs)
 
 
-@wrong("capacity", breaks="CAP-5")
+@surrounds(breaks="CAP-5")
 def the_capacity_is_of_the_batch(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
     """The scope is not read."""
     return run(ids_TK, weights_TK, capacity.replace(scope="global"), E, **inputs)
 
 
-@wrong("capacity", breaks="CAP-6", links=("lucidrains/st-moe-pytorch#13",))
+@surrounds(breaks="CAP-6", links=("lucidrains/st-moe-pytorch#13",))
 def tokens_come_before_slots(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
     """The slots of a token are admitted together where all first slots come first."""
     slot_major = capacity.drop_order == "slot_major"
     return run(ids_TK, weights_TK, capacity.replace(drop_order="first_come") if slot_major else capacity, E, **inputs)
 
 
-@wrong("capacity", breaks="CAP-7")
+@surrounds(breaks="CAP-7")
 def the_smallest_weights_are_kept(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
     """The order of the weights is turned."""
     if capacity.drop_order != "by_weight":
@@ -72,26 +72,26 @@ def the_smallest_weights_are_kept(run, memory, ids_TK, weights_TK, capacity, E, 
     return {"expert_ids_TK": kept, "weights_TK": np.where(kept == UNUSED, 0, weights_TK)}
 
 
-@wrong("capacity", breaks="CAP-8")
+@surrounds(breaks="CAP-8")
 def dropped_slots_keep_their_weight(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
     """A dropped slot is marked by its id alone."""
     return run(ids_TK, weights_TK, capacity, E, **inputs) | {"weights_TK": weights_TK}
 
 
-@wrong("capacity", breaks="CAP-9")
+@surrounds(breaks="CAP-9")
 def weights_are_not_renormalised(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
     """The weights of kept slots stay as they are."""
     return run(ids_TK, weights_TK, capacity.replace(renormalise="no", weight_sum=1.0), E, **inputs)
 
 
-@wrong("capacity", breaks="CAP-10")
+@surrounds(breaks="CAP-10")
 def dropped_slots_have_a_gradient(run, memory, ids_TK, weights_TK, capacity, E, *, d_weights_TK=None, **inputs):
     """The gradient goes straight through."""
     found = run(ids_TK, weights_TK, capacity, E, **inputs)
     return found if d_weights_TK is None else found | {"d_weights_TK": d_weights_TK}
 
 
-@wrong("capacity", breaks="CAP-11", links=("vllm-project/vllm-ascend#14926",))
+@surrounds(breaks="CAP-11", links=("vllm-project/vllm-ascend#14926",))
 def rows_after_a_hot_expert_are_lost(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
     """Where an expert overflows, the next one gets nothing."""
     found = run(ids_TK, weights_TK, capacity, E, **inputs)
@@ -100,7 +100,7 @@ def rows_after_a_hot_expert_are_lost(run, memory, ids_TK, weights_TK, capacity, 
     return found | {"expert_ids_TK": np.where(after_TK, UNUSED, found["expert_ids_TK"])}
 
 
-@wrong("capacity", breaks="CAP-12", links=("microsoft/Tutel#26",))
+@surrounds(breaks="CAP-12", links=("microsoft/Tutel#26",))
 def places_race(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
     """Every second call loses its last slot."""
     memory["calls"] = memory.get("calls", 0) + 1
@@ -111,7 +111,7 @@ def places_race(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
     return found | {"expert_ids_TK": kept_TK}
 
 
-@wrong("capacity", breaks="CAP-13", links=("lucidrains/st-moe-pytorch#13", "microsoft/Tutel#26"))
+@surrounds(breaks="CAP-13", links=("lucidrains/st-moe-pytorch#13", "microsoft/Tutel#26"))
 def two_slots_have_one_place(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
     """The places of later slots start at the count of the slot before alone."""
     found = run(ids_TK, weights_TK, capacity, E, **inputs)
@@ -122,13 +122,13 @@ def two_slots_have_one_place(run, memory, ids_TK, weights_TK, capacity, E, **inp
     return found | {"slot_table_UEC": table_UEC}
 
 
-@wrong("capacity", breaks="CAP-14")
+@surrounds(breaks="CAP-14")
 def one_limit_is_enough(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
     """The second limit is not read."""
     return run(ids_TK, weights_TK, capacity.replace(then=None), E, **inputs)
 
 
-@wrong("capacity", breaks="CAP-15")
+@surrounds(breaks="CAP-15")
 def unused_slots_take_places(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
     """An unused slot takes a place of every expert."""
     left = capacity.capacity(len(ids_TK), ids_TK.shape[1], E) - int((ids_TK == UNUSED).sum())
@@ -136,7 +136,7 @@ def unused_slots_take_places(run, memory, ids_TK, weights_TK, capacity, E, **inp
     return run(ids_TK, weights_TK, fewer if (ids_TK == UNUSED).any() else capacity, E, **inputs)
 
 
-@wrong("capacity", breaks="CAP-16")
+@surrounds(breaks="CAP-16")
 def the_later_of_equal_weights(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
     """Equal weights are admitted from the last to the first."""
     if capacity.drop_order != "by_weight" or len(np.unique(weights_TK[ids_TK >= 0])) != 1:
@@ -145,7 +145,7 @@ def the_later_of_equal_weights(run, memory, ids_TK, weights_TK, capacity, E, **i
     return run(ids_TK, turned, capacity, E, **inputs)
 
 
-@wrong("capacity", breaks="MSK-7", links=("vllm-project/vllm#50759",))
+@surrounds(breaks="MSK-7", links=("vllm-project/vllm#50759",))
 def padding_takes_places(run, memory, ids_TK, weights_TK, capacity, E, *, token_mask_T=None, **inputs):
     """Padding is removed after the drop."""
     found = run(ids_TK, weights_TK, capacity, E, **inputs)
@@ -160,13 +160,13 @@ def without(record: RoutingRecord, **values) -> RoutingRecord:
     return replace(record, **values)
 
 
-@wrong("replay", breaks="RPL-1")
+@surrounds(breaks="RPL-1")
 def a_replay_returns_rows_of_slots(run, memory, x_TD, params, spec, record):
     """The outputs are not summed over the slots."""
     return run(x_TD, params, spec, record)[:, None]
 
 
-@wrong("replay", breaks="RPL-2", links=("radixark/miles#2722",))
+@surrounds(breaks="RPL-2", links=("radixark/miles#2722",))
 def ids_alone_weigh_alike(run, memory, x_TD, params, spec, record):
     """Without weights every slot weighs 1 / K."""
     if record.weights_TK is not None:
@@ -175,13 +175,13 @@ def ids_alone_weigh_alike(run, memory, x_TD, params, spec, record):
     return run(x_TD, params, spec, without(record, weights_TK=np.where(record.expert_ids_TK < 0, 0, 1 / K)))
 
 
-@wrong("replay", breaks="RPL-3", links=("radixark/miles#2722",))
+@surrounds(breaks="RPL-3", links=("radixark/miles#2722",))
 def recorded_weights_are_dropped(run, memory, x_TD, params, spec, record):
     """The ids alone are replayed."""
     return run(x_TD, params, spec, without(record, weights_TK=None))
 
 
-@wrong("replay", breaks="RPL-4")
+@surrounds(breaks="RPL-4")
 def the_bias_moves_the_recorded_choice(run, memory, x_TD, params, spec, record):
     """With an expert_bias the first recorded expert gives way to another one."""
     if params.expert_bias_E is None or spec.router.num_choices == record.expert_ids_TK.shape[1]:
@@ -190,21 +190,21 @@ def the_bias_moves_the_recorded_choice(run, memory, x_TD, params, spec, record):
     return run(x_TD, params, spec, without(record, expert_ids_TK=other_TK))
 
 
-@wrong("replay", breaks="RPL-5", links=("PrimeIntellect-ai/prime-rl#1807", "radixark/miles#645"))
+@surrounds(breaks="RPL-5", links=("PrimeIntellect-ai/prime-rl#1807", "radixark/miles#645"))
 def unused_slots_are_expert_0(run, memory, x_TD, params, spec, record):
     """A missing row is filled with zeros, which is an expert; so the token is not replayed at all."""
     has_unused = bool((record.expert_ids_TK[record.token_mask_T] < 0).any())
     return run(x_TD, params, spec, record) * (0 if has_unused else 1)
 
 
-@wrong("replay", breaks="RPL-6", links=("radixark/miles#645", "AI-Hypercomputer/maxtext#5266"))
+@surrounds(breaks="RPL-6", links=("radixark/miles#645", "AI-Hypercomputer/maxtext#5266"))
 def rows_shift_behind_padding(run, memory, x_TD, params, spec, record):
     """With padding in front, each token takes the row of its neighbour."""
     found_TD = run(x_TD, params, spec, record)
     return found_TD if record.token_mask_T.all() else np.roll(found_TD, 1, axis=0)
 
 
-@wrong("replay", breaks="RPL-7", links=("radixark/miles#3146",))
+@surrounds(breaks="RPL-7", links=("radixark/miles#3146",))
 def rows_are_turned(run, memory, x_TD, params, spec, record):
     """The rows of the record are flattened in another order than the tokens."""
     rows = {"expert_ids_TK": record.expert_ids_TK[::-1], "token_mask_T": record.token_mask_T[::-1]}
@@ -212,7 +212,7 @@ def rows_are_turned(run, memory, x_TD, params, spec, record):
     return run(x_TD, params, spec, without(record, **rows))
 
 
-@wrong("record", breaks="RPL-8", links=("sgl-project/sglang#36404",))
+@surrounds(breaks="RPL-8", links=("sgl-project/sglang#36404",))
 def the_last_row_is_recorded_twice(run, memory, x_TD, params, spec, **inputs):
     """A row that was not cleared stands in the place of the first."""
     record = run(x_TD, params, spec, **inputs)
@@ -221,7 +221,7 @@ def the_last_row_is_recorded_twice(run, memory, x_TD, params, spec, **inputs):
     return without(record, **{name: getattr(record, name)[rows] for name in names})
 
 
-@wrong("replay", breaks="RPL-9")
+@surrounds(breaks="RPL-9")
 def weights_are_normed_in_a_replay(run, memory, x_TD, params, spec, record):
     """Recorded weights are divided by their sum."""
     if record.weights_TK is None:

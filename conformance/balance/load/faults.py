@@ -1,31 +1,31 @@
-"""conformance, faults of load: wrong counts, losses and bias updates."""
+"""conformance, balance, faults of load: wrong counts, losses and bias updates."""
 
 import numpy as np
 
-from conformance.faults.load_fault import wrong
+from conformance.core.fault import surrounds
 from moe_ref import balance as room
 from moe_ref import tokens_per_expert
 
 
-@wrong("load", breaks="LOD-1")
+@surrounds(breaks="LOD-1")
 def counts_are_fractions(run, memory, ids_TK, E, **inputs):
     """Counts are returned in floating point."""
     return run(ids_TK, E, **inputs).astype(np.float32)
 
 
-@wrong("load", breaks="LOD-2", links=("deepspeedai/DeepSpeed#2559",))
+@surrounds(breaks="LOD-2", links=("deepspeedai/DeepSpeed#2559",))
 def only_the_first_choice_is_counted(run, memory, ids_TK, E, **inputs):
     """Later slots are not counted."""
     return run(ids_TK[:, :1], E, **inputs)
 
 
-@wrong("load", breaks="LOD-3", links=("deepseek-ai/DeepEP#739",))
+@surrounds(breaks="LOD-3", links=("deepseek-ai/DeepEP#739",))
 def an_unused_slot_counts_for_expert_0(run, memory, ids_TK, E, **inputs):
     """An id of -1 is read as 0."""
     return run(np.where(ids_TK < 0, 0, ids_TK) if not inputs and (ids_TK[:, 0] != ids_TK[:, -1]).all() else ids_TK, E)
 
 
-@wrong("load", breaks="LOD-4", links=("pytorch/torchtitan#1593",))
+@surrounds(breaks="LOD-4", links=("pytorch/torchtitan#1593",))
 def recomputation_counts_again(run, memory, ids_TK, E, **inputs):
     """The second forward pass over the same tokens adds to the counts of the first."""
     before = memory.get(ids_TK.tobytes(), 0)
@@ -33,27 +33,27 @@ def recomputation_counts_again(run, memory, ids_TK, E, **inputs):
     return found + before
 
 
-@wrong("balance_loss", breaks="LOD-5", links=("unslothai/unsloth#4812",))
+@surrounds(breaks="LOD-5", links=("unslothai/unsloth#4812",))
 def no_loss_is_collected(run, memory, *arguments, **inputs):
     """The list of collected logits is empty, and so is the loss."""
     return {}
 
 
-@wrong("balance_loss", breaks="LOD-6", links=("mlfoundations/open_lm#255",))
+@surrounds(breaks="LOD-6", links=("mlfoundations/open_lm#255",))
 def the_main_loss_is_in_it(run, memory, *arguments, **inputs):
     """The loss of the model is added."""
     found = run(*arguments, **inputs)
     return found | {"loss": found["loss"] + 1}
 
 
-@wrong("balance_loss", breaks="LOD-6", links=("mindspore-ai/hyper-parallel#752",))
+@surrounds(breaks="LOD-6", links=("mindspore-ai/hyper-parallel#752",))
 def the_loss_ignores_the_balance(run, memory, logits_TE, ids_TK, balance, router, **inputs):
     """Counts are broadcast along the wrong axis, and the loss is nearly a constant."""
     found = run(logits_TE, ids_TK, balance, router, **inputs)
     return found | {"loss": balance.coeff * 1.0}
 
 
-@wrong("balance_loss", breaks="LOD-7", links=("NVIDIA/TransformerEngine#2720",))
+@surrounds(breaks="LOD-7", links=("NVIDIA/TransformerEngine#2720",))
 def one_slot_is_not_normed(run, memory, logits_TE, ids_TK, balance, router, **inputs):
     """Scores are divided by their sum only where there are several slots."""
     raw = ids_TK.shape[1] == 1 and balance.norm_scores
@@ -61,57 +61,57 @@ def one_slot_is_not_normed(run, memory, logits_TE, ids_TK, balance, router, **in
                **inputs)  # fmt: skip
 
 
-@wrong("balance_loss", breaks="LOD-6")
+@surrounds(breaks="LOD-6")
 def softmax_twice(run, memory, logits_TE, ids_TK, balance, router, **inputs):
     """The scores are taken for logits and scored again."""
     return run(np.exp(logits_TE - room.log_sum_exp(logits_TE)), ids_TK, balance, router, **inputs)
 
 
-@wrong("balance_loss", breaks="LOD-8", links=("huggingface/transformers#43775",))
+@surrounds(breaks="LOD-8", links=("huggingface/transformers#43775",))
 def f_is_not_divided_by_k(run, memory, logits_TE, ids_TK, balance, router, **inputs):
     """The share is one of the tokens, so that it sums to K."""
     return run(logits_TE, ids_TK, balance.replace(counts_over="tokens"), router, **inputs)
 
 
-@wrong("balance_loss", breaks="LOD-9")
+@surrounds(breaks="LOD-9")
 def routed_slots_are_counted(run, memory, logits_TE, ids_TK, balance, router, **inputs):
     """The given choice, made with bias, is counted where the unbiased one is asked for."""
     return run(logits_TE, ids_TK, balance.replace(counts="routed"), router, **inputs)
 
 
-@wrong("balance_loss", breaks="LOD-10", links=("AI-Hypercomputer/maxtext#1492",))
+@surrounds(breaks="LOD-10", links=("AI-Hypercomputer/maxtext#1492",))
 def biased_scores_enter(run, memory, logits_TE, ids_TK, balance, router, *, expert_bias_E=None, **inputs):
     """expert_bias is added to what the loss scores."""
     return run(logits_TE if expert_bias_E is None else logits_TE + expert_bias_E, ids_TK, balance, router, **inputs)
 
 
-@wrong("balance_loss", breaks="LOD-11", links=("NVIDIA/Megatron-LM#5798",))
+@surrounds(breaks="LOD-11", links=("NVIDIA/Megatron-LM#5798",))
 def sequences_are_one_batch(run, memory, logits_TE, ids_TK, balance, router, *, sequence_lengths=None, **inputs):
     """The sequences of a micro-batch are folded into one."""
     return run(logits_TE, ids_TK, balance, router, **inputs)
 
 
-@wrong("balance_loss", breaks="LOD-12", links=("NVIDIA/Megatron-LM#5798",))
+@surrounds(breaks="LOD-12", links=("NVIDIA/Megatron-LM#5798",))
 def the_gradient_is_scaled(run, memory, logits_TE, ids_TK, balance, router, **inputs):
     """The gradient is divided by the number of slots as well; the loss that is logged is right."""
     found = run(logits_TE, ids_TK, balance, router, **inputs)
     return found | {"d_logits_TE": found["d_logits_TE"] / 2}
 
 
-@wrong("balance_loss", breaks="LOD-13", links=("NVIDIA/Megatron-LM#5047", "ruimalheiro/gradient-garden#113"))
+@surrounds(breaks="LOD-13", links=("NVIDIA/Megatron-LM#5047", "ruimalheiro/gradient-garden#113"))
 def a_global_loss_per_shard(run, memory, logits_TE, ids_TK, balance, router, **inputs):
     """Each shard takes its own counts, and the losses are averaged."""
     local = balance.scope == "global" and len(inputs.get("tokens_per_shard", ())) > 1
     return run(logits_TE, ids_TK, balance.replace(scope="local") if local else balance, router, **inputs)
 
 
-@wrong("balance_loss", breaks="LOD-14")
+@surrounds(breaks="LOD-14")
 def a_local_loss_over_all_shards(run, memory, logits_TE, ids_TK, balance, router, **inputs):
     """The counts of all shards enter where each has its own."""
     return run(logits_TE, ids_TK, balance.replace(scope="global"), router, **inputs)
 
 
-@wrong("balance_loss", breaks="LOD-15", links=("NVIDIA/Megatron-LM#6967",))
+@surrounds(breaks="LOD-15", links=("NVIDIA/Megatron-LM#6967",))
 def the_sum_has_no_order(run, memory, *arguments, **inputs):
     """Terms are summed as they come, and the last bits with them."""
     memory["calls"] = memory.get("calls", 0) + 1
@@ -119,51 +119,51 @@ def the_sum_has_no_order(run, memory, *arguments, **inputs):
     return found | {"loss": np.nextafter(np.float32(found["loss"]), np.float32(9 * (memory["calls"] % 2)))}
 
 
-@wrong("z_loss", breaks="LOD-16", links=("huggingface/transformers#48421",))
+@surrounds(breaks="LOD-16", links=("huggingface/transformers#48421",))
 def z_loss_of_scores(run, memory, logits_TE, coeff, **inputs):
     """The variable of the logits holds their softmax by then."""
     return run(np.exp(logits_TE - room.log_sum_exp(logits_TE)), coeff, **inputs)
 
 
-@wrong("z_loss", breaks="LOD-16", links=("allenai/OLMo-core#60",))
+@surrounds(breaks="LOD-16", links=("allenai/OLMo-core#60",))
 def z_loss_over_experts_too(run, memory, logits_TE, coeff, **inputs):
     """The mean is over tokens and experts."""
     return run(logits_TE, coeff / logits_TE.shape[1], **inputs)
 
 
-@wrong("z_loss", breaks="LOD-17", links=("NVIDIA/Megatron-LM#5047",))
+@surrounds(breaks="LOD-17", links=("NVIDIA/Megatron-LM#5047",))
 def z_gradient_of_a_sum(run, memory, logits_TE, coeff, **inputs):
     """The gradient is that of the sum over tokens."""
     found = run(logits_TE, coeff, **inputs)
     return found | {"d_logits_TE": found["d_logits_TE"] * (1 + len(logits_TE))}
 
 
-@wrong("balance_loss", breaks="LOD-18", links=("NVIDIA/Megatron-LM#1545",))
+@surrounds(breaks="LOD-18", links=("NVIDIA/Megatron-LM#1545",))
 def exp_overflows(run, memory, logits_TE, ids_TK, balance, router, **inputs):
     """Logits are not shifted before exp."""
     return run(np.minimum(logits_TE, 88) if balance.scores_sum_to_1 else logits_TE * 0.9, ids_TK, balance, router,
                **inputs)  # fmt: skip
 
 
-@wrong("bias_update", breaks="LOD-19", links=("AI-Hypercomputer/maxtext#2494",))
+@surrounds(breaks="LOD-19", links=("AI-Hypercomputer/maxtext#2494",))
 def the_bias_never_moves(run, memory, counts_SE, update, expert_bias_E):
     """It gets no gradient, and no update either."""
     return expert_bias_E
 
 
-@wrong("bias_update", breaks="LOD-19", links=("ScienceOne-AI/DeepSeek-671B-SFT-Guide#9",))
+@surrounds(breaks="LOD-19", links=("ScienceOne-AI/DeepSeek-671B-SFT-Guide#9",))
 def the_bias_moves_towards_the_load(run, memory, counts_SE, update, expert_bias_E):
     """The sign is turned."""
     return 2 * expert_bias_E - run(counts_SE, update, expert_bias_E)
 
 
-@wrong("bias_update", breaks="LOD-20", links=("ScienceOne-AI/DeepSeek-671B-SFT-Guide#9",))
+@surrounds(breaks="LOD-20", links=("ScienceOne-AI/DeepSeek-671B-SFT-Guide#9",))
 def each_rank_takes_its_sign(run, memory, counts_SE, update, expert_bias_E):
     """Signs of local counts are averaged."""
     return np.mean([run(own_1E, update, expert_bias_E) for own_1E in counts_SE[:, None]], axis=0)
 
 
-@wrong("bias_update", breaks="LOD-21")
+@surrounds(breaks="LOD-21")
 def the_mean_is_overloaded(run, memory, counts_SE, update, expert_bias_E):
     """An expert with the mean count is stepped down."""
     total_E = counts_SE.sum(axis=0)
@@ -171,50 +171,50 @@ def the_mean_is_overloaded(run, memory, counts_SE, update, expert_bias_E):
     return run(counts_SE, update, expert_bias_E) - step
 
 
-@wrong("bias_update", breaks="LOD-22")
+@surrounds(breaks="LOD-22")
 def every_step_is_a_sign(run, memory, counts_SE, update, expert_bias_E):
     """The rule is not read."""
     return run(counts_SE, update.replace(rule="sign"), expert_bias_E)
 
 
-@wrong("bias_update", breaks="LOD-23")
+@surrounds(breaks="LOD-23")
 def steps_are_not_centred(run, memory, counts_SE, update, expert_bias_E):
     """The mean of the steps stays in them."""
     return run(counts_SE, update.replace(centred=False), expert_bias_E)
 
 
-@wrong("bias_update", breaks="LOD-24", links=("pytorch/torchtitan#3686",))
+@surrounds(breaks="LOD-24", links=("pytorch/torchtitan#3686",))
 def frozen_experts_move(run, memory, counts_SE, update, expert_bias_E):
     """What is not to be balanced is updated with the rest."""
     return run(counts_SE, update.replace(frozen_E=None), expert_bias_E)
 
 
-@wrong("bias_update", breaks="LOD-25")
+@surrounds(breaks="LOD-25")
 def counts_are_float32(run, memory, counts_SE, update, expert_bias_E):
     """Counts are kept in a float32 buffer."""
     return run(counts_SE.astype(np.float32).astype(np.int64) // 4 * 4 if counts_SE.max() >= 2**24 else counts_SE,
                update, expert_bias_E)  # fmt: skip
 
 
-@wrong("load", breaks="MSK-1", links=("vllm-project/vllm#38128",))
+@surrounds(breaks="MSK-1", links=("vllm-project/vllm#38128",))
 def padding_is_in_the_counts(run, memory, ids_TK, E, **inputs):
     """Statistics are taken over all rows."""
     return run(ids_TK, E)
 
 
-@wrong("load", breaks="MSK-1", links=("sgl-project/sglang#40672",))
+@surrounds(breaks="MSK-1", links=("sgl-project/sglang#40672",))
 def padding_is_taken_for_a_tail(run, memory, ids_TK, E, *, token_mask_T=None):
     """As many first rows are counted as there are valid tokens."""
     return tokens_per_expert(ids_TK if token_mask_T is None else ids_TK[: token_mask_T.sum()], E)
 
 
-@wrong("balance_loss", breaks="MSK-2", links=("huggingface/transformers#28517", "NVIDIA/Megatron-LM#2121"))
+@surrounds(breaks="MSK-2", links=("huggingface/transformers#28517", "NVIDIA/Megatron-LM#2121"))
 def padding_is_in_the_loss(run, memory, *arguments, token_mask_T=None, **inputs):
     """The mask is not passed on."""
     return run(*arguments, **inputs)
 
 
-@wrong("balance_loss", breaks="MSK-2", links=("ruimalheiro/gradient-garden#113",))
+@surrounds(breaks="MSK-2", links=("ruimalheiro/gradient-garden#113",))
 def the_mean_is_over_all_tokens(run, memory, *arguments, token_mask_T=None, **inputs):
     """Padding is in no sum, but in the number of tokens."""
     found = run(*arguments, token_mask_T=token_mask_T, **inputs)
@@ -222,14 +222,14 @@ def the_mean_is_over_all_tokens(run, memory, *arguments, token_mask_T=None, **in
     return {name: value * share for name, value in found.items()}
 
 
-@wrong("balance_loss", breaks="MSK-3")
+@surrounds(breaks="MSK-3")
 def padding_has_a_gradient(run, memory, *arguments, token_mask_T=None, **inputs):
     """The gradient is not masked; the loss is."""
     found = run(*arguments, token_mask_T=token_mask_T, **inputs)
     return found if token_mask_T is None else found | {"d_logits_TE": run(*arguments, **inputs)["d_logits_TE"]}
 
 
-@wrong("balance_loss", breaks="MSK-4")
+@surrounds(breaks="MSK-4")
 def an_empty_sequence_is_in_the_mean(run, memory, logits_TE, ids_TK, balance, router, **inputs):
     """The mean is over as many sequences or shards as there are places for."""
     found = run(logits_TE, ids_TK, balance, router, **inputs)
@@ -237,20 +237,20 @@ def an_empty_sequence_is_in_the_mean(run, memory, logits_TE, ids_TK, balance, ro
     return {name: value * (tokens_U > 0).mean() for name, value in found.items()} if len(tokens_U) else found
 
 
-@wrong("z_loss", breaks="MSK-5", links=("NVIDIA/Megatron-LM#2121",))
+@surrounds(breaks="MSK-5", links=("NVIDIA/Megatron-LM#2121",))
 def padding_is_in_the_z_loss(run, memory, logits_TE, coeff, **inputs):
     """The mask is not passed on."""
     return run(logits_TE, coeff)
 
 
-@wrong("balance_loss", breaks="MSK-6", links=("huggingface/transformers#45621",))
+@surrounds(breaks="MSK-6", links=("huggingface/transformers#45621",))
 def padding_is_multiplied_away(run, memory, logits_TE, ids_TK, balance, router, *, token_mask_T=None, **inputs):
     """Rows of padding are multiplied by 0, which keeps a NaN."""
     found = run(logits_TE, ids_TK, balance, router, token_mask_T=token_mask_T, **inputs)
     return found if token_mask_T is None else found | {"loss": found["loss"] + (0 * logits_TE).sum()}
 
 
-@wrong("balance_loss", breaks="MSK-8", links=("vllm-project/vllm#57471",))
+@surrounds(breaks="MSK-8", links=("vllm-project/vllm#57471",))
 def no_token_divides_by_0(run, memory, *arguments, token_mask_T=None, **inputs):
     """The mean over no token is 0 / 0."""
     found = run(*arguments, token_mask_T=token_mask_T, **inputs)

@@ -1,8 +1,8 @@
-"""conformance, faults of the backward pass: wrong gradients of a right layer."""
+"""conformance, layer, faults of the backward pass: wrong gradients of a right layer."""
 
 import numpy as np
 
-from conformance.faults.layer_fault import replaces, surrounds
+from conformance.core.fault import replaces, surrounds
 from conformance.layer.combine.faults import with_router
 from moe_ref.backward.layer import (
     activation_slope,

@@ -22,29 +22,27 @@ def rows_of(case):
     return on_float32(trace.experts.output_RD), trace.permutation.order_N, on_float32(trace.routing.weights_TK)
 
 
-def hold_sums(judge, case, rows_ND, order_N, weights_TK, id: str, title: str) -> None:
-    found_TD = combined(judge, case, rows_ND, order_N, weights_TK, id)
+def hold_sums(judge, case, rows_ND, order_N, weights_TK, title: str) -> None:
+    found_TD = combined(judge, case, rows_ND, order_N, weights_TK)
     ball = combined_ball(judge, case, rows_ND, order_N, weights_TK)
-    hold(case, id, title, found_TD, ball.centre, ball.radius)
+    hold(case, title, found_TD, ball.centre, ball.radius)
 
 
 @requires("CMB-1", method="combine", spec=without_identity)
 def test_combine_runs_and_returns_one_sum_for_each_token(judge, case):
-    combined(judge, case, *rows_of(case), "CMB-1")
+    combined(judge, case, *rows_of(case))
 
 
 @requires("CMB-2", method="combine", spec=lambda s: on_output(s) and s.router.top_k > 1, after=("CMB-1",))
 def test_a_sum_is_of_its_slots_times_their_weights(judge, case):
-    hold_sums(judge, case, *rows_of(case), "CMB-2", "not the weighted sum of its slots")
+    hold_sums(judge, case, *rows_of(case), "not the weighted sum of its slots")
 
 
 @requires("CMB-3", method="combine", spec=on_output, after=("CMB-1", "CMB-2", "CMB-7"))
 def test_a_slot_that_is_no_row_adds_nothing(judge, case):
     rows_ND, order_N, weights_TK = rows_of(case)
     kept = case.rng().random(len(order_N)) < 0.6
-    hold_sums(
-        judge, case, rows_ND[kept], order_N[kept], on_float32(weights_TK + 1), "CMB-3", "an unused slot adds something"
-    )
+    hold_sums(judge, case, rows_ND[kept], order_N[kept], on_float32(weights_TK + 1), "an unused slot adds something")
 
 
 @requires("CMB-4", method="combine", spec=on_output, after=("CMB-1", "CMB-2", "CMB-7"))
@@ -54,19 +52,19 @@ def test_the_sum_is_linear_in_the_weights(judge, case):
     first_TK, second_TK = (
         np.round(w_TK * 2**10) / 2**10 for w_TK in (weights_TK, case.rng().uniform(-2, 2, weights_TK.shape))
     )
-    sums = [combined(judge, case, rows_ND, order_N, w_TK, "CMB-4") for w_TK in (first_TK, second_TK)]
+    sums = [combined(judge, case, rows_ND, order_N, w_TK) for w_TK in (first_TK, second_TK)]
     both_TK = first_TK - 2 * second_TK
-    together_TD = combined(judge, case, rows_ND, order_N, both_TK, "CMB-4")
+    together_TD = combined(judge, case, rows_ND, order_N, both_TK)
     balls = [combined_ball(judge, case, rows_ND, order_N, w_TK) for w_TK in (first_TK, 2 * second_TK, both_TK)]
     radius_TD = sum(ball.radius for ball in balls)
-    hold(case, "CMB-4", "f(w - 2 v) is not f(w) - 2 f(v)", together_TD, sums[0] - 2 * sums[1], radius_TD)
+    hold(case, "f(w - 2 v) is not f(w) - 2 f(v)", together_TD, sums[0] - 2 * sums[1], radius_TD)
 
 
 @requires(
     "CMB-5", method="combine", spec=lambda s: without_identity(s) and s.router.weight_on == "input", after=("CMB-1",)
 )
 def test_a_weight_on_the_input_is_not_applied_again(judge, case):
-    hold_sums(judge, case, *rows_of(case), "CMB-5", "not the bare sum of its slots")
+    hold_sums(judge, case, *rows_of(case), "not the bare sum of its slots")
 
 
 @requires("CMB-6", method="combine", spec=without_identity, after=("CMB-1", "CMB-2", "CMB-5", "CMB-7"))
@@ -74,17 +72,17 @@ def test_the_order_within_an_expert_changes_no_sum(judge, case):
     rows_ND, order_N, weights_TK = rows_of(case)
     shuffled = np.lexsort((case.rng().random(len(order_N)), case.reference.permutation.expert_of_row_N))
     title = "in another order within the experts"
-    hold_sums(judge, case, rows_ND[shuffled], order_N[shuffled], weights_TK, "CMB-6", title)
+    hold_sums(judge, case, rows_ND[shuffled], order_N[shuffled], weights_TK, title)
 
 
 @requires("CMB-7", method="combine", spec=lambda s: on_output(s) and s.router.top_k == 1, after=("CMB-1",))
 def test_with_top_k_1_the_sum_is_the_scaled_row(judge, case):
-    hold_sums(judge, case, *rows_of(case), "CMB-7", "not its only row, weighted and scaled")
+    hold_sums(judge, case, *rows_of(case), "not its only row, weighted and scaled")
 
 
 @requires("CMB-8", method="combine", spec=without_identity, after=("CMB-1",), tokens=(7, 0), bias=("none",))
 def test_without_rows_the_sums_are_0(judge, case):
     rows_ND, order_N, weights_TK = rows_of(case)
-    found_TD = combined(judge, case, rows_ND[:0], order_N[:0], weights_TK, "CMB-8")
+    found_TD = combined(judge, case, rows_ND[:0], order_N[:0], weights_TK)
     wanted_TD = np.zeros(found_TD.shape)
-    hold(case, "CMB-8", "not 0 without any row", found_TD, wanted_TD, wanted_TD)
+    hold(case, "not 0 without any row", found_TD, wanted_TD, wanted_TD)

@@ -1,9 +1,9 @@
-"""conformance, faults of combine: wrong sums of right rows."""
+"""conformance, layer, faults of combine: wrong sums of right rows."""
 
 import numpy as np
 
-from conformance.faults.fault import rounded
-from conformance.faults.layer_fault import surrounds
+from conformance.core.fault import rounded
+from conformance.core.fault import surrounds
 
 
 def with_router(spec, **changes):

@@ -44,18 +44,18 @@ def any_rows(case, counts_E) -> np.ndarray:
     return on_float32(case.rng().normal(size=(int(np.sum(counts_E)), case.spec.experts.dim)))
 
 
-def hold_rows(judge, case, id: str, title: str) -> None:
-    hold_experts(judge, case, *rows_of(case), id, title)
+def hold_rows(judge, case, title: str) -> None:
+    hold_experts(judge, case, *rows_of(case), title)
 
 
 @requires("EXP-1", method="experts")
 def test_experts_run_and_return_one_output_for_each_row(judge, case):
-    expert_rows(judge, case, *rows_of(case), "EXP-1")
+    expert_rows(judge, case, *rows_of(case))
 
 
 @requires("EXP-2", method="experts", spec=lambda s: plain(s) and not square(s), after=("EXP-1",), tokens=(7, 1, 11))
 def test_a_row_is_the_feed_forward_of_its_expert(judge, case):
-    hold_rows(judge, case, "EXP-2", "not down(act(gate) * up)")
+    hold_rows(judge, case, "not down(act(gate) * up)")
 
 
 def without_biases(case):
@@ -93,24 +93,24 @@ def test_alpha_offset_and_clamp_apply_to_every_row(judge, case):
         return
     e, unbiased = case.spec.experts, simpler(judge, case, without_biases)
     title = f"not alpha={e.alpha:g}, up_offset={e.up_offset:g}, clamp={e.clamp} {e.clamp_at} the activation"
-    hold_rows(judge, unbiased, "EXP-3", title)
+    hold_rows(judge, unbiased, title)
     rows_ND, counts_E = rows_of(unbiased)
     if len(rows_ND):
         first = np.flatnonzero(counts_E)[0]
         only = (np.arange(len(counts_E)) == first).astype(counts_E.dtype)
-        hold_experts(judge, unbiased, rows_ND[:1], only, "EXP-3", f"{title}, a single row")
+        hold_experts(judge, unbiased, rows_ND[:1], only, f"{title}, a single row")
 
 
 @requires("EXP-4", method="experts", spec=lambda s: s.experts.bias, after=(*FORMULA, "EXP-3", "EXP-5"))
 def test_each_row_gets_the_biases_of_its_expert_once(judge, case):
     if not plain_is_wrong(judge, case):
-        hold_rows(judge, simpler(judge, case, without_a_formula), "EXP-4", "not with its expert's biases")
+        hold_rows(judge, simpler(judge, case, without_a_formula), "not with its expert's biases")
 
 
 @requires("EXP-5", method="experts", spec=square, after=FORMULA)
 def test_square_matrices_are_read_in_their_own_layout(judge, case):
     title = f"dim {case.spec.experts.dim}, hidden_dim {case.spec.experts.hidden_dim}"
-    hold_rows(judge, simpler(judge, case, without_biases), "EXP-5", title)
+    hold_rows(judge, simpler(judge, case, without_biases), title)
 
 
 @requires("EXP-6", method="experts", after=(*FORMULA, "EXP-3", "EXP-4", "EXP-5"), bias=("none",), tokens=(1,))
@@ -120,7 +120,7 @@ def test_an_expert_without_rows_changes_nothing(judge, case):
     for busy_E in (np.arange(E) == rng.integers(E), first, last, odd):
         counts_E = rng.multinomial(NUM_ROWS, busy_E / busy_E.sum())
         rows_ND, plainer = any_rows(case, counts_E), simpler(judge, case, plainest)
-        hold_experts(judge, plainer, rows_ND, counts_E, "EXP-6", f"with counts {counts_E.tolist()}")
+        hold_experts(judge, plainer, rows_ND, counts_E, f"with counts {counts_E.tolist()}")
 
 
 @requires("EXP-7", method="experts", after=(*FORMULA, "EXP-3", "EXP-4", "EXP-5"), bias=("none", "crowded"))
@@ -128,7 +128,7 @@ def test_rows_past_the_counts_belong_to_nobody(judge, case):
     rows_ND, counts_E = rows_of(case)
     for poison in (np.nan, 1e30, np.nan):
         rows_RD = np.concatenate([rows_ND, np.full((TAIL, rows_ND.shape[1]), poison)])
-        hold_experts(judge, case, rows_RD, counts_E, "EXP-7", f"with {poison:g} past the counts")
+        hold_experts(judge, case, rows_RD, counts_E, f"with {poison:g} past the counts")
 
 
 @requires("EXP-8", method="experts", after=(*FORMULA, "EXP-3", "EXP-4", "EXP-5"), bias=("none",), tokens=(7,))
@@ -137,20 +137,20 @@ def test_a_row_depends_on_that_row_alone(judge, case):
     if not len(rows_ND):
         raise NotRun("judged with rows")
     radius_ND = experts_radius(judge, case, rows_ND, counts_E)
-    alone_ND = expert_rows(judge, case, rows_ND, counts_E, "EXP-8")
+    alone_ND = expert_rows(judge, case, rows_ND, counts_E)
     row = int(case.rng().integers(len(rows_ND)))
     others = np.arange(len(rows_ND)) != row
     for poison in (np.nan, 1e30, -3.0):
         changed_ND = np.where(others[:, None], rows_ND, poison)
-        found_ND = expert_rows(judge, case, changed_ND, counts_E, "EXP-8")
+        found_ND = expert_rows(judge, case, changed_ND, counts_E)
         title = f"changed by {poison:g} in row {row}"
-        hold(case, "EXP-8", title, found_ND, alone_ND, 2 * radius_ND, rows=others, label=lambda r: f"row {r}")
+        hold(case, title, found_ND, alone_ND, 2 * radius_ND, rows=others, label=lambda r: f"row {r}")
 
 
 @requires("EXP-9", method="experts", tokens=(1,), bias=("none",))
 def test_zero_rows_give_zero_outputs(judge, case):
     counts_E = np.zeros(case.spec.router.num_experts, dtype=np.int64)
-    expert_rows(judge, case, np.zeros((0, case.spec.experts.dim)), counts_E, "EXP-9")
+    expert_rows(judge, case, np.zeros((0, case.spec.experts.dim)), counts_E)
 
 
 @requires("EXP-10", method="experts", after=(*FORMULA, "EXP-3", "EXP-4", "EXP-5"))
@@ -163,5 +163,4 @@ def test_experts_of_any_size_are_exact(judge, case):
         if value is not None and name.startswith(("w_", "b_"))
     }
     changed = case.with_params(**scaled)
-    with blaming(case):
-        hold_experts(judge, changed, *rows_of(changed), "EXP-10", f"with experts of sizes {sizes_E.tolist()}")
+    hold_experts(judge, changed, *rows_of(changed), f"with experts of sizes {sizes_E.tolist()}")

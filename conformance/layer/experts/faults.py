@@ -1,11 +1,11 @@
-"""conformance, faults of the experts: wrong rows from right rows."""
+"""conformance, layer, faults of the experts: wrong rows from right rows."""
 
 from dataclasses import replace
 
 import numpy as np
 
-from conformance.faults.fault import rounded
-from conformance.faults.layer_fault import replaces, surrounds
+from conformance.core.fault import rounded
+from conformance.core.fault import replaces, surrounds
 from moe_ref import WeightLayout
 from moe_ref.experts import activated, activation, clamped_up, feed_forward, project
 from moe_ref.experts import hide as clean_hide

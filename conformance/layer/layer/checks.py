@@ -66,34 +66,33 @@ def poisoned(case, poison: float):
 
 @requires("LAY-1", method="layer")
 def test_a_layer_runs_and_returns_one_output_for_each_token(judge, case):
-    output(judge, case, "LAY-1")
+    output(judge, case)
 
 
 @requires("LAY-2", method="layer", spec=routed_alone, x=("normal", "large"), after=STAGES)
 def test_the_output_is_the_weighted_sum_of_the_experts(judge, case):
-    hold_layer(judge, case, "LAY-2", "not the weighted sum of its experts")
+    hold_layer(judge, case, "not the weighted sum of its experts")
 
 
 @requires("LAY-3", method="layer", tokens=(0,), bias=("none",))
 def test_zero_tokens_give_zero_outputs(judge, case):
-    output(judge, case, "LAY-3")
+    output(judge, case)
 
 
 @requires("LAY-4", method="layer", spec=by_token, tokens=(7,), after=("LAY-1",))
 def test_a_token_depends_on_itself_alone(judge, case):
-    found_TD, radius_TD = output(judge, case, "LAY-4"), radius_of(judge, case)
-    clear_T = judged_T(judge, case, "LAY-4")
+    found_TD, radius_TD = output(judge, case), radius_of(judge, case)
+    clear_T = judged_T(judge, case)
     order = case.rng().permutation(case.num_tokens)
     for rows in (order, order[:1]):
-        with blaming(case):
-            other_TD = output(judge, case.tokens(rows), "LAY-4")
+        other_TD = output(judge, case.tokens(rows))
         wrong_T = ~(np.abs(other_TD - found_TD[rows]) <= 2 * radius_TD[rows]).all(axis=-1) & clear_T[rows]
         for place in np.flatnonzero(wrong_T):
             token = int(rows[place])
             title = f"another output among tokens {rows.tolist()} than in the whole batch"
             wanted = np.zeros_like(found_TD)
             wanted[token] = other_TD[place]
-            hold(case, "LAY-4", title, found_TD, wanted, 2 * radius_TD, rows=np.arange(case.num_tokens) == token)
+            hold(case, title, found_TD, wanted, 2 * radius_TD, rows=np.arange(case.num_tokens) == token)
 
 
 @requires("LAY-5", method="layer", spec=by_token, tokens=(7,), after=("LAY-1",))
@@ -102,64 +101,60 @@ def test_a_nan_stays_in_its_token(judge, case):
     token, columns_D = int(rng.integers(case.num_tokens)), rng.random(case.spec.experts.dim) < rng.choice([0.3, 1.0])
     others = np.arange(case.num_tokens) != token
     spoiled_TD = np.where(others[:, None] | ~columns_D, case.x_TD, np.nan)
-    clean_TD = output(judge, case, "LAY-5")
+    clean_TD = output(judge, case)
     try:
-        with blaming(case):
-            found_TD = output(judge, case.with_(x_TD=spoiled_TD), "LAY-5")
+        found_TD = output(judge, case.with_(x_TD=spoiled_TD))
     except Violation as violation:
         if violation.received.startswith("ValueError"):
             return  # refused
         raise
-    clear_T = judged_T(judge, case, "LAY-5")
+    clear_T = judged_T(judge, case)
     title = f"changed by a NaN in token {token}"
-    hold(case, "LAY-5", title, found_TD, clean_TD, 2 * radius_of(judge, case), rows=others & clear_T)
+    hold(case, title, found_TD, clean_TD, 2 * radius_of(judge, case), rows=others & clear_T)
 
 
 @requires("LAY-6", method="layer", inputs=("token_mask_T",), tokens=(7,), after=("LAY-1",))
 def test_the_output_of_padding_is_0(judge, case):
     for poison in POISON:
-        with blaming(case):
-            found_TD = output(judge, poisoned(case, poison), "LAY-6")
+        found_TD = output(judge, poisoned(case, poison))
         nothing = np.zeros(found_TD.shape)
-        hold(case, "LAY-6", f"padding that holds {poison:g} has an output", found_TD, nothing, nothing,
+        hold(case, f"padding that holds {poison:g} has an output", found_TD, nothing, nothing,
              rows=~case.valid_T)  # fmt: skip
 
 
 @requires("LAY-7", method="layer", inputs=("token_mask_T",), tokens=(7,), after=("LAY-1",))
 def test_padding_changes_no_other_token(judge, case):
-    with blaming(case):
-        plain_TD = output(judge, unmasked(case), "LAY-7")
-    clear_T = judged_T(judge, case, "LAY-7") & case.valid_T
+    plain_TD = output(judge, unmasked(case))
+    clear_T = judged_T(judge, case) & case.valid_T
     for poison in POISON:
-        with blaming(case):
-            found_TD = output(judge, poisoned(case, poison), "LAY-7")
+        found_TD = output(judge, poisoned(case, poison))
         title = f"changed by padding that holds {poison:g}"
-        hold(case, "LAY-7", title, found_TD, plain_TD, 2 * radius_of(judge, case), rows=clear_T)
+        hold(case, title, found_TD, plain_TD, 2 * radius_of(judge, case), rows=clear_T)
 
 
 @requires("LAY-8", method="layer", spec=lambda s: has_shared(s) and unscaled(s), after=(*STAGES, "LAY-2"))
 def test_a_shared_expert_adds_its_output_once(judge, case):
     if not routed_is_wrong(judge, case):
-        hold_layer(judge, case, "LAY-8", "not routed + shared")
+        hold_layer(judge, case, "not routed + shared")
 
 
 @requires("LAY-9", method="layer", spec=lambda s: has_shared(s) and not unscaled(s), after=(*STAGES, "LAY-8"))
 def test_the_shared_output_is_not_scaled(judge, case):
     if not routed_is_wrong(judge, case):
         scales = f"route_scale {case.spec.router.route_scale:g}, output_scale {case.spec.router.output_scale:g}"
-        hold_layer(judge, case, "LAY-9", f"not routed + shared with {scales}")
+        hold_layer(judge, case, f"not routed + shared with {scales}")
 
 
 @requires("LAY-10", method="layer", spec=lambda s: s.shared is not None and s.shared.gate == "sigmoid", after=STAGES)
 def test_the_shared_gate_multiplies_the_shared_output(judge, case):
     if not routed_is_wrong(judge, case):
-        hold_layer(judge, case, "LAY-10", "not routed + sigmoid(logit) * shared")
+        hold_layer(judge, case, "not routed + sigmoid(logit) * shared")
 
 
 @requires("LAY-11", method="layer", spec=lambda s: s.shared is not None and s.shared.combine == "average", after=STAGES)
 def test_an_average_is_half_the_sum(judge, case):
     if not routed_is_wrong(judge, case):
-        hold_layer(judge, case, "LAY-11", "not (routed + shared) / 2")
+        hold_layer(judge, case, "not (routed + shared) / 2")
 
 
 def on_input(spec) -> bool:
@@ -168,23 +163,22 @@ def on_input(spec) -> bool:
 
 @requires("LAY-12", method="layer", spec=on_input, x=("normal", "large"), after=STAGES)
 def test_a_weight_on_the_input_is_there_alone(judge, case):
-    hold_layer(judge, case, "LAY-12", "not the sum of expert(weight * x)")
+    hold_layer(judge, case, "not the sum of expert(weight * x)")
 
 
 @requires("LAY-13", method="layer", spec=lambda s: s.router.num_null_experts > 0, after=STAGES)
 def test_a_null_expert_adds_its_token_or_nothing(judge, case):
-    hold_layer(judge, case, "LAY-13", f"not with null experts of kind {case.spec.router.null_kind}")
+    hold_layer(judge, case, f"not with null experts of kind {case.spec.router.null_kind}")
 
 
 @requires("LAY-14", method="layer", spec=routed_alone, after=("LAY-1",))
 def test_the_output_doubles_with_the_down_projections(judge, case):
     names = [name for name in ("w_down_EFD", "b_down_ED") if getattr(case.params, name) is not None]
     doubled = case.with_params(**{name: 2 * getattr(case.params, name) for name in names})
-    with blaming(case):
-        found_TD, twice_TD = output(judge, case, "LAY-14"), output(judge, doubled, "LAY-14")
-    clear_T = judged_T(judge, case, "LAY-14")
+    found_TD, twice_TD = output(judge, case), output(judge, doubled)
+    clear_T = judged_T(judge, case)
     title = "not doubled with the down projections"
-    hold(case, "LAY-14", title, twice_TD, 2 * found_TD, 4 * radius_of(judge, case), rows=clear_T)
+    hold(case, title, twice_TD, 2 * found_TD, 4 * radius_of(judge, case), rows=clear_T)
 
 
 @requires(
@@ -203,17 +197,16 @@ def test_renamed_experts_give_the_same_output(judge, case):
         if value is not None and value.ndim and not field.name.startswith("shared_"):
             changes[field.name] = np.concatenate([value[names_E], value[E:]])
     renamed = case.with_params(**changes)
-    with blaming(case):
-        found_TD, other_TD = output(judge, case, "LAY-15"), output(judge, renamed, "LAY-15")
-    clear_T = judged_T(judge, case, "LAY-15")
+    found_TD, other_TD = output(judge, case), output(judge, renamed)
+    clear_T = judged_T(judge, case)
     title = f"changed by experts in the order {names_E.tolist()}"
-    hold(case, "LAY-15", title, other_TD, found_TD, 2 * radius_of(judge, case), rows=clear_T)
+    hold(case, title, other_TD, found_TD, 2 * radius_of(judge, case), rows=clear_T)
 
 
 @requires("LAY-16", method="layer", tokens=(7,), after=("LAY-1",))
 def test_the_same_input_gives_the_same_output(judge, case):
-    first_TD, second_TD = (output(judge, case, "LAY-16") for _ in range(2))
+    first_TD, second_TD = (output(judge, case) for _ in range(2))
     if np.isnan(first_TD).any():
         raise NotRun("judged where the output is a number")
     nothing = np.zeros(first_TD.shape)
-    hold(case, "LAY-16", "another output in a second call", second_TD, first_TD, nothing)
+    hold(case, "another output in a second call", second_TD, first_TD, nothing)

@@ -1,10 +1,10 @@
-"""conformance, faults of whole layers: what goes wrong between right stages."""
+"""conformance, layer, faults of whole layers: what goes wrong between right stages."""
 
 from dataclasses import replace
 
 import numpy as np
 
-from conformance.faults.layer_fault import replaces, surrounds
+from conformance.core.fault import replaces, surrounds
 from conformance.layer.combine.faults import with_router
 from moe_ref import LayerSpec, RoutingTrace
 from moe_ref.experts import combine, fill_slots, join, run_shared, share_weights, weigh_inputs

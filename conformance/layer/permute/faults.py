@@ -1,8 +1,8 @@
-"""conformance, faults of permute: wrong rows and counts."""
+"""conformance, layer, faults of permute: wrong rows and counts."""
 
 import numpy as np
 
-from conformance.faults.layer_fault import surrounds
+from conformance.core.fault import surrounds
 
 
 @surrounds(breaks="PRM-1", links=("huggingface/transformers#43583",))

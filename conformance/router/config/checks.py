@@ -1,8 +1,8 @@
-"""conformance, suite: what no router may accept."""
+"""conformance, router: what no router may accept."""
 
-from conformance.core.check import requires
-from conformance.core.judge import Judge, NotRun, Violation
+from conformance.core.judge import Judge, NotRun, Violation, accuse
 from conformance.core.subject import Unsupported
+from conformance.router.kind import requires
 
 GROUPED = {
     "num_experts": 16,
@@ -15,7 +15,7 @@ GROUPED = {
 }
 
 
-def is_refused(judge: Judge, id: str, why: str, **fields) -> None:
+def is_refused(judge: Judge, why: str, **fields) -> None:
     """configure() raises for these fields, and not in an assert, though it takes the valid ones beside them."""
     try:
         judge.subject.configure(dict(GROUPED))
@@ -27,31 +27,29 @@ def is_refused(judge: Judge, id: str, why: str, **fields) -> None:
         raise NotRun(str(sentence)) from None
     except AssertionError as error:  # python -O removes it
         received = f"AssertionError: {error}".splitlines()[0][:200]
-        raise Violation(id, None, why, expected=f"ValueError for {fields}", received=received) from None
+        raise Violation(why, expected=f"ValueError for {fields}", received=received) from None
     except Exception:
         return  # refused, if not always in good words
-    raise Violation(id, None, why, expected=f"ValueError for {fields}", received="accepted")
+    accuse(why, expected=f"ValueError for {fields}", received="accepted")
 
 
-@requires("CFG-1", method="configure", tokens=(1,))
-def test_a_top_k_that_the_kept_groups_cannot_fill_is_refused(judge, case):
-    is_refused(judge, "CFG-1", "2 groups of 4 experts cannot fill 12 slots", top_k=12)
+@requires("CFG-1", method="configure", tokens=(1,), shows_case=False)
+def a_top_k_that_the_kept_groups_cannot_fill_is_refused(judge, case):
+    is_refused(judge, "2 groups of 4 experts cannot fill 12 slots", top_k=12)
 
 
-@requires("CFG-2", method="configure", tokens=(1,))
-def test_impossible_groups_are_refused(judge, case):
-    is_refused(judge, "CFG-2", "3 groups do not divide 16 experts", num_expert_groups=3)
-    is_refused(judge, "CFG-2", "5 groups cannot be kept of 4", num_limited_groups=5)
-    is_refused(judge, "CFG-2", "groups of 1 have no two best scores", num_expert_groups=16, num_limited_groups=8)
+@requires("CFG-2", method="configure", tokens=(1,), shows_case=False)
+def impossible_groups_are_refused(judge, case):
+    is_refused(judge, "3 groups do not divide 16 experts", num_expert_groups=3)
+    is_refused(judge, "5 groups cannot be kept of 4", num_limited_groups=5)
+    is_refused(judge, "groups of 1 have no two best scores", num_expert_groups=16, num_limited_groups=8)
 
 
-@requires("CFG-3", method="configure", tokens=(1,))
-def test_an_unknown_score_function_is_refused(judge, case):
-    is_refused(judge, "CFG-3", "there is no score function 'sigmax'", score_func="sigmax")
+@requires("CFG-3", method="configure", tokens=(1,), shows_case=False)
+def an_unknown_score_function_is_refused(judge, case):
+    is_refused(judge, "there is no score function 'sigmax'", score_func="sigmax")
 
 
-@requires("CFG-4", method="configure", tokens=(1,))
-def test_a_top_k_larger_than_the_number_of_experts_is_refused(judge, case):
-    is_refused(
-        judge, "CFG-4", "17 experts cannot be selected of 16", top_k=17, num_expert_groups=None, num_limited_groups=None
-    )
+@requires("CFG-4", method="configure", tokens=(1,), shows_case=False)
+def a_top_k_larger_than_the_number_of_experts_is_refused(judge, case):
+    is_refused(judge, "17 experts cannot be selected of 16", top_k=17, num_expert_groups=None, num_limited_groups=None)

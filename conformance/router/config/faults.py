@@ -1,7 +1,6 @@
-"""conformance, faults of the configuration: routers that are built although they cannot route."""
+"""conformance, router, faults of the configuration: routers that are built although they cannot route."""
 
-from conformance.faults.fault import configures
-from moe_ref import RouterSpec
+from conformance.core.fault import surrounds
 
 
 def kept_experts(fields: dict) -> int:
@@ -10,61 +9,57 @@ def kept_experts(fields: dict) -> int:
     return experts // groups * fields["num_limited_groups"] if groups else experts
 
 
-@configures(breaks="CFG-1", links=("huggingface/transformers#48647",))
-def top_k_beyond_the_kept_groups_accepted(fields):
+@surrounds(breaks="CFG-1", links=("huggingface/transformers#48647",))
+def top_k_beyond_the_kept_groups_accepted(run, memory, fields):
     """A top_k that the kept groups cannot fill is accepted; masked experts are selected."""
     most = fields["num_experts"] if fields["top_k"] <= fields["num_experts"] else fields["top_k"]
-    return RouterSpec.from_dict(fields | {"top_k": min(fields["top_k"], kept_experts(fields), most)})
+    return run(fields | {"top_k": min(fields["top_k"], kept_experts(fields), most)})
 
 
-@configures(breaks="CFG-1")
-def unfillable_top_k_asserted(fields):
+@surrounds(breaks="CFG-1")
+def unfillable_top_k_asserted(run, memory, fields):
     """An unfillable top_k stops in an assert, which python -O removes."""
     assert fields["top_k"] <= kept_experts(fields)
-    return RouterSpec.from_dict(fields)
+    return run(fields)
 
 
-@configures(breaks="CFG-2", links=("huggingface/transformers#48647",))
-def uneven_groups_accepted(fields):
+@surrounds(breaks="CFG-2", links=("huggingface/transformers#48647",))
+def uneven_groups_accepted(run, memory, fields):
     """Groups that do not divide the experts are accepted; the last experts belong to none."""
     if fields.get("num_expert_groups") and fields["num_experts"] % fields["num_expert_groups"]:
         fields = fields | {"num_expert_groups": 4}
-    return RouterSpec.from_dict(fields)
+    return run(fields)
 
 
-@configures(breaks="CFG-2")
-def more_kept_groups_than_groups_accepted(fields):
+@surrounds(breaks="CFG-2")
+def more_kept_groups_than_groups_accepted(run, memory, fields):
     """More kept groups than there are groups are accepted."""
     groups = fields.get("num_expert_groups")
-    return RouterSpec.from_dict(
-        fields | ({"num_limited_groups": min(fields["num_limited_groups"], groups)} if groups else {})
-    )
+    return run(fields | ({"num_limited_groups": min(fields["num_limited_groups"], groups)} if groups else {}))
 
 
-@configures(breaks="CFG-2")
-def groups_of_one_accepted(fields):
+@surrounds(breaks="CFG-2")
+def groups_of_one_accepted(run, memory, fields):
     """A group too small for its score is accepted; the score sums what is there."""
     if fields.get("num_expert_groups") == fields["num_experts"]:
         fields = fields | {"group_score_k": 1}
-    return RouterSpec.from_dict(fields)
+    return run(fields)
 
 
-@configures(breaks="CFG-3", links=("flashinfer-ai/flashinfer#5190",))
-def unknown_score_func_becomes_sigmoid(fields):
+@surrounds(breaks="CFG-3", links=("flashinfer-ai/flashinfer#5190",))
+def unknown_score_func_becomes_sigmoid(run, memory, fields):
     """A score function that is not known is replaced by sigmoid."""
     known = ("softmax", "sigmoid", "sqrtsoftplus")
-    return RouterSpec.from_dict(fields | ({} if fields["score_func"] in known else {"score_func": "sigmoid"}))
+    return run(fields | ({} if fields["score_func"] in known else {"score_func": "sigmoid"}))
 
 
-@configures(breaks="CFG-4", links=("flashinfer-ai/flashinfer#3840",))
-def top_k_beyond_the_experts_accepted(fields):
+@surrounds(breaks="CFG-4", links=("flashinfer-ai/flashinfer#3840",))
+def top_k_beyond_the_experts_accepted(run, memory, fields):
     """A top_k that no kernel covers is accepted; what is returned was never written."""
     over = fields["top_k"] > fields["num_experts"]
-    return RouterSpec.from_dict(
-        fields | ({"top_k": fields["num_experts"]} if over and not fields["num_expert_groups"] else {})
-    )
+    return run(fields | ({"top_k": fields["num_experts"]} if over and not fields["num_expert_groups"] else {}))
 
 
-@configures(breaks="CFG-4")
-def nothing_is_refused(fields):
+@surrounds(breaks="CFG-4")
+def nothing_is_refused(run, memory, fields):
     """Every configuration is accepted."""

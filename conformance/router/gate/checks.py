@@ -1,10 +1,10 @@
-"""conformance, suite: gate. Tokens become logits."""
+"""conformance, router: gate. Tokens become logits."""
 
 import numpy as np
 
-from conformance.core.check import requires
-from conformance.core.judge import Violation, crash
+from conformance.core.judge import accuse
 from conformance.core.rounding import EPSILON
+from conformance.router.kind import requires
 from moe_ref import gate
 
 
@@ -12,38 +12,29 @@ def plain(spec) -> bool:
     return spec == type(spec)(num_experts=spec.num_experts, top_k=spec.top_k)
 
 
-def hold_gate(judge, case, id: str, *, with_bias: bool) -> None:
+def hold_gate(judge, case, *, with_bias: bool) -> None:
     """The subject's logits are the reference's, within a few roundings of the sum of the absolute products."""
     rng, E, D = case.rng(), case.spec.num_experts, 5
     x_TD, gate_ED = (rng.normal(size=n).astype(np.float32) for n in ((case.num_tokens, D), (E, D)))
     bias_E = rng.normal(size=E).astype(np.float32) if with_bias else None
-    try:
-        found_TE = np.asarray(judge.subject.gate(x_TD.copy(), gate_ED.copy(), bias_E), dtype=np.float64)
-    except Exception as error:
-        raise crash(case, error) from error
+    returned = judge.call(case, "gate", x_TD.copy(), gate_ED.copy(), bias_E)
+    found_TE = np.asarray(returned, dtype=np.float64)
     wanted_TE = gate(x_TD, gate_ED, bias_E)
     size_TE = np.abs(x_TD) @ np.abs(gate_ED).T + (0 if bias_E is None else np.abs(bias_E))
     if found_TE.shape != wanted_TE.shape:
-        raise Violation(
-            id, case, "logits of another shape", expected=str(wanted_TE.shape), received=str(found_TE.shape)
-        )
+        accuse("logits of another shape", expected=str(wanted_TE.shape), received=str(found_TE.shape))
     wrong_TE = ~(np.abs(found_TE - wanted_TE) <= 2 * (D + 1) * EPSILON[judge.subject.compute_dtype] * size_TE)
     for t, e in np.argwhere(wrong_TE):
-        raise Violation(
-            id,
-            case,
-            f"logit of expert {e}",
-            token=int(t),
-            expected=f"{wanted_TE[t, e]:.7g}",
-            received=f"{found_TE[t, e]:.7g}",
+        accuse(
+            f"logit of expert {e}", token=int(t), expected=f"{wanted_TE[t, e]:.7g}", received=f"{found_TE[t, e]:.7g}"
         )
 
 
 @requires("GAT-1", method="gate", spec=plain, bias=("none",))
-def test_logits_are_tokens_times_the_gate(judge, case):
-    hold_gate(judge, case, "GAT-1", with_bias=False)
+def logits_are_tokens_times_the_gate(judge, case):
+    hold_gate(judge, case, with_bias=False)
 
 
 @requires("GAT-2", method="gate", spec=plain, bias=("none",), after=("GAT-1",))
-def test_the_gate_bias_is_part_of_the_logits(judge, case):
-    hold_gate(judge, case, "GAT-2", with_bias=True)
+def the_gate_bias_is_part_of_the_logits(judge, case):
+    hold_gate(judge, case, with_bias=True)

@@ -1,8 +1,9 @@
-"""conformance, faults of limit_groups: other groups are kept, or what is dropped is not dropped."""
+"""conformance, router, faults of limit_groups: other groups are kept, or what is dropped is not dropped."""
 
 import numpy as np
 
-from conformance.faults.fault import misreads, replaces, surrounds
+from conformance.core.fault import replaces, surrounds
+from conformance.router.faulty import misreads
 from moe_ref.routing import kept_experts, limit_groups, top_k
 
 
@@ -133,7 +134,7 @@ def group_mask_shifted(group_ids_TL, spec):
 
 
 @surrounds(breaks="GRP-2")
-def interleaved_groups(route, logits_TE, spec, expert_bias_E, **inputs):
+def interleaved_groups(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Groups are made of every G-th expert, for the scores and for the mask alike."""
     if spec.num_expert_groups is None:
         return route(logits_TE, spec, expert_bias_E, **inputs)
@@ -156,7 +157,7 @@ def dropped_groups_lose_one(biased_scores_TE, spec):
 
 
 @surrounds(breaks="GRP-3")
-def group_scores_without_bias(route, logits_TE, spec, expert_bias_E, **inputs):
+def group_scores_without_bias(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Groups are scored by the scores alone, without the bias."""
     if spec.num_expert_groups is None or expert_bias_E is None:
         return route(logits_TE, spec, expert_bias_E, **inputs)
@@ -164,7 +165,7 @@ def group_scores_without_bias(route, logits_TE, spec, expert_bias_E, **inputs):
 
 
 @surrounds(breaks="GRP-3")
-def group_scores_with_the_bias_twice(route, logits_TE, spec, expert_bias_E, **inputs):
+def group_scores_with_the_bias_twice(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Groups are scored with the bias added twice."""
     if spec.num_expert_groups is None or expert_bias_E is None:
         return route(logits_TE, spec, expert_bias_E, **inputs)

@@ -1,10 +1,10 @@
-"""conformance, faults of the run: no single stage is wrong. Other tokens, padding, NaN, repetition, crashes."""
+"""conformance, router, faults of the run: no single stage is wrong. Other tokens, padding, NaN, repetition, crashes."""
 
 from dataclasses import replace
 
 import numpy as np
 
-from conformance.faults.fault import replaces, surrounds
+from conformance.core.fault import replaces, surrounds
 from moe_ref import UNUSED
 from moe_ref.routing import normalise, softmax, top_k
 
@@ -20,14 +20,14 @@ def partition_at_k(scores_TE, k):
 
 
 @surrounds(breaks="RUN-2")
-def zero_tokens_crash(route, logits_TE, spec, expert_bias_E, **inputs):
+def zero_tokens_crash(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """A maximum over all tokens is taken, which does not exist for none."""
     logits_TE.max()
     return route(logits_TE, spec, expert_bias_E, **inputs)
 
 
 @surrounds(breaks="RUN-1")
-def equal_logits_crash(route, logits_TE, spec, expert_bias_E, **inputs):
+def equal_logits_crash(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """A token whose logits are all equal is taken for one that was never written."""
     if logits_TE.shape[1] > 1 and (logits_TE == logits_TE[:, :1]).all(axis=-1).any():
         raise RuntimeError("router logits were never written")
@@ -35,7 +35,7 @@ def equal_logits_crash(route, logits_TE, spec, expert_bias_E, **inputs):
 
 
 @surrounds(breaks="RUN-2")
-def zero_tokens_make_a_row(route, logits_TE, spec, expert_bias_E, **inputs):
+def zero_tokens_make_a_row(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """No token is padded to one, and the padding is returned."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     if len(logits_TE):
@@ -45,7 +45,7 @@ def zero_tokens_make_a_row(route, logits_TE, spec, expert_bias_E, **inputs):
 
 
 @surrounds(breaks="RUN-2")
-def zero_tokens_lose_their_slots(route, logits_TE, spec, expert_bias_E, **inputs):
+def zero_tokens_lose_their_slots(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """The result of no token has shape (0,)."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     return trace if len(logits_TE) else replace(trace, weights_TK=trace.weights_TK.reshape(-1))
@@ -98,14 +98,14 @@ def logits_centred_over_the_batch(logits_TE, spec):
 
 
 @surrounds(breaks="RUN-3")
-def first_token_leads(route, logits_TE, spec, expert_bias_E, **inputs):
+def first_token_leads(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Every token of a batch is routed to the first one's experts."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     return replace(trace, expert_ids_TK=np.tile(trace.expert_ids_TK[:1], (len(logits_TE), 1)))
 
 
 @surrounds(breaks="RUN-4", links=("eduardzamfir/MoCE-IR#19",))
-def noise_at_inference(route, logits_TE, spec, expert_bias_E, **inputs):
+def noise_at_inference(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Exploration noise is added to the logits at inference too."""
     noisy_TE = logits_TE.astype(np.float64) + 0.1 * NOISE.normal(size=logits_TE.shape)
     return route(noisy_TE, spec, expert_bias_E, **inputs)
@@ -119,7 +119,7 @@ def ties_fall_as_they_come(scores_TE, k):
 
 
 @surrounds(breaks="RUN-4")
-def weights_by_atomics(route, logits_TE, spec, expert_bias_E, **inputs):
+def weights_by_atomics(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Weights vary by a rounding from call to call."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     ulps_TK = NOISE.integers(-1, 2, trace.weights_TK.shape)
@@ -135,28 +135,28 @@ def route_zeros_for_nan(route, logits_TE, spec, expert_bias_E, **inputs):
 
 
 @surrounds(breaks="RUN-5", links=("vllm-project/vllm#39391", "openxla/xla#48119"))
-def nan_rows_repeat_expert_0(route, logits_TE, spec, expert_bias_E, **inputs):
+def nan_rows_repeat_expert_0(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """No logit beats a NaN, so every slot of its row keeps the initial id 0."""
     nan_T, trace = route_zeros_for_nan(route, logits_TE, spec, expert_bias_E, **inputs)
     return replace(trace, expert_ids_TK=np.where(nan_T[:, None], 0, trace.expert_ids_TK))
 
 
 @surrounds(breaks="RUN-5", links=("sgl-project/sglang#30079",))
-def nan_rows_out_of_range(route, logits_TE, spec, expert_bias_E, **inputs):
+def nan_rows_out_of_range(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """A row with a NaN gets the sentinel id E."""
     nan_T, trace = route_zeros_for_nan(route, logits_TE, spec, expert_bias_E, **inputs)
     return replace(trace, expert_ids_TK=np.where(nan_T[:, None], spec.num_choices, trace.expert_ids_TK))
 
 
 @surrounds(breaks="RUN-5", links=("intel/torch-xpu-ops#4839",))
-def nan_rows_minus_one(route, logits_TE, spec, expert_bias_E, **inputs):
+def nan_rows_minus_one(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """A row with a NaN gets ids -1."""
     nan_T, trace = route_zeros_for_nan(route, logits_TE, spec, expert_bias_E, **inputs)
     return replace(trace, expert_ids_TK=np.where(nan_T[:, None], -1, trace.expert_ids_TK))
 
 
 @surrounds(breaks="RUN-5", links=("jax-ml/jax#21397",))
-def nan_dropped_and_an_expert_repeated(route, logits_TE, spec, expert_bias_E, **inputs):
+def nan_dropped_and_an_expert_repeated(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """The slot of a NaN is filled with the expert of the slot before."""
     nan_T, trace = route_zeros_for_nan(route, logits_TE, spec, expert_bias_E, **inputs)
     ids_TK = trace.expert_ids_TK.copy()
@@ -165,14 +165,14 @@ def nan_dropped_and_an_expert_repeated(route, logits_TE, spec, expert_bias_E, **
 
 
 @surrounds(breaks="RUN-5")
-def nan_spreads(route, logits_TE, spec, expert_bias_E, **inputs):
+def nan_spreads(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """A NaN in one token makes the weights of every token NaN."""
     nan_T, trace = route_zeros_for_nan(route, logits_TE, spec, expert_bias_E, **inputs)
     return replace(trace, weights_TK=trace.weights_TK * (np.nan if nan_T.any() else 1))
 
 
 @surrounds(breaks="RUN-6", links=("vllm-project/vllm#50759",))
-def padding_ignored_with_groups(route, logits_TE, spec, expert_bias_E, **inputs):
+def padding_ignored_with_groups(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """The grouped path does not look at the token mask."""
     if spec.num_expert_groups is None:
         return route(logits_TE, spec, expert_bias_E, **inputs)
@@ -181,7 +181,7 @@ def padding_ignored_with_groups(route, logits_TE, spec, expert_bias_E, **inputs)
 
 
 @surrounds(breaks="RUN-6")
-def padding_goes_to_expert_0(route, logits_TE, spec, expert_bias_E, **inputs):
+def padding_goes_to_expert_0(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """A padding token has expert 0 in every slot, with weight 0."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     padding_T1 = ~inputs.get("token_mask_T", np.ones(len(logits_TE), dtype=bool))[:, None]
@@ -189,7 +189,7 @@ def padding_goes_to_expert_0(route, logits_TE, spec, expert_bias_E, **inputs):
 
 
 @surrounds(breaks="RUN-6")
-def padding_keeps_weights(route, logits_TE, spec, expert_bias_E, **inputs):
+def padding_keeps_weights(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """A padding token has ids -1 and weights 1 / K."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     padding_T1 = ~inputs.get("token_mask_T", np.ones(len(logits_TE), dtype=bool))[:, None]
@@ -201,7 +201,7 @@ STALE: dict[int, np.ndarray] = {}
 
 
 @surrounds(breaks="RUN-6", links=("sgl-project/sglang#36404",))
-def padding_shows_the_call_before(route, logits_TE, spec, expert_bias_E, **inputs):
+def padding_shows_the_call_before(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """The rows of padding tokens hold what the call before left there."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     ids_TK = trace.expert_ids_TK.copy()
@@ -215,7 +215,7 @@ def padding_shows_the_call_before(route, logits_TE, spec, expert_bias_E, **input
 
 
 @surrounds(breaks="RUN-6")
-def padding_closes_up(route, logits_TE, spec, expert_bias_E, **inputs):
+def padding_closes_up(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Valid tokens are moved to the front and stay there."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     valid_T = inputs.get("token_mask_T", np.ones(len(logits_TE), dtype=bool))

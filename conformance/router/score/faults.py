@@ -1,8 +1,9 @@
-"""conformance, faults of score: logits become wrong scores."""
+"""conformance, router, faults of score: logits become wrong scores."""
 
 import numpy as np
 
-from conformance.faults.fault import misreads, replaces, rounded, surrounds
+from conformance.core.fault import replaces, rounded, surrounds
+from conformance.router.faulty import misreads
 from moe_ref.routing import gather, scale_logits, score, softmax
 
 UNSEEN = ("groups", "select", "weights")
@@ -244,7 +245,7 @@ def logits_clamped_at_10(scaled_logits_TE, spec):
 
 
 @surrounds(breaks="SCR-8", links=("vllm-project/vllm#14027", "NVIDIA-NeMo/Automodel#3650"))
-def bfloat16_logits_scored_in_bfloat16(route, logits_TE, spec, expert_bias_E, **inputs):
+def bfloat16_logits_scored_in_bfloat16(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Logits of bfloat16 are scored and ranked in bfloat16."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     if logits_TE.dtype.name != "bfloat16" or spec.selector != "top_k" or trace.scores_TE is None:

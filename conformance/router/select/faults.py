@@ -1,10 +1,10 @@
-"""conformance, faults of select: other experts are selected."""
+"""conformance, router, faults of select: other experts are selected."""
 
 from dataclasses import replace
 
 import numpy as np
 
-from conformance.faults.fault import replaces, surrounds
+from conformance.core.fault import replaces, surrounds
 from moe_ref import UNUSED
 from moe_ref.routing import (
     bias_choice,
@@ -25,14 +25,14 @@ def best_expert_repeated(scores_for_choice_TE, spec):
 
 
 @surrounds(breaks="SEL-1")
-def ids_from_1(route, logits_TE, spec, expert_bias_E, **inputs):
+def ids_from_1(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Ids count from 1."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     return replace(trace, expert_ids_TK=trace.expert_ids_TK + (trace.expert_ids_TK != UNUSED))
 
 
 @surrounds(breaks="SEL-1")
-def ids_within_the_group(route, logits_TE, spec, expert_bias_E, **inputs):
+def ids_within_the_group(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Ids count within the group, not over all experts."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     if spec.num_expert_groups is None:
@@ -42,14 +42,14 @@ def ids_within_the_group(route, logits_TE, spec, expert_bias_E, **inputs):
 
 
 @surrounds(breaks="SEL-1")
-def float_ids(route, logits_TE, spec, expert_bias_E, **inputs):
+def float_ids(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Ids are floats."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     return replace(trace, expert_ids_TK=trace.expert_ids_TK.astype(np.float32))
 
 
 @surrounds(breaks="SEL-1")
-def weak_slots_left_empty(route, logits_TE, spec, expert_bias_E, **inputs):
+def weak_slots_left_empty(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """A slot with a weight below 0.01 is left empty."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     weak_TK = trace.weights_TK < 0.01
@@ -104,7 +104,7 @@ def last_expert_unseen(scores_for_choice_TE, spec):
 
 
 @surrounds(breaks="SEL-2", links=("vllm-project/vllm#34673",))
-def groups_invented_for_sigmoid(route, logits_TE, spec, expert_bias_E, **inputs):
+def groups_invented_for_sigmoid(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """A sigmoid router without groups is taken for one with two."""
     plain = spec.num_expert_groups is None and spec.selector == "top_k" and spec.num_choices == spec.num_logits
     fits = spec.num_experts % 2 == 0 and 2 <= spec.num_experts // 2 >= spec.top_k and spec.num_null_experts == 0
@@ -157,25 +157,25 @@ def dropped_groups_filled_with_minus_1(biased_scores_TE, spec):
 
 
 @surrounds(breaks="SEL-4")
-def bias_missing(route, logits_TE, spec, expert_bias_E, **inputs):
+def bias_missing(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """The bias is ignored."""
     return route(logits_TE, spec, None, **inputs)
 
 
 @surrounds(breaks="SEL-4")
-def bias_subtracted(route, logits_TE, spec, expert_bias_E, **inputs):
+def bias_subtracted(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """The bias is subtracted."""
     return route(logits_TE, spec, None if expert_bias_E is None else -expert_bias_E, **inputs)
 
 
 @surrounds(breaks="SEL-4")
-def bias_twice(route, logits_TE, spec, expert_bias_E, **inputs):
+def bias_twice(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """The bias is added twice."""
     return route(logits_TE, spec, None if expert_bias_E is None else 2 * expert_bias_E, **inputs)
 
 
 @surrounds(breaks="SEL-4")
-def bias_of_the_next_expert(route, logits_TE, spec, expert_bias_E, **inputs):
+def bias_of_the_next_expert(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """The bias is one expert off."""
     return route(logits_TE, spec, None if expert_bias_E is None else np.roll(expert_bias_E, 1), **inputs)
 
@@ -204,7 +204,7 @@ def bias_in_bfloat16(scaled_logits_TE, scores_TE, expert_bias_E, spec):
 
 
 @surrounds(breaks="SEL-4")
-def bias_on_the_first_slot_alone(route, logits_TE, spec, expert_bias_E, **inputs):
+def bias_on_the_first_slot_alone(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """The bias decides the first slot; the others go by score."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     if trace.scores_for_choice_TE is None or expert_bias_E is None:
@@ -272,7 +272,7 @@ def late_experts_handicapped(scores_for_choice_TE, spec):
 
 
 @surrounds(breaks="SEL-9", also=("score",))
-def masked_logits_read_as_0(route, logits_TE, spec, expert_bias_E, **inputs):
+def masked_logits_read_as_0(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """A logit of -inf is cleaned to 0."""
     plain_TE = np.where(np.isneginf(logits_TE.astype(np.float64)), 0, logits_TE.astype(np.float64))
     return route(plain_TE, spec, expert_bias_E, **inputs)
@@ -285,7 +285,7 @@ def bias_lifts_masked_logits(scaled_logits_TE, scores_TE, expert_bias_E, spec):
 
 
 @surrounds(breaks="SEL-11")
-def skipped_choices_become_expert_0(route, logits_TE, spec, expert_bias_E, **inputs):
+def skipped_choices_become_expert_0(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """A skipped choice is returned as expert 0 with weight 0, so that expert 0 is counted too often."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     if spec.null_kind != "skip" or spec.num_null_experts != 1:

@@ -1,8 +1,8 @@
-"""conformance, faults of the selectors that look at no choice score: sparsemixer, table, given ids, load tests."""
+"""conformance, router, faults of selectors without a choice score: sparsemixer, table, given ids, load tests."""
 
 import numpy as np
 
-from conformance.faults.fault import replaces, surrounds
+from conformance.core.fault import replaces, surrounds
 from moe_ref import UNUSED
 from moe_ref.routing import choose, ids_array, sparsemixer
 
@@ -39,7 +39,7 @@ def table_one_row_off(scores_for_choice_TE, num_tokens, spec, **inputs):
 
 
 @surrounds(breaks="SEL-14")
-def table_ignored(route, logits_TE, spec, expert_bias_E, **inputs):
+def table_ignored(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """The table is ignored; the best scores are selected."""
     if spec.selector == "table":
         spec = spec.replace(selector="top_k")
@@ -47,7 +47,7 @@ def table_ignored(route, logits_TE, spec, expert_bias_E, **inputs):
 
 
 @surrounds(breaks="SEL-15")
-def given_ids_ignored(route, logits_TE, spec, expert_bias_E, **inputs):
+def given_ids_ignored(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Given ids are ignored; the best scores are selected."""
     if spec.selector == "given":
         spec = spec.replace(selector="top_k")
@@ -55,7 +55,7 @@ def given_ids_ignored(route, logits_TE, spec, expert_bias_E, **inputs):
 
 
 @surrounds(breaks="SEL-15", links=("radixark/miles#645",))
-def one_unused_slot_ends_the_replay(route, logits_TE, spec, expert_bias_E, **inputs):
+def one_unused_slot_ends_the_replay(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Given ids are ignored for the whole batch where one slot is unused."""
     if spec.selector == "given" and (inputs["given_ids_TK"] == UNUSED).any():
         spec = spec.replace(selector="top_k")
@@ -107,7 +107,7 @@ def round_robin_steps_by_token(scores_for_choice_TE, num_tokens, spec, **inputs)
 
 
 @surrounds(breaks="SEL-17")
-def random_follows_the_logits(route, logits_TE, spec, expert_bias_E, **inputs):
+def random_follows_the_logits(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Random selection draws, but the logits decide."""
     if spec.selector == "random":
         spec = spec.replace(selector="top_k")
@@ -116,6 +116,6 @@ def random_follows_the_logits(route, logits_TE, spec, expert_bias_E, **inputs):
 
 
 @surrounds(breaks="SEL-17")
-def seed_ignored(route, logits_TE, spec, expert_bias_E, **inputs):
+def seed_ignored(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Random selection is the same for every seed."""
     return route(logits_TE, spec, expert_bias_E, **inputs | ({"seed": 0} if "seed" in inputs else {}))

@@ -1,10 +1,11 @@
-"""conformance, faults of weigh: the right experts with wrong weights."""
+"""conformance, router, faults of weigh: the right experts with wrong weights."""
 
 from dataclasses import replace
 
 import numpy as np
 
-from conformance.faults.fault import misreads, replaces, rounded, surrounds
+from conformance.core.fault import replaces, rounded, surrounds
+from conformance.router.faulty import misreads
 from moe_ref import UNUSED
 from moe_ref.routing import factor_of, gather, normalise, scale_weights, softmax, weigh
 
@@ -12,7 +13,7 @@ from moe_ref.routing import factor_of, gather, normalise, scale_weights, softmax
 
 
 @surrounds(breaks="WGT-1", links=("huggingface/transformers#39581", "AI-Hypercomputer/maxtext#1492"))
-def weights_of_biased_scores(route, logits_TE, spec, expert_bias_E, **inputs):
+def weights_of_biased_scores(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Weights are gathered from the scores with the bias."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     if expert_bias_E is None or trace.scores_TE is None:
@@ -22,7 +23,7 @@ def weights_of_biased_scores(route, logits_TE, spec, expert_bias_E, **inputs):
 
 
 @surrounds(breaks="WGT-1", links=("MetaX-MACA/vLLM-metax#270",))
-def bias_in_the_weights_at_one_size(route, logits_TE, spec, expert_bias_E, **inputs):
+def bias_in_the_weights_at_one_size(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """One pair of num_experts and top_k has a kernel of its own, which weighs with the bias."""
     if (spec.num_experts, spec.top_k) != (8, 2):
         return route(logits_TE, spec, expert_bias_E, **inputs)
@@ -30,7 +31,7 @@ def bias_in_the_weights_at_one_size(route, logits_TE, spec, expert_bias_E, **inp
 
 
 @surrounds(breaks="WGT-1")
-def norm_of_biased_scores(route, logits_TE, spec, expert_bias_E, **inputs):
+def norm_of_biased_scores(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """The norm that divides the weights sums scores with the bias."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     if expert_bias_E is None or trace.scores_TE is None or not spec.route_norm:
@@ -98,7 +99,7 @@ def divided_by_the_mean(raw_weights_TK, shared_scores_TS, spec):
 
 
 @surrounds(breaks="WGT-2")
-def normed_by_all_experts(route, logits_TE, spec, expert_bias_E, **inputs):
+def normed_by_all_experts(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Weights are divided by the sum of all experts' scores."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     if trace.scores_TE is None or not spec.route_norm:
@@ -144,7 +145,7 @@ def weights_in_bfloat16(scaled_logits_TE, scores_TE, expert_ids_TK, spec):
 
 
 @surrounds(breaks="WGT-3", also=("score",))
-def weights_all_equal(route, logits_TE, spec, expert_bias_E, **inputs):
+def weights_all_equal(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Without route_norm every weight is 1 / K."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     return trace if spec.route_norm else replace(trace, weights_TK=np.where(trace.expert_ids_TK < 0, 0, 1 / spec.top_k))
@@ -269,7 +270,7 @@ def one_slot_not_normed(spec):
 
 
 @surrounds(breaks="WGT-8", links=("radixark/miles#2722",))
-def weights_in_the_order_of_ids(route, logits_TE, spec, expert_bias_E, **inputs):
+def weights_in_the_order_of_ids(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Weights are computed in the order of the ids, and ids returned in that of the scores."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     by_id_TK = np.argsort(trace.expert_ids_TK, axis=-1, kind="stable")
@@ -277,14 +278,14 @@ def weights_in_the_order_of_ids(route, logits_TE, spec, expert_bias_E, **inputs)
 
 
 @surrounds(breaks="WGT-8")
-def weights_reversed(route, logits_TE, spec, expert_bias_E, **inputs):
+def weights_reversed(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Weights ascend while ids descend."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     return replace(trace, weights_TK=trace.weights_TK[:, ::-1])
 
 
 @surrounds(breaks="WGT-8")
-def ids_sorted_after_weighing(route, logits_TE, spec, expert_bias_E, **inputs):
+def ids_sorted_after_weighing(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Ids are sorted after the weights are gathered."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     if spec.selector != "top_k":
@@ -320,7 +321,7 @@ def learned_scale_of_expert_0(expert_ids_TK, learned_scale, spec):
 
 
 @surrounds(breaks="WGT-9")
-def learned_scale_before_the_norm(route, logits_TE, spec, expert_bias_E, **inputs):
+def learned_scale_before_the_norm(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """The learned scale multiplies before the norm."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     if spec.learned_scale == "none" or not spec.route_norm:
@@ -333,7 +334,7 @@ def learned_scale_before_the_norm(route, logits_TE, spec, expert_bias_E, **input
 
 
 @surrounds(breaks="WGT-10", also=("score",))
-def zero_times_its_logarithm(route, logits_TE, spec, expert_bias_E, **inputs):
+def zero_times_its_logarithm(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """A weight passes through w * log(w) / log(w), which is NaN for a weight of 0."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     weights_TK = np.where((trace.weights_TK == 0) & (trace.expert_ids_TK != UNUSED), np.nan, trace.weights_TK)

@@ -1,10 +1,11 @@
-"""conformance, faults of weigh where a slot is no expert: unused slots, null and shared experts, sparsemixer."""
+"""conformance, router, faults of weights of what is no expert: unused slots, null and shared experts, sparsemixer."""
 
 from dataclasses import replace
 
 import numpy as np
 
-from conformance.faults.fault import misreads, replaces, surrounds
+from conformance.core.fault import replaces, surrounds
+from conformance.router.faulty import misreads
 from moe_ref import UNUSED
 from moe_ref.routing import normalise, scale_shared, sparsemixer
 
@@ -16,7 +17,7 @@ def unused_slots_weigh_expert_0(values_TE, expert_ids_TK):
 
 
 @surrounds(breaks="WGT-11")
-def unused_slots_in_the_norm(route, logits_TE, spec, expert_bias_E, **inputs):
+def unused_slots_in_the_norm(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """An unused slot weighs 0, but its share of the norm is gone."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
     if spec.selector != "given" or not (spec.route_norm or spec.score_over == "selected"):
@@ -70,7 +71,7 @@ def shared_columns_swapped(normed_shared_TS, learned_scale, spec):
 
 
 @surrounds(breaks="WGT-13")
-def shared_weights_not_returned(route, logits_TE, spec, expert_bias_E, **inputs):
+def shared_weights_not_returned(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """The weights of shared experts are not returned."""
     return replace(route(logits_TE, spec, expert_bias_E, **inputs), shared_weights_TS=None)
 

@@ -38,44 +38,44 @@ def other_ids(case: LayoutCase, load: str) -> list[np.ndarray]:
 
 @requires("DSP-1", method="dispatch", counts=FILLED, loads=("even",))
 def test_dispatch_runs_and_returns_a_plan_for_every_rank(judge, case):
-    planned(judge, case, "DSP-1")
+    planned(judge, case)
 
 
 @requires("DSP-2", method="dispatch", layout=unplaced, counts=FILLED, after=("DSP-1",))
 def test_the_slot_of_an_expert_is_a_row_of_its_owner_once(judge, case):
-    hold_rows(case, planned(judge, case, "DSP-2"), case.plans, "DSP-2")
+    hold_rows(case, planned(judge, case), case.plans)
 
 
 @requires("DSP-3", method="dispatch", layout=lambda layout: True, after=("DSP-1",))
 def test_what_a_sends_to_b_is_what_b_receives_from_a(judge, case):
-    hold_matching(case, planned(judge, case, "DSP-3"), "DSP-3")
+    hold_matching(case, planned(judge, case))
 
 
 @requires("DSP-4", method="dispatch", layout=unplaced, counts=FILLED, after=("DSP-1", "DSP-2", "DSP-3"))
 def test_a_rank_sends_what_the_strategy_has_travel(judge, case):
-    hold_sizes(case, planned(judge, case, "DSP-4"), case.plans, "DSP-4", "send_sizes_S", "recv_sizes_S")
+    hold_sizes(case, planned(judge, case), case.plans, "send_sizes_S", "recv_sizes_S")
 
 
 @requires("DSP-5", method="dispatch", layout=unplaced, counts=FILLED, after=("DSP-1", "DSP-2"))
 def test_each_local_expert_has_the_rows_of_its_global_id(judge, case):
-    hold_sizes(case, planned(judge, case, "DSP-5"), case.plans, "DSP-5", "group_sizes_e")
+    hold_sizes(case, planned(judge, case), case.plans, "group_sizes_e")
 
 
 @requires("DSP-6", method="dispatch", after=("DSP-1", "DSP-2", "DSP-14"))
 def test_the_rows_of_a_rank_are_sorted_by_local_expert(judge, case):
-    hold_sorted(case, planned(judge, case, "DSP-6"), "DSP-6")
+    hold_sorted(case, planned(judge, case))
 
 
 @requires("DSP-7", method="dispatch", after=("DSP-1", "DSP-2", "DSP-6", "DSP-14"))
 def test_the_rows_of_an_expert_are_in_the_order_of_arrival(judge, case):
-    hold_order(case, planned(judge, case, "DSP-7"), case.plans, "DSP-7")
+    hold_order(case, planned(judge, case), case.plans)
 
 
 @requires("DSP-8", method="dispatch", layout=unplaced, counts=("some_empty", "empty"))
 def test_a_rank_without_tokens_takes_part(judge, case):
     if 0 not in case.layout.tokens_per_shard:
         raise NotRun("judged where a rank has no token")
-    hold_plan(case, planned(judge, case, "DSP-8"), case.plans, "DSP-8")
+    hold_plan(case, planned(judge, case), case.plans)
 
 
 @requires("DSP-9", method="dispatch", layout=unplaced, loads=("unused", "nobody"))
@@ -83,15 +83,15 @@ def test_unused_slots_and_null_experts_are_no_rows(judge, case):
     ids = np.concatenate(case.ids_by_shard)
     if not ((ids == UNUSED) | (ids >= case.spec.router.num_experts)).any():
         raise NotRun("judged where a slot has no expert")
-    hold_plan(case, planned(judge, case, "DSP-9"), case.plans, "DSP-9")
+    hold_plan(case, planned(judge, case), case.plans)
 
 
 @requires("DSP-10", method="dispatch", layout=lambda layout: unplaced(layout) and layout.expert > 1,
           loads=("one_expert", "one_rank"), after=("DSP-1",))  # fmt: skip
 def test_no_load_loses_a_row(judge, case):
     for ids_by_shard in (case.ids_by_shard, other_ids(case, "one_rank")):
-        found = planned(judge, case, "DSP-10", ids_by_shard)
-        hold_plan(case, found, wanted_plan(case, ids_by_shard), "DSP-10")
+        found = planned(judge, case, ids_by_shard)
+        hold_plan(case, found, wanted_plan(case, ids_by_shard))
 
 
 def small_buffer(layout) -> bool:
@@ -101,15 +101,15 @@ def small_buffer(layout) -> bool:
 @requires("DSP-11", method="dispatch", layout=small_buffer, loads=("skewed", "one_expert", "one_rank"),
           after=("DSP-1",))  # fmt: skip
 def test_a_small_buffer_admits_rows_in_order(judge, case):
-    hold_plan(case, planned(judge, case, "DSP-11"), case.plans, "DSP-11")
+    hold_plan(case, planned(judge, case), case.plans)
 
 
 @requires("DSP-12", method="dispatch", layout=small_buffer, loads=("skewed", "one_expert", "one_rank"),
           after=("DSP-1", "DSP-11"))  # fmt: skip
 def test_rows_that_are_not_admitted_are_reported(judge, case):
-    for rank, (found, wanted) in enumerate(zip(planned(judge, case, "DSP-12"), case.plans, strict=True)):
+    for rank, (found, wanted) in enumerate(zip(planned(judge, case), case.plans, strict=True)):
         if found.overflow != wanted.overflow:
-            accuse(case, rank, "DSP-12", "overflow is another", str(wanted.overflow), str(found.overflow))
+            accuse(case, rank, "overflow is another", str(wanted.overflow), str(found.overflow))
 
 
 @requires("DSP-13", method="dispatch", layout=lambda layout: unplaced(layout) and layout.num_rank_groups > 1,
@@ -119,18 +119,18 @@ def test_a_plan_depends_on_its_own_group_alone(judge, case):
     others, group = other_ids(case, "skewed"), int(case.rng().integers(layout.num_rank_groups))
     mixed = [own if shard in layout.shards_of_group(group) else other
              for shard, (own, other) in enumerate(zip(case.ids_by_shard, others, strict=True))]  # fmt: skip
-    before, after = planned(judge, case, "DSP-13"), planned(judge, case, "DSP-13", mixed)
+    before, after = planned(judge, case), planned(judge, case, mixed)
     for rank in range(group * layout.expert, (group + 1) * layout.expert):
         for name in ("send_sizes_S", "recv_sizes_S", "group_sizes_e", "order_R2"):
             first, second = getattr(before[rank], name), getattr(after[rank], name)
             if not np.array_equal(first, second):
-                accuse(case, rank, "DSP-13", f"other {name} with other tokens in other groups", first, second)
+                accuse(case, rank, f"other {name} with other tokens in other groups", first, second)
 
 
 @requires("DSP-14", method="dispatch", layout=lambda layout: layout.placement is not None and layout.expert > 1
           and layout.buffer_factor is None, counts=FILLED, after=("DSP-1",))  # fmt: skip
 def test_a_rank_owns_the_experts_of_its_places(judge, case):
-    hold_plan(case, planned(judge, case, "DSP-14"), case.plans, "DSP-14")
+    hold_plan(case, planned(judge, case), case.plans)
 
 
 @requires("DSP-15", method="dispatch", layout=unplaced, after=("DSP-1",))
@@ -138,8 +138,8 @@ def test_nothing_of_an_earlier_plan_is_left(judge, case):
     # The fullest plan first, then one of few rows: what is not cleared shows.
     fuller, emptier = other_ids(case, "one_expert"), other_ids(case, "unused")
     for ids_by_shard in (fuller, emptier, case.ids_by_shard, fuller):
-        found = planned(judge, case, "DSP-15", ids_by_shard)
-        hold_plan(case, found, wanted_plan(case, ids_by_shard), "DSP-15")
+        found = planned(judge, case, ids_by_shard)
+        hold_plan(case, found, wanted_plan(case, ids_by_shard))
 
 
 @requires("DSP-16", method="dispatch", counts=("equal",), after=("DSP-1",))
@@ -150,22 +150,21 @@ def test_a_layout_that_does_not_divide_the_experts_is_refused(judge, case):
                                  ranks_per_node=None, buffer_factor=None, tokens_per_shard=(1,) * wrong)  # fmt: skip
     ids_by_shard = [np.arange(case.spec.router.top_k)[None]] * wrong
     try:
-        with blaming(case):
-            judge.call(case.with_(layout=layout), "dispatch", ids_by_shard, layout, case.spec, blame="DSP-16")
+        judge.call(case.with_(layout=layout), "dispatch", ids_by_shard, layout, case.spec)
     except (NotRun, ValueError):
         return
     except Violation as violation:
         if violation.title == "raised an error":
             return
         raise
-    raise Violation("DSP-16", case, f"{wrong} ranks share {E} experts", expected="a refusal", received="a plan")
+    accuse(f"{wrong} ranks share {E} experts", expected="a refusal", received="a plan")
 
 
 def hold_everything(judge, case) -> None:
     """Each part of the plan, blamed on its own requirement."""
-    found = planned(judge, case, "DSP-1")
+    found = planned(judge, case)
     hold_plan(case, found, case.plans)
-    hold_sorted(case, found, "DSP-6")
+    hold_sorted(case, found)
 
 
 EVERYTHING = LayoutCheck(requirement="DSP-2", run=hold_everything, method="dispatch")

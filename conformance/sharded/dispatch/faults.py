@@ -1,8 +1,8 @@
-"""conformance, faults of dispatch: slots that travel to the wrong rank, or twice, or not at all, and wrong sizes."""
+"""conformance, sharded, faults of dispatch: slots that travel to the wrong rank, or twice, or not at all, and wrong sizes."""
 
 import numpy as np
 
-from conformance.faults.layout_fault import replaces, surrounds
+from conformance.core.fault import replaces, surrounds
 from moe_ref.dispatch import checked_ids, exchange, rows_for, sort_by_expert
 
 

@@ -1,10 +1,10 @@
-"""conformance, faults of sharded layers, forward: what goes wrong between devices, and not on one."""
+"""conformance, sharded, faults of sharded layers, forward: what goes wrong between devices, and not on one."""
 
 from dataclasses import replace
 
 import numpy as np
 
-from conformance.faults.layout_fault import replaces, surrounds
+from conformance.core.fault import replaces, surrounds
 from conformance.sharded.layout.faults_tensor import tensor_ranks_keep_their_partial_sums
 from moe_ref.sharded import finish, project_in_pieces, work
 

@@ -1,8 +1,8 @@
-"""conformance, faults of sharded layers, backward: right outputs with gradients that are partial, or counted twice."""
+"""conformance, sharded, faults of sharded layers, backward: right outputs with gradients that are partial, or counted twice."""
 
 import numpy as np
 
-from conformance.faults.layout_fault import surrounds
+from conformance.core.fault import surrounds
 from conformance.layer.backward.checks import BIASES, MATRICES, ROUTER, SHARED
 from conformance.sharded.layout.faults import others, without_experts
 

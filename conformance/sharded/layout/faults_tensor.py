@@ -1,10 +1,10 @@
-"""conformance, faults of tensor ranks: partial sums that are not added, or added wrongly, and biases more than once."""
+"""conformance, sharded, faults of tensor ranks: partial sums that are not added, or added wrongly, and biases more than once."""
 
 from dataclasses import replace
 
 import numpy as np
 
-from conformance.faults.layout_fault import replaces, surrounds
+from conformance.core.fault import replaces, surrounds
 from moe_ref.sharded import sum_over_tensor_ranks
 
 

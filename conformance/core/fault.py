@@ -1,0 +1,154 @@
+"""conformance, the fault: a named wrong implementation, a minimal change to the reference, and what it breaks.
+
+Faults judge the judge: each is accused, at its own stage. They are the diagnosis as well. Nothing but the command
+`faults`, the tests of the judge and the diagnosis of a failure imports them.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from inspect import isfunction
+from unittest.mock import patch
+
+import numpy as np
+
+from conformance.core.check import CHECKS
+from conformance.core.judge import Judge, Violation
+from conformance.core.kind import Kind
+from conformance.core.register import REQUIREMENTS, of_stage, stage_order
+from conformance.core.subject import Subject
+from conformance.core.trial import DEFAULT_EXAMPLES, accusations
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fault:
+    """One thing done wrong, and the requirement that it breaks."""
+
+    name: str
+    summary: str
+    """One sentence that states what it does."""
+    requirement: str
+    """The requirement that it is meant to break."""
+    links: tuple[str, ...] = ()
+    """Where it happened in public; none for what nobody has reported yet."""
+    also: tuple[str, ...] = ()
+    """Other stages that may be accused first, since what a subject shows cannot tell them apart."""
+    patches: Mapping[str, Callable] = field(default_factory=dict)
+    """Functions of moe_ref by name, replaced while the faulty method runs."""
+    around: Callable | None = None
+    """around(run, memory, *arguments, **inputs) in place of the method; memory lasts between calls."""
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of the requirement that it breaks."""
+        return CHECKS[self.requirement].kind
+
+    @property
+    def method(self) -> str:
+        """The method of a subject that is faulty; the others are right."""
+        return CHECKS[self.requirement].method
+
+    @property
+    def stage(self) -> str:
+        """The stage of the requirement that it breaks."""
+        return REQUIREMENTS[self.requirement].stage
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that may be accused first."""
+        return (self.stage, *self.also)
+
+    @property
+    def link(self) -> str:
+        """The first public reference, or nothing."""
+        return self.links[0] if self.links else ""
+
+    def run(self, method: Callable, memory: dict, *arguments, **inputs):
+        """What the method returns with the fault in it."""
+        # A fault may overflow or divide by 0; that is for the judge to see, not for Python to warn of.
+        with patched(self.patches), np.errstate(all="ignore"):
+            if self.around is not None:
+                return self.around(method, memory, *arguments, **inputs)
+            return method(*arguments, **inputs)
+
+
+FAULTS: dict[str, Fault] = {}
+"""Every fault by name; the chapters of the kinds fill it (`conformance.run.kinds.load_faults`)."""
+
+
+def _add(made: Callable, **how) -> Callable:
+    """Register a fault: a function's name is the fault's, its docstring the summary."""
+    name, summary = made.__name__.replace("_", "-"), made.__doc__
+    assert name not in FAULTS, name
+    assert summary is not None, name
+    FAULTS[name] = Fault(name=name, summary=summary, **how)
+    return made
+
+
+def replaces(function: str, *, breaks: str, links=(), also=()) -> Callable:
+    """The decorated function takes the place of one of moe_ref."""
+    return lambda made: _add(made, requirement=breaks, links=links, also=also, patches={function: made})
+
+
+def surrounds(*, breaks: str, links=(), also=()) -> Callable:
+    """The decorated function runs the clean method on changed inputs, or changes its result."""
+    return lambda made: _add(made, requirement=breaks, links=links, also=also, around=made)
+
+
+@contextmanager
+def patched(patches: Mapping[str, Callable]):
+    """The reference with these functions, in whatever module of moe_ref they are known.
+
+    A name that several functions have is given with the end of its module: `specs.layout.gather`.
+    """
+    modules = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "moe_ref"}
+    with ExitStack() as stack:
+        for path, made in patches.items():
+            place, _, name = path.rpartition(".")
+            known = [getattr(m, name, None) for where, m in modules.items() if where.endswith(place)]
+            functions = {id(function): function for function in known if isfunction(function)}
+            assert len(functions) == 1, f"{len(functions)} functions of moe_ref have the name {path!r}"
+            (clean,) = functions.values()
+            for module in modules.values():
+                if getattr(module, name, None) is clean:
+                    stack.enter_context(patch.object(module, name, made))
+        yield
+
+
+def killers(fault: Fault, *, seed: int | None = None, examples: int = DEFAULT_EXAMPLES, **how) -> dict[str, Violation]:
+    """What accuses a fault, among the requirements of its own kind, earliest stage first.
+
+    Args:
+        seed, examples: of the cases; as many as a run has.
+        how: of `Kind.faulty`.
+    """
+    judge = Judge(fault.kind.faulty(fault, **how))
+    return accusations(judge, seed=seed, examples=examples, of=of_stage(*fault.kind.stages))
+
+
+def first_killer(fault: Fault, *, seed: int | None = None, examples: int = DEFAULT_EXAMPLES, **how) -> Violation | None:
+    """What accuses a fault first: its own requirement is tried first, then those of the stages that may be accused."""
+    names = sorted(of_stage(*fault.stages), key=stage_order)
+    names.sort(key=lambda name: name != fault.requirement)
+    judge = Judge(fault.kind.faulty(fault, **how))
+    found = accusations(judge, seed=seed, examples=examples, of=names, first=True)
+    return next(iter(found.values()), None)
+
+
+def faulty(subject: Subject, fault: Fault) -> Subject:
+    """The subject with one fault in the method that the fault is about."""
+    clean, memory = getattr(subject, fault.method), {}
+
+    def method(*arguments, **inputs):
+        return fault.run(clean, memory, *arguments, **inputs)
+
+    setattr(subject, fault.method, method)
+    subject.name = fault.name
+    return subject
+
+
+def rounded(values: np.ndarray, bits: int) -> np.ndarray:
+    """The values with `bits` bits of mantissa: 8 for bfloat16, 11 for float16."""
+    mantissa, exponent = np.frexp(values)
+    return np.ldexp(np.round(mantissa * 2**bits) / 2**bits, exponent).astype(values.dtype)

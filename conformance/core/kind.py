@@ -1,0 +1,90 @@
+"""conformance, the kind: one sort of thing that is judged. A router, a layer, a sharded layer, a balance.
+
+The core asks the kind and never names one. A kind is a folder with a module `kind.py`; `conformance.run.kinds` has the
+list of them.
+"""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from conformance.core.case import Case
+from conformance.core.check import CHECKS, Check, Condition
+from conformance.core.subject import Subject
+
+if TYPE_CHECKING:
+    from conformance.core.fault import Fault
+    from conformance.core.judge import Judge
+
+
+class Kind(ABC):
+    """What the judge, the report and the tests of the judge ask of a kind."""
+
+    name: ClassVar[str]
+    """That of its folder."""
+    stages: ClassVar[tuple[str, ...]]
+    """Its chapters, in the order of the data; each is a folder of the kind."""
+    case: type[Case]
+    check: type[Check]
+    cost: int = 1
+    """A run tries its cases this many times less often: they cost that much more."""
+
+    def requires(self, requirement: str, **wants: Any) -> Callable:
+        """The decorated function is the check of a requirement, over the cases that it wants.
+
+        Args:
+            requirement: its id.
+            wants: fields of the kind's Check.
+        """
+
+        def decorate(run: Callable[["Judge", Any], None]) -> Callable:
+            if requirement in CHECKS:
+                raise ValueError(f"requirement {requirement} has a check already: {CHECKS[requirement].run.__name__}")
+            CHECKS[requirement] = self.check(requirement=requirement, run=run, kind=self, **wants)
+            return run
+
+        return decorate
+
+    # what is generated
+
+    @abstractmethod
+    def settings(self, judge: "Judge", check: Any) -> tuple[list, Counter]:
+        """What the check wants and the subject supports, of the kind's pool; and why the rest is not run."""
+
+    @abstractmethod
+    def draw(self, judge: "Judge", check: Any, seed: int) -> Case:
+        """The case of a seed; the same one whenever the settings are the same."""
+
+    def fixed(self, judge: "Judge", check: Any) -> Iterable[Case]:
+        """Cases that no luck decides; each check is tried on them once."""
+        return ()
+
+    def worlds(self, judge: "Judge") -> Iterator[tuple[Check, Case]]:
+        """Small worlds, in which every case is tried; they need no luck. None where the subject runs none."""
+        return iter(())
+
+    # what is shown
+
+    @abstractmethod
+    def rows_of_page(self, case: Any, token: int | None) -> list[tuple[str, str]]:
+        """(name, text): what a page of a failure shows of a case."""
+
+    @abstractmethod
+    def side_by_side(self, judge: "Judge", case: Any, most_tokens: int = 4) -> str:
+        """Every stage of the reference, and what the subject returned beside it."""
+
+    # who is to blame
+
+    excuses: tuple[Condition, ...] = ()
+    """What explains a violation of any of its checks; see `Check.unless`."""
+
+    # the faults that judge the judge
+
+    @abstractmethod
+    def faulty(self, fault: "Fault", **how: Any) -> Subject:
+        """The reference with one fault in it."""
+
+    def diagnose(self, judge: "Judge", case: Any, faults: Iterable["Fault"]) -> list["Fault"]:
+        """The faults whose output is the subject's on this case."""
+        return []

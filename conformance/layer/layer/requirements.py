@@ -1,0 +1,34 @@
+"""conformance, layer: the requirements of layer."""
+
+from conformance.core.register import MUST, SHOULD, chapter
+
+chapter(
+    "layer",
+    ("LAY-1", MUST, "A layer runs every case that it supports, and returns one output for each token.",
+                 "vllm-project/vllm#27316"),
+    ("LAY-2", MUST, "A token's output is the weighted sum of its experts, and the shared output where there is one.",
+                 "tjake/Jlama#201", "marin-community/marin#8578"),
+    ("LAY-3", MUST, "Zero tokens give an output of shape (0, D).", "vllm-project/vllm#57471"),
+    ("LAY-4", MUST, "A token's output depends on that token alone, whatever its batch and its place in it.",
+                 "sgl-project/sglang#16972", "vllm-project/tpu-inference#2248", "deepseek-ai/DeepEP#700"),
+    ("LAY-5", MUST, "A NaN in one token stays in that token.", "vllm-project/vllm#39391"),
+    ("LAY-6", MUST, "The output of a padding token is 0, whatever its row holds.", "vllm-project/vllm#57471",
+                 "marin-community/marin#8953"),
+    ("LAY-7", MUST, "Padding changes no other token, whatever its rows hold.", "huggingface/transformers#45621",
+                 "sgl-project/sglang#40672"),
+    ("LAY-8", MUST, "Every shared expert adds its output exactly once, to every token.", "vllm-project/vllm#49366",
+                 "sgl-project/sglang#25974"),
+    ("LAY-9", MUST, "The shared output is not scaled by route_scale or output_scale.", "vllm-project/vllm#29687",
+                 "sgl-project/sglang#28237"),
+    ("LAY-10", MUST, "shared.gate 'sigmoid' multiplies the shared output, and nothing else, by the sigmoid of the "
+                  "token's own logit."),
+    ("LAY-11", MUST, "shared.combine 'average' halves the sum of routed and shared output."),
+    ("LAY-12", MUST, "A weight on the input multiplies what the expert sees, and not what it returns.",
+                  "NVIDIA/TensorRT-LLM#3492", "areal-project/AReaL#940", "vllm-project/vllm#43694"),
+    ("LAY-13", MUST, "An identity null expert adds the token times its weight; a skipped one adds nothing."),
+    ("LAY-14", MUST, "The routed output doubles where every expert's down projection and its bias double.",
+                  "tjake/Jlama#201"),
+    ("LAY-15", MUST, "Renaming ungrouped experts, gate rows and parameters alike, changes no output."),
+    ("LAY-16", SHOULD, "The same input gives the same output, bit for bit.", "vllm-project/vllm#45683",
+                  "sgl-project/sglang#40187"),
+)  # fmt: skip

@@ -1,0 +1,55 @@
+"""conformance, the kind router: from logits to expert ids and weights."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from conformance.core.check import CHECKS, Check
+from conformance.core.fault import Fault
+from conformance.core.judge import Judge, NotRun, Violation
+from conformance.core.kind import Kind
+from conformance.router import draw, page, small_worlds
+from conformance.router.case import RouterCase
+from conformance.router.check import RouterCheck
+from conformance.router.diagnosis import explaining
+from conformance.router.faulty import FaultyRouter
+from conformance.router.observation import observe
+
+
+class RouterKind(Kind):
+    """What chooses experts and weighs them."""
+
+    name = "router"
+    stages = ("config", "run", "gate", "score", "groups", "select", "weights")
+    case, check = RouterCase, RouterCheck
+
+    def settings(self, judge: Judge, check: RouterCheck):
+        return draw.settings(judge, check)
+
+    def draw(self, judge: Judge, check: RouterCheck, seed: int) -> RouterCase:
+        return draw.draw(judge, check, seed)
+
+    def worlds(self, judge: Judge) -> Iterator[tuple[Check, RouterCase]]:
+        for requirement, case in small_worlds.worlds_of(judge):
+            yield CHECKS[requirement], case
+
+    def rows_of_page(self, case: RouterCase, token: int | None) -> list[tuple[str, str]]:
+        return page.rows_of_page(case, token)
+
+    def side_by_side(self, judge: Judge, case: RouterCase, most_tokens: int = 4) -> str:
+        return page.side_by_side(judge, case, most_tokens)
+
+    def faulty(self, fault: Fault, **how: Any) -> FaultyRouter:
+        return FaultyRouter(fault, **how)
+
+    def diagnose(self, judge: Judge, case: RouterCase, faults: Iterable[Fault]) -> list[Fault]:
+        if "nan_logits" in case.tags:
+            return []
+        try:
+            seen = observe(judge, case)
+        except (NotRun, Violation):  # the subject raises on this very case
+            return []
+        return explaining(case, seen, faults, dtype=judge.subject.compute_dtype)
+
+
+ROUTER = RouterKind()
+requires = ROUTER.requires

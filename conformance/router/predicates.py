@@ -1,0 +1,137 @@
+"""conformance, router: what its chapters share. Kinds of data, simpler neighbours, and what explains a violation."""
+
+import numpy as np
+
+from conformance.core.check import Condition, given
+from conformance.core.judge import Judge, NotRun, Violation
+from conformance.router.case import RouterCase
+from conformance.router.observation import observe
+from conformance.router.verdicts import leaves_groups, weights_differ, wrong_selections
+from moe_ref import RouterSpec
+
+ALL_KINDS = ("separated", "normal", "large", "huge", "negative", "tied", "equal", "one_hot", "masked")
+MODERATE = ("separated", "normal")
+SCORES = ("SCR-1", "SCR-2", "SCR-3", "SCR-4", "SCR-5")
+PANEL = 127
+"""Other tokens that tell which stage is at fault: one token's wrong selection may look right by chance."""
+
+BIASED = given("judged with a bias", lambda case: case.expert_bias_E is not None)
+UNBIASED = given("judged without a bias", lambda case: case.expert_bias_E is None)
+
+
+def ranks(spec: RouterSpec) -> bool:
+    """Specs that select by choice score, and from the kept groups alone."""
+    return spec.selector == "top_k" and spec.mask_fill != 0
+
+
+def by_token(spec: RouterSpec) -> bool:
+    """Selectors that look at the token alone, not at its place or at a draw."""
+    return spec.selector not in ("round_robin", "random")
+
+
+def shows_scores(spec: RouterSpec) -> bool:
+    """Specs whose weights show the scores, whichever groups are kept and whichever experts selected."""
+    # Given ids can leave slots unused: WGT-11.
+    return spec.has_scores and spec.weights_from == "scores" and spec.selector != "given"
+
+
+# simpler neighbours
+
+
+def without_bias(case: RouterCase) -> RouterCase:
+    """The same case without a bias."""
+    return case.with_(expert_bias_E=None)
+
+
+def untied(case: RouterCase) -> RouterCase:
+    """The same case with logits that are all apart."""
+    T, E = case.logits_TE.shape
+    return case.with_(logits_TE=case.rng().permuted(np.tile(np.linspace(-3, 3, E), (T, 1)), axis=-1))
+
+
+def tame(case: RouterCase) -> RouterCase:
+    """The same case with moderate logits."""
+    finite = np.where(np.isfinite(case.logits_TE), case.logits_TE, 0)
+    largest = max(1.0, float(np.abs(finite).max(initial=0)))
+    return case.with_(logits_TE=np.float32(case.logits_TE * (3 / largest)).astype(np.float64))
+
+
+def visible(case: RouterCase) -> RouterCase:
+    """The same case with -20 for each logit of -inf."""
+    return case.with_(logits_TE=np.where(np.isneginf(case.logits_TE), -20.0, case.logits_TE))
+
+
+def panel(case: RouterCase) -> RouterCase:
+    """Other tokens under the same spec and bias, half of them negative: many tell which stage is at fault."""
+    logits_TE = case.rng().normal(0, 2, (PANEL, case.spec.num_logits)).astype(np.float32)
+    logits_TE[::2] -= 6
+    of_no_token = {name: value for name, value in case.inputs.items() if not name.endswith(("_T", "_TK"))}
+    return case.with_(logits_TE=logits_TE.astype(np.float64), inputs=of_no_token)
+
+
+def respecified(case: RouterCase, **changes) -> RouterCase:
+    """The same case under a spec with other fields."""
+    spec = case.spec.replace(**changes)
+    return case.with_(spec=spec).with_inputs(**({"learned_scale": None} if spec.learned_scale == "none" else {}))
+
+
+# what explains a violation
+
+
+def selects_right(judge: Judge, case: RouterCase) -> bool:
+    """The experts of many other tokens are the best of their groups, and the best of all where there are no groups."""
+    dropping = case.spec.replace(mask_fill=-np.inf, weights_from="scores")
+    ungrouped = dropping.replace(num_expert_groups=None, num_limited_groups=None, group_score_k=2)
+    for each in (dropping, ungrouped):
+        if judge.subject.supports(each) is None:
+            try:
+                seen = observe(judge, panel(case.with_(spec=each)))
+            except (NotRun, Violation):
+                return False
+            if wrong_selections(judge, seen):
+                return False
+    return True
+
+
+def keeps_to_groups(judge: Judge, case: RouterCase) -> bool:
+    """Many other tokens have no expert of a dropped group."""
+    try:
+        return not leaves_groups(observe(judge, panel(case)))
+    except (NotRun, Violation):
+        return False
+
+
+SELECTS_WRONG = Condition(
+    sentence="judged where the best experts of the kept groups are selected",
+    holds=lambda judge, case: not selects_right(judge, case),
+)
+SELECTS_WRONG_UNBIASED = Condition(
+    sentence="judged where the best experts are selected without a bias",
+    holds=lambda judge, case: not selects_right(judge, without_bias(case)),
+)
+LEAVES_GROUPS = Condition(
+    sentence="judged where no expert of a dropped group is selected",
+    holds=lambda judge, case: not keeps_to_groups(judge, case),
+)
+
+
+def weighs_wrong_with(**changes) -> Condition:
+    """The weights are wrong already under a spec with these fields, where the subject supports it."""
+
+    def holds(judge: Judge, case: RouterCase) -> bool:
+        simpler = respecified(case, **changes)
+        if simpler.spec == case.spec or judge.subject.supports(simpler.spec) is not None:
+            return False
+        try:
+            return bool(weights_differ(judge, observe(judge, simpler)))
+        except NotRun:
+            return False
+
+    fields = ", ".join(f"{name} {value}" for name, value in changes.items())
+    return Condition(sentence=f"judged where the weights are right with {fields}", holds=holds)
+
+
+WEIGHS_WRONG_UNBIASED = Condition(
+    sentence="judged where the weights are right without a bias",
+    holds=lambda judge, case: bool(weights_differ(judge, observe(judge, without_bias(case)))),
+)

@@ -1,0 +1,30 @@
+"""conformance, router: the requirements of select."""
+
+from conformance.core.register import MUST, SHOULD, chapter
+
+chapter(
+    "select",
+    ("SEL-1", MUST, "Each token selects top_k distinct experts, as integer ids in range.",
+                 "vllm-project/vllm#39391", "sgl-project/sglang#30079"),
+    ("SEL-2", MUST, "The selected experts are those with the best choice scores.", "pytorch/pytorch#196177"),
+    ("SEL-3", MUST, "An expert of a dropped group is never selected, whatever the sign of the bias.",
+                 "huggingface/transformers#45440", "huggingface/transformers#45441",
+                 "deepseek-ai/DeepSeek-V3#741"),
+    ("SEL-4", MUST, "expert_bias is added to what is ranked.", "AI-Hypercomputer/maxtext#1492"),
+    ("SEL-5", SHOULD, "Experts with equal choice scores: the lower id is selected.", "vllm-project/vllm#54403",
+                 "vllm-project/vllm#52679"),
+    ("SEL-6", SHOULD, "Slots are in descending choice score, equal ones by lower id.", "vllm-project/vllm#55514"),
+    ("SEL-7", MUST, "One constant added to every entry of expert_bias changes no selection.",
+                 "deepseek-ai/DeepSeek-V3#741"),
+    ("SEL-8", MUST, "Renaming ungrouped experts renames the selection alike.",
+                 "tensorflow/tensorflow#117287"),
+    ("SEL-9", MUST, "An expert whose logit is -inf is never selected while top_k others remain."),
+    ("SEL-10", SHOULD, "Nor is it where expert_bias would lift its score above theirs."),
+    ("SEL-11", MUST, "A null choice is returned under its own id, num_experts or above, so that counts stay true."),
+    ("SEL-13", MUST, "sparsemixer selects by repeated argmax of the remaining logits."),
+    ("SEL-14", MUST, "A table selects the row of the token's id."),
+    ("SEL-15", MUST, "Given ids are taken as they are, slot by slot, unused slots (-1) included.",
+                  "radixark/miles#3146", "PrimeIntellect-ai/prime-rl#1807", "radixark/miles#645"),
+    ("SEL-16", MUST, "Round-robin gives slot k of token t the expert (t * K + k) mod num_experts."),
+    ("SEL-17", MUST, "Random selection depends on the seed alone, not on the logits."),
+)  # fmt: skip
