@@ -1,8 +1,9 @@
 # make check: judge real public routers.  make test: test this project.  Both install what they need into .venv.
+# make bare: the wheel without any framework, with the oldest NumPy, into .bare.  PYTHON=python3.13 chooses another one.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: check test install docs bench
+.PHONY: check test bare install docs
 check: install
 	$(BIN)/moe-conformance run
 
@@ -11,6 +12,13 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/pytest -n 2
+
+bare:
+	rm -rf .bare
+	$(PYTHON) -m venv .bare
+	.bare/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir .bare/wheel .
+	.bare/bin/python -m pip install --quiet --disable-pip-version-check .bare/wheel/*.whl -c constraints-oldest.txt
+	cd .bare && bin/python ../tools/bare.py wheel/*.whl && bin/moe-conformance run reference --stage select
 
 install: .venv/installed
 

@@ -52,6 +52,10 @@ class Case(ABC):
         """Names where the case runs, for kinds that count the different places; None for the others."""
         return None
 
+    def part(self, kind: "type[Case]") -> "Case | None":
+        """The case of another kind that is a part of this one, as the router of a layer is; None where none is."""
+        return None
+
     def rng(self) -> np.random.Generator:
         """The source of a requirement's draws."""
         return np.random.default_rng(self.seed)

@@ -1,15 +1,10 @@
 """conformance, the check: a requirement as code. Which cases it wants, what it does with one, and who is to blame."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
-if TYPE_CHECKING:
-    from conformance.core.case import Case
-    from conformance.core.judge import Judge
-    from conformance.core.kind import Kind
+from conformance.core.case import Case
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +13,8 @@ class Condition:
 
     sentence: str
     """`judged where every choice is beyond doubt`"""
-    holds: Callable[[Judge, Any], bool]
+    holds: Callable[[Any, Any], bool]
+    """Of a judge and a case."""
 
 
 def given(sentence: str, holds: Callable[[Any], bool]) -> Condition:
@@ -31,13 +27,18 @@ class Check:
     """One requirement as code. A kind has a subclass with the kinds of data that its cases are made of.
 
     A violation is blamed in one way (`Judge.blame`): on the requirements of `after`, where one of them fails on the
-    same case; on those of `simpler`, where one fails on a simpler case; on nobody, where something in `unless` holds;
-    else on this one.
+    same case; on those of `simpler`, where one fails on a simpler case; on nobody, where something in `unless` or in
+    `excuses` holds; else on this one.
     """
 
+    case: ClassVar[type[Case]] = Case
+    """What its cases are."""
+    excuses: ClassVar[tuple[Condition, ...]] = ()
+    """What explains a violation of any check of the kind; see `unless`."""
+
     requirement: str
-    run: Callable[[Judge, Any], None]
-    kind: Kind
+    run: Callable[[Any, Any], None]
+    """Of a judge and a case; raises a Violation, or NotRun."""
     method: str
     """Of the subject; one that does not define it is unsupported."""
     spec: Callable[[Any], bool] = lambda spec: True
@@ -59,8 +60,8 @@ class Check:
 
     def wants(self, case: Case) -> bool:
         """Whether it has something to say about a case of another check."""
-        return isinstance(case, self.kind.case) and self.spec(case.spec)
+        return isinstance(case, self.case) and self.spec(case.spec)
 
 
 CHECKS: dict[str, Check] = {}
-"""Every check, by requirement; the chapters of the kinds fill it (`conformance.run.kinds.load_chapters`)."""
+"""Every check, by requirement; the chapters of the kinds fill it (`conformance.run.kinds`)."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from conformance.core.check import CHECKS
 from conformance.core.judge import Judge, Violation
-from conformance.core.kind import Kind
+from conformance.core.kind import Kind, kind_of
 from conformance.core.register import REQUIREMENTS, of_stage, stage_order
 from conformance.core.subject import Subject
 from conformance.core.trial import DEFAULT_EXAMPLES, accusations
@@ -42,7 +42,7 @@ class Fault:
     @property
     def kind(self) -> Kind:
         """The kind of the requirement that it breaks."""
-        return CHECKS[self.requirement].kind
+        return kind_of(self.requirement)
 
     @property
     def method(self) -> str:

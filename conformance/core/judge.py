@@ -102,8 +102,6 @@ class Judge:
         self.memory: dict[Any, Any] = {}
         """What a kind keeps of this subject between calls."""
         self._running: list[Check] = []
-        self._surveyed: dict[str, Violation | None] = {}
-        """What the fixed cases of a requirement found; they are run once."""
         for dtype in (*subject.logit_dtypes, subject.compute_dtype, subject.expert_dtype):
             known = tuple(EPSILON)
             require(dtype in known, f"subject {self.name}: dtype {dtype!r} is not one of {known}")
@@ -148,35 +146,7 @@ class Judge:
         if method not in self.capabilities:
             raise NotRun(f"{method}() is not defined")
 
-    def settings(self, check: Check) -> tuple[list, Counter]:
-        """What the check wants and the subject supports; why the rest is not run."""
-        key = "settings", check.requirement
-        if key not in self.memory:
-            self.memory[key] = check.kind.settings(self, check)
-        return self.memory[key]
-
     # holding a case against a requirement
-
-    def begin(self, check: Check) -> str | None:
-        """Before the cases of a check: why none can be run, or None."""
-        entry = self.ledger[check.requirement]
-        if check.method not in self.capabilities:
-            entry.reasons = Counter([f"{check.method}() is not defined"])
-            return f"{check.method}() is not defined"
-        found, entry.reasons = self.settings(check)
-        return None if found else "; ".join(entry.reasons)
-
-    def survey(self, check: Check) -> None:
-        """Examine the fixed cases of a check, once; what they found is raised each time, so that none is flaky."""
-        if check.requirement not in self._surveyed:
-            self._surveyed[check.requirement] = None
-            try:
-                for case in check.kind.fixed(self, check):
-                    self.examine(check, case)
-            except Violation as violation:
-                self._surveyed[check.requirement] = violation
-        if found := self._surveyed[check.requirement]:
-            raise found
 
     def examine(self, check: Check, case: Case) -> None:
         """Run a check on a case; a violation that no deviation covers and nothing else explains is raised."""
@@ -238,7 +208,7 @@ class Judge:
             for name in names:
                 if (found := self.violated(name, neighbour)) is not None:
                     return self.blame(CHECKS[name], found)
-        for condition in (*check.unless, *check.kind.excuses):
+        for condition in (*check.unless, *check.excuses):
             if condition.holds(self, case):
                 raise NotRun(condition.sentence)
         return violation
@@ -246,8 +216,8 @@ class Judge:
     def violated(self, requirement: str, case: Case) -> Violation | None:
         """What the check of a requirement finds on a case of its kind, or of the kind that its kind is made of."""
         check = CHECKS[requirement]
-        part = case if isinstance(case, check.kind.case) else getattr(case, f"{check.kind.name}_case", case)
-        if check.method not in self.capabilities or not check.wants(part):
+        part = case if isinstance(case, check.case) else case.part(check.case)
+        if part is None or check.method not in self.capabilities or not check.wants(part):
             return None
         try:
             self.run(check, part)

@@ -7,15 +7,13 @@ list of them.
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from conformance.core.case import Case
-from conformance.core.check import CHECKS, Check, Condition
+from conformance.core.check import CHECKS, Check
+from conformance.core.judge import Judge
+from conformance.core.register import REQUIREMENTS
 from conformance.core.subject import Subject
-
-if TYPE_CHECKING:
-    from conformance.core.fault import Fault
-    from conformance.core.judge import Judge
 
 
 class Kind(ABC):
@@ -25,10 +23,14 @@ class Kind(ABC):
     """That of its folder."""
     stages: ClassVar[tuple[str, ...]]
     """Its chapters, in the order of the data; each is a folder of the kind."""
-    case: type[Case]
     check: type[Check]
     cost: int = 1
     """A run tries its cases this many times less often: they cost that much more."""
+
+    @property
+    def case(self) -> type[Case]:
+        """What its cases are."""
+        return self.check.case
 
     def requires(self, requirement: str, **wants: Any) -> Callable:
         """The decorated function is the check of a requirement, over the cases that it wants.
@@ -38,10 +40,10 @@ class Kind(ABC):
             wants: fields of the kind's Check.
         """
 
-        def decorate(run: Callable[["Judge", Any], None]) -> Callable:
+        def decorate(run: Callable[[Judge, Any], None]) -> Callable:
             if requirement in CHECKS:
                 raise ValueError(f"requirement {requirement} has a check already: {CHECKS[requirement].run.__name__}")
-            CHECKS[requirement] = self.check(requirement=requirement, run=run, kind=self, **wants)
+            CHECKS[requirement] = self.check(requirement=requirement, run=run, **wants)
             return run
 
         return decorate
@@ -49,18 +51,18 @@ class Kind(ABC):
     # what is generated
 
     @abstractmethod
-    def settings(self, judge: "Judge", check: Any) -> tuple[list, Counter]:
+    def settings(self, judge: Judge, check: Any) -> tuple[list, Counter]:
         """What the check wants and the subject supports, of the kind's pool; and why the rest is not run."""
 
     @abstractmethod
-    def draw(self, judge: "Judge", check: Any, seed: int) -> Case:
+    def draw(self, judge: Judge, check: Any, seed: int) -> Case:
         """The case of a seed; the same one whenever the settings are the same."""
 
-    def fixed(self, judge: "Judge", check: Any) -> Iterable[Case]:
+    def fixed(self, judge: Judge, check: Any) -> Iterable[Case]:
         """Cases that no luck decides; each check is tried on them once."""
         return ()
 
-    def worlds(self, judge: "Judge") -> Iterator[tuple[Check, Case]]:
+    def worlds(self, judge: Judge) -> Iterator[tuple[Check, Case]]:
         """Small worlds, in which every case is tried; they need no luck. None where the subject runs none."""
         return iter(())
 
@@ -71,20 +73,32 @@ class Kind(ABC):
         """(name, text): what a page of a failure shows of a case."""
 
     @abstractmethod
-    def side_by_side(self, judge: "Judge", case: Any, most_tokens: int = 4) -> str:
+    def side_by_side(self, judge: Judge, case: Any, most_tokens: int = 4) -> str:
         """Every stage of the reference, and what the subject returned beside it."""
-
-    # who is to blame
-
-    excuses: tuple[Condition, ...] = ()
-    """What explains a violation of any of its checks; see `Check.unless`."""
 
     # the faults that judge the judge
 
     @abstractmethod
-    def faulty(self, fault: "Fault", **how: Any) -> Subject:
-        """The reference with one fault in it."""
+    def faulty(self, fault: Any, **how: Any) -> Subject:
+        """The reference with one Fault in it."""
 
-    def diagnose(self, judge: "Judge", case: Any, faults: Iterable["Fault"]) -> list["Fault"]:
-        """The faults whose output is the subject's on this case."""
+    def diagnose(self, judge: Judge, case: Any, faults: Iterable[Any]) -> list[Any]:
+        """The Faults whose output is the subject's on this case."""
         return []
+
+
+KIND_OF_STAGE: dict[str, Kind] = {}
+"""Every stage; `conformance.run.kinds` fills it."""
+
+
+def kind_of(requirement: str) -> Kind:
+    """The kind of a requirement."""
+    return KIND_OF_STAGE[REQUIREMENTS[requirement].stage]
+
+
+def settings_of(judge: Judge, check: Check) -> tuple[list, Counter]:
+    """`Kind.settings`, found once for a judge."""
+    key = "settings", check.requirement
+    if key not in judge.memory:
+        judge.memory[key] = kind_of(check.requirement).settings(judge, check)
+    return judge.memory[key]

@@ -1,6 +1,7 @@
 """conformance, the trial: how a check becomes a hypothesis test, and every check on one subject without pytest."""
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import hypothesis
@@ -11,6 +12,7 @@ from hypothesis.errors import FlakyFailure
 
 from conformance.core.check import CHECKS, Check
 from conformance.core.judge import Judge, Violation
+from conformance.core.kind import kind_of, settings_of
 from conformance.core.register import REQUIREMENTS, SPEC_VERSION, stage_order
 
 DEFAULT_EXAMPLES = 60
@@ -42,20 +44,24 @@ def as_test(check: Check, *, examples: int = DEFAULT_EXAMPLES, seed: int | None 
         seed: draws other cases.
     """
 
+    kind = kind_of(check.requirement)
+
     @given(number=SEEDS)
     def test(judge: Judge, number: int):
-        if sentence := judge.begin(check):
+        if sentence := why_not(judge, check):
             pytest.skip(f"unsupported: {sentence}")
-        judge.survey(check)
-        judge.examine(check, check.kind.draw(judge, check, number))
+        survey(judge, check)
+        judge.examine(check, kind.draw(judge, check, number))
 
-    test.__name__ = test.__qualname__ = f"test_{check.requirement.replace('-', '_')}_{check.run.__name__}"
+    row = REQUIREMENTS[check.requirement]
+    # `pytest -k select`, `-k SEL_3` and `-k dropped` find it.
+    test.__name__ = test.__qualname__ = f"test_{row.stage}_{row.id.replace('-', '_')}_{check.run.__name__}"
     test.__module__ = check.run.__module__
-    test.__doc__ = f"{check.requirement}: {REQUIREMENTS[check.requirement].sentence}"
+    test.__doc__ = f"{row.id}: {row.sentence}"
     test.requirement = check.requirement  # type: ignore[attr-defined]
     of_case = zlib.crc32(f"{check.requirement} {SPEC_VERSION} {'' if seed is None else seed}".encode())
     profile = settings(
-        max_examples=-(-examples // check.kind.cost),
+        max_examples=-(-examples // kind.cost),
         deadline=None,
         database=None,
         report_multiple_bugs=False,
@@ -64,6 +70,30 @@ def as_test(check: Check, *, examples: int = DEFAULT_EXAMPLES, seed: int | None 
         phases=[Phase.generate],  # simpler seeds say nothing; `core.shrink` makes the case itself smaller
     )
     return hypothesis.seed(of_case)(profile(test))
+
+
+def why_not(judge: Judge, check: Check) -> str | None:
+    """Before the cases of a check: why none can be run, or None."""
+    entry = judge.ledger[check.requirement]
+    if check.method not in judge.capabilities:
+        entry.reasons = Counter([f"{check.method}() is not defined"])
+        return f"{check.method}() is not defined"
+    found, entry.reasons = settings_of(judge, check)
+    return None if found else "; ".join(entry.reasons)
+
+
+def survey(judge: Judge, check: Check) -> None:
+    """Examine the fixed cases of a check, once; what they found is raised each time, so that none is flaky."""
+    surveyed: dict[str, Violation | None] = judge.memory.setdefault("surveyed", {})
+    if check.requirement not in surveyed:
+        surveyed[check.requirement] = None
+        try:
+            for case in kind_of(check.requirement).fixed(judge, check):
+                judge.examine(check, case)
+        except Violation as violation:
+            surveyed[check.requirement] = violation
+    if found := surveyed[check.requirement]:
+        raise found
 
 
 def accusations(

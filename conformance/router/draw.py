@@ -11,6 +11,7 @@ import numpy as np
 from conformance.core.case import float32
 from conformance.core.drawing import one_of
 from conformance.core.judge import Judge, cast
+from conformance.core.kind import settings_of
 from conformance.router.case import RouterCase
 from conformance.router.check import RouterCheck
 from moe_ref import UNUSED, RouterSpec
@@ -242,6 +243,12 @@ def settings(judge: Judge, check: RouterCheck) -> tuple[list[RouterSpec], Counte
 
 def draw(judge: Judge, check: RouterCheck, seed: int) -> RouterCase:
     """The case of a seed."""
-    rng, (specs, _) = np.random.default_rng(seed), judge.settings(check)
-    spec, logits, bias, tokens = (one_of(rng, each) for each in (specs, check.logits, check.bias, check.tokens))
-    return make_case(spec, check, logits=logits, bias=bias, tokens=tokens, seed=int(rng.integers(2**32)))
+    rng, (specs, _) = np.random.default_rng(seed), settings_of(judge, check)
+    return make_case(
+        one_of(rng, specs),
+        check,
+        logits=one_of(rng, check.logits),
+        bias=one_of(rng, check.bias),
+        tokens=one_of(rng, check.tokens),
+        seed=int(rng.integers(2**32)),
+    )

@@ -20,7 +20,7 @@ class RouterKind(Kind):
 
     name = "router"
     stages = ("config", "run", "gate", "score", "groups", "select", "weights")
-    case, check = RouterCase, RouterCheck
+    check = RouterCheck
 
     def settings(self, judge: Judge, check: RouterCheck):
         return draw.settings(judge, check)

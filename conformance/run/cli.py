@@ -8,12 +8,13 @@ import re
 import sys
 from pathlib import Path
 
+from conformance.core.kind import kind_of
 from conformance.core.register import REQUIREMENTS, STAGES, spec_markdown
 from conformance.core.usage import UsageError
 from conformance.pictures import balance as balance_picture
 from conformance.pictures import traffic
 from conformance.run.deviations import case_id, read_case
-from conformance.run.kinds import kind_of, load_faults
+from conformance.run.kinds import load_faults
 from conformance.run.subjects_by_name import subject_named
 from moe_ref.specs.checks import nearest
 

@@ -7,6 +7,7 @@ import pytest
 from conformance.core.check import CHECKS
 from conformance.core.fault import Fault
 from conformance.core.judge import Entry, Judge, Violation
+from conformance.core.kind import kind_of
 from conformance.core.shrink import shrink, still_violated
 from conformance.run.deviations import write_case
 from conformance.run.kinds import load_faults
@@ -55,7 +56,7 @@ def diagnoses(judge: Judge, violation: Violation) -> list[Fault]:
     """Faults whose output is the subject's on this case, a few of them."""
     if violation.case is None:
         return []
-    kind = CHECKS[violation.requirement].kind
+    kind = kind_of(violation.requirement)
     faults = [fault for fault in load_faults().values() if fault.kind is kind]
     return kind.diagnose(judge, violation.case, faults)[:MOST_DIAGNOSES]
 

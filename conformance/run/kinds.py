@@ -6,8 +6,8 @@ from typing import Any
 
 from conformance.core.case import Case
 from conformance.core.fault import FAULTS, Fault
-from conformance.core.kind import Kind
-from conformance.core.register import REQUIREMENTS, STAGES
+from conformance.core.kind import KIND_OF_STAGE, Kind
+from conformance.core.register import STAGES
 from conformance.router.kind import ROUTER
 
 KINDS: tuple[Kind, ...] = (ROUTER,)
@@ -25,6 +25,7 @@ def _load(*names: str) -> None:
                         importlib.import_module(f"{chapter.__name__}.{module.name}")
 
 
+KIND_OF_STAGE.update({stage: kind for kind in KINDS for stage in kind.stages})
 _load("requirements", "checks")
 
 
@@ -32,12 +33,6 @@ def load_faults() -> dict[str, Fault]:
     """Every fault by name, in the order of the stages."""
     _load("faults")
     return dict(sorted(FAULTS.items(), key=lambda item: STAGES.index(item[1].stage)))
-
-
-def kind_of(requirement: str) -> Kind:
-    """The kind of a requirement."""
-    stage = REQUIREMENTS[requirement].stage
-    return next(kind for kind in KINDS if stage in kind.stages)
 
 
 def every_tag() -> set[str]:

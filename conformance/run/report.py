@@ -5,9 +5,9 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from conformance.core.judge import Entry, Judge, Violation
+from conformance.core.kind import kind_of
 from conformance.core.register import REQUIREMENTS, SPEC_VERSION, STAGES, stage_order
 from conformance.run.deviations import case_id
-from conformance.run.kinds import kind_of
 
 STATUSES = ("ok", "known", "NEW", "STALE", "advice", "unsupported", "not judged")
 FAILING = ("NEW", "STALE")

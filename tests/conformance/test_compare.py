@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pytest
 
+from conformance.core.check import CHECKS
 from conformance.core.judge import Judge, Violation
 from conformance.core.rounding import close
 from conformance.core.shrink import shrink
-from conformance.core.trial import accuse
+from conformance.core.trial import accusations
 from conformance.router.bounds import admissible
-from conformance.router.case import Case
+from conformance.router.case import RouterCase
+from conformance.router.observation import observe
 from conformance.router.small_worlds import lattice, weak_orderings, worlds
 from moe_ref import RouterSpec
 from tests.conformance.routers import MaskedZero, Sigmoid
@@ -71,7 +73,7 @@ def test_every_world_is_a_valid_spec():
 
 def test_a_failing_case_shrinks_to_one_token_that_still_fails():
     judge = Judge(MaskedZero())
-    violation = shrink(judge, accuse(judge, seed=0, ids=["SEL-3"])["SEL-3"])
+    violation = shrink(judge, accusations(judge, seed=0, of=["SEL-3"])["SEL-3"])
     assert violation.case is not None
     assert violation.case.num_tokens == 1
     assert set(violation.case.logits_TE.ravel().tolist()) <= set(np.arange(-8, 8, 0.5)), "round numbers suffice"
@@ -85,9 +87,7 @@ def test_what_is_forgiven_is_counted():
 
     judge = Judge(LowerByALittle())
     logits_TE = np.array([[1.0, 0.0, 0.0, -1.0]])
-    from conformance.router.verdicts import selection_differs
-
-    assert selection_differs(judge, judge.observe(Case(spec=PLAIN, logits_TE=logits_TE)), "SEL-2") == []
+    judge.examine(CHECKS["SEL-2"], RouterCase(spec=PLAIN, logits_TE=logits_TE))
     assert judge.ledger["SEL-2"].near_ties == 1
 
 
@@ -110,11 +110,11 @@ def test_a_result_of_the_wrong_form_is_a_violation_of_sel_1(returned, title):
             return type(good)(**({"expert_ids_TK": good.expert_ids_TK, "weights_TK": good.weights_TK} | returned))
 
     with pytest.raises(Violation, match=f"SEL-1 {title}"):
-        Judge(Malformed()).observe(Case(spec=PLAIN, logits_TE=np.zeros((2, 4))))
+        observe(Judge(Malformed()), RouterCase(spec=PLAIN, logits_TE=np.zeros((2, 4))))
 
 
 def test_a_case_survives_json():
-    case = Case(
+    case = RouterCase(
         spec=GROUPED.replace(mask_fill=0.0),
         logits_TE=np.array([[0.1, -np.inf, np.nan, 1e30, 2.0, -3.0]]),
         expert_bias_E=np.arange(6.0),
@@ -122,12 +122,12 @@ def test_a_case_survives_json():
         dtype="bfloat16",
         seed=3,
     )
-    again = Case.from_json(json.loads(json.dumps(case.to_json())))
+    again = RouterCase.from_json(json.loads(json.dumps(case.to_json())))
     assert again.digest == case.digest
     assert again.spec == case.spec
     np.testing.assert_array_equal(again.logits_TE, case.logits_TE)
     with pytest.raises(ValueError, match="a case has the keys"):
-        Case.from_json({"spec": {}, "logit": []})
+        RouterCase.from_json({"spec": {}, "logit": []})
 
 
 def test_a_subject_with_an_unknown_dtype_is_refused():

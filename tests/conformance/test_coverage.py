@@ -5,13 +5,15 @@ import subprocess
 import sys
 
 SCRIPT = """
-from conformance.judge import CHECKS, LAYOUT_METHODS, Judge
+from conformance.core.judge import Judge
+from conformance.core.register import of_stage
+from conformance.core.trial import accusations
+from conformance.run.kinds import KINDS
 from conformance.subjects.reference import Reference
-from conformance.trial import accuse, load_suite
-load_suite()
-# Layouts have the router of one rank.
-ids = [id for id, check in CHECKS.items() if check.method not in LAYOUT_METHODS]
-accuse(Judge(Reference()), seed=0, examples=40, ids=ids)
+
+for kind in KINDS:
+    if kind.name != "sharded":  # it has the router of one rank
+        accusations(Judge(Reference()), examples=40, of=of_stage(*kind.stages))
 """
 
 

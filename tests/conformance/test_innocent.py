@@ -5,16 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from conformance.core.judge import CHECKS, Judge, stage_order
-from conformance.core.register import REQUIREMENTS
+from conformance.core.check import CHECKS
+from conformance.core.judge import Judge
+from conformance.core.register import REQUIREMENTS, stage_order
 from conformance.core.subject import Subject
-from conformance.core.trial import accuse, load_suite
+from conformance.core.trial import accusations
+from conformance.run import kinds  # noqa: F401  (its chapters register)
 from conformance.subjects.reference import Reference
 from moe_ref import UNUSED, routing
 from moe_ref.routing import normalise, scale_weights, weigh
 
 SEEDS = (0, 1)
-load_suite()
 ROUTING = [id for id in sorted(CHECKS, key=stage_order) if CHECKS[id].method in ("configure", "gate", "route")]
 MUST = frozenset(id for id, requirement in REQUIREMENTS.items() if requirement.level == "MUST")
 SHOULD = frozenset(REQUIREMENTS) - MUST
@@ -163,18 +164,18 @@ INNOCENT: dict[type[Subject], frozenset[str]] = {
 @pytest.mark.parametrize("subject", INNOCENT, ids=lambda subject: subject.__name__)
 def test_what_is_right_is_not_accused(subject, seed):
     judge = Judge(subject())
-    accused = accuse(judge, seed=seed, examples=8, ids=ROUTING)
+    accused = accusations(judge, seed=seed, examples=8, of=ROUTING)
     assert INNOCENT[subject] <= SHOULD
     assert accused.keys() <= INNOCENT[subject], {id: (str(v), v.expected, v.received) for id, v in accused.items()}
 
 
 def test_the_reference_is_judged_by_every_requirement_of_routing():
     judge = Judge(Reference())
-    accuse(judge, seed=0, examples=10, ids=ROUTING)
+    accusations(judge, seed=0, examples=10, of=ROUTING)
     assert [id for id in ROUTING if judge.ledger[id].judged == 0] == []
 
 
 @pytest.mark.parametrize("subject", [Reordered, HighestIdWins], ids=lambda subject: subject.__name__)
 def test_the_shoulds_that_are_not_kept_are_noticed(subject):
     ids = sorted(INNOCENT[subject])
-    assert accuse(Judge(subject()), seed=0, ids=ids).keys() == set(ids)
+    assert accusations(Judge(subject()), seed=0, of=ids).keys() == set(ids)

@@ -46,6 +46,7 @@ def hold_groups(judge, case) -> None:
             received=f"experts {sorted(seen.expert_ids_TK[t].tolist())} of groups {sorted(groups_used(seen, t))}",
         )
     for t in other_groups(judge, seen):
+        assert seen.group_ids_TL is not None
         accuse(
             "other groups are reported",
             token=t,

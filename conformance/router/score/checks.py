@@ -41,6 +41,7 @@ def hold_scores(judge, case) -> None:
     """The subject's scores, or else the ratios of its weights, are the reference's."""
     seen = observe(judge, case)
     for t in scores_differ(judge, seen):
+        assert seen.scores_TE is not None
         accuse(
             "other scores",
             token=t,

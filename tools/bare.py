@@ -1,0 +1,31 @@
+"""tools, bare: a wheel holds the four packages and their data, and nothing else. `make bare` asks it."""
+
+import sys
+import zipfile
+from importlib.util import find_spec
+
+PACKAGES = ("moe_ref/", "moe_jax/", "moe_torch/", "conformance/")
+FRAMEWORKS = ("jax", "torch", "transformers", "torchtitan", "ml_dtypes")
+
+
+def strangers(wheel: str) -> list[str]:
+    """The files of a wheel that are no part of the packages: tests, benchmarks, tools."""
+    names = zipfile.ZipFile(wheel).namelist()
+    return [name for name in names if not name.startswith(PACKAGES) and ".dist-info/" not in name]
+
+
+def main(wheel: str) -> None:
+    """Ends with a sentence where the wheel, or what is installed beside it, is not bare."""
+    if found := strangers(wheel):
+        sys.exit(f"the wheel holds {', '.join(found)}")
+    if found := [name for name in FRAMEWORKS if find_spec(name)]:
+        sys.exit(f"installed as well: {', '.join(found)}")
+    import numpy
+
+    import conformance
+
+    print(f"{wheel}: bare, with NumPy {numpy.__version__}, from {conformance.__file__}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
