@@ -27,6 +27,6 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
 	touch $@
 
-# SPEC.md and the generated parts of README.md.
+# SPEC.md and the pages of docs/
 docs: install
 	$(BIN)/python -m tools.docs

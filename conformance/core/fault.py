@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from inspect import isfunction
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -100,20 +101,29 @@ def surrounds(*, breaks: str, links=(), also=()) -> Callable:
 def patched(patches: Mapping[str, Callable]):
     """The reference with these functions, in whatever module of moe_ref they are known.
 
-    A name that several functions have is given with the end of its module: `specs.layout.gather`.
+    A name that several functions have is given with the end of its module: `routing.gather`.
     """
-    modules = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "moe_ref"}
     with ExitStack() as stack:
         for path, made in patches.items():
-            place, _, name = path.rpartition(".")
-            known = [getattr(m, name, None) for where, m in modules.items() if where.endswith(place)]
-            functions = {id(function): function for function in known if isfunction(function)}
-            assert len(functions) == 1, f"{len(functions)} functions of moe_ref have the name {path!r}"
-            (clean,) = functions.values()
-            for module in modules.values():
+            clean, name = function_named(path), path.rpartition(".")[2]
+            for module in _rooms().values():
                 if getattr(module, name, None) is clean:
                     stack.enter_context(patch.object(module, name, made))
         yield
+
+
+def function_named(path: str) -> Callable:
+    """The one function of moe_ref that a patch names; it is an error of a fault if there is none, or another one."""
+    place, _, name = path.rpartition(".")
+    known = [getattr(module, name, None) for where, module in _rooms().items() if where.endswith(place)]
+    functions = {id(function): function for function in known if isfunction(function)}
+    assert len(functions) == 1, f"{len(functions)} functions of moe_ref have the name {path!r}"
+    (found,) = functions.values()
+    return found
+
+
+def _rooms() -> dict[str, Any]:
+    return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "moe_ref"}
 
 
 def killers(fault: Fault, *, seed: int | None = None, examples: int = DEFAULT_EXAMPLES, **how) -> dict[str, Violation]:

@@ -13,6 +13,7 @@ from conformance.core.register import REQUIREMENTS, STAGES, spec_markdown
 from conformance.core.usage import UsageError
 from conformance.pictures import balance as balance_picture
 from conformance.pictures import traffic
+from conformance.run.compare import compare
 from conformance.run.deviations import case_id, read_case
 from conformance.run.kinds import load_faults
 from conformance.run.subjects_by_name import subject_named
@@ -57,6 +58,10 @@ def parser() -> Parser:
     replay = commands.add_parser("replay", help="one case again, stage by stage beside the reference")
     replay.add_argument("case", metavar="ID", help="such as SEL-3-b254db, or the path of a case file")
     replay.add_argument("--subject", metavar="SUBJECT", help="default: the one that failed")
+
+    changes = commands.add_parser("compare", help="two report.json: which requirements changed their status")
+    changes.add_argument("before", type=Path, metavar="BEFORE", help="report.json, or the folder of --report")
+    changes.add_argument("after", type=Path, metavar="AFTER", help="the same, later")
 
     faults = commands.add_parser("faults", help="the known wrong routers and layers, and what catches each")
     faults.add_argument(
@@ -216,6 +221,7 @@ COMMANDS = {
     "run": run,
     "list": list_requirements,
     "replay": replay,
+    "compare": compare,
     "faults": faults,
     "traffic": traffic.traffic,
     "load": balance_picture.load,

@@ -5,7 +5,7 @@ import pkgutil
 from typing import Any
 
 from conformance.core.case import Case
-from conformance.core.fault import FAULTS, Fault
+from conformance.core.fault import FAULTS, Fault, function_named
 from conformance.core.kind import KIND_OF_STAGE, Kind
 from conformance.core.register import STAGES
 from conformance.router.kind import ROUTER
@@ -32,6 +32,9 @@ _load("requirements", "checks")
 def load_faults() -> dict[str, Fault]:
     """Every fault by name, in the order of the stages."""
     _load("faults")
+    for fault in FAULTS.values():
+        for path in fault.patches:
+            function_named(path)  # here, where it is no error of a subject
     return dict(sorted(FAULTS.items(), key=lambda item: STAGES.index(item[1].stage)))
 
 

@@ -6,19 +6,22 @@ import time
 import numpy as np
 import pytest
 
-from conformance.core.judge import CHECKS, Judge, stage_order
-from conformance.core.register import REQUIREMENTS, STAGES
+from conformance.core.check import CHECKS
+from conformance.core.fault import FAULTS, first_killer, killers, patched
+from conformance.core.judge import Judge
+from conformance.core.register import REQUIREMENTS, STAGES, stage_order
 from conformance.core.subject import Subject, capabilities
-from conformance.core.trial import accuse, load_suite
-from conformance.faults import FAULTS, FaultySubject, run_under
-from conformance.faults.diagnose import diagnose
-from conformance.faults.table import first_accusation, kill_table
+from conformance.core.trial import accusations
 from conformance.router.draw import SPECS, make_case
+from conformance.router.faulty import FaultyRouter, routing_under
+from conformance.router.kind import ROUTER
+from conformance.run.kinds import load_faults
 from conformance.subjects.reference import Reference
-from moe_ref import RouterSpec
+from moe_ref import RouterSpec, experts, layer
 
-ROUTING = ("config", "run", "gate", "score", "groups", "select", "weights")
-BY_NAME = {fault.name: fault for fault in FAULTS}
+load_faults()
+PARTS = 4
+"""The faults of a stage are tested in so many parts, which run side by side."""
 
 PUBLIC_BUGS = {
     "softmax-divides-in-one-warp": "ggml-org/llama.cpp#16711",
@@ -88,30 +91,57 @@ NOT_FAULTS = {
 """Why a bug is not among the faults."""
 
 
+def of_kind(kind) -> list:
+    return [fault for fault in FAULTS.values() if fault.kind is kind]
+
+
+def explained(judge: Judge, case) -> list:
+    """What the diagnosis says of a case of a router."""
+    return ROUTER.diagnose(judge, case, of_kind(ROUTER))
+
+
 def test_every_public_bug_is_a_fault_or_says_why_not():
-    covered = {link for fault in FAULTS for link in fault.links}
+    covered = {link for fault in FAULTS.values() for link in fault.links}
     uncovered = {name for name, link in PUBLIC_BUGS.items() if link not in covered}
     assert uncovered == NOT_FAULTS.keys()
 
 
 def test_a_fault_has_a_kebab_case_name_and_one_sentence():
-    for fault in FAULTS:
+    for fault in FAULTS.values():
         assert fault.name == fault.name.lower().replace("_", "-")
         assert fault.summary.endswith(".")
         assert "\n" not in fault.summary
 
 
-@pytest.mark.parametrize(("seed", "open"), [(0, False), (1, True)], ids=["closed", "open"])
-def test_every_fault_is_accused_at_its_stage(seed, open):
+def test_every_requirement_has_a_check_and_a_fault_that_breaks_it():
+    assert CHECKS.keys() == REQUIREMENTS.keys()
+    assert {fault.requirement for fault in FAULTS.values()} == set(REQUIREMENTS)
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_fault_is_accused_at_its_stage_by_the_cases_of_a_run(stage, part):
     survivors, elsewhere = [], {}
-    for fault in FAULTS:
-        violation = first_accusation(fault, seed=seed, open=open)
+    for fault in [fault for fault in FAULTS.values() if fault.stage == stage][part::PARTS]:
+        violation = first_killer(fault)
         if violation is None:
             survivors.append(fault.name)
-        elif violation.requirement != "RUN-1" and REQUIREMENTS[violation.requirement].stage not in fault.stages:
+        elif REQUIREMENTS[violation.requirement].stage not in fault.stages:
             elsewhere[fault.name] = violation.requirement
     assert survivors == []
     assert elsewhere == {}
+
+
+def test_every_fault_of_a_router_is_accused_by_other_cases_too_and_where_it_shows_its_stages():
+    found = {fault.name: first_killer(fault, seed=1, shows_stages=True) for fault in of_kind(ROUTER)}
+    assert [name for name, violation in found.items() if violation is None] == []
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS)
+def test_a_requirement_accuses_a_fault_of_its_own(requirement):
+    own = [fault for fault in FAULTS.values() if fault.requirement == requirement]
+    found = (accusations(Judge(fault.kind.faulty(fault)), of=[requirement]) for fault in own)
+    assert any(requirement in accused for accused in found)
 
 
 LATE = ("bias-missing", "scale-missing", "weights-reversed", "dropped-groups-filled-with-0", "learned-scale-by-slot",
@@ -120,50 +150,60 @@ LATE = ("bias-missing", "scale-missing", "weights-reversed", "dropped-groups-fil
 
 @pytest.mark.parametrize("name", LATE)
 def test_no_earlier_stage_is_accused(name):
-    fault = BY_NAME[name]
-    earlier = [id for id, r in REQUIREMENTS.items() if STAGES.index(r.stage) < STAGES.index(fault.stage)]
-    accused = accuse(Judge(FaultySubject(fault)), seed=5, examples=6, ids=earlier)
-    assert [id for id in accused if REQUIREMENTS[id].stage not in fault.stages] == []
-
-
-@pytest.mark.parametrize("id", [id for id, requirement in REQUIREMENTS.items() if requirement.stage in ROUTING])
-def test_every_requirement_of_routing_accuses_a_fault_of_its_own(id):
-    own = [fault for fault in FAULTS if fault.requirement == id]
-    assert any(id in accuse(Judge(FaultySubject(fault)), seed=2, ids=[id]) for fault in own)
+    fault = FAULTS[name]
+    earlier = [
+        each for each, r in REQUIREMENTS.items()
+        if r.stage in ROUTER.stages and STAGES.index(r.stage) < STAGES.index(fault.stage)
+    ]  # fmt: skip
+    accused = accusations(Judge(FaultyRouter(fault)), seed=5, examples=6, of=earlier)
+    assert [each for each in accused if REQUIREMENTS[each].stage not in fault.stages] == []
 
 
 def test_a_fault_changes_nothing_once_its_call_is_over():
     case = a_case(RouterSpec(num_experts=8, top_k=2))
     clean = case.reference
-    for fault in FAULTS:
+    for fault in of_kind(ROUTER):
         before = Reference().route(case.logits_TE, case.spec, None)
-        with contextlib.suppress(ValueError, RuntimeError):
-            run_under(fault, case)
+        if fault.method == "route":
+            with contextlib.suppress(ValueError, RuntimeError):
+                routing_under(fault, case)
         after = Reference().route(case.logits_TE, case.spec, None)
         assert (before.weights_TK == after.weights_TK).all()
     assert (case.with_().reference.weights_TK == clean.weights_TK).all()
 
 
-def test_a_faulty_subject_shows_its_stages_only_where_it_is_open():
+def test_a_patched_function_is_another_wherever_it_is_known_and_itself_afterwards():
+    clean = experts.hide
+    with patched({"hide": max, "combine": max}):
+        assert experts.hide is max
+        assert layer.combine is max
+    assert experts.hide is clean
+    assert layer.combine is experts.combine
+
+
+def test_a_patch_of_a_name_that_nothing_has_is_an_error():
+    with pytest.raises(AssertionError, match="no_such_function"), patched({"no_such_function": max}):
+        pass
+
+
+def test_a_faulty_router_shows_its_stages_only_where_it_is_asked_to():
     case = a_case(RouterSpec(num_experts=8, top_k=2, num_expert_groups=4, num_limited_groups=2))
-    closed, opened = (
-        FaultySubject(BY_NAME["groups-ignored"], open=open).route(case.logits_TE, case.spec, None)
-        for open in (False, True)
+    closed, shown = (
+        FaultyRouter(FAULTS["groups-ignored"], shows_stages=shows).route(case.logits_TE, case.spec, None)
+        for shows in (False, True)
     )
     assert closed.scores_TE is None
     assert closed.group_ids_TL is None
-    assert opened.scores_TE is not None
-    assert opened.group_ids_TL is not None
-    assert capabilities(FaultySubject(BY_NAME["groups-ignored"])) == {"route", "gate", "configure"}
+    assert shown.scores_TE is not None
+    assert shown.group_ids_TL is not None
+    assert capabilities(FaultyRouter(FAULTS["groups-ignored"])) == {"route", "gate", "configure"}
 
 
-def test_the_kill_table_lists_requirements_by_stage():
-    faults = [BY_NAME["norm-missing"], BY_NAME["gate-bias-missing"]]
-    table = kill_table(faults, seed=0, examples=5)
-    assert list(table) == faults
-    assert table[faults[1]] == ["GAT-2"]
-    assert table[faults[0]][0] == "WGT-2"
-    assert table[faults[0]] == sorted(table[faults[0]], key=stage_order)
+def test_killers_are_listed_by_stage():
+    assert list(killers(FAULTS["gate-bias-missing"], examples=5)) == ["GAT-2"]
+    found = list(killers(FAULTS["norm-missing"], examples=5))
+    assert found[0] == "WGT-2"
+    assert found == sorted(found, key=stage_order)
 
 
 # a subject that is not deterministic
@@ -184,49 +224,49 @@ class FailsOnce(Subject):
 
 
 def test_a_violation_that_does_not_repeat_is_a_violation_all_the_same():
-    assert "RUN-4" in accuse(Judge(FailsOnce()), seed=0, ids=["RUN-4"])
+    assert "RUN-4" in accusations(Judge(FailsOnce()), of=["RUN-4"])
 
 
 # the diagnosis
 
 
 def a_case(spec: RouterSpec, *, logits="normal", bias="none", tokens=1, seed=0):
-    load_suite()
-    return make_case(spec, CHECKS["RUN-1"], logits=logits, bias=bias, tokens=tokens, seed=seed)
+    return make_case(spec, CHECKS["RUN-1"], logits=logits, bias=bias, tokens=tokens, seed=seed)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["norm-missing", "scale-twice", "group-score-of-the-best", "softmax-for-sigmoid",
                                   "dropped-groups-filled-with-0", "weights-of-biased-scores"])  # fmt: skip
 def test_the_diagnosis_names_the_fault(name):
-    fault = BY_NAME[name]
     spec = RouterSpec(num_experts=16, top_k=4, score_func="sigmoid", num_expert_groups=4, num_limited_groups=2,
                       route_norm=True, norm_eps=1e-20, route_scale=2.5)  # fmt: skip
     for seed in range(200):
-        case = a_case(spec, bias="negative", seed=seed)
-        observation = Judge(FaultySubject(fault)).observe(case)
-        found = diagnose(case, observation)
+        found = explained(Judge(FaultyRouter(FAULTS[name])), a_case(spec, bias="negative", seed=seed))
         if found:
             break
-    assert fault in found
+    assert FAULTS[name] in found
     assert len(found) <= 8
 
 
 def test_the_diagnosis_of_what_is_right_is_empty():
     for seed, spec in enumerate(SPECS):
         case = a_case(spec, bias="mixed", tokens=3, seed=seed)
-        assert diagnose(case, Judge(Reference()).observe(case)) == []
+        assert explained(Judge(Reference()), case) == []
 
 
 def test_the_diagnosis_of_a_token_takes_less_than_a_second():
     case = a_case(RouterSpec(num_experts=8, top_k=2, route_norm=True))
-    observation = Judge(FaultySubject(BY_NAME["norm-missing"])).observe(case)
+    judge = Judge(FaultyRouter(FAULTS["norm-missing"]))
     start = time.process_time()
-    diagnose(case, observation)
+    explained(judge, case)
     assert time.process_time() - start < 1
 
 
 def test_an_unknown_fault_has_no_diagnosis():
-    case = a_case(RouterSpec(num_experts=8, top_k=2))
-    seen = Judge(Reference()).observe(case)
-    strange = type(seen)(**vars(seen) | {"weights_TK": np.full((1, 2), 0.123)})
-    assert diagnose(case, strange) == []
+    class Strange(Reference):
+        """Weights that nobody else would return."""
+
+        def route(self, logits_TE, spec, expert_bias_E, **inputs):
+            found = super().route(logits_TE, spec, expert_bias_E, **inputs)
+            return type(found)(**vars(found) | {"weights_TK": np.full(found.weights_TK.shape, 0.123)})
+
+    assert explained(Judge(Strange()), a_case(RouterSpec(num_experts=8, top_k=2))) == []

@@ -27,7 +27,7 @@ def bias_in_the_weights_at_one_size(route, memory, logits_TE, spec, expert_bias_
     """One pair of num_experts and top_k has a kernel of its own, which weighs with the bias."""
     if (spec.num_experts, spec.top_k) != (8, 2):
         return route(logits_TE, spec, expert_bias_E, **inputs)
-    return weights_of_biased_scores(route, logits_TE, spec, expert_bias_E, **inputs)
+    return weights_of_biased_scores(route, memory, logits_TE, spec, expert_bias_E, **inputs)
 
 
 @surrounds(breaks="WGT-1")

@@ -10,7 +10,7 @@ from moe_ref import UNUSED
 from moe_ref.routing import normalise, scale_shared, sparsemixer
 
 
-@replaces("gather", breaks="WGT-11")
+@replaces("routing.gather", breaks="WGT-11")
 def unused_slots_weigh_expert_0(values_TE, expert_ids_TK):
     """An unused slot reads the score of expert 0."""
     return np.take_along_axis(values_TE, np.maximum(expert_ids_TK, 0), axis=-1)
