@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_ref.dispatch import RankPlan, plan_chunks
+from moe_ref.dispatch import plan_chunks
 from moe_ref.experts import (
     FeedForwardTrace,
     combine,
@@ -37,6 +37,8 @@ from moe_ref.specs.checks import array, require
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.params import LayerParams
+from moe_ref.strategies import STRATEGIES
+from moe_ref.strategies.base import RankPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class ShardTrace(ShardStart):
     slot_outputs_TKD: np.ndarray
     """Before the weights, unless they are on the input; 0 in dropped and unused slots."""
     partial_PTD: np.ndarray
-    """The partial sums of the routed output, in the order in which they are added. See `num_partials`."""
+    """The partial sums of the routed output, in the order in which they are added. See `Strategy.num_partials`."""
     routed_TD: np.ndarray
     shared_factors_TS: np.ndarray
     shared_experts: tuple[FeedForwardTrace, ...]
@@ -107,25 +109,9 @@ class ShardedTrace:
         return sum(chunk.plan.overflow for rank in t_0 for chunk in self.ranks[rank])
 
 
-def num_partials(layout: ShardLayout) -> int:
-    """The routed output of a token is one sum where its rows come back as they went, else a sum of partial sums.
-
-    Of each rank of the expert axis with ring_of_experts (a reduce-scatter) and replicated (an all-reduce), of each
-    node with node_dedup: the rank where the token landed adds its rows up, and sends one back.
-    """
-    return {"ring_of_experts": layout.expert, "replicated": layout.expert, "node_dedup": layout.num_nodes}.get(
-        layout.strategy, 1
-    )
-
-
-def partial_of(e: int, layout: ShardLayout) -> int:
-    """The partial sum that the rows of rank e of the expert axis are part of."""
-    return {"ring_of_experts": e, "replicated": e, "node_dedup": layout.node_of(e)}.get(layout.strategy, 0)
-
-
 def home_of(shard: int, layout: ShardLayout) -> int:
     """The partial sum that a token's identity slots are part of: that of its own rank. The first, if replicated."""
-    return partial_of(shard % layout.shards_per_group, layout)
+    return STRATEGIES[layout.strategy].partial_of(shard % layout.shards_per_group, layout)
 
 
 def sharded_layer(
@@ -276,6 +262,7 @@ def sum_over_tensor_ranks(worked, layout: ShardLayout) -> tuple[tuple[ChunkTrace
 
 def finish(shard: int, begun: ShardStart, ranks, params: LayerParams, spec: LayerSpec, layout: ShardLayout):
     """Rows come back to their slots, and a token's slots are summed: inside each partial sum, then over them."""
+    strategy = STRATEGIES[layout.strategy]
     T, K, _ = begun.slot_inputs_TKD.shape
     ids_TK, weights_TK = begun.routing.expert_ids_TK, begun.routing.weights_TK
     identity_TK = identity_slots(ids_TK, spec.router)
@@ -286,9 +273,9 @@ def finish(shard: int, begun: ShardStart, ranks, params: LayerParams, spec: Laye
             for row_D, (of_shard, slot) in zip(chunk.output_RD, chunk.shard_slots_R2.tolist(), strict=True):
                 if of_shard == shard:
                     slot_outputs_TKD[divmod(slot, K)] = row_D
-                    partial_TK[divmod(slot, K)] = partial_of(chunk.plan.e, layout)
+                    partial_TK[divmod(slot, K)] = strategy.partial_of(chunk.plan.e, layout)
     partials = []
-    for partial in range(num_partials(layout)):
+    for partial in range(strategy.num_partials(layout)):
         own_TKD = np.where((partial_TK == partial)[:, :, None], slot_outputs_TKD, 0)
         partials.append(combine(own_TKD, weights_TK, spec.router))
     routed_TD = sum(partials[1:], start=partials[0])

@@ -24,7 +24,7 @@ from conformance.sharded.draw import LAYOUT_SPECS, make_layout_case, meshes, set
 from conformance.sharded.verdicts import LAYOUT_FORM, radii_of_gradients, radius_of, truncated
 from conformance.subjects.reference import Reference
 from moe_ref.sharded import sharded_layer
-from moe_ref.specs.layout import STRATEGIES
+from moe_ref.strategies import STRATEGIES
 
 STAGES = ("dispatch", "layout")
 IDS = [id for id, requirement in REQUIREMENTS.items() if requirement.stage in STAGES]

@@ -12,7 +12,7 @@ from conformance.pictures.traffic import line as line_of
 from conformance.run.cli import EXIT_USAGE, main
 from moe_ref import RouterSpec, ShardLayout, plan
 from moe_ref.specs.families import family
-from moe_ref.specs.layout import STRATEGIES
+from moe_ref.strategies import STRATEGIES
 from moe_ref.traffic import demand, exact_traffic
 
 SMALL = ("--tokens", "256", "--ep", "16", "--ranks-per-node", "4", "--dim", "64")

@@ -8,7 +8,7 @@ import pytest
 
 from moe_ref import RouterSpec, ShardLayout
 from moe_ref.dispatch import plan, plan_chunks
-from moe_ref.specs.layout import STRATEGIES
+from moe_ref.strategies import STRATEGIES
 
 
 def ids_of(rng, num_tokens, router, unused=0.2):

@@ -7,8 +7,9 @@ from test_dispatch import groups, ids_of, random_case
 from moe_ref import RouterSpec, ShardLayout, plan
 from moe_ref.routing import route
 from moe_ref.specs.families import family
-from moe_ref.specs.layout import STRATEGIES
-from moe_ref.traffic import bytes_of, counted_traffic, demand, even_pieces, exact_traffic, split
+from moe_ref.specs.layout import even_pieces
+from moe_ref.strategies import STRATEGIES
+from moe_ref.traffic import bytes_of, counted_traffic, demand, exact_traffic, split
 
 TWO = RouterSpec(num_experts=4, top_k=2)
 
@@ -52,7 +53,7 @@ def test_two_experts_on_a_far_node_are_two_rows_or_one():
     layout = layout.replace(strategy="node_dedup")
     once = exact_traffic(plan(ids, layout, TWO), layout)
     assert (once.out.across, once.back.across, once.out.inside) == (1, 1, 1)
-    assert once.between_nodes_NN.tolist() == [[0, 1], [1, 4]]
+    assert once.between_nodes_MM.tolist() == [[0, 1], [1, 4]]
     assert once.across_by_rank_S.tolist() == [0, 1, 0, 1]
 
 
@@ -98,7 +99,7 @@ def test_node_limited_routing_limits_nodes_and_rows_across_them_only_where_a_tok
             found = counted_traffic(asked, mesh.replace(strategy=strategy), spec)
             per_token[name, strategy] = found.out.across / 512
         if name == "limited":
-            assert (asked.tokens_SN.sum(axis=1) <= 4 * 8).all()
+            assert (asked.tokens_SM.sum(axis=1) <= 4 * 8).all()
     # 7 in 8 of the 8 rows go to another node, limit or not. A token has at most 4 nodes, or 5.25 on average.
     assert per_token["limited", "all_to_all"] == pytest.approx(7, abs=0.15)
     assert per_token["free", "all_to_all"] == pytest.approx(7, abs=0.15)

@@ -19,7 +19,7 @@ from moe_ref import (
     sharded_layer,
 )
 from moe_ref.experts import combine, join
-from moe_ref.specs.layout import STRATEGIES
+from moe_ref.strategies import STRATEGIES
 
 SPEC = layer_spec("groups")
 

@@ -16,7 +16,7 @@ from moe_ref import (
     sharded_layer,
 )
 from moe_ref.holdings import gather, held, take, used
-from moe_ref.specs.layout import STRATEGIES
+from moe_ref.strategies import STRATEGIES
 
 MESH = ShardLayout(data=2, fsdp=4, expert=2, tensor=2, tokens_per_shard=(2,) * 16, placement=(1, 0, 7, 6, 5, 4, 3, 2))
 SPEC = layer_spec("groups")
