@@ -1,5 +1,6 @@
 """conformance, a fault of a layer: one thing done wrong in a stage past the router, and the requirement it breaks."""
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from moe_ref.backward import sharded as gradient_sharded
 
 ROOMS = (
     moe_ref, permute, experts, layer, gradient, gradient_routing, routing, dispatch, sharded, gradient_sharded,
+    *(module for name, module in sys.modules.items() if name.startswith("moe_ref.strategies.")),
 )  # fmt: skip
 """Where a function of the reference may be known under its name."""
 

@@ -16,9 +16,10 @@ from conformance.run.deviations import UsageError
 from moe_ref.routing import route
 from moe_ref.specs.checks import integer, number
 from moe_ref.specs.families import family
-from moe_ref.specs.layout import STRATEGIES, ShardLayout
+from moe_ref.specs.layout import ShardLayout, even_pieces
 from moe_ref.specs.router import RouterSpec
-from moe_ref.traffic import Demand, bytes_of, counted_traffic, demand, even_pieces
+from moe_ref.strategies import STRATEGIES
+from moe_ref.traffic import Demand, bytes_of, counted_traffic, demand
 
 BLOCK = 1024
 """Tokens routed at a time."""
@@ -104,8 +105,8 @@ def blocks(router: RouterSpec, layout: ShardLayout, options) -> Iterator[tuple[i
 
 def line(strategy: str, routing: str, asked: list[Demand], layout: ShardLayout, router: RouterSpec) -> Line:
     """What all rank groups move."""
-    # With "replicated" the tokens of a rank group are one shard; the demand has their number.
-    shards = layout.num_rank_groups if strategy == "replicated" else layout.num_token_shards
+    # Where the tokens of a rank group are one shard, the demand has their number.
+    shards = layout.num_rank_groups if STRATEGIES[strategy].facts.shares_tokens else layout.num_token_shards
     mesh = layout.replace(strategy=strategy, tokens_per_shard=(0,) * shards)
     found = [counted_traffic(group, mesh, router) for group in asked]
     return Line(

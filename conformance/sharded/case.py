@@ -8,14 +8,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Self
 
 import numpy as np
 
 from conformance.layer.case import LAYER_TAGS, ROW_INPUTS, LayerCase
 from moe_ref.dispatch import plan
-from moe_ref.specs.layout import ShardLayout
+from moe_ref.specs.layout import STRATEGY_FACTS, ShardLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +101,7 @@ LAYOUT_TAGS = {
     "fsdp": lambda c: c.layout.fsdp > 1,
     "expert_parallel": lambda c: c.layout.expert > 1,
     "tensor_parallel": lambda c: c.layout.tensor > 1,
-    "all_to_all": lambda c: c.layout.strategy == "all_to_all",
-    "ragged_all_to_all": lambda c: c.layout.strategy == "ragged_all_to_all",
-    "ring_of_experts": lambda c: c.layout.strategy == "ring_of_experts",
-    "replicated": lambda c: c.layout.strategy == "replicated",
-    "node_dedup": lambda c: c.layout.strategy == "node_dedup",
+    **{name: partial(lambda name, c: c.layout.strategy == name, name) for name in STRATEGY_FACTS},
     "several_nodes": lambda c: c.layout.num_nodes > 1,
     "placed": lambda c: c.layout.placement is not None,
     "token_chunks": lambda c: c.layout.num_token_chunks > 1,

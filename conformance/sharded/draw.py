@@ -34,7 +34,8 @@ from conformance.layer.verdicts import stable_T
 from conformance.sharded.case import LayoutCase
 from moe_ref import UNUSED, ExpertSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec
 from moe_ref.specs.families import tiny
-from moe_ref.specs.layout import STRATEGIES, ShardLayout
+from moe_ref.specs.layout import ShardLayout
+from moe_ref.strategies import STRATEGIES
 
 MOST_RANKS = 8
 TOKENS = 4
@@ -117,7 +118,7 @@ def settings_of(specs: tuple[LayerSpec, ...]) -> tuple[Setting, ...]:
 
 
 def _equal(mesh: dict, strategy: str, tokens: int = TOKENS) -> tuple[int, ...]:
-    shards = mesh["data"] * mesh["fsdp"] * (1 if strategy == "replicated" else mesh["expert"])
+    shards = mesh["data"] * mesh["fsdp"] * (1 if STRATEGIES[strategy].facts.shares_tokens else mesh["expert"])
     return (tokens,) * shards
 
 
@@ -138,7 +139,7 @@ def _with_options(plain: Setting, rng: np.random.Generator) -> Setting:
     options += [{"ranks_per_node": n} for n in (1, 2, 4) if n < ep and ep % n == 0]
     if spec not in DISPATCH_SPECS:  # its plan is that of one exchange
         options += [{"num_token_chunks": int(rng.choice([2, 4]))}, {"num_emb_chunks": 2}]
-    if layout.strategy == "ragged_all_to_all":
+    if layout.facts.has_buffer:
         options += [{"buffer_factor": float(rng.choice([0.5, 1.0, 1.5]))}] * 2
     for number in rng.permutation(len(options))[: int(rng.integers(1, 4))]:
         try:

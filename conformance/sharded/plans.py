@@ -10,7 +10,8 @@ import numpy as np
 
 from conformance.core.judge import Judge, NotRun, Violation
 from conformance.sharded.case import LayoutCase
-from moe_ref.dispatch import RankPlan, plan
+from moe_ref.dispatch import plan
+from moe_ref.strategies.base import RankPlan
 
 
 @dataclass(frozen=True, kw_only=True)

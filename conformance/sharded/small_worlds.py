@@ -13,7 +13,7 @@ import numpy as np
 from conformance.layer.draw import SIGMOID
 from conformance.sharded.case import LayoutCase
 from moe_ref import UNUSED, ExpertSpec, LayerParams, LayerSpec, RouterSpec
-from moe_ref.specs.layout import STRATEGIES, ShardLayout
+from moe_ref.specs.layout import STRATEGY_FACTS, ShardLayout
 
 SIZES = (
     # ranks, experts, top_k, tokens of each shard
@@ -27,11 +27,11 @@ SIZES = (
 
 
 def worlds_of_dispatch() -> list[LayoutCase]:
-    """One case of each world, with every slot unused; node_dedup with a node for each rank."""
+    """One case of each world, with every slot unused; where nodes count, with one for each rank."""
     found = []
-    for (ranks, E, K, tokens), strategy in product(SIZES, STRATEGIES):
-        shards = tokens[:1] if strategy == "replicated" else tokens
-        nodes: dict[str, Any] = {"ranks_per_node": 1} if strategy == "node_dedup" else {}
+    for (ranks, E, K, tokens), (strategy, facts) in product(SIZES, STRATEGY_FACTS.items()):
+        shards = tokens[:1] if facts.shares_tokens else tokens
+        nodes: dict[str, Any] = {"ranks_per_node": 1} if facts.by_node else {}
         layout = ShardLayout(expert=ranks, strategy=strategy, tokens_per_shard=shards, **nodes)
         router = RouterSpec(num_experts=E, top_k=K, **SIGMOID, selector="given")
         spec = LayerSpec(router=router, experts=ExpertSpec(dim=2, hidden_dim=2))

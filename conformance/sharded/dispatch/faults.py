@@ -3,7 +3,8 @@
 import numpy as np
 
 from conformance.faults.layout_fault import replaces, surrounds
-from moe_ref.dispatch import checked_ids, exchange, rows_for, sort_by_expert
+from moe_ref.dispatch import checked_ids
+from moe_ref.strategies.rows import exchange, rows_for, sort_by_expert
 
 
 def own_rank(layout, number: int) -> int:

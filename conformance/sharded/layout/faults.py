@@ -97,7 +97,7 @@ def a_replicated_expert_is_summed_twice(run, memory, x_by_shard, params, spec, l
     """Every rank runs its own replica of expert 0, and what they return is summed."""
     found = run(x_by_shard, params, spec, layout, **inputs)
     without = run(x_by_shard, without_experts(params, [0]), spec, layout, **inputs)
-    times = layout.expert if layout.strategy == "replicated" else min(layout.expert, 2)
+    times = layout.expert if layout.facts.shares_tokens else min(layout.expert, 2)
     return [rest + times * (all_TD - rest) for all_TD, rest in zip(found, without, strict=True)]
 
 
@@ -105,7 +105,7 @@ def a_replicated_expert_is_summed_twice(run, memory, x_by_shard, params, spec, l
 def a_full_rank_lends_its_last_row(shard, begun, ranks, params, spec, layout):
     """Slots of other ranks' experts read the last row of the buffer, which belongs to nobody unless it is full."""
     found = finish(shard, begun, ranks, params, spec, layout)
-    if layout.strategy not in ("ring_of_experts", "replicated") or spec.router.weight_on == "input":
+    if layout.facts.partial_sums != "rank" or spec.router.weight_on == "input":
         return found
     output_TD, first = found.output_TD.copy(), shard // layout.shards_per_group * layout.expert * layout.tensor
     for chunks in ranks[first : first + layout.expert * layout.tensor : layout.tensor]:
@@ -123,7 +123,7 @@ def a_full_rank_lends_its_last_row(shard, begun, ranks, params, spec, layout):
 @surrounds(breaks="LYT-31", links=("AI-Hypercomputer/maxtext#1767", "deepseek-ai/DeepEP#427"))
 def rows_past_the_average_load_are_lost(run, memory, x_by_shard, params, spec, layout, **inputs):
     """The receive buffer holds an even share of all rows."""
-    fixed = layout.replace(buffer_factor=1.0) if layout.strategy == "ragged_all_to_all" else layout
+    fixed = layout.replace(buffer_factor=1.0) if layout.facts.has_buffer else layout
     return run(x_by_shard, params, spec, fixed, **inputs)
 
 
@@ -157,7 +157,7 @@ def tensor_ranks_sum_the_shared_output(run, memory, x_by_shard, params, spec, la
 def every_expert_rank_adds_the_shared_output(run, memory, x_by_shard, params, spec, layout, **inputs):
     """Each rank adds the shared output to its partial sum, before they are summed."""
     routed, shared = split(run, x_by_shard, params, spec, layout, **inputs)
-    times = layout.expert if layout.strategy in ("ring_of_experts", "replicated") else 1
+    times = layout.expert if layout.facts.partial_sums == "rank" else 1
     return joined(routed, [times * output_TD for output_TD in shared])
 
 

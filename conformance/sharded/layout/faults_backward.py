@@ -15,7 +15,7 @@ def times(grads: dict, factor, names) -> dict:
 @surrounds(breaks="LYT-18", links=("jax-ml/jax#26915",))
 def an_exchange_has_no_transpose(run, memory, x_by_shard, params, spec, layout, *arguments, **inputs):
     """Nobody wrote the backward pass of the exchange."""
-    if layout.strategy == "ragged_all_to_all":
+    if layout.facts.has_buffer:
         raise NotImplementedError("Differentiation rule for 'ragged_all_to_all' not implemented")
     return run(x_by_shard, params, spec, layout, *arguments, **inputs)
 
@@ -72,7 +72,7 @@ def gradients_are_averaged_over_shards(run, memory, x_by_shard, params, spec, la
 def replicated_ranks_count_their_tokens_twice(run, memory, x_by_shard, params, spec, layout, *arguments, **inputs):
     """Ranks that share their tokens each add the gradient of the whole."""
     found = run(x_by_shard, params, spec, layout, *arguments, **inputs)
-    factor = layout.expert if layout.strategy == "replicated" else 1
+    factor = layout.expert if layout.facts.shares_tokens else 1
     return [times(grads, factor, MATRICES) for grads in found]
 
 
