@@ -55,7 +55,7 @@ def spec_of(router: RouterSpec) -> LayerSpec:
 
 def layout_of(strategy: str) -> ShardLayout:
     """One rank on each node."""
-    return ShardLayout(expert=NODES, strategy=strategy, ranks_per_node=1, tokens_per_shard=(TOKENS,) * NODES)
+    return ShardLayout(expert=NODES, strategy=strategy, ranks_per_node=1)
 
 
 # On a rank.

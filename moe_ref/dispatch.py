@@ -52,14 +52,9 @@ def plan_chunks(
     """A plan for each token chunk; its slots are numbered from the first token of the chunk."""
     router = spec.router if isinstance(spec, LayerSpec) else spec
     ids_by_shard = checked_ids(expert_ids_by_shard, layout, router)
-    plans, begins = [], [0] * layout.num_token_shards
-    for index in range(layout.num_token_chunks):
-        chunk = layout.chunk(index)
-        ends = [begin + size for begin, size in zip(begins, chunk.tokens_per_shard, strict=True)]
-        parts = [ids[begin:end] for ids, begin, end in zip(ids_by_shard, begins, ends, strict=True)]
-        plans.append(plan(parts, chunk, spec))
-        begins = ends
-    return plans
+    chunks_by_shard = [[ids_TK[chunk] for chunk in layout.chunks(len(ids_TK))] for ids_TK in ids_by_shard]
+    one_exchange = layout.replace(num_token_chunks=1)
+    return [plan(ids_of_chunk, one_exchange, spec) for ids_of_chunk in zip(*chunks_by_shard, strict=True)]
 
 
 def checked_ids(expert_ids_by_shard: Sequence[np.ndarray], layout: ShardLayout, router: RouterSpec) -> list[np.ndarray]:
@@ -70,9 +65,9 @@ def checked_ids(expert_ids_by_shard: Sequence[np.ndarray], layout: ShardLayout, 
         f"expert_ids_by_shard has {len(given)} entries; the layout has {layout.num_token_shards} token shards",
     )
     ids_by_shard = []
-    for shard, (ids, num_tokens) in enumerate(zip(given, layout.tokens_per_shard, strict=True)):
+    for shard, ids in enumerate(given):
         field = f"expert_ids_by_shard[{shard}]"
-        ids_TK = array(field, ids, (num_tokens, router.top_k), kind="int").astype(np.int64)
+        ids_TK = array(field, ids, (None, router.top_k), kind="int").astype(np.int64)
         bound = router.num_choices
         entries(field, ids_TK, (ids_TK >= -1) & (ids_TK < bound), f"ids are -1, or at least 0 and less than {bound}")
         entries(field, ids_TK, _distinct(ids_TK), "the experts of a token are distinct")

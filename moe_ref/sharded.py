@@ -152,8 +152,8 @@ def sharded_layer(
     for shard in range(layout.num_token_shards):
         inputs = {"token_ids_T": token_ids[shard], "given_ids_TK": given_ids[shard], "table_VK": table_VK}
         inputs |= {"seed": seed if shard == 0 else (seed, shard)}
-        inputs |= {"first_token": sum(layout.tokens_per_shard[:shard]), "dtype": dtype}
-        x_TD = array(f"x_by_shard[{shard}]", xs[shard], (layout.tokens_per_shard[shard], spec.experts.dim))
+        inputs |= {"first_token": sum(len(begun.x_TD) for begun in starts), "dtype": dtype}
+        x_TD = array(f"x_by_shard[{shard}]", xs[shard], (None, spec.experts.dim))
         starts.append(start(x_TD, masks[shard], params, spec, inputs))
 
     plans = plan_chunks([shard.routing.expert_ids_TK for shard in starts], layout, spec)
@@ -201,7 +201,7 @@ def work(
     plan, K = plans[rank // layout.tensor], spec.router.top_k
     d, f, _, _ = layout.coordinates(rank)
     shard_of = [layout.shard_of(layout.rank(d, f, source)) for source in range(layout.expert)]
-    slots_before = [K * sum(layout.chunk_sizes(layout.tokens_per_shard[shard])[:index]) for shard in shard_of]
+    slots_before = [K * layout.chunks(len(starts[shard].x_TD))[index].start for shard in shard_of]
     rows = [(shard_of[source], slots_before[source] + slot) for source, slot in plan.order_R2.tolist()]
     input_RD = np.zeros((len(rows), spec.experts.dim), starts[0].x_TD.dtype)
     for row, (shard, slot) in enumerate(rows):

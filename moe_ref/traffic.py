@@ -104,7 +104,7 @@ def demand(blocks: Iterable[tuple[int, np.ndarray]], layout: ShardLayout, router
 
     Args:
         blocks: (token shard, (B, K) expert ids) in any order and of any size, each token once; -1 in unused slots.
-        layout, router: which shards there are, and who owns which expert. tokens_per_shard is not looked at.
+        layout, router: which shards there are, and who owns which expert.
     """
     layout.check(router)
     S, M, sources = layout.expert, layout.num_nodes, layout.shards_per_group

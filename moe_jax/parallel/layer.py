@@ -149,10 +149,11 @@ def check_layout(layout: ShardLayout, spec: LayerSpec, mesh: Mesh, num_tokens: i
     layout.check(spec)
     if layout.strategy == "node_dedup":
         raise ValueError("strategy is 'node_dedup'; a JAX mesh has the other four")
-    if len(set(layout.tokens_per_shard)) > 1:
-        raise ValueError(f"tokens_per_shard is {layout.tokens_per_shard}; shards of a JAX array are equal")
-    if layout.num_tokens != num_tokens:
-        raise ValueError(f"tokens_per_shard sums to {layout.num_tokens}; x_TD has {num_tokens} tokens")
+    if num_tokens % layout.num_token_shards:
+        raise ValueError(
+            f"x_TD has {num_tokens} tokens, which the layout's {layout.num_token_shards} token shards do not divide; "
+            "shards of a JAX array are equal"
+        )
     sizes = {axis: getattr(layout, axis) for axis in AXES}
     if dict(mesh.shape) != sizes:
         raise ValueError(f"the mesh is {dict(mesh.shape)}; the layout needs {sizes}")

@@ -124,9 +124,8 @@ class Stages:
 
     def chunk(self, tokens, *, index: int):
         """Chunk `index` of the tokens of this shard, of any tree of arrays with an entry for each token."""
-        sizes = self.layout.chunk_sizes(len(jax.tree.leaves(tokens)[0]))
-        begin = sum(sizes[:index])
-        return jax.tree.map(lambda a: a[begin : begin + sizes[index]], tokens)
+        chunk = self.layout.chunks(len(jax.tree.leaves(tokens)[0]))[index]
+        return jax.tree.map(lambda array: array[chunk], tokens)
 
     def concatenate(self, chunks: list):
         """The chunks of this shard's tokens as one array; undoes `chunk`."""

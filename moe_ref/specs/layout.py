@@ -8,6 +8,7 @@
 * tensor: each rank has a slice of F of the routed experts; its outputs are partial sums. Shared experts are whole.
 
 A token shard is the tokens of one rank, counted before the tensor axis: tensor ranks share their shard's tokens.
+How many tokens a shard has is the batch's, not the layout's: uneven, and 0, is allowed.
 With some strategies ("replicated") the ranks of a rank group share them too.
 
 Legend: T tokens, D model dim, F expert hidden dim, E experts, e experts on this rank, K top_k, S ranks, R rows.
@@ -16,7 +17,7 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, e experts on this
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Self
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -80,10 +81,6 @@ class ShardLayout(Spec):
             layer is checked by `check(spec)`.
     """
 
-    tokens_per_shard: tuple[int, ...]
-    """Tokens of each token shard. The shards are (data, fsdp, expert) in rank order; with strategy "replicated"
-    (data, fsdp) alone. Uneven, and 0, is allowed."""
-
     # mesh
     data: int = 1
     fsdp: int = 1
@@ -112,12 +109,6 @@ class ShardLayout(Spec):
         for field in ("data", "fsdp", "expert", "tensor", "num_token_chunks", "num_emb_chunks"):
             integer(field, getattr(self, field), 1)
         one_of("strategy", self.strategy, STRATEGY_FACTS)
-        object.__setattr__(self, "tokens_per_shard", _ints("tokens_per_shard", self.tokens_per_shard))
-        require(
-            len(self.tokens_per_shard) == self.num_token_shards,
-            f"tokens_per_shard has {len(self.tokens_per_shard)} entries; with strategy {self.strategy!r} and mesh "
-            f"{self.data} x {self.fsdp} x {self.expert} there are {self.num_token_shards} token shards",
-        )
         if self.placement is not None:
             object.__setattr__(self, "placement", _ints("placement", self.placement))
             require(
@@ -202,18 +193,13 @@ class ShardLayout(Spec):
 
     @property
     def num_token_shards(self) -> int:
-        """Token shards of the mesh."""
+        """Token shards of the mesh: (data, fsdp, expert) in rank order; (data, fsdp) where ranks share tokens."""
         return self.num_rank_groups * self.shards_per_group
 
     @property
     def shards_per_group(self) -> int:
         """Token shards of one rank group: one for each of its ranks, or one in all where it is replicated."""
         return 1 if self.facts.shares_tokens else self.expert
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all shards."""
-        return sum(self.tokens_per_shard)
 
     def rank(self, d: int, f: int, e: int, t: int = 0) -> int:
         """The number of the rank at these coordinates."""
@@ -239,10 +225,6 @@ class ShardLayout(Spec):
     def shards_of_group(self, group: int) -> range:
         """The token shards of a rank group, in rank order."""
         return range(group * self.shards_per_group, (group + 1) * self.shards_per_group)
-
-    def tokens_of_group(self, group: int) -> int:
-        """Tokens of all shards of a rank group."""
-        return sum(self.tokens_per_shard[shard] for shard in self.shards_of_group(group))
 
     # experts
 
@@ -291,11 +273,10 @@ class ShardLayout(Spec):
         """Chunks are consecutive tokens, as even as can be: the first num_tokens % num_token_chunks have one more."""
         return even_pieces(num_tokens, self.num_token_chunks)
 
-    def chunk(self, index: int) -> Self:
-        """The layout of one token chunk, itself not chunked."""
-        integer("index", index, 0, self.num_token_chunks - 1, why="num_token_chunks")
-        tokens = tuple(self.chunk_sizes(num_tokens)[index] for num_tokens in self.tokens_per_shard)
-        return self.replace(tokens_per_shard=tokens, num_token_chunks=1)
+    def chunks(self, num_tokens: int) -> list[slice]:
+        """The tokens of each chunk, of a shard of so many."""
+        ends = accumulate(self.chunk_sizes(num_tokens), initial=0)
+        return [slice(begin, end) for begin, end in pairwise(ends)]
 
     def buffer_rows(self, num_tokens: int, num_experts: int, top_k: int) -> int:
         """Rows of a receive buffer of ragged_all_to_all, for a rank group of num_tokens tokens (of one chunk).
