@@ -69,7 +69,7 @@ class Entry:
     judged: int = 0
     near_ties: int = 0
     layouts: set = field(default_factory=set)
-    """The different layouts on which it was judged."""
+    """The digests of the different layouts on which it was judged."""
     reasons: Counter = field(default_factory=Counter)
     """Why specs of the pool are not supported."""
     not_run: Counter = field(default_factory=Counter)
@@ -154,8 +154,15 @@ class Judge:
     def _why_not(self, case: LayerCase | LoadCase, method: str) -> str | None:
         if isinstance(case, LoadCase):
             return None if LOAD_RULES[method] is None else self.subject.supports_load(case.spec.rule)
-        place = (case.layout,) if isinstance(case, LayoutCase) and method in LAYOUT_METHODS else ()
-        return self.subject.supports_layer(case.spec, *place)
+        if isinstance(case, LayoutCase) and method in LAYOUT_METHODS:
+            return self.why_not_laid_out(case.spec, case.layout, case.tokens_per_shard)
+        return self.subject.supports_layer(case.spec)
+
+    def why_not_laid_out(self, spec: LayerSpec, layout, tokens_per_shard: tuple[int, ...]) -> str | None:
+        """None, or a sentence that says why the subject cannot run a layer on this layout with these tokens."""
+        if self.subject.equal_shards and len(set(tokens_per_shard)) > 1:
+            return "its token shards have equal numbers of tokens"
+        return self.subject.supports_layer(spec, layout)
 
     def sound(self, case: Case, *ids: str) -> bool:
         """Whether these requirements hold for a neighbouring case; if not, they are to blame, not this case."""
@@ -219,7 +226,7 @@ class Judge:
             check.run(self, case)
             entry.judged += 1
             if isinstance(case, LayoutCase):
-                entry.layouts.add(case.layout)
+                entry.layouts.add(case.layout_digest)
         except NotRun as sentence:
             entry.not_run[str(sentence)] += 1
         except Violation as violation:

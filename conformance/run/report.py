@@ -12,7 +12,7 @@ from conformance.layer.case import LayerCase
 from conformance.layer.verdicts import output
 from conformance.router.case import Case
 from conformance.run.deviations import case_id
-from conformance.sharded.case import LayoutCase, digest_of
+from conformance.sharded.case import LayoutCase
 from conformance.sharded.page import layout_rows, ranks_side_by_side
 
 STATUSES = ("ok", "known", "NEW", "STALE", "advice", "unsupported", "not judged")
@@ -172,7 +172,7 @@ def record(judge: Judge, id: str, entry: Entry, page: str = "") -> dict:
         "status": entry.status(requirement.level),
         "cases": entry.judged,
         "near_ties": entry.near_ties,
-        "layouts": sorted(digest_of(layout) for layout in entry.layouts),
+        "layouts": sorted(entry.layouts),
         "known": [
             {"deviation": str(d), "reason": d.reason, "link": d.link, "kind": d.kind, "cases": n}
             for d, n in entry.known.items()

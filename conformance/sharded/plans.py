@@ -91,7 +91,7 @@ def _token(case: LayoutCase, rank: int, source: int, slot: int) -> int:
     """The number of a token among those of all shards."""
     group, layout = rank // case.layout.expert, case.layout
     shard = group * layout.shards_per_group + (source if layout.shards_per_group > 1 else 0)
-    return sum(layout.tokens_per_shard[:shard]) + slot // case.spec.router.top_k
+    return sum(case.tokens_per_shard[:shard]) + slot // case.spec.router.top_k
 
 
 def hold_sizes(case: LayoutCase, found: list[Plan], wanted: list[RankPlan], id: str, *names: str) -> None:

@@ -4,7 +4,6 @@ The first half runs here and needs the pool of ranks; the second half runs on a 
 """
 
 from functools import lru_cache
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -70,7 +69,7 @@ def layer_on_rank(x_by_shard, params: LayerParams, spec: LayerSpec, layout: Shar
     shard = layout.shard_of(dist.get_rank())
     with torch.no_grad():
         return parallel_layer(params, spec, layout)(
-            _single(x_by_shard[shard]), **inputs_of(shard, spec, layout, inputs)
+            _single(x_by_shard[shard]), **inputs_of(shard, spec, x_by_shard, inputs)
         ).numpy()
 
 
@@ -78,7 +77,7 @@ def gradients_on_rank(x_by_shard, params, spec, layout, d_output_by_shard, input
     """The gradients of this rank's tokens, and of all parameters, as every rank sees them after the sums."""
     shard = layout.shard_of(dist.get_rank())
     moe, x_TD = parallel_layer(params, spec, layout), _single(x_by_shard[shard]).requires_grad_()
-    moe(x_TD, **inputs_of(shard, spec, layout, inputs)).backward(_single(d_output_by_shard[shard]))
+    moe(x_TD, **inputs_of(shard, spec, x_by_shard, inputs)).backward(_single(d_output_by_shard[shard]))
     sync_gradients(moe)
     assert x_TD.grad is not None
     by_name = {name: gradient.numpy() for name, gradient in full_tensors(moe, gradients=True).items()}
@@ -107,12 +106,12 @@ def mesh_of(*sizes: int) -> DeviceMesh:
     return init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
 
 
-def inputs_of(shard: int, spec: LayerSpec, layout: ShardLayout, inputs: dict) -> dict:
+def inputs_of(shard: int, spec: LayerSpec, x_by_shard, inputs: dict) -> dict:
     """The layer's further inputs for one shard."""
     of_shard = {BY_SHARD[name]: value[shard] for name, value in inputs.items() if name in BY_SHARD}
     own = _layer_inputs(**of_shard, **{name: value for name, value in inputs.items() if name not in BY_SHARD})
     if spec.router.selector == "round_robin":
-        own["first_token"] = [0, *accumulate(layout.tokens_per_shard)][shard]
+        own["first_token"] = sum(map(len, x_by_shard[:shard]))
     return own
 
 
