@@ -11,7 +11,6 @@ from conformance.subjects.ranks import shared
 from moe_ref import ExpertSpec, LayerSpec, RouterSpec, moe_layer
 from moe_ref.dispatch import plan
 from moe_ref.specs.layout import ShardLayout
-from moe_torch.parallel.dispatch import chunk_sizes
 
 BFLOAT16 = 3e-2
 """Relative to the largest number; a rounding is 4e-3, and 1e-2 is seen."""
@@ -127,13 +126,6 @@ def test_rows_are_added_slot_by_slot_and_no_slot_has_a_token_twice():
                 assert slots[chunk][k] == (wanted * 3 + k).tolist()
 
 
-@pytest.mark.parametrize("num_chunks", [1, 2, 3, 5])
-@pytest.mark.parametrize("num_tokens", [0, 1, 4, 7, 11])
-def test_chunks_are_those_of_the_layout(num_tokens, num_chunks):
-    layout = ShardLayout(num_token_chunks=num_chunks)
-    assert tuple(chunk_sizes(num_tokens, num_chunks)) == layout.chunk_sizes(num_tokens)
-
-
 def test_ranks_with_the_same_tokens_have_the_same_bits():
     layout = ShardLayout(expert=2, tensor=2, strategy="replicated")
     first, *others = trained(LAYERS["biases"], layout, (7,))
@@ -213,23 +205,25 @@ def test_each_rank_counts_the_choices_of_its_own_tokens():
 
 EP2 = (1, 1, 2, 1)
 REFUSED = {
-    "strategy": (EP2, {"strategy": "ring"}, "strategy is 'ring', not one of"),
-    "chunks": (EP2, {"num_token_chunks": 0}, "num_token_chunks is 0; it is an integer at least 1"),
-    "placement": (EP2, {"placement": [0, 1, 1, 2, 3, 4, 5, 6]}, "it has each of 0 .. 7 once"),
-    "short placement": (EP2, {"placement": [1, 0]}, r"placement is [1, 0]; it has each of 0 .. 7 once"),
-    "nodes": (EP2, {"ranks_per_node": 3}, "ranks_per_node is 3; it is an integer between 1 and 2 (the expert axis)"),
-    "experts": ((1, 1, 3, 1), {}, "expert is 3, which does not divide num_experts (8)"),
-    "uneven nodes": ((1, 1, 4, 1), {"ranks_per_node": 3}, "ranks_per_node is 3, which does not divide the expert axis"),
-    "columns": ((1, 1, 1, 3), {}, "tensor is 3, which does not divide hidden_dim (16)"),
-    "options": (EP2, {"reshard_after_forward": False}, "reshard_after_forward is given for fully_shard, but the mesh"),
-}
+    "strategy": (EP2, {"expert": 2, "strategy": "ring_of_experts"}, {},
+                 "strategy is 'ring_of_experts'; moe_torch has all_to_all, replicated, node_dedup"),
+    "pieces of D": (EP2, {"expert": 2, "num_emb_chunks": 2}, {}, "num_emb_chunks is 2; moe_torch does not divide"),
+    "short placement": (EP2, {"expert": 2, "placement": (1, 0)}, {}, "placement has 2 entries; num_experts is 8"),
+    "experts": ((1, 1, 3, 1), {"expert": 3}, {}, "expert is 3, which does not divide num_experts (8)"),
+    "columns": ((1, 1, 1, 3), {"tensor": 3}, {}, "tensor is 3, which does not divide hidden_dim (16)"),
+    "larger mesh": (EP2, {}, {}, "the mesh is {'expert': 2}; the layout needs {'data': 1, 'fsdp': 1, 'expert': 1, "),
+    "smaller mesh": (EP2, {"expert": 2, "fsdp": 2}, {}, "the layout needs {'data': 1, 'fsdp': 2, 'expert': 2, "),
+    "options": (EP2, {"expert": 2}, {"reshard_after_forward": False},
+                "reshard_after_forward is given for fully_shard, but the mesh"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_layout_that_does_not_fit_is_an_error_on_every_rank(name):
-    sizes, options, message = REFUSED[name]
-    ranks = shared("conformance.subjects.torch.sharded")
-    found = ranks.run(int(np.prod(sizes)), parallel_functions.refused_on_rank, LAYERS["biases"], sizes, options)
+    sizes, fields, options, message = REFUSED[name]
+    ranks, layout = shared("conformance.subjects.torch.sharded"), ShardLayout(**fields)
+    call = parallel_functions.refused_on_rank, LAYERS["biases"], sizes, layout, options
+    found = ranks.run(int(np.prod(sizes)), *call)
     assert all(message in error for error in found), found
 
 
