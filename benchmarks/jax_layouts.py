@@ -46,7 +46,7 @@ def sharded(layout: ShardLayout, spec: LayerSpec, options: dict, x_TD, params, d
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from moe_jax.parallel.layer import make_mesh, shard, sharded_sparse_matmul, token_axes
+    from moe_jax.parallel import make_mesh, shard, sharded_sparse_matmul, token_axes
 
     mesh = make_mesh(layout)
     tokens = NamedSharding(mesh, PartitionSpec(token_axes(layout)))
@@ -72,7 +72,7 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from moe_jax.parallel.layer import use_cpu_devices
+    from moe_jax.parallel import use_cpu_devices
     from moe_jax.sparse_matmul import sparse_matmul
 
     use_cpu_devices(DEVICES)

@@ -2,8 +2,8 @@
 
     mesh: data x fsdp x expert x tensor, laid out by `moe_ref.ShardLayout`
 
-Every rank works on its own tokens and experts; how rows travel is in `parallel_exchange.py`, what a rank does in each
-stage in `parallel_stages.py`. shard_map checks that what is returned as replicated is: no check is switched off.
+Every rank works on its own tokens and experts; how rows travel is in `exchange.py`, what a rank does in each
+stage in `stages.py`. shard_map checks that what is returned as replicated is: no check is switched off.
 
 Legend: T tokens of all shards, D model dim, E experts, K top_k, S ranks (data, fsdp, expert).
 """
@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.experts import keep_tokens
-from moe_jax.parallel.exchange import AXES
+from moe_jax.parallel.exchange import unsupported
 from moe_jax.parallel.stages import (
     BY_RANK,
     EVERYWHERE,
@@ -29,18 +29,12 @@ from moe_jax.parallel.stages import (
     join_columns,
     param_specs,
     split,
-    stage_specs,
     token_axes,
 )
 from moe_jax.sparse_matmul import RouteOutput, check_tokens
 from moe_ref.specs.layer import LayerSpec
-from moe_ref.specs.layout import ShardLayout
+from moe_ref.specs.layout import AXES, ShardLayout
 from moe_ref.specs.params import LayerParams
-
-__all__ = [
-    "ShardedOutput", "Stages", "make_mesh", "param_specs", "place", "shard", "sharded_sparse_matmul", "split",
-    "stage_specs", "unplace", "use_cpu_devices",
-]  # fmt: skip
 
 
 @jax.tree_util.register_dataclass
@@ -147,8 +141,8 @@ def _experts(get: Callable, stages: Stages, x_TD, decided: RouteOutput, plan, pa
 def check_layout(layout: ShardLayout, spec: LayerSpec, mesh: Mesh, num_tokens: int) -> None:
     """The layout fits the layer, the mesh and the tokens, and its strategy is one of JAX's."""
     layout.check(spec)
-    if layout.strategy == "node_dedup":
-        raise ValueError("strategy is 'node_dedup'; a JAX mesh has the other four")
+    if (why_not := unsupported(layout)) is not None:
+        raise ValueError(why_not)
     if num_tokens % layout.num_token_shards:
         raise ValueError(
             f"x_TD has {num_tokens} tokens, which the layout's {layout.num_token_shards} token shards do not divide; "

@@ -2,7 +2,7 @@
 
     route -> plan -> dispatch -> gmm_up -> activate -> gmm_down -> unpermute -> join
 
-Each stage runs under a shard_map of its own, with the specs of `stage_specs`, or all of them in one (`parallel.py`).
+Each stage runs under a shard_map of its own, with the specs of `stage_specs`, or all of them in one (`layer.py`).
 
 Legend: T tokens of a shard, K top_k, D model dim, F expert hidden dim, E experts, R rows of this rank.
 """
@@ -22,10 +22,10 @@ from moe_jax.balance import tokens_per_expert
 from moe_jax.experts import null_output, shared_output
 from moe_jax.parallel import exchange
 from moe_jax.parallel.collectives import vary
-from moe_jax.parallel.exchange import AXES, ShardMetadata
+from moe_jax.parallel.strategies import ShardMetadata
 from moe_jax.sparse_matmul import RouteOutput
 from moe_ref.specs.layer import LayerSpec
-from moe_ref.specs.layout import ShardLayout
+from moe_ref.specs.layout import AXES, ShardLayout
 from moe_ref.specs.params import LayerParams
 
 P = PartitionSpec
@@ -41,7 +41,7 @@ INPUTS = {"token_mask_T", "token_ids_T", "given_ids_TK", "given_weights_TK"}
 
 def token_axes(layout: ShardLayout) -> tuple[str, ...]:
     """The mesh axes over which tokens are spread."""
-    return RANKS[:2] if layout.strategy == "replicated" else RANKS
+    return RANKS[:2] if layout.facts.shares_tokens else RANKS
 
 
 def param_specs(params: LayerParams, spec: LayerSpec, layout: ShardLayout) -> LayerParams:

@@ -26,6 +26,9 @@ from moe_ref.specs.checks import integer, number, one_of, require
 from moe_ref.specs.layer import LayerSpec
 from moe_ref.specs.router import RouterSpec
 
+AXES = ("data", "fsdp", "expert", "tensor")
+"""The axes of the mesh; ranks are numbered with the last one fastest."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyFacts:

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Shard
 
 from moe_ref.specs.checks import require
-from moe_ref.specs.layout import ShardLayout
+from moe_ref.specs.layout import AXES, ShardLayout
 from moe_torch.dispatcher import LocalTokenDispatcher
 from moe_torch.moe import MoE
 from moe_torch.parallel.collectives import Parallel, sum_in_place
@@ -41,7 +41,6 @@ from moe_torch.parallel.dispatch import (
 from moe_torch.parallel.nodes import NodeDedupTokenDispatcher
 from moe_torch.parallel.params import keep_own_experts, parallel_of
 
-AXES = ("data", "fsdp", "expert", "tensor")
 DISPATCHERS: dict[str, type[ParallelTokenDispatcher]] = {
     "all_to_all": AllToAllTokenDispatcher,
     "replicated": ReplicatedTokenDispatcher,
@@ -64,8 +63,9 @@ def parallelize(moe: MoE, mesh: DeviceMesh, layout: ShardLayout, **fully_shard_o
 
     Args:
         moe: on any device, meta included.
-        mesh: with axes of `AXES`, in any order; every rank of it makes this call. Its sizes are those of the layout,
-            and an axis that it has not is 1 there. It may be a part of a larger mesh, but for node_dedup.
+        mesh: its axes are of data, fsdp, expert and tensor, in any order, and have the sizes that the layout says; an
+            axis that it has not is 1 there. Every rank of it makes this call. It may be a part of a larger mesh, but
+            for node_dedup.
         layout: how the layer lies over the mesh. With several token chunks one is on its way while the experts work on
             another.
         fully_shard_options: for `torch.distributed.fsdp.fully_shard`, where the mesh has an fsdp axis.

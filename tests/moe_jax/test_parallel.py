@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.parallel.layer import (
+from moe_jax.parallel import (
     make_mesh,
     param_specs,
     place,
