@@ -10,9 +10,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from conformance.core.subject import Subject
-from moe_jax.parallel import exchange
-from moe_jax.parallel.layer import (
+from moe_jax.parallel import (
     Stages,
+    exchange,
     make_mesh,
     param_specs,
     place,
@@ -50,11 +50,9 @@ class JaxLayouts(Subject):
             return None
         if spec.router.selector == "random":
             return "each shard draws from a JAX key of its own"
-        if layout.strategy == "node_dedup":
-            return "moe_jax has no node_dedup"
         if layout.num_ranks > MOST_RANKS:
             return f"the mesh has {MOST_RANKS} devices"
-        return None
+        return exchange.unsupported(layout)
 
     def dispatch(self, expert_ids_by_shard, layout, spec):
         """Each row is known by what it carries: the rank and the number of its token."""
@@ -73,7 +71,7 @@ class JaxLayouts(Subject):
                 source, token = (int(number) for number in row)
                 slot = expert_ids_by_shard[shards[source]][token].tolist().index(expert_id)
                 # What is replicated is every rank's own.
-                order.append((e if layout.strategy == "replicated" else source, token * spec.router.top_k + slot))
+                order.append((e if layout.facts.shares_tokens else source, token * spec.router.top_k + slot))
             found.append(mine | {"order_R2": np.array(order, int).reshape(-1, 2), "overflow": int(mine["overflow"][0])})
         return found
 

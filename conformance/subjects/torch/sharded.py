@@ -14,10 +14,10 @@ from conformance.core.subject import Subject
 from conformance.subjects.ranks import Ranks, shared
 from conformance.subjects.torch.layer import _layer_inputs, _single, _tensor, to_canonical
 from moe_ref import LayerParams, LayerSpec
-from moe_ref.specs.layout import ShardLayout
+from moe_ref.specs.layout import AXES, ShardLayout
 from moe_torch.moe import MoE
 from moe_torch.parallel.collectives import Sent, recorded
-from moe_torch.parallel.parallelize import AXES, parallelize, sync_gradients, unsupported
+from moe_torch.parallel.parallelize import parallelize, sync_gradients, unsupported
 from moe_torch.parallel.params import full_tensors
 
 BY_SHARD = {"token_mask_by_shard": "token_mask_T", "token_ids_by_shard": "token_ids_T",
