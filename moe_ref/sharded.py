@@ -14,6 +14,7 @@ P partial sums, S shared experts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,7 @@ def home_of(shard: int, layout: ShardLayout) -> int:
 
 
 def sharded_layer(
-    x_by_shard,
+    x_by_shard: Sequence[np.ndarray],
     params: LayerParams,
     spec: LayerSpec,
     layout: ShardLayout,
@@ -170,7 +171,9 @@ def sharded_layer(
     )
 
 
-def start(given_x_TD, token_mask_T, params: LayerParams, spec: LayerSpec, inputs: dict) -> ShardStart:
+def start(
+    given_x_TD: np.ndarray, token_mask_T: np.ndarray | None, params: LayerParams, spec: LayerSpec, inputs: dict
+) -> ShardStart:
     """A token chooses its experts on its own rank; tensor ranks, and replicated ones, choose the same."""
     mask_T = np.ones(len(given_x_TD), dtype=bool)
     if token_mask_T is not None:
@@ -216,7 +219,7 @@ def work(
 
 
 def run_own_experts(
-    input_RD, group_sizes_e, own_params: LayerParams, spec: ExpertSpec, num_emb_chunks: int
+    input_RD: np.ndarray, group_sizes_e: np.ndarray, own_params: LayerParams, spec: ExpertSpec, num_emb_chunks: int
 ) -> FeedForwardTrace:
     """Each expert of a rank works on its own rows; gate and up are summed over pieces of D."""
     gate_RF, up_RF, hidden_RF, output_RD = [], [], [], []
@@ -239,14 +242,16 @@ def run_own_experts(
     )
 
 
-def project_in_pieces(rows_RD, w_DF, b_F, num_pieces: int):
+def project_in_pieces(rows_RD: np.ndarray, w_DF: np.ndarray, b_F: np.ndarray | None, num_pieces: int) -> np.ndarray:
     """A projection is the sum of those of the pieces of D, plus its bias once."""
     pieces = zip(np.split(rows_RD, num_pieces, axis=1), np.split(w_DF, num_pieces), strict=True)
-    total_RF = sum(project(piece_RD, piece_DF) for piece_RD, piece_DF in pieces)
+    total_RF = reduce(np.add, (project(piece_RD, piece_DF) for piece_RD, piece_DF in pieces))
     return total_RF if b_F is None else total_RF + b_F
 
 
-def sum_over_tensor_ranks(worked, layout: ShardLayout) -> tuple[tuple[ChunkTrace, ...], ...]:
+def sum_over_tensor_ranks(
+    worked: Sequence[Sequence[ChunkTrace]], layout: ShardLayout
+) -> tuple[tuple[ChunkTrace, ...], ...]:
     """The outputs of the experts are the sums of the partial outputs of the tensor ranks; each of them gets the sum."""
     ranks = []
     for rank in range(layout.num_ranks):
@@ -260,7 +265,14 @@ def sum_over_tensor_ranks(worked, layout: ShardLayout) -> tuple[tuple[ChunkTrace
     return tuple(ranks)
 
 
-def finish(shard: int, begun: ShardStart, ranks, params: LayerParams, spec: LayerSpec, layout: ShardLayout):
+def finish(
+    shard: int,
+    begun: ShardStart,
+    ranks: Sequence[Sequence[ChunkTrace]],
+    params: LayerParams,
+    spec: LayerSpec,
+    layout: ShardLayout,
+) -> ShardTrace:
     """Rows come back to their slots, and a token's slots are summed: inside each partial sum, then over them."""
     strategy = STRATEGIES[layout.strategy]
     T, K, _ = begun.slot_inputs_TKD.shape
@@ -298,7 +310,7 @@ def finish(shard: int, begun: ShardStart, ranks, params: LayerParams, spec: Laye
     )
 
 
-def by_shard(field: str, values, layout: ShardLayout) -> list:
+def by_shard(field: str, values: Sequence | None, layout: ShardLayout) -> list:
     """One value for each token shard; None is one None for each."""
     found = [None] * layout.num_token_shards if values is None else list(values)
     require(

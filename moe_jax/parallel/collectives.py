@@ -3,7 +3,7 @@
 Legend: N rows to send, M rows of the output, S ranks of the axis, C rows of a block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import jax
@@ -14,7 +14,14 @@ from moe_jax.permute import column, take
 
 
 def ragged_all_to_all(
-    operand, output, input_offsets_S, send_sizes_S, output_offsets_S, recv_sizes_S, *, axis_name: str
+    operand: jax.Array,
+    output: jax.Array,
+    input_offsets_S: jax.Array,
+    send_sizes_S: jax.Array,
+    output_offsets_S: jax.Array,
+    recv_sizes_S: jax.Array,
+    *,
+    axis_name: str,
 ) -> jax.Array:
     """Each rank sends a run of rows to each rank; rows of `output` that nobody sent keep what they hold.
 
@@ -102,7 +109,7 @@ def _source_of_row(begins_S, sizes_S, num_rows: int) -> tuple[jax.Array, jax.Arr
     return jnp.argmax(from_MS, axis=1).astype(jnp.int32), from_MS.any(axis=1)
 
 
-def vary(array, axes) -> jax.Array:
+def vary(array: jax.Array, axes: Iterable[str]) -> jax.Array:
     """The array as one that varies over these mesh axes too; its gradient is the sum over those that are new."""
     missing = tuple(sorted(set(axes) - jax.typeof(array).mat.varying))
     return lax.pcast(array, missing, to="varying") if missing else array

@@ -8,7 +8,7 @@ stage in `stages.py`. shard_map checks that what is returned as replicated is: n
 Legend: T tokens of all shards, D model dim, E experts, K top_k, S ranks (data, fsdp, expert).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial, reduce
 from typing import Any
@@ -53,14 +53,14 @@ class ShardedOutput:
 
 
 def sharded_sparse_matmul(
-    x_TD,
+    x_TD: jax.Array,
     params: LayerParams,
     spec: LayerSpec,
     layout: ShardLayout,
     mesh: Mesh,
     *,
-    token_mask_T=None,
-    buffer_fill=0.0,
+    token_mask_T: jax.Array | None = None,
+    buffer_fill: float | jax.Array = 0.0,
     split_stages: bool = False,
     precision: lax.PrecisionLike = None,
     implementation: str = "auto",
@@ -153,7 +153,7 @@ def check_layout(layout: ShardLayout, spec: LayerSpec, mesh: Mesh, num_tokens: i
         raise ValueError(f"the mesh is {dict(mesh.shape)}; the layout needs {sizes}")
 
 
-def make_mesh(layout: ShardLayout, devices=None) -> Mesh:
+def make_mesh(layout: ShardLayout, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a layout; device i is its rank i."""
     found = jax.devices() if devices is None else list(devices)
     if len(found) < layout.num_ranks:

@@ -131,11 +131,20 @@ class ParallelTokenDispatcher(TokenDispatcher):
         """What `run_chunks` needs of one chunk: here the slots that it sends away."""
         return self.local.permute(places_TK)
 
-    def run(self, experts, x_TD: Tensor, permutation: Chunks, weights_TK: Tensor, *, on_input: bool) -> Tensor:
+    def run(
+        self, experts: GroupedExperts, x_TD: Tensor, permutation: Chunks, weights_TK: Tensor, *, on_input: bool
+    ) -> Tensor:
         """dispatch, experts and combine; the next chunk is on its way while the experts work on this one."""
         return _run(self, experts, x_TD, permutation, weights_TK, on_input)
 
-    def run_chunks(self, experts: GroupedExperts, xs, permutations, weights, on_input: bool) -> list[Tensor]:
+    def run_chunks(
+        self,
+        experts: GroupedExperts,
+        xs: Sequence[Tensor],
+        permutations: Sequence,
+        weights: Sequence[Tensor],
+        on_input: bool,
+    ) -> list[Tensor]:
         """The output of each chunk, of this rank's part of the experts where `shared` has others."""
         raise NotImplementedError
 
@@ -198,7 +207,14 @@ class AllToAllTokenDispatcher(ParallelTokenDispatcher):
         weights_R1 = weights_TK.flatten().to(wide).index_select(0, plan.slot_R)[:, None]
         return plan.rows.sums(returned_RD.to(wide) * weights_R1).to(returned_RD.dtype)
 
-    def run_chunks(self, experts, xs, permutations, weights, on_input):
+    def run_chunks(
+        self,
+        experts: GroupedExperts,
+        xs: Sequence[Tensor],
+        permutations: Sequence[Permutation],
+        weights: Sequence[Tensor],
+        on_input: bool,
+    ) -> list[Tensor]:
         plans = self.plan(permutations)
         inputs = [weights_TK if on_input else None for weights_TK in weights]
         pending = self.dispatch(xs[0], plans[0], inputs[0])
@@ -237,7 +253,14 @@ class ReplicatedTokenDispatcher(ParallelTokenDispatcher):
         is_own_TK = (places_TK >= first) & (places_TK < first + self.experts_per_rank)
         return self.own.permute((places_TK - first).masked_fill(~is_own_TK, -1))
 
-    def run_chunks(self, experts, xs, permutations, weights, on_input):
+    def run_chunks(
+        self,
+        experts: GroupedExperts,
+        xs: Sequence[Tensor],
+        permutations: Sequence[Permutation],
+        weights: Sequence[Tensor],
+        on_input: bool,
+    ) -> list[Tensor]:
         return [
             run_experts(experts, self.own, x_TD, permutation, weights_TK, on_input=on_input)
             for x_TD, permutation, weights_TK in zip(xs, permutations, weights, strict=True)

@@ -10,6 +10,7 @@ of that node. This is what makes node-limited routing (arXiv:2412.19437) pay.
 Legend: T tokens, K top_k, D model dim, M nodes, R tokens sent across, Q tokens that land here.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_ref.specs.checks import require
+from moe_torch.experts import GroupedExperts
 from moe_torch.parallel.collectives import Parallel, exchange
 from moe_torch.parallel.dispatch import AllToAllTokenDispatcher, ParallelTokenDispatcher
 from moe_torch.parallel.rows import Rows
@@ -62,16 +64,25 @@ class NodeDedupTokenDispatcher(ParallelTokenDispatcher):
         nodes = mesh_of_nodes(parallel.mesh, parallel.layout.node_size)
         return {"across": nodes.get_group("node"), "inside": nodes.get_group("position")}
 
-    def permute_places(self, places_TK):
+    def permute_places(self, places_TK: Tensor) -> Tensor:
         return places_TK
 
-    def run_chunks(self, experts, xs, permutations, weights, on_input):
+    def run_chunks(
+        self,
+        experts: GroupedExperts,
+        xs: Sequence[Tensor],
+        permutations: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        on_input: bool,
+    ) -> list[Tensor]:
         return [
             self.run_chunk(experts, x_TD, places_TK, weights_TK, on_input)
             for x_TD, places_TK, weights_TK in zip(xs, permutations, weights, strict=True)
         ]
 
-    def run_chunk(self, experts, x_TD: Tensor, places_TK: Tensor, weights_TK: Tensor, on_input: bool) -> Tensor:
+    def run_chunk(
+        self, experts: GroupedExperts, x_TD: Tensor, places_TK: Tensor, weights_TK: Tensor, on_input: bool
+    ) -> Tensor:
         """One chunk: across, inside, and back."""
         crossing = self.plan(places_TK)
         arriving = [
