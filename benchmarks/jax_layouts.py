@@ -25,24 +25,19 @@ FUSED: dict[str, dict[str, Any]] = {"fsdp 8": {"fsdp": 8}, "fsdp 2, expert 4": {
 """Meshes that are also run with split stages."""
 
 
-def layouts(num_tokens: int) -> dict[str, tuple[ShardLayout, dict]]:
+def layouts() -> dict[str, tuple[ShardLayout, dict]]:
     """Layouts by name, with options of the layer."""
-
-    def layout(strategy="all_to_all", **changes) -> ShardLayout:
-        sizes = [changes.get(axis, 1) for axis in ("data", "fsdp", "expert")]
-        shards = sizes[0] * sizes[1] * (1 if strategy == "replicated" else sizes[2])
-        return ShardLayout(tokens_per_shard=(num_tokens // shards,) * shards, strategy=strategy, **changes)
-
     strategies = ("all_to_all", "ragged_all_to_all", "ring_of_experts", "replicated")
-    found = {f"expert 8, {strategy}": (layout(strategy, expert=8), {}) for strategy in strategies}
-    found["expert 8, ragged_all_to_all, buffer 1.5"] = layout("ragged_all_to_all", expert=8, buffer_factor=1.5), {}
-    found["data 8"] = layout(data=8), {}
-    found["expert 4, tensor 2"] = layout(expert=4, tensor=2), {}
+    found: dict = {f"expert 8, {strategy}": (ShardLayout(strategy=strategy, expert=8), {}) for strategy in strategies}
+    small = ShardLayout(strategy="ragged_all_to_all", expert=8, buffer_factor=1.5)
+    found["expert 8, ragged_all_to_all, buffer 1.5"] = small, {}
+    found["data 8"] = ShardLayout(data=8), {}
+    found["expert 4, tensor 2"] = ShardLayout(expert=4, tensor=2), {}
     for name, mesh in FUSED.items():
-        found[name] = layout(**mesh), {}
-        found[f"{name}, split stages"] = layout(**mesh), {"split_stages": True}
-    found["fsdp 2, expert 4, 2 chunks of tokens"] = layout(fsdp=2, expert=4, num_token_chunks=2), {}
-    found["fsdp 2, expert 4, 2 chunks of the model dim"] = layout(fsdp=2, expert=4, num_emb_chunks=2), {}
+        found[name] = ShardLayout(**mesh), {}
+        found[f"{name}, split stages"] = ShardLayout(**mesh), {"split_stages": True}
+    found["fsdp 2, expert 4, 2 chunks of tokens"] = ShardLayout(fsdp=2, expert=4, num_token_chunks=2), {}
+    found["fsdp 2, expert 4, 2 chunks of the model dim"] = ShardLayout(fsdp=2, expert=4, num_emb_chunks=2), {}
     return found
 
 
@@ -51,7 +46,7 @@ def sharded(layout: ShardLayout, spec: LayerSpec, options: dict, x_TD, params, d
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from moe_jax.parallel.layer import make_mesh, shard, sharded_sparse_matmul, token_axes
+    from moe_jax.parallel import make_mesh, shard, sharded_sparse_matmul, token_axes
 
     mesh = make_mesh(layout)
     tokens = NamedSharding(mesh, PartitionSpec(token_axes(layout)))
@@ -77,7 +72,7 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from moe_jax.parallel.layer import use_cpu_devices
+    from moe_jax.parallel import use_cpu_devices
     from moe_jax.sparse_matmul import sparse_matmul
 
     use_cpu_devices(DEVICES)
@@ -91,7 +86,7 @@ def main() -> None:
     calls: dict[str, Callable[[], object]] = {ONE: lambda: jax.block_until_ready(run(x_TD, params, d_output_TD))}
     results: dict = {"machine": machine(["jax", "jaxlib"]), "devices": DEVICES, **vars(arguments), "compile_s": {}}
     expected = calls[ONE]()
-    for name, (layout, options) in layouts(arguments.tokens).items():
+    for name, (layout, options) in layouts().items():
         calls[name] = sharded(layout, spec, options, x_TD, params, d_output_TD)
         begin = time.perf_counter()
         found = calls[name]()

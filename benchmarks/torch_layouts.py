@@ -55,7 +55,7 @@ def spec_of(router: RouterSpec) -> LayerSpec:
 
 def layout_of(strategy: str) -> ShardLayout:
     """One rank on each node."""
-    return ShardLayout(expert=NODES, strategy=strategy, ranks_per_node=1, tokens_per_shard=(TOKENS,) * NODES)
+    return ShardLayout(expert=NODES, strategy=strategy, ranks_per_node=1)
 
 
 # On a rank.
@@ -76,7 +76,7 @@ def run_on_rank(router: RouterSpec, rounds: int) -> tuple[dict, np.ndarray, dict
     for strategy in STRATEGIES:
         torch.manual_seed(1)  # the same layer on every rank
         mesh = mesh_of(1, 1, NODES, 1)
-        layers[strategy] = parallelize(MoE(spec_of(router)), mesh, strategy=strategy, ranks_per_node=1)
+        layers[strategy] = parallelize(MoE(spec_of(router)), mesh, layout_of(strategy))
     torch.manual_seed(2 + dist.get_rank())
     x_TD = torch.randn(TOKENS, DIM, requires_grad=True)
 

@@ -15,7 +15,7 @@ from moe_ref.balance import (
     z_loss,
 )
 from moe_ref.capacity import CapacityTrace, apply_capacity
-from moe_ref.dispatch import RankPlan, plan, plan_chunks
+from moe_ref.dispatch import plan, plan_chunks
 from moe_ref.layer import moe_layer
 from moe_ref.replay import capture, replay, replay_layer
 from moe_ref.routing import UNUSED, RoutingTrace, gate, route
@@ -26,9 +26,12 @@ from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.params import LayerParams, WeightLayout
 from moe_ref.specs.record import RoutingRecord, load_records, save_records
 from moe_ref.specs.router import RouterSpec
+from moe_ref.strategies import STRATEGIES
+from moe_ref.strategies.base import RankPlan
 
 __all__ = [
     "BALANCE_FORMS",
+    "STRATEGIES",
     "UNUSED",
     "BalanceSpec",
     "BalanceTrace",

@@ -11,6 +11,7 @@ An implementation may store other pieces of the same whole; what it computes wit
 Legend: E experts, D model dim, F expert hidden dim.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import numpy as np
@@ -36,7 +37,7 @@ def used(rank: int, layout: ShardLayout, spec: LayerSpec) -> dict[str, Part]:
         if shape is not None:
             whole = tuple(np.arange(size) for size in shape)
             split = {"E": experts, "F": hidden} if name in ROUTED else {}
-            parts[name] = tuple(split.get(axis, all) for axis, all in zip(_axes(name, shape), whole, strict=True))
+            parts[name] = tuple(split.get(axis, every) for axis, every in zip(_axes(name, shape), whole, strict=True))
     return parts
 
 
@@ -74,11 +75,11 @@ def take(value: np.ndarray, part: Part) -> np.ndarray:
     return value[np.ix_(*part)] if part else value
 
 
-def add(total: np.ndarray, part: Part, value) -> None:
+def add(total: np.ndarray, part: Part, value: np.ndarray) -> None:
     """Adds a value to a part of the total, in place."""
     total[np.ix_(*part) if part else ()] += value
 
 
-def _axes(name: str, axes) -> str:
+def _axes(name: str, axes: Sequence) -> str:
     """The letters of the axes: the suffix of the name. learned_scale has none, nor an axis that is split."""
     return "?" * len(axes) if name == "learned_scale" else name.rpartition("_")[2]

@@ -14,11 +14,12 @@ P partial sums, S shared experts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
 
-from moe_ref.dispatch import RankPlan, plan_chunks
+from moe_ref.dispatch import plan_chunks
 from moe_ref.experts import (
     FeedForwardTrace,
     combine,
@@ -37,6 +38,8 @@ from moe_ref.specs.checks import array, require
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.params import LayerParams
+from moe_ref.strategies import STRATEGIES
+from moe_ref.strategies.base import RankPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ class ShardTrace(ShardStart):
     slot_outputs_TKD: np.ndarray
     """Before the weights, unless they are on the input; 0 in dropped and unused slots."""
     partial_PTD: np.ndarray
-    """The partial sums of the routed output, in the order in which they are added. See `num_partials`."""
+    """The partial sums of the routed output, in the order in which they are added. See `Strategy.num_partials`."""
     routed_TD: np.ndarray
     shared_factors_TS: np.ndarray
     shared_experts: tuple[FeedForwardTrace, ...]
@@ -107,29 +110,13 @@ class ShardedTrace:
         return sum(chunk.plan.overflow for rank in t_0 for chunk in self.ranks[rank])
 
 
-def num_partials(layout: ShardLayout) -> int:
-    """The routed output of a token is one sum where its rows come back as they went, else a sum of partial sums.
-
-    Of each rank of the expert axis with ring_of_experts (a reduce-scatter) and replicated (an all-reduce), of each
-    node with node_dedup: the rank where the token landed adds its rows up, and sends one back.
-    """
-    return {"ring_of_experts": layout.expert, "replicated": layout.expert, "node_dedup": layout.num_nodes}.get(
-        layout.strategy, 1
-    )
-
-
-def partial_of(e: int, layout: ShardLayout) -> int:
-    """The partial sum that the rows of rank e of the expert axis are part of."""
-    return {"ring_of_experts": e, "replicated": e, "node_dedup": layout.node_of(e)}.get(layout.strategy, 0)
-
-
 def home_of(shard: int, layout: ShardLayout) -> int:
     """The partial sum that a token's identity slots are part of: that of its own rank. The first, if replicated."""
-    return partial_of(shard % layout.shards_per_group, layout)
+    return STRATEGIES[layout.strategy].partial_of(shard % layout.shards_per_group, layout)
 
 
 def sharded_layer(
-    x_by_shard,
+    x_by_shard: Sequence[np.ndarray],
     params: LayerParams,
     spec: LayerSpec,
     layout: ShardLayout,
@@ -166,8 +153,8 @@ def sharded_layer(
     for shard in range(layout.num_token_shards):
         inputs = {"token_ids_T": token_ids[shard], "given_ids_TK": given_ids[shard], "table_VK": table_VK}
         inputs |= {"seed": seed if shard == 0 else (seed, shard)}
-        inputs |= {"first_token": sum(layout.tokens_per_shard[:shard]), "dtype": dtype}
-        x_TD = array(f"x_by_shard[{shard}]", xs[shard], (layout.tokens_per_shard[shard], spec.experts.dim))
+        inputs |= {"first_token": sum(len(begun.x_TD) for begun in starts), "dtype": dtype}
+        x_TD = array(f"x_by_shard[{shard}]", xs[shard], (None, spec.experts.dim))
         starts.append(start(x_TD, masks[shard], params, spec, inputs))
 
     plans = plan_chunks([shard.routing.expert_ids_TK for shard in starts], layout, spec)
@@ -184,7 +171,9 @@ def sharded_layer(
     )
 
 
-def start(given_x_TD, token_mask_T, params: LayerParams, spec: LayerSpec, inputs: dict) -> ShardStart:
+def start(
+    given_x_TD: np.ndarray, token_mask_T: np.ndarray | None, params: LayerParams, spec: LayerSpec, inputs: dict
+) -> ShardStart:
     """A token chooses its experts on its own rank; tensor ranks, and replicated ones, choose the same."""
     mask_T = np.ones(len(given_x_TD), dtype=bool)
     if token_mask_T is not None:
@@ -215,7 +204,7 @@ def work(
     plan, K = plans[rank // layout.tensor], spec.router.top_k
     d, f, _, _ = layout.coordinates(rank)
     shard_of = [layout.shard_of(layout.rank(d, f, source)) for source in range(layout.expert)]
-    slots_before = [K * sum(layout.chunk_sizes(layout.tokens_per_shard[shard])[:index]) for shard in shard_of]
+    slots_before = [K * layout.chunks(len(starts[shard].x_TD))[index].start for shard in shard_of]
     rows = [(shard_of[source], slots_before[source] + slot) for source, slot in plan.order_R2.tolist()]
     input_RD = np.zeros((len(rows), spec.experts.dim), starts[0].x_TD.dtype)
     for row, (shard, slot) in enumerate(rows):
@@ -230,7 +219,7 @@ def work(
 
 
 def run_own_experts(
-    input_RD, group_sizes_e, own_params: LayerParams, spec: ExpertSpec, num_emb_chunks: int
+    input_RD: np.ndarray, group_sizes_e: np.ndarray, own_params: LayerParams, spec: ExpertSpec, num_emb_chunks: int
 ) -> FeedForwardTrace:
     """Each expert of a rank works on its own rows; gate and up are summed over pieces of D."""
     gate_RF, up_RF, hidden_RF, output_RD = [], [], [], []
@@ -253,14 +242,16 @@ def run_own_experts(
     )
 
 
-def project_in_pieces(rows_RD, w_DF, b_F, num_pieces: int):
+def project_in_pieces(rows_RD: np.ndarray, w_DF: np.ndarray, b_F: np.ndarray | None, num_pieces: int) -> np.ndarray:
     """A projection is the sum of those of the pieces of D, plus its bias once."""
     pieces = zip(np.split(rows_RD, num_pieces, axis=1), np.split(w_DF, num_pieces), strict=True)
-    total_RF = sum(project(piece_RD, piece_DF) for piece_RD, piece_DF in pieces)
+    total_RF = reduce(np.add, (project(piece_RD, piece_DF) for piece_RD, piece_DF in pieces))
     return total_RF if b_F is None else total_RF + b_F
 
 
-def sum_over_tensor_ranks(worked, layout: ShardLayout) -> tuple[tuple[ChunkTrace, ...], ...]:
+def sum_over_tensor_ranks(
+    worked: Sequence[Sequence[ChunkTrace]], layout: ShardLayout
+) -> tuple[tuple[ChunkTrace, ...], ...]:
     """The outputs of the experts are the sums of the partial outputs of the tensor ranks; each of them gets the sum."""
     ranks = []
     for rank in range(layout.num_ranks):
@@ -274,8 +265,16 @@ def sum_over_tensor_ranks(worked, layout: ShardLayout) -> tuple[tuple[ChunkTrace
     return tuple(ranks)
 
 
-def finish(shard: int, begun: ShardStart, ranks, params: LayerParams, spec: LayerSpec, layout: ShardLayout):
+def finish(
+    shard: int,
+    begun: ShardStart,
+    ranks: Sequence[Sequence[ChunkTrace]],
+    params: LayerParams,
+    spec: LayerSpec,
+    layout: ShardLayout,
+) -> ShardTrace:
     """Rows come back to their slots, and a token's slots are summed: inside each partial sum, then over them."""
+    strategy = STRATEGIES[layout.strategy]
     T, K, _ = begun.slot_inputs_TKD.shape
     ids_TK, weights_TK = begun.routing.expert_ids_TK, begun.routing.weights_TK
     identity_TK = identity_slots(ids_TK, spec.router)
@@ -286,9 +285,9 @@ def finish(shard: int, begun: ShardStart, ranks, params: LayerParams, spec: Laye
             for row_D, (of_shard, slot) in zip(chunk.output_RD, chunk.shard_slots_R2.tolist(), strict=True):
                 if of_shard == shard:
                     slot_outputs_TKD[divmod(slot, K)] = row_D
-                    partial_TK[divmod(slot, K)] = partial_of(chunk.plan.e, layout)
+                    partial_TK[divmod(slot, K)] = strategy.partial_of(chunk.plan.e, layout)
     partials = []
-    for partial in range(num_partials(layout)):
+    for partial in range(strategy.num_partials(layout)):
         own_TKD = np.where((partial_TK == partial)[:, :, None], slot_outputs_TKD, 0)
         partials.append(combine(own_TKD, weights_TK, spec.router))
     routed_TD = sum(partials[1:], start=partials[0])
@@ -311,7 +310,7 @@ def finish(shard: int, begun: ShardStart, ranks, params: LayerParams, spec: Laye
     )
 
 
-def by_shard(field: str, values, layout: ShardLayout) -> list:
+def by_shard(field: str, values: Sequence | None, layout: ShardLayout) -> list:
     """One value for each token shard; None is one None for each."""
     found = [None] * layout.num_token_shards if values is None else list(values)
     require(

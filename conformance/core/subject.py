@@ -49,6 +49,9 @@ class Subject:
     compiles: bool = False
     """Whether each new spec and number of tokens costs a compilation; then fewer sizes are tried."""
 
+    equal_shards: bool = False
+    """Whether the token shards of a layout have as many tokens each; then no others are tried."""
+
     def supports(self, spec: RouterSpec, layout=None) -> str | None:
         """None, or a sentence that says why this spec cannot be run."""
         return None

@@ -16,9 +16,10 @@ from conformance.core.usage import UsageError
 from moe_ref.routing import route
 from moe_ref.specs.checks import integer, number
 from moe_ref.specs.families import family
-from moe_ref.specs.layout import STRATEGIES, ShardLayout
+from moe_ref.specs.layout import ShardLayout, even_pieces
 from moe_ref.specs.router import RouterSpec
-from moe_ref.traffic import Demand, bytes_of, counted_traffic, demand, even_pieces
+from moe_ref.strategies import STRATEGIES
+from moe_ref.traffic import Demand, bytes_of, counted_traffic, demand
 
 BLOCK = 1024
 """Tokens routed at a time."""
@@ -72,13 +73,8 @@ def traffic(options) -> int:
 
 
 def layout_of(options) -> ShardLayout:
-    """The ranks, with the tokens spread over them as evenly as can be."""
-    return ShardLayout(
-        data=options.data,
-        expert=options.ep,
-        ranks_per_node=options.ranks_per_node,
-        tokens_per_shard=even_pieces(options.tokens, options.data * options.ep),
-    )
+    """The ranks; the tokens are spread over them as evenly as can be."""
+    return ShardLayout(data=options.data, expert=options.ep, ranks_per_node=options.ranks_per_node)
 
 
 def routings_of(router: RouterSpec) -> dict[str, RouterSpec]:
@@ -94,7 +90,7 @@ def routings_of(router: RouterSpec) -> dict[str, RouterSpec]:
 def blocks(router: RouterSpec, layout: ShardLayout, options) -> Iterator[tuple[int, np.ndarray]]:
     """(token shard, expert ids) a block at a time. The logits are the same for every routing."""
     popularity_E = options.skew * np.random.default_rng(options.seed).standard_normal(router.num_logits)
-    for shard, num_tokens in enumerate(layout.tokens_per_shard):
+    for shard, num_tokens in enumerate(even_pieces(options.tokens, layout.num_token_shards)):
         rng = np.random.default_rng((options.seed, shard))
         for begin in range(0, num_tokens, BLOCK):
             size = min(BLOCK, num_tokens - begin)
@@ -104,9 +100,7 @@ def blocks(router: RouterSpec, layout: ShardLayout, options) -> Iterator[tuple[i
 
 def line(strategy: str, routing: str, asked: list[Demand], layout: ShardLayout, router: RouterSpec) -> Line:
     """What all rank groups move."""
-    # With "replicated" the tokens of a rank group are one shard; the demand has their number.
-    shards = layout.num_rank_groups if strategy == "replicated" else layout.num_token_shards
-    mesh = layout.replace(strategy=strategy, tokens_per_shard=(0,) * shards)
+    mesh = layout.replace(strategy=strategy)
     found = [counted_traffic(group, mesh, router) for group in asked]
     return Line(
         strategy=strategy,
@@ -114,14 +108,14 @@ def line(strategy: str, routing: str, asked: list[Demand], layout: ShardLayout, 
         rows_across=sum(t.out.across + t.back.across for t in found),
         rows_inside=sum(t.out.inside + t.back.inside for t in found),
         most_across=max(int(t.across_by_rank_S.max()) for t in found),
-        per_token=sum(t.out.across for t in found) / max(1, layout.num_tokens),
+        per_token=sum(t.out.across for t in found) / max(1, sum(int(group.tokens_S.sum()) for group in asked)),
     )
 
 
 def heading(router: RouterSpec, layout: ShardLayout, options) -> list[str]:
     """What was counted, in two lines."""
     return [
-        f"{options.family}: {router.num_experts} experts, {router.top_k} of them for each token; {layout.num_tokens} "
+        f"{options.family}: {router.num_experts} experts, {router.top_k} of them for each token; {options.tokens} "
         f"tokens, rows of {options.dim} numbers of {options.bytes} bytes",
         f"{layout.num_ranks} ranks: {layout.num_rank_groups} x {layout.expert}, {layout.num_nodes} nodes of "
         f"{layout.node_size} in each. {_groups_on_nodes(router, layout)}",

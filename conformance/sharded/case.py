@@ -8,14 +8,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Self
 
 import numpy as np
 
 from conformance.layer.case import LAYER_TAGS, ROW_INPUTS, LayerCase
 from moe_ref.dispatch import plan
-from moe_ref.specs.layout import ShardLayout
+from moe_ref.specs.layout import STRATEGY_FACTS, ShardLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,15 @@ class LayoutCase(LayerCase):
     """A layer on a layout. x_TD, d_output_TD and the inputs are those of all shards, one after the other."""
 
     layout: ShardLayout
+    tokens_per_shard: tuple[int, ...]
+    """Tokens of each token shard of the layout."""
+
+    def __post_init__(self):
+        if len(self.tokens_per_shard) != self.layout.num_token_shards:
+            raise ValueError(
+                f"tokens_per_shard has {len(self.tokens_per_shard)} entries; the layout has "
+                f"{self.layout.num_token_shards} token shards"
+            )
 
     @cached_property
     def tags(self) -> frozenset[str]:
@@ -33,7 +42,7 @@ class LayoutCase(LayerCase):
     @property
     def ends(self) -> np.ndarray:
         """Where each shard but the last ends."""
-        return np.cumsum(self.layout.tokens_per_shard)[:-1]
+        return np.cumsum(self.tokens_per_shard)[:-1]
 
     def by_shard(self, values) -> list[np.ndarray]:
         """The part of each shard of what has an entry for each token; copies, which the subject may overwrite."""
@@ -58,41 +67,46 @@ class LayoutCase(LayerCase):
     def tokens(self, rows) -> Self:
         """The case of some of its tokens, which stay in their order and on their shards."""
         rows = np.sort(rows)
-        shard_of_T = np.repeat(np.arange(len(self.layout.tokens_per_shard)), self.layout.tokens_per_shard)
-        left = np.bincount(shard_of_T[rows], minlength=len(self.layout.tokens_per_shard))
+        shard_of_T = np.repeat(np.arange(len(self.tokens_per_shard)), self.tokens_per_shard)
+        left = np.bincount(shard_of_T[rows], minlength=len(self.tokens_per_shard))
         inputs = {name: value[rows] if name in ROW_INPUTS else value for name, value in self.inputs.items()}
         return self.with_(
             x_TD=self.x_TD[rows],
             d_output_TD=self.d_output_TD[rows],
             inputs=inputs,
-            layout=self.layout.replace(tokens_per_shard=tuple(left.tolist())),
+            tokens_per_shard=tuple(left.tolist()),
         )
+
+    @property
+    def laid_out(self) -> dict:
+        """The layout as plain data, with the tokens of its shards."""
+        return {"tokens_per_shard": self.tokens_per_shard, **self.layout.to_dict()}
+
+    @cached_property
+    def layout_digest(self) -> str:
+        """Eight hex digits that name the layout and the tokens of its shards."""
+        return hashlib.sha256(json.dumps(self.laid_out, sort_keys=True).encode()).hexdigest()[:8]
 
     def to_json(self) -> dict:
         """Plain data, with the layout."""
-        return super().to_json() | {"layout": self.layout.to_dict()}
+        return super().to_json() | {"layout": self.laid_out}
 
     @classmethod
     def from_json(cls, data: dict) -> "LayoutCase":
         """Reads what `to_json` wrote; an unknown or missing key is a ValueError."""
-        layout = ShardLayout.from_dict(data["layout"])
+        fields_of_layout = dict(data["layout"])
+        if "tokens_per_shard" not in fields_of_layout:
+            raise ValueError("the layout of a case needs tokens_per_shard")
+        tokens_per_shard = tuple(int(tokens) for tokens in fields_of_layout.pop("tokens_per_shard"))
+        layout = ShardLayout.from_dict(fields_of_layout)
         layer = LayerCase.from_json({name: value for name, value in data.items() if name != "layout"})
-        made = cls(layout=layout, **{f.name: getattr(layer, f.name) for f in fields(LayerCase)})
+        given = {f.name: getattr(layer, f.name) for f in fields(LayerCase)}
+        made = cls(layout=layout, tokens_per_shard=tokens_per_shard, **given)
         layout.check(made.spec)
-        tokens = layout.num_tokens
+        tokens = sum(tokens_per_shard)
         if tokens != made.num_tokens:
             raise ValueError(f"layout.tokens_per_shard sums to {tokens}, but x_TD has {made.num_tokens} tokens")
         return made
-
-
-def digest_of(layout: ShardLayout) -> str:
-    """Eight hex digits that name a layout."""
-    return hashlib.sha256(json.dumps(layout.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
-
-
-def equal_counts(layout: ShardLayout) -> bool:
-    """Whether every shard has as many tokens as any other."""
-    return len(set(layout.tokens_per_shard)) <= 1
 
 
 LAYOUT_TAGS = {
@@ -101,18 +115,14 @@ LAYOUT_TAGS = {
     "fsdp": lambda c: c.layout.fsdp > 1,
     "expert_parallel": lambda c: c.layout.expert > 1,
     "tensor_parallel": lambda c: c.layout.tensor > 1,
-    "all_to_all": lambda c: c.layout.strategy == "all_to_all",
-    "ragged_all_to_all": lambda c: c.layout.strategy == "ragged_all_to_all",
-    "ring_of_experts": lambda c: c.layout.strategy == "ring_of_experts",
-    "replicated": lambda c: c.layout.strategy == "replicated",
-    "node_dedup": lambda c: c.layout.strategy == "node_dedup",
+    **{name: partial(lambda name, c: c.layout.strategy == name, name) for name in STRATEGY_FACTS},
     "several_nodes": lambda c: c.layout.num_nodes > 1,
     "placed": lambda c: c.layout.placement is not None,
     "token_chunks": lambda c: c.layout.num_token_chunks > 1,
     "emb_chunks": lambda c: c.layout.num_emb_chunks > 1,
     "buffer_factor": lambda c: c.layout.buffer_factor is not None,
-    "uneven_tokens": lambda c: not equal_counts(c.layout),
-    "empty_shard": lambda c: 0 in c.layout.tokens_per_shard,
+    "uneven_tokens": lambda c: len(set(c.tokens_per_shard)) > 1,
+    "empty_shard": lambda c: 0 in c.tokens_per_shard,
 }
 """name -> whether a case of a layout has it, besides what its layer has."""
 
@@ -127,13 +137,13 @@ def simpler_layouts(case: LayoutCase) -> Iterator[LayoutCase]:
         for index in range(getattr(layout, axis) if getattr(layout, axis) > 1 else 0):
             yield from _only(case, shards[index_of_shard == index], **{axis: 1})
     if layout.expert % 2 == 0:
-        tokens = np.array(layout.tokens_per_shard)
+        tokens = np.array(case.tokens_per_shard)
         halved = tokens if layout.shards_per_group == 1 else tokens.reshape(-1, 2).sum(axis=1)
-        yield from _relaid(case, expert=layout.expert // 2, tokens_per_shard=tuple(halved.tolist()))
+        yield from _relaid(case, tuple(halved.tolist()), expert=layout.expert // 2)
     plain = {f.name: f.default for f in fields(layout) if f.default is not MISSING and f.name not in AXES}
     for name, value in ({"tensor": 1} | plain).items():
         if getattr(layout, name) != value:
-            yield from _relaid(case, **{name: value})
+            yield from _relaid(case, case.tokens_per_shard, **{name: value})
 
 
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -141,17 +151,17 @@ AXES = ("data", "fsdp", "expert", "tensor")
 
 def _only(case: LayoutCase, shards, **changes) -> Iterator[LayoutCase]:
     """The tokens of these shards alone, on a layout that has no others."""
-    tokens = np.array(case.layout.tokens_per_shard)
+    tokens = np.array(case.tokens_per_shard)
     rows = np.flatnonzero(np.isin(np.repeat(np.arange(len(tokens)), tokens), shards))
-    fewer = case.tokens(rows)
-    yield from _relaid(fewer, tokens_per_shard=tuple(tokens[shards].tolist()), **changes)
+    yield from _relaid(case.tokens(rows), tuple(tokens[shards].tolist()), **changes)
 
 
-def _relaid(case: LayoutCase, **changes) -> Iterator[LayoutCase]:
-    """The case with other fields of its layout, where that is a layout of the layer."""
+def _relaid(case: LayoutCase, tokens_per_shard: tuple[int, ...], **changes) -> Iterator[LayoutCase]:
+    """The case with other fields of its layout, where that is a layout of the layer and of its shards."""
     try:
         layout = case.layout.replace(**changes)
         layout.check(case.spec)
+        relaid = case.with_(layout=layout, tokens_per_shard=tokens_per_shard)
     except ValueError:
         return
-    yield case.with_(layout=layout)
+    yield relaid

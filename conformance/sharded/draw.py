@@ -7,7 +7,7 @@ most 8 devices with any number of tokens on each shard.
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -34,7 +34,8 @@ from conformance.layer.verdicts import stable_T
 from conformance.sharded.case import LayoutCase
 from moe_ref import UNUSED, ExpertSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec
 from moe_ref.specs.families import tiny
-from moe_ref.specs.layout import STRATEGIES, ShardLayout
+from moe_ref.specs.layout import ShardLayout
+from moe_ref.strategies import STRATEGIES
 
 MOST_RANKS = 8
 TOKENS = 4
@@ -46,10 +47,16 @@ PRIMES = (2, 3, 5, 7)
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A layer on a layout, before tokens are drawn."""
+    """A layer on a layout, and how many tokens there are, before they are drawn."""
 
     spec: LayerSpec
     layout: ShardLayout
+    tokens_per_shard: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all shards."""
+        return sum(self.tokens_per_shard)
 
 
 DIMS: dict[str, Any] = {"dim": 8, "hidden_dim": 16}
@@ -109,25 +116,20 @@ def settings_of(specs: tuple[LayerSpec, ...]) -> tuple[Setting, ...]:
     for spec, strategy in product(specs, STRATEGIES):
         for place, number in enumerate(rng.permutation(len(every_mesh))):
             mesh = every_mesh[number]
-            plain = _valid(spec, ShardLayout(**mesh, strategy=strategy, tokens_per_shard=_equal(mesh, strategy)))
+            plain = _valid(spec, ShardLayout(**mesh, strategy=strategy))
             if plain is not None and (place < MESHES_EACH or number not in seen):
                 found += [plain, _with_options(plain, rng)]
                 seen.add(number)
     return tuple(sorted(set(found), key=lambda setting: setting.layout.num_ranks))
 
 
-def _equal(mesh: dict, strategy: str, tokens: int = TOKENS) -> tuple[int, ...]:
-    shards = mesh["data"] * mesh["fsdp"] * (1 if strategy == "replicated" else mesh["expert"])
-    return (tokens,) * shards
-
-
 def _valid(spec: LayerSpec, layout: ShardLayout) -> Setting | None:
-    """The setting, or None where the layer cannot be laid out so."""
+    """The setting with as many tokens on every shard, or None where the layer cannot be laid out so."""
     try:
         layout.check(spec)
     except ValueError:
         return None
-    return Setting(spec=spec, layout=layout)
+    return Setting(spec=spec, layout=layout, tokens_per_shard=(TOKENS,) * layout.num_token_shards)
 
 
 def _with_options(plain: Setting, rng: np.random.Generator) -> Setting:
@@ -138,7 +140,7 @@ def _with_options(plain: Setting, rng: np.random.Generator) -> Setting:
     options += [{"ranks_per_node": n} for n in (1, 2, 4) if n < ep and ep % n == 0]
     if spec not in DISPATCH_SPECS:  # its plan is that of one exchange
         options += [{"num_token_chunks": int(rng.choice([2, 4]))}, {"num_emb_chunks": 2}]
-    if layout.strategy == "ragged_all_to_all":
+    if layout.facts.has_buffer:
         options += [{"buffer_factor": float(rng.choice([0.5, 1.0, 1.5]))}] * 2
     for number in rng.permutation(len(options))[: int(rng.integers(1, 4))]:
         try:
@@ -146,7 +148,7 @@ def _with_options(plain: Setting, rng: np.random.Generator) -> Setting:
         except ValueError:
             continue
         layout = layout if changed is None else changed.layout
-    return Setting(spec=spec, layout=layout)
+    return replace(plain, layout=layout)
 
 
 def layout_facts(setting: Setting) -> set:
@@ -162,7 +164,7 @@ def layout_facts(setting: Setting) -> set:
     found |= {("token chunks", ep > 1)} if layout.num_token_chunks > 1 else set()
     found |= {("emb chunks", ep > 1, tp > 1)} if layout.num_emb_chunks > 1 else set()
     found |= {("buffer", layout.buffer_factor)} if layout.buffer_factor is not None and ep > 1 else set()
-    found |= {("tokens", layout.tokens_per_shard[0] > 0)}
+    found |= {("tokens", setting.tokens_per_shard[0] > 0)}
     found |= {("null experts", layout.strategy)} if spec in DISPATCH_SPECS and spec.router.num_null_experts else set()
     return found | {("layer", fact) for fact in facts(spec) if sharded}
 
@@ -202,7 +204,7 @@ def supported(judge: Judge, check: LayoutCheck) -> tuple[list[Setting], Counter]
     runnable, refused = _runnable(judge, pool)
     wanted = [setting for setting in runnable if wants(setting)]
     if judge.subject.compiles:  # its counts are those of the setting
-        wanted = [s for s in wanted if (s.layout.num_tokens == 0) == (check.counts == ("empty",))]
+        wanted = [s for s in wanted if (s.num_tokens == 0) == (check.counts == ("empty",))]
     return wanted, Counter(sentence for setting, sentence in refused if wants(setting))
 
 
@@ -211,7 +213,7 @@ def _runnable(judge: Judge, specs: tuple[LayerSpec, ...]) -> tuple[list[Setting]
     known = _RUNNABLE.setdefault(judge, {})
     if specs not in known:
         settings = settings_of(specs)
-        why = [judge.subject.supports_layer(setting.spec, setting.layout) for setting in settings]
+        why = [judge.why_not_laid_out(s.spec, s.layout, s.tokens_per_shard) for s in settings]
         pairs = list(zip(settings, why, strict=True))
         found = [setting for setting, sentence in pairs if sentence is None]
         if judge.subject.compiles and specs is not DISPATCH_SPECS:
@@ -224,8 +226,7 @@ def thin(settings: list[Setting]) -> list[Setting]:
     """A few settings: one for each requirement, strategy and expert degree, and one without any token."""
     kept = covering(settings, _wanted_by)
     if kept:
-        first = kept[0]
-        kept.append(Setting(spec=first.spec, layout=with_tokens(first.layout, 0)))
+        kept.append(replace(kept[0], tokens_per_shard=(0,) * len(kept[0].tokens_per_shard)))
     return kept
 
 
@@ -241,14 +242,8 @@ def _wanted_by(setting: Setting) -> frozenset:
     return frozenset(found | ({("groups",)} if layout.num_rank_groups > 1 and sharded else set()))
 
 
-def with_tokens(layout: ShardLayout, tokens: int) -> ShardLayout:
-    """The same with so many tokens on every shard."""
-    return layout.replace(tokens_per_shard=(tokens,) * len(layout.tokens_per_shard))
-
-
-def counts_of_kind(kind: str, layout: ShardLayout, rng: np.random.Generator) -> tuple[int, ...]:
+def counts_of_kind(kind: str, shards: int, rng: np.random.Generator) -> tuple[int, ...]:
     """Tokens of each shard."""
-    shards = len(layout.tokens_per_shard)
     if kind == "equal":
         return (int(rng.choice([1, 2, 3, 4, 5])),) * shards
     if kind == "prime":
@@ -260,24 +255,26 @@ def counts_of_kind(kind: str, layout: ShardLayout, rng: np.random.Generator) -> 
     return tuple((found_S * (kind != "empty")).tolist())
 
 
-def vary(judge: Judge, setting: Setting, counts: str, rng: np.random.Generator) -> ShardLayout:
-    """The layout with other tokens and another placement, where the subject supports that too."""
+def vary(judge: Judge, setting: Setting, counts: str, rng: np.random.Generator) -> Setting:
+    """The setting with other tokens and another placement, where the subject supports that too."""
     spec, layout = setting.spec, setting.layout
     # A plan is compiled in a fraction of what a layer takes.
     if judge.subject.compiles and (spec not in DISPATCH_SPECS or rng.random() < 0.6):
-        return layout
+        return setting
     for kind in (counts, "equal"):
-        other = layout.replace(tokens_per_shard=counts_of_kind(kind, layout, rng))
+        other, tokens_per_shard = layout, counts_of_kind(kind, layout.num_token_shards, rng)
         if layout.placement is not None:
             other = other.replace(placement=tuple(rng.permutation(spec.router.num_experts).tolist()))
-        if _valid(spec, other) is not None and judge.subject.supports_layer(spec, other) is None:
-            return other
-    return layout
+        if _valid(spec, other) is not None and judge.why_not_laid_out(spec, other, tokens_per_shard) is None:
+            return Setting(spec=spec, layout=other, tokens_per_shard=tokens_per_shard)
+    return setting
 
 
-def given_ids(spec: RouterSpec, layout: ShardLayout, load: str, rng: np.random.Generator) -> np.ndarray:
+def given_ids(
+    spec: RouterSpec, layout: ShardLayout, num_tokens: int, load: str, rng: np.random.Generator
+) -> np.ndarray:
     """(T, K) ids of a kind of load; the slots of a token are distinct, or unused."""
-    T, E, K = layout.num_tokens, spec.num_choices, spec.top_k
+    T, E, K = num_tokens, spec.num_choices, spec.top_k
     order_TE = rng.random((T, E))
     if load == "one_rank":  # everything that fits to one rank
         order_TE[:, list(layout.experts_of(int(rng.integers(layout.expert)), spec.num_experts))] -= 1
@@ -293,11 +290,12 @@ def given_ids(spec: RouterSpec, layout: ShardLayout, load: str, rng: np.random.G
 def make_layout_case(judge: Judge, check: LayoutCheck, setting: Setting, *, x, bias, load, counts, seed) -> LayoutCase:
     """The case of these choices."""
     rng, spec = np.random.default_rng(seed), setting.spec
-    layout = vary(judge, setting, counts, rng)
-    T, D = layout.num_tokens, spec.experts.dim
+    setting = vary(judge, setting, counts, rng)
+    laid_out: dict = {"layout": setting.layout, "tokens_per_shard": setting.tokens_per_shard}
+    layout, T, D = setting.layout, setting.num_tokens, spec.experts.dim
     inputs = layer_inputs(spec.router, T, check.inputs, rng)
     if spec.router.selector == "given":
-        inputs["given_ids_TK"] = given_ids(spec.router, layout, load, rng)
+        inputs["given_ids_TK"] = given_ids(spec.router, layout, T, load, rng)
 
     def draw() -> np.ndarray:
         size = {"normal": 1.0, "large": 8.0}[x]
@@ -306,7 +304,7 @@ def make_layout_case(judge: Judge, check: LayoutCheck, setting: Setting, *, x, b
     if check.method == "dispatch":  # the ids are all that it sees
         nothing = np.zeros((T, D))
         return LayoutCase(spec=spec, params=_no_params(spec), x_TD=nothing, d_output_TD=nothing, inputs=inputs,
-                          seed=seed, layout=layout)  # fmt: skip
+                          seed=seed, **laid_out)  # fmt: skip
     case = LayoutCase(
         spec=spec,
         params=_params(spec, layout, bias, rng),
@@ -314,7 +312,7 @@ def make_layout_case(judge: Judge, check: LayoutCheck, setting: Setting, *, x, b
         d_output_TD=rng.normal(size=(T, D)).astype(np.float32).astype(np.float64),
         inputs=inputs,
         seed=seed,
-        layout=layout,
+        **laid_out,
     )
     for _ in range(DRAWS):
         clear_T = stable_T(case, CLEARLY)
@@ -337,19 +335,18 @@ def _params(spec: LayerSpec, layout: ShardLayout, bias: str, rng: np.random.Gene
     return made
 
 
-def another_layout(judge: Judge, case: LayoutCase) -> ShardLayout | None:
-    """Another layout of the same tokens that the subject supports: any, or one rank where each costs a compilation."""
-    rng, one = case.rng(), ShardLayout(tokens_per_shard=(case.num_tokens,))
+def another_layout(judge: Judge, case: LayoutCase) -> LayoutCase | None:
+    """The same tokens on another layout that the subject supports: any, or one rank where each costs a compilation."""
+    rng, one = case.rng(), ShardLayout()
     others = [s.layout for s in _runnable(judge, LAYOUT_SPECS)[0] if s.spec == case.spec and s.layout != case.layout]
     tried = [] if judge.subject.compiles else [others[n] for n in rng.permutation(len(others))[:8]]
     for layout in (*filter(lambda layout: layout.buffer_factor is None, tried), one):
-        shards = len(layout.tokens_per_shard)
+        shards = layout.num_token_shards
         for counts in (rng.multinomial(case.num_tokens, np.full(shards, 1 / shards)), case.num_tokens // shards):
             spread = tuple(np.broadcast_to(counts, shards).tolist())
-            other = layout.replace(tokens_per_shard=spread)
-            fits = sum(spread) == case.num_tokens and other != case.layout
-            if fits and judge.subject.supports_layer(case.spec, other) is None:
-                return other
+            fits = sum(spread) == case.num_tokens and (layout, spread) != (case.layout, case.tokens_per_shard)
+            if fits and judge.why_not_laid_out(case.spec, layout, spread) is None:
+                return case.with_(layout=layout, tokens_per_shard=spread)
     return None
 
 

@@ -13,11 +13,11 @@ def layout_rows(case: LayerCase, token: int | None) -> list[tuple[str, str]]:
     if not isinstance(case, LayoutCase):
         return []
     layout = case.layout
-    rows = [("layout", " ".join(f"{name}={value}" for name, value in layout.to_dict().items()))]
+    rows = [("layout", " ".join(f"{name}={value}" for name, value in case.laid_out.items()))]
     if token is not None:
-        shard = next(s for s in range(layout.num_token_shards) if token < sum(layout.tokens_per_shard[: s + 1]))
+        shard = next(s for s in range(layout.num_token_shards) if token < sum(case.tokens_per_shard[: s + 1]))
         ranks = [rank for rank in range(layout.num_ranks) if layout.shard_of(rank) == shard]
-        rows.append((f"place[{token}]", f"token {token - sum(layout.tokens_per_shard[:shard])} of shard {shard}, "
+        rows.append((f"place[{token}]", f"token {token - sum(case.tokens_per_shard[:shard])} of shard {shard}, "
                                         f"on rank {', '.join(map(str, ranks))}"))  # fmt: skip
     return rows
 

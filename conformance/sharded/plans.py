@@ -10,7 +10,8 @@ import numpy as np
 
 from conformance.core.judge import Judge, NotRun, Violation
 from conformance.sharded.case import LayoutCase
-from moe_ref.dispatch import RankPlan, plan
+from moe_ref.dispatch import plan
+from moe_ref.strategies.base import RankPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ def _token(case: LayoutCase, rank: int, source: int, slot: int) -> int:
     """The number of a token among those of all shards."""
     group, layout = rank // case.layout.expert, case.layout
     shard = group * layout.shards_per_group + (source if layout.shards_per_group > 1 else 0)
-    return sum(layout.tokens_per_shard[:shard]) + slot // case.spec.router.top_k
+    return sum(case.tokens_per_shard[:shard]) + slot // case.spec.router.top_k
 
 
 def hold_sizes(case: LayoutCase, found: list[Plan], wanted: list[RankPlan], *names: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from conformance.layer.draw import SIGMOID
 from conformance.sharded.case import LayoutCase
 from moe_ref import UNUSED, ExpertSpec, LayerParams, LayerSpec, RouterSpec
-from moe_ref.specs.layout import STRATEGIES, ShardLayout
+from moe_ref.specs.layout import STRATEGY_FACTS, ShardLayout
 
 SIZES = (
     # ranks, experts, top_k, tokens of each shard
@@ -27,15 +27,15 @@ SIZES = (
 
 
 def worlds_of_dispatch() -> list[LayoutCase]:
-    """One case of each world, with every slot unused; node_dedup with a node for each rank."""
+    """One case of each world, with every slot unused; where nodes count, with one for each rank."""
     found = []
-    for (ranks, E, K, tokens), strategy in product(SIZES, STRATEGIES):
-        shards = tokens[:1] if strategy == "replicated" else tokens
-        nodes: dict[str, Any] = {"ranks_per_node": 1} if strategy == "node_dedup" else {}
-        layout = ShardLayout(expert=ranks, strategy=strategy, tokens_per_shard=shards, **nodes)
+    for (ranks, E, K, tokens), (strategy, facts) in product(SIZES, STRATEGY_FACTS.items()):
+        shards = tokens[:1] if facts.shares_tokens else tokens
+        nodes: dict[str, Any] = {"ranks_per_node": 1} if facts.by_node else {}
+        layout = ShardLayout(expert=ranks, strategy=strategy, **nodes)
         router = RouterSpec(num_experts=E, top_k=K, **SIGMOID, selector="given")
         spec = LayerSpec(router=router, experts=ExpertSpec(dim=2, hidden_dim=2))
-        found.append(_case(spec, layout, LayerParams.init(spec, 0), np.full((layout.num_tokens, K), UNUSED)))
+        found.append(_case(spec, layout, shards, LayerParams.init(spec, 0), np.full((sum(shards), K), UNUSED)))
     return found
 
 
@@ -44,12 +44,13 @@ def assignments(world: LayoutCase) -> Iterator[LayoutCase]:
     router = world.spec.router
     slots = product((UNUSED, *range(router.num_experts)), repeat=router.top_k)
     tokens = [ids for ids in slots if len({i for i in ids if i >= 0}) == sum(i >= 0 for i in ids)]
-    for assignment in product(tokens, repeat=world.layout.num_tokens):
+    for assignment in product(tokens, repeat=world.num_tokens):
         ids_TK = np.array(assignment, dtype=np.int64).reshape(-1, router.top_k)
-        yield _case(world.spec, world.layout, world.params, ids_TK)
+        yield _case(world.spec, world.layout, world.tokens_per_shard, world.params, ids_TK)
 
 
-def _case(spec: LayerSpec, layout: ShardLayout, params: LayerParams, ids_TK) -> LayoutCase:
+def _case(spec: LayerSpec, layout: ShardLayout, tokens_per_shard, params: LayerParams, ids_TK) -> LayoutCase:
     nothing = np.zeros((len(ids_TK), spec.experts.dim))
     inputs = {"given_ids_TK": ids_TK}
-    return LayoutCase(spec=spec, layout=layout, params=params, x_TD=nothing, d_output_TD=nothing, inputs=inputs)
+    return LayoutCase(spec=spec, layout=layout, tokens_per_shard=tokens_per_shard, params=params, x_TD=nothing,
+                      d_output_TD=nothing, inputs=inputs)  # fmt: skip

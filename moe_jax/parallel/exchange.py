@@ -1,237 +1,57 @@
-"""moe_jax, exchange: how the rows of a token shard reach the ranks of their experts, and come back.
+"""moe_jax, exchange: a rank's rows are planned, dispatched and brought back, as the strategy of the layout does it.
 
-    all_to_all         a block of rows for each rank, as large as any rank may need; one plain collective
-    ragged_all_to_all  exact runs of rows into one buffer, which may be too small; what finds no room is dropped
-    ring_of_experts    tokens, ids and weights are gathered, partial outputs reduce-scattered
-    replicated         every rank has the tokens; partial outputs are summed
+`EXCHANGES` has a class for each strategy; those are in `strategies.py`. To be called inside shard_map.
 
-To be called inside shard_map. Rows travel sorted by the place of their expert, then by token; a rank sorts what arrived
-by its own experts, and the rows of one expert stay in the order of their source ranks. Null experts and unused slots
-never travel. `moe_ref.dispatch` says the same, rank by rank.
-
-Legend: T tokens of a shard, K top_k, D model dim, E experts, e experts on this rank, S ranks of the expert axis,
-C rows of a block, A rows that arrive, R rows worked on.
+Legend: T tokens of a shard, K top_k, D model dim, E experts, R rows worked on.
 """
-
-from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from moe_jax import permute as local
-from moe_jax.parallel.collectives import ragged_all_to_all, vary
-from moe_jax.permute import RouteMetadata
-from moe_ref.specs.layout import ShardLayout
+from moe_jax.parallel.collectives import vary
+from moe_jax.parallel.strategies import Alone, Blocks, Exchange, Replicated, Ring, Runs, ShardMetadata
+from moe_ref.specs.layout import AXES, ShardLayout
 from moe_ref.specs.router import RouterSpec
 
-AXES = ("data", "fsdp", "expert", "tensor")
+EXCHANGES: dict[str, Exchange] = {
+    "all_to_all": Blocks(),
+    "ragged_all_to_all": Runs(),
+    "ring_of_experts": Ring(),
+    "replicated": Replicated(),
+}
+"""The strategies that moe_jax has."""
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class SentMetadata(RouteMetadata):
-    """Where each slot's row is among what a rank sends: some slots send no row, and some rows are nobody's."""
-
-    sent_TK: jax.Array
-    sent_R: jax.Array
-
-    @property
-    def has_expert_TK(self) -> jax.Array:
-        """(T, K) bools: whether each slot has a row, and it was admitted."""
-        return self.sent_TK
-
-    @property
-    def has_expert_R(self) -> jax.Array:
-        """(R,) bools: whether each row is a slot's."""
-        return self.sent_R
+def unsupported(layout: ShardLayout) -> str | None:
+    """Why moe_jax cannot run a layout; None where it can."""
+    if layout.strategy not in EXCHANGES:
+        return f"strategy is {layout.strategy!r}; moe_jax has {', '.join(EXCHANGES)}"
+    return None
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class ShardMetadata:
-    """One rank's part in an exchange: all that moving rows needs, there and back."""
-
-    slots: RouteMetadata | None
-    """From the slots of this shard to the rows it sends; None where it sends whole tokens, or none."""
-    rows: RouteMetadata
-    """From what arrived to rows sorted by local expert."""
-    send_sizes_S: jax.Array
-    """(S,) int32: rows for each rank of the expert axis; tokens with ring_of_experts."""
-    recv_sizes_S: jax.Array
-    input_offsets_S: jax.Array
-    """(S,) int32: where among the rows that it sends those for each rank begin."""
-    output_offsets_S: jax.Array
-    """(S,) int32: where in the buffer of each rank the rows from this one begin."""
-    overflow_1: jax.Array
-    """(1,) int32: rows that this rank had no room for."""
+def exchange_of(layout: ShardLayout) -> Exchange:
+    """One rank alone exchanges nothing, but may have a buffer that is too small."""
+    several = layout.expert > 1 or layout.buffer_factor is not None or layout.facts.shares_tokens
+    return EXCHANGES[layout.strategy] if several else Alone(EXCHANGES[layout.strategy])
 
 
-def exchange_strategy(layout: ShardLayout) -> str:
-    """The strategy; one rank alone exchanges nothing, but may have a buffer that is too small."""
-    return layout.strategy if layout.expert > 1 or layout.buffer_factor is not None else "replicated"
-
-
-def plan(expert_ids_TK, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
+def plan(expert_ids_TK: jax.Array, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
     """Where the slots of a shard go, and what arrives from all others; `layout` is that of the mesh.
 
     Args:
         expert_ids_TK: (T, K) ids of this shard; the experts of a token are distinct.
     """
-    places_TK = _places(expert_ids_TK, layout, router)
-    strategy = exchange_strategy(layout)
-    if strategy == "ring_of_experts":
-        return _plan_ring(places_TK, layout, router)
-    if strategy == "replicated":
-        here = _plan_here(vary(places_TK, ("expert",)), layout, router)
-        return here if layout.strategy == "replicated" else _to_itself(here, layout, len(places_TK))
-    home = local.permute(places_TK, router.num_experts)
-    sizes_SSe = lax.all_gather(home.group_sizes_E, "expert").reshape(layout.expert, layout.expert, -1)
-    if strategy == "all_to_all":
-        return _plan_blocks(home, sizes_SSe, layout, router)
-    return _plan_runs(home, sizes_SSe, layout, router)
-
-
-def _places(expert_ids_TK, layout: ShardLayout, router: RouterSpec):
-    """The place of each slot's expert; -1 without one."""
-    E = router.num_experts
-    has_expert_TK = (expert_ids_TK >= 0) & (expert_ids_TK < E)
-    if layout.placement is None:
-        return jnp.where(has_expert_TK, expert_ids_TK, -1)
-    place_of_E = jnp.asarray(np.argsort(layout.placement), jnp.int32)
-    return jnp.where(has_expert_TK, place_of_E[jnp.clip(expert_ids_TK, 0, E - 1)], -1)
-
-
-def slots_per_rank(layout: ShardLayout, router: RouterSpec) -> int:
-    """Rows that a token sends to one rank at most."""
-    # Ids that come from outside may repeat: a repeated one is a row of its own, and finds room.
-    distinct = router.selector not in ("given", "table")
-    return min(router.top_k, router.num_experts // layout.expert) if distinct else router.top_k
-
-
-def _plan_blocks(home: RouteMetadata, sizes_SSe, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
-    """A block of C rows for each rank; the rows of its run come first in it."""
-    S, (T, K) = layout.expert, home.row_of_slot_TK.shape
-    C, me = T * slots_per_rank(layout, router), lax.axis_index("expert")
-    wanted_SS = sizes_SSe.sum(axis=-1, dtype=jnp.int32)
-    begins_S = _starts(wanted_SS[me])
-    in_block_SC = jnp.broadcast_to(lax.iota(jnp.int32, C), (S, C))
-    sent_R = (in_block_SC < wanted_SS[me][:, None]).reshape(-1)
-    row_SC = jnp.minimum(begins_S[:, None] + in_block_SC, max(T * K - 1, 0))
-    # A place without a row reads any slot; it is not read in turn.
-    owner_TK = jnp.clip(jnp.searchsorted(begins_S, home.row_of_slot_TK, side="right").astype(jnp.int32) - 1, 0, S - 1)
-    block_row_TK = owner_TK * C + home.row_of_slot_TK - begins_S[owner_TK]
-    slots = SentMetadata(
-        group_sizes_E=home.group_sizes_E,
-        slot_of_row_R=home.slot_of_row_R[row_SC.reshape(-1)],
-        row_of_slot_TK=jnp.where(home.has_expert_TK, block_row_TK, 0),
-        sent_TK=home.has_expert_TK,
-        sent_R=sent_R,
-    )
-    arrived_Se = sizes_SSe[:, me]
-    expert_SC = jax.vmap(_expert_of_row)(arrived_Se, in_block_SC)
-    block_begins_S = C * lax.iota(jnp.int32, S)
-    return ShardMetadata(
-        slots=slots,
-        rows=local.permute(expert_SC.reshape(-1, 1), router.num_experts // S),
-        send_sizes_S=wanted_SS[me],
-        recv_sizes_S=wanted_SS[:, me],
-        input_offsets_S=block_begins_S,
-        output_offsets_S=jnp.full_like(block_begins_S, C) * me,
-        overflow_1=jnp.zeros_like(me, jnp.int32)[None],
-    )
-
-
-def _plan_runs(home: RouteMetadata, sizes_SSe, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
-    """Receivers admit sources in rank order, each source's rows in sending order, while there is room."""
-    S, (T, K) = layout.expert, home.row_of_slot_TK.shape
-    me, room = lax.axis_index("expert"), buffer_rows(layout, router, T)
-    wanted_SS = sizes_SSe.sum(axis=-1, dtype=jnp.int32)
-    ends_SS = jnp.minimum(jnp.cumsum(wanted_SS, axis=0), room)
-    begins_SS = jnp.concatenate([jnp.zeros_like(ends_SS[:1]), ends_SS[:-1]])
-    admitted_SS = ends_SS - begins_SS
-    input_offsets_S = _starts(wanted_SS[me])
-    row_R = lax.iota(jnp.int32, T * K)
-    owner_R = jnp.clip(jnp.searchsorted(input_offsets_S, row_R, side="right") - 1, 0, S - 1)
-    sent_R = row_R - input_offsets_S[owner_R] < admitted_SS[me][owner_R]
-    slots = SentMetadata(
-        group_sizes_E=home.group_sizes_E,
-        slot_of_row_R=home.slot_of_row_R,
-        row_of_slot_TK=home.row_of_slot_TK,
-        sent_TK=sent_R[home.row_of_slot_TK],
-        sent_R=sent_R,
-    )
-    # Of each source the first rows are admitted: its later experts lose theirs.
-    ends_Se = jnp.minimum(jnp.cumsum(sizes_SSe[:, me], axis=-1), admitted_SS[:, me, None])
-    kept_Se = jnp.diff(ends_Se, axis=-1, prepend=0)
-    flat_expert_A = _expert_of_row(kept_Se.reshape(-1), lax.iota(jnp.int32, room))
-    e = router.num_experts // S
-    expert_A = jnp.where(flat_expert_A < S * e, flat_expert_A % e, e)
-    return ShardMetadata(
-        slots=slots,
-        rows=local.permute(expert_A[:, None], e),
-        send_sizes_S=admitted_SS[me],
-        recv_sizes_S=admitted_SS[:, me],
-        input_offsets_S=input_offsets_S,
-        output_offsets_S=begins_SS[me],
-        overflow_1=(wanted_SS[:, me].sum(dtype=jnp.int32) - ends_SS[-1, me])[None],
-    )
-
-
-def buffer_rows(layout: ShardLayout, router: RouterSpec, num_tokens: int) -> int:
-    """Rows of the receive buffer for shards of so many tokens; more than the layout's where ids may repeat."""
-    if layout.buffer_factor is None:
-        return layout.expert * num_tokens * slots_per_rank(layout, router)
-    return layout.buffer_rows(layout.expert * num_tokens, router.num_experts, router.top_k)
-
-
-def _plan_ring(places_TK, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
-    """Each rank has the tokens of all, in the order of the ranks, and picks the rows of its own experts."""
-    T = len(places_TK)
-    here = _plan_here(_gather_tokens(places_TK), layout, router)
-    whole_S = jnp.full((layout.expert,), T, jnp.int32)
-    return replace(
-        here, send_sizes_S=whole_S, recv_sizes_S=whole_S, output_offsets_S=whole_S * lax.axis_index("expert")
-    )
-
-
-def _to_itself(here: ShardMetadata, layout: ShardLayout, num_tokens: int) -> ShardMetadata:
-    """One rank alone sends itself its rows, or its tokens where the strategy sends tokens."""
-    ring = layout.strategy == "ring_of_experts"
-    sizes_1 = jnp.array([num_tokens], jnp.int32) if ring else here.rows.group_sizes_E.sum(dtype=jnp.int32)[None]
-    return replace(here, send_sizes_S=sizes_1, recv_sizes_S=sizes_1)
-
-
-def _plan_here(places_TK, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
-    """The rows of this rank's experts among tokens that are here."""
-    e, S = router.num_experts // layout.expert, layout.expert
-    local_TK = places_TK - e * lax.axis_index("expert")
-    found = local.permute(jnp.where((local_TK >= 0) & (local_TK < e), local_TK, -1), e)
-    # Rows past the most that can be worked on are of the tail.
-    R = len(places_TK) * slots_per_rank(layout, router)
-    # What has an expert is said slot by slot: where all R rows are used, no row is left to point the others to.
-    rows = SentMetadata(
-        group_sizes_E=found.group_sizes_E,
-        slot_of_row_R=found.slot_of_row_R[:R],
-        row_of_slot_TK=jnp.where(found.has_expert_TK, found.row_of_slot_TK, 0),
-        sent_TK=found.has_expert_TK,
-        sent_R=found.has_expert_R[:R],
-    )
-    none_S = jnp.zeros((S,), jnp.int32)
-    return ShardMetadata(
-        slots=None,
-        rows=rows,
-        send_sizes_S=none_S,
-        recv_sizes_S=none_S,
-        input_offsets_S=none_S,
-        output_offsets_S=none_S,
-        overflow_1=jnp.zeros((1,), jnp.int32),
-    )
+    return exchange_of(layout).plan(_places(expert_ids_TK, layout, router), layout, router)
 
 
 def dispatch(
-    x_TD, metadata: ShardMetadata, layout: ShardLayout, *, input_weights_TK=None, buffer_fill=0.0
+    x_TD: jax.Array,
+    metadata: ShardMetadata,
+    layout: ShardLayout,
+    *,
+    input_weights_TK: jax.Array | None = None,
+    buffer_fill: float | jax.Array = 0.0,
 ) -> jax.Array:
     """The rows of this rank's experts, from the tokens of all ranks, sorted by expert; then the tail.
 
@@ -243,31 +63,16 @@ def dispatch(
     """
     x_TD = vary(x_TD, AXES)
     weights_TK = None if input_weights_TK is None else vary(input_weights_TK, AXES).astype(x_TD.dtype)
-    strategy = exchange_strategy(layout)
-    if metadata.slots is None:
-        if strategy == "ring_of_experts":
-            x_TD, weights_TK = jax.tree.map(_gather_tokens, (x_TD, weights_TK))
-        return _weighed(local.dispatch(x_TD, metadata.rows), weights_TK, metadata.rows)
-    sent_RD = _weighed(local.dispatch(x_TD, metadata.slots), weights_TK, metadata.slots)
-    fill = jnp.asarray(buffer_fill, x_TD.dtype)
-    if strategy == "all_to_all":
-        sent_RD = jnp.where(metadata.slots.has_expert_R[:, None], sent_RD, fill)
-        arrived_AD = lax.all_to_all(sent_RD, "expert", split_axis=0, concat_axis=0, tiled=True)
-    else:
-        arrived_AD = ragged_all_to_all(
-            sent_RD,
-            jnp.full((metadata.rows.slot_of_row_R.size, x_TD.shape[1]), fill),
-            metadata.input_offsets_S,
-            metadata.send_sizes_S,
-            metadata.output_offsets_S,
-            metadata.recv_sizes_S,
-            axis_name="expert",
-        )
-    return local.dispatch(arrived_AD, metadata.rows)
+    return exchange_of(layout).dispatch(x_TD, weights_TK, metadata, jnp.asarray(buffer_fill, x_TD.dtype))
 
 
 def unpermute(
-    rows_RD, metadata: ShardMetadata, layout: ShardLayout, *, output_weights_TK=None, buffer_fill=0.0
+    rows_RD: jax.Array,
+    metadata: ShardMetadata,
+    layout: ShardLayout,
+    *,
+    output_weights_TK: jax.Array | None = None,
+    buffer_fill: float | jax.Array = 0.0,
 ) -> jax.Array:
     """Each token's weighted sum of its rows, which come back from the ranks of their experts. Undoes `dispatch`.
 
@@ -275,58 +80,14 @@ def unpermute(
     is 0.
     """
     weights_TK = None if output_weights_TK is None else vary(output_weights_TK, AXES)
-    strategy = exchange_strategy(layout)
-    if metadata.slots is None:
-        if strategy == "replicated":
-            partial_TD = local.unpermute(rows_RD, metadata.rows, weights_TK)
-            # Where the expert axis has size 1 its tokens are its own.
-            return lax.psum(partial_TD, "expert") if layout.strategy == "replicated" else partial_TD
-        if weights_TK is not None:
-            weights_TK = _gather_tokens(weights_TK)
-        partial_TD = local.unpermute(rows_RD, metadata.rows, weights_TK)
-        if len(partial_TD) == 0:
-            return partial_TD
-        return lax.psum_scatter(partial_TD, "expert", scatter_dimension=0, tiled=True)
-    done_AD = local.unpermute(rows_RD, metadata.rows)
-    if strategy == "all_to_all":
-        back_RD = lax.all_to_all(done_AD, "expert", split_axis=0, concat_axis=0, tiled=True)
-    else:
-        back_RD = ragged_all_to_all(
-            done_AD,
-            jnp.full((metadata.slots.slot_of_row_R.size, rows_RD.shape[1]), jnp.asarray(buffer_fill, rows_RD.dtype)),
-            _swap(metadata.output_offsets_S),
-            metadata.recv_sizes_S,
-            _swap(metadata.input_offsets_S),
-            metadata.send_sizes_S,
-            axis_name="expert",
-        )
-    return local.unpermute(back_RD, metadata.slots, weights_TK)
+    return exchange_of(layout).unpermute(rows_RD, weights_TK, metadata, jnp.asarray(buffer_fill, rows_RD.dtype))
 
 
-def _weighed(rows_RD, weights_TK, metadata: RouteMetadata):
-    """Each row times the weight of its slot; rows of no slot stay as they are."""
-    if weights_TK is None:
-        return rows_RD
-    weight_R = weights_TK.reshape(-1).at[metadata.slot_of_row_R].get(mode="promise_in_bounds")
-    return rows_RD * jnp.where(metadata.has_expert_R, weight_R, 1)[:, None]
-
-
-def _gather_tokens(values_TD):
-    """The tokens of all ranks of the expert axis, in their order."""
-    if len(values_TD) == 0:
-        return values_TD  # a gather, or a reduce-scatter, of no rows never ends on CPU
-    return lax.all_gather(values_TD, "expert", axis=0, tiled=True)
-
-
-def _swap(offsets_S):
-    """Offsets that this rank has for each: those that each has for this rank."""
-    return lax.all_to_all(offsets_S, "expert", split_axis=0, concat_axis=0, tiled=True)
-
-
-def _starts(sizes_S):
-    return jnp.cumsum(sizes_S, dtype=jnp.int32) - sizes_S
-
-
-def _expert_of_row(sizes_E, row_R):
-    """The expert that each of these rows belongs to, rows being sorted by expert; E past the last."""
-    return jnp.searchsorted(jnp.cumsum(sizes_E, dtype=jnp.int32), row_R, side="right").astype(jnp.int32)
+def _places(expert_ids_TK, layout: ShardLayout, router: RouterSpec):
+    """The place of each slot's expert; -1 without one."""
+    E = router.num_experts
+    has_expert_TK = (expert_ids_TK >= 0) & (expert_ids_TK < E)
+    if layout.placement is None:
+        return jnp.where(has_expert_TK, expert_ids_TK, -1)
+    place_of_E = jnp.asarray(np.argsort(layout.placement), jnp.int32)
+    return jnp.where(has_expert_TK, place_of_E[jnp.clip(expert_ids_TK, 0, E - 1)], -1)

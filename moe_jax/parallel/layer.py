@@ -2,13 +2,13 @@
 
     mesh: data x fsdp x expert x tensor, laid out by `moe_ref.ShardLayout`
 
-Every rank works on its own tokens and experts; how rows travel is in `parallel_exchange.py`, what a rank does in each
-stage in `parallel_stages.py`. shard_map checks that what is returned as replicated is: no check is switched off.
+Every rank works on its own tokens and experts; how rows travel is in `exchange.py`, what a rank does in each
+stage in `stages.py`. shard_map checks that what is returned as replicated is: no check is switched off.
 
 Legend: T tokens of all shards, D model dim, E experts, K top_k, S ranks (data, fsdp, expert).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial, reduce
 from typing import Any
@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.experts import keep_tokens
-from moe_jax.parallel.exchange import AXES
+from moe_jax.parallel.exchange import unsupported
 from moe_jax.parallel.stages import (
     BY_RANK,
     EVERYWHERE,
@@ -29,18 +29,12 @@ from moe_jax.parallel.stages import (
     join_columns,
     param_specs,
     split,
-    stage_specs,
     token_axes,
 )
 from moe_jax.sparse_matmul import RouteOutput, check_tokens
 from moe_ref.specs.layer import LayerSpec
-from moe_ref.specs.layout import ShardLayout
+from moe_ref.specs.layout import AXES, ShardLayout
 from moe_ref.specs.params import LayerParams
-
-__all__ = [
-    "ShardedOutput", "Stages", "make_mesh", "param_specs", "place", "shard", "sharded_sparse_matmul", "split",
-    "stage_specs", "unplace", "use_cpu_devices",
-]  # fmt: skip
 
 
 @jax.tree_util.register_dataclass
@@ -59,14 +53,14 @@ class ShardedOutput:
 
 
 def sharded_sparse_matmul(
-    x_TD,
+    x_TD: jax.Array,
     params: LayerParams,
     spec: LayerSpec,
     layout: ShardLayout,
     mesh: Mesh,
     *,
-    token_mask_T=None,
-    buffer_fill=0.0,
+    token_mask_T: jax.Array | None = None,
+    buffer_fill: float | jax.Array = 0.0,
     split_stages: bool = False,
     precision: lax.PrecisionLike = None,
     implementation: str = "auto",
@@ -147,18 +141,19 @@ def _experts(get: Callable, stages: Stages, x_TD, decided: RouteOutput, plan, pa
 def check_layout(layout: ShardLayout, spec: LayerSpec, mesh: Mesh, num_tokens: int) -> None:
     """The layout fits the layer, the mesh and the tokens, and its strategy is one of JAX's."""
     layout.check(spec)
-    if layout.strategy == "node_dedup":
-        raise ValueError("strategy is 'node_dedup'; a JAX mesh has the other four")
-    if len(set(layout.tokens_per_shard)) > 1:
-        raise ValueError(f"tokens_per_shard is {layout.tokens_per_shard}; shards of a JAX array are equal")
-    if layout.num_tokens != num_tokens:
-        raise ValueError(f"tokens_per_shard sums to {layout.num_tokens}; x_TD has {num_tokens} tokens")
+    if (why_not := unsupported(layout)) is not None:
+        raise ValueError(why_not)
+    if num_tokens % layout.num_token_shards:
+        raise ValueError(
+            f"x_TD has {num_tokens} tokens, which the layout's {layout.num_token_shards} token shards do not divide; "
+            "shards of a JAX array are equal"
+        )
     sizes = {axis: getattr(layout, axis) for axis in AXES}
     if dict(mesh.shape) != sizes:
         raise ValueError(f"the mesh is {dict(mesh.shape)}; the layout needs {sizes}")
 
 
-def make_mesh(layout: ShardLayout, devices=None) -> Mesh:
+def make_mesh(layout: ShardLayout, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a layout; device i is its rank i."""
     found = jax.devices() if devices is None else list(devices)
     if len(found) < layout.num_ranks:

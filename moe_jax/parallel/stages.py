@@ -2,7 +2,7 @@
 
     route -> plan -> dispatch -> gmm_up -> activate -> gmm_down -> unpermute -> join
 
-Each stage runs under a shard_map of its own, with the specs of `stage_specs`, or all of them in one (`parallel.py`).
+Each stage runs under a shard_map of its own, with the specs of `stage_specs`, or all of them in one (`layer.py`).
 
 Legend: T tokens of a shard, K top_k, D model dim, F expert hidden dim, E experts, R rows of this rank.
 """
@@ -22,10 +22,10 @@ from moe_jax.balance import tokens_per_expert
 from moe_jax.experts import null_output, shared_output
 from moe_jax.parallel import exchange
 from moe_jax.parallel.collectives import vary
-from moe_jax.parallel.exchange import AXES, ShardMetadata
+from moe_jax.parallel.strategies import ShardMetadata
 from moe_jax.sparse_matmul import RouteOutput
 from moe_ref.specs.layer import LayerSpec
-from moe_ref.specs.layout import ShardLayout
+from moe_ref.specs.layout import AXES, ShardLayout
 from moe_ref.specs.params import LayerParams
 
 P = PartitionSpec
@@ -41,7 +41,7 @@ INPUTS = {"token_mask_T", "token_ids_T", "given_ids_TK", "given_weights_TK"}
 
 def token_axes(layout: ShardLayout) -> tuple[str, ...]:
     """The mesh axes over which tokens are spread."""
-    return RANKS[:2] if layout.strategy == "replicated" else RANKS
+    return RANKS[:2] if layout.facts.shares_tokens else RANKS
 
 
 def param_specs(params: LayerParams, spec: LayerSpec, layout: ShardLayout) -> LayerParams:
@@ -108,7 +108,7 @@ class Stages:
     def __init__(self, spec: LayerSpec, layout: ShardLayout, **options):
         self.spec, self.layout, self.options = spec, layout, options
 
-    def route(self, x_TD, params: LayerParams, by_token: dict, others: dict) -> RouteOutput:
+    def route(self, x_TD: jax.Array, params: LayerParams, by_token: dict, others: dict) -> RouteOutput:
         """Each rank routes its own tokens."""
         inputs, router = {**by_token, **others}, self.spec.router
         # A number for each shard: what depends on the place of a token in the batch, or is drawn.
@@ -122,29 +122,30 @@ class Stages:
             logits_TE, router, expert_bias_E=params.expert_bias_E, learned_scale=params.learned_scale, **inputs
         )[0]
 
-    def chunk(self, tokens, *, index: int):
+    def chunk(self, tokens: Any, *, index: int) -> Any:
         """Chunk `index` of the tokens of this shard, of any tree of arrays with an entry for each token."""
-        sizes = self.layout.chunk_sizes(len(jax.tree.leaves(tokens)[0]))
-        begin = sum(sizes[:index])
-        return jax.tree.map(lambda a: a[begin : begin + sizes[index]], tokens)
+        chunk = self.layout.chunks(len(jax.tree.leaves(tokens)[0]))[index]
+        return jax.tree.map(lambda array: array[chunk], tokens)
 
-    def concatenate(self, chunks: list):
+    def concatenate(self, chunks: list[jax.Array]) -> jax.Array:
         """The chunks of this shard's tokens as one array; undoes `chunk`."""
         return jnp.concatenate(chunks)
 
-    def plan(self, expert_ids_TK) -> ShardMetadata:
+    def plan(self, expert_ids_TK: jax.Array) -> ShardMetadata:
         """Where rows go; `RouteOutput` is not asked again, so that counts do not depend on chunks."""
         return exchange.plan(expert_ids_TK, self.layout, self.spec.router)
 
-    def dispatch(self, x_TD, decided: RouteOutput, metadata: ShardMetadata, buffer_fill, *, chunk: int = 0):
+    def dispatch(
+        self, x_TD: jax.Array, decided: RouteOutput, metadata: ShardMetadata, buffer_fill: jax.Array, *, chunk: int = 0
+    ) -> jax.Array:
         """The rows of this rank's experts, one chunk of the model dim."""
         weights_TK = decided.weights_TK if self.spec.router.weight_on == "input" else None
         x_TC = self._columns(x_TD, chunk)
-        return exchange.dispatch(
-            x_TC, metadata, self.layout, input_weights_TK=weights_TK, buffer_fill=buffer_fill
-        )  # fmt: skip
+        return exchange.dispatch(x_TC, metadata, self.layout, input_weights_TK=weights_TK, buffer_fill=buffer_fill)
 
-    def gmm_up(self, rows_RD, params: LayerParams, metadata: ShardMetadata, *, chunk: int = 0):
+    def gmm_up(
+        self, rows_RD: jax.Array, params: LayerParams, metadata: ShardMetadata, *, chunk: int = 0
+    ) -> tuple[jax.Array | None, jax.Array]:
         """One chunk's part of the gate and up projections; weights are gathered over fsdp, one chunk at a time."""
         w_gate_EDF, w_up_EDF = self._whole("w_gate_EDF", params, chunk), self._whole("w_up_EDF", params, chunk)
         options = dict(self.options)
@@ -153,11 +154,15 @@ class Stages:
             options["preferred_element_type"] = jnp.promote_types(rows_RD.dtype, jnp.float32)
         return sparse_matmul.gmm_up(rows_RD, w_gate_EDF, w_up_EDF, metadata.rows, **options)
 
-    def activate(self, gate_RF, up_RF, params: LayerParams, metadata: ShardMetadata, *, dtype):
+    def activate(
+        self, gate_RF: jax.Array | None, up_RF: jax.Array, params: LayerParams, metadata: ShardMetadata, *, dtype: Any
+    ) -> jax.Array:
         """Biases and activation, on this rank's slice of F; in the dtype of the tokens."""
         return sparse_matmul.activate(gate_RF, up_RF, params, metadata.rows, self.spec.experts).astype(dtype)
 
-    def gmm_down(self, hidden_RF, params: LayerParams, metadata: ShardMetadata, *, chunk: int = 0):
+    def gmm_down(
+        self, hidden_RF: jax.Array, params: LayerParams, metadata: ShardMetadata, *, chunk: int = 0
+    ) -> jax.Array:
         """One chunk of the output rows; those of tensor ranks are partial sums, with the bias in the first."""
         b_down_ED = self._whole("b_down_ED", params, chunk)
         if b_down_ED is not None:
@@ -165,7 +170,9 @@ class Stages:
         w_down_EFD = self._whole("w_down_EFD", params, chunk)
         return sparse_matmul.gmm_down(hidden_RF, w_down_EFD, b_down_ED, metadata.rows, **self.options)
 
-    def unpermute(self, rows_RD, decided: RouteOutput, metadata: ShardMetadata, buffer_fill):
+    def unpermute(
+        self, rows_RD: jax.Array, decided: RouteOutput, metadata: ShardMetadata, buffer_fill: jax.Array
+    ) -> jax.Array:
         """One chunk of the weighted sums of this shard's tokens, summed over tensor ranks last."""
         # A weight that is on the input is not applied again.
         weights_TK = decided.weights_TK if self.spec.router.weight_on == "output" else None
@@ -174,7 +181,7 @@ class Stages:
         )
         return lax.psum(partial_TD, "tensor")
 
-    def join(self, routed_TD, x_TD, decided: RouteOutput, params: LayerParams):
+    def join(self, routed_TD: jax.Array, x_TD: jax.Array, decided: RouteOutput, params: LayerParams) -> jax.Array:
         """Null experts and shared experts are the token's own rank's, and join once."""
         router, spec = self.spec.router, self.spec
         summed_TD = routed_TD + null_output(x_TD, decided.expert_ids_TK, decided.weights_TK, router)
@@ -192,7 +199,7 @@ class Stages:
         joined_TD = scaled_TD + shared_TD
         return joined_TD / 2 if spec.shared.combine == "average" else joined_TD
 
-    def count(self, expert_ids_TK):
+    def count(self, expert_ids_TK: jax.Array) -> jax.Array:
         """Rows of each expert on the whole mesh, by expert id, the same on every rank."""
         return tokens_per_expert(expert_ids_TK, self.spec.router.num_experts, axis_name=token_axes(self.layout))
 
@@ -216,7 +223,7 @@ class Stages:
         return x_TD if n == 1 else x_TD.reshape(T, parts, n, D // n // parts)[:, :, chunk].reshape(T, D // n)
 
 
-def join_columns(chunks: list, spec: LayerSpec, layout: ShardLayout):
+def join_columns(chunks: list[jax.Array], spec: LayerSpec, layout: ShardLayout) -> jax.Array:
     """The chunks of the model dim as one array again; undoes `Stages._columns`."""
     if len(chunks) == 1:
         return chunks[0]

@@ -5,6 +5,7 @@ Each rank adds its part to the gradient of what it computes with; the sum over a
 Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, R rows on this rank, S shared experts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -40,7 +41,9 @@ class ShardedGradients:
     """The sum, reduce-scattered over fsdp: in the shape of what each rank stores (`holdings.held`)."""
 
 
-def sharded_backward(trace: ShardedTrace, params: LayerParams, spec: LayerSpec, d_output_by_shard) -> ShardedGradients:
+def sharded_backward(
+    trace: ShardedTrace, params: LayerParams, spec: LayerSpec, d_output_by_shard: Sequence[np.ndarray]
+) -> ShardedGradients:
     """The gradient of the sum over all shards of sum(d_output_TD * output_TD); the choice is a constant of it.
 
     Args:
@@ -98,7 +101,14 @@ def sharded_backward(trace: ShardedTrace, params: LayerParams, spec: LayerSpec, 
     )
 
 
-def _work_backward(chunk: ChunkTrace, own_params: LayerParams, spec: LayerSpec, d_slots, d_slot_inputs, partial):
+def _work_backward(
+    chunk: ChunkTrace,
+    own_params: LayerParams,
+    spec: LayerSpec,
+    d_slots: list[np.ndarray],
+    d_slot_inputs: list[np.ndarray],
+    partial: dict[str, np.ndarray],
+) -> None:
     """A rank's experts backwards: the gradients of its rows go back to their slots, summed over the tensor ranks."""
     K = spec.router.top_k
     d_rows_RD = np.zeros_like(chunk.output_RD)
@@ -113,8 +123,13 @@ def _work_backward(chunk: ChunkTrace, own_params: LayerParams, spec: LayerSpec, 
 
 
 def _start_backward(
-    shard: ShardTrace, params: LayerParams, spec: LayerSpec, d_slot_inputs_TKD, d_weights_TK, d_shared_TD
-):
+    shard: ShardTrace,
+    params: LayerParams,
+    spec: LayerSpec,
+    d_slot_inputs_TKD: np.ndarray,
+    d_weights_TK: np.ndarray,
+    d_shared_TD: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """What a shard computed on its own, backwards: its tokens, its weights, and gate, scales and shared experts."""
     d_x_routed_TD, d_weights_at_input_TK = weigh_inputs_backward(
         d_slot_inputs_TKD, shard.x_TD, shard.routing.weights_TK, spec.router

@@ -8,7 +8,8 @@
 * tensor: each rank has a slice of F of the routed experts; its outputs are partial sums. Shared experts are whole.
 
 A token shard is the tokens of one rank, counted before the tensor axis: tensor ranks share their shard's tokens.
-With strategy "replicated" the ranks of a rank group share them too.
+How many tokens a shard has is the batch's, not the layout's: uneven, and 0, is allowed.
+With some strategies ("replicated") the ranks of a rank group share them too.
 
 Legend: T tokens, D model dim, F expert hidden dim, E experts, e experts on this rank, K top_k, S ranks, R rows.
 """
@@ -16,7 +17,7 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, e experts on this
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Self
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -25,7 +26,53 @@ from moe_ref.specs.checks import integer, number, one_of, require
 from moe_ref.specs.layer import LayerSpec
 from moe_ref.specs.router import RouterSpec
 
-STRATEGIES = ("all_to_all", "ragged_all_to_all", "ring_of_experts", "replicated", "node_dedup")
+AXES = ("data", "fsdp", "expert", "tensor")
+"""The axes of the mesh; ranks are numbered with the last one fastest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyFacts:
+    """What a dispatch strategy is to a layout, and to whoever lays out a layer. How it moves rows is not data."""
+
+    summary: str
+    """What travels, in one sentence."""
+    shares_tokens: bool = False
+    """The ranks of a rank group have the same tokens: they are one token shard."""
+    has_buffer: bool = False
+    """A receiver has a buffer of fixed size, which buffer_factor may make too small."""
+    by_node: bool = False
+    """Which ranks are on one node decides what travels."""
+    partial_sums: str = "one"
+    """How the output of a token is added up: "one" sum of all its rows; or partial sums, one of each "rank" of the
+    expert axis, or of each "node"."""
+
+
+STRATEGY_FACTS: dict[str, StrategyFacts] = {
+    "all_to_all": StrategyFacts(summary="A rank sends each slot to the owner of its expert, in exact splits."),
+    "ragged_all_to_all": StrategyFacts(
+        summary="The same, into a receive buffer of fixed size; what finds no room is dropped.", has_buffer=True
+    ),
+    "ring_of_experts": StrategyFacts(
+        summary="Tokens are gathered over the rank group, and partial outputs reduce-scattered.", partial_sums="rank"
+    ),
+    "replicated": StrategyFacts(
+        summary="The rank group shares its tokens, nothing is sent, and partial outputs are summed.",
+        shares_tokens=True,
+        partial_sums="rank",
+    ),
+    "node_dedup": StrategyFacts(
+        summary="A token crosses once to each node that has experts of it, then fans out inside the node.",
+        by_node=True,
+        partial_sums="node",
+    ),
+}
+"""The strategies by name, and the one list of them that needs no algorithm. `moe_ref.strategies` has those."""
+
+
+def even_pieces(total: int, num_pieces: int) -> tuple[int, ...]:
+    """Sizes of pieces as even as can be: the first total % num_pieces have one more."""
+    size, larger = divmod(total, num_pieces)
+    return tuple(size + (piece < larger) for piece in range(num_pieces))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +84,6 @@ class ShardLayout(Spec):
             layer is checked by `check(spec)`.
     """
 
-    tokens_per_shard: tuple[int, ...]
-    """Tokens of each token shard. The shards are (data, fsdp, expert) in rank order; with strategy "replicated"
-    (data, fsdp) alone. Uneven, and 0, is allowed."""
-
     # mesh
     data: int = 1
     fsdp: int = 1
@@ -48,9 +91,7 @@ class ShardLayout(Spec):
     tensor: int = 1
 
     strategy: str = "all_to_all"
-    """all_to_all: exact splits. ragged_all_to_all: into a buffer of fixed size. ring_of_experts: tokens are gathered
-    over the rank group, partial outputs reduce-scattered. replicated: the rank group shares its tokens, partial
-    outputs are summed. node_dedup: a token crosses to a node once, then fans out inside it."""
+    """A name of `STRATEGY_FACTS`, which says what each is."""
     placement: tuple[int, ...] | None = None
     """placement[i] is the expert at place i; rank e of the expert axis owns places [e*E/expert, (e+1)*E/expert).
     None: expert i at place i."""
@@ -64,19 +105,13 @@ class ShardLayout(Spec):
     num_emb_chunks: int = 1
     """The gate and up projections are summed over this many equal pieces of D."""
     buffer_factor: float | None = None
-    """ragged_all_to_all alone: a receiver has room for this many times the rows of balanced load. None: for the
+    """Of a strategy that has a buffer: a receiver has room for this many times the rows of balanced load. None: for the
     worst case. See `buffer_rows`."""
 
     def __post_init__(self):
         for field in ("data", "fsdp", "expert", "tensor", "num_token_chunks", "num_emb_chunks"):
             integer(field, getattr(self, field), 1)
-        one_of("strategy", self.strategy, STRATEGIES)
-        object.__setattr__(self, "tokens_per_shard", _ints("tokens_per_shard", self.tokens_per_shard))
-        require(
-            len(self.tokens_per_shard) == self.num_token_shards,
-            f"tokens_per_shard has {len(self.tokens_per_shard)} entries; with strategy {self.strategy!r} and mesh "
-            f"{self.data} x {self.fsdp} x {self.expert} there are {self.num_token_shards} token shards",
-        )
+        one_of("strategy", self.strategy, STRATEGY_FACTS)
         if self.placement is not None:
             object.__setattr__(self, "placement", _ints("placement", self.placement))
             require(
@@ -99,9 +134,10 @@ class ShardLayout(Spec):
     def _check_buffer(self):
         if self.buffer_factor is not None:
             number("buffer_factor", self.buffer_factor, above=0.0)
+            with_buffer = ", ".join(repr(name) for name, facts in STRATEGY_FACTS.items() if facts.has_buffer)
             require(
-                self.strategy == "ragged_all_to_all",
-                f"buffer_factor is {self.buffer_factor!r} with strategy {self.strategy!r}; only 'ragged_all_to_all' "
+                self.facts.has_buffer,
+                f"buffer_factor is {self.buffer_factor!r} with strategy {self.strategy!r}; only {with_buffer} "
                 "has a buffer",
             )
 
@@ -141,6 +177,11 @@ class ShardLayout(Spec):
                 f"nodes: expert {first_of_group} is on node {home}, expert {expert_id} on node {node}",
             )
 
+    @property
+    def facts(self) -> StrategyFacts:
+        """What its strategy is."""
+        return STRATEGY_FACTS[self.strategy]
+
     # ranks and shards
 
     @property
@@ -155,18 +196,13 @@ class ShardLayout(Spec):
 
     @property
     def num_token_shards(self) -> int:
-        """Token shards of the mesh."""
+        """Token shards of the mesh: (data, fsdp, expert) in rank order; (data, fsdp) where ranks share tokens."""
         return self.num_rank_groups * self.shards_per_group
 
     @property
     def shards_per_group(self) -> int:
         """Token shards of one rank group: one for each of its ranks, or one in all where it is replicated."""
-        return 1 if self.strategy == "replicated" else self.expert
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all shards."""
-        return sum(self.tokens_per_shard)
+        return 1 if self.facts.shares_tokens else self.expert
 
     def rank(self, d: int, f: int, e: int, t: int = 0) -> int:
         """The number of the rank at these coordinates."""
@@ -192,10 +228,6 @@ class ShardLayout(Spec):
     def shards_of_group(self, group: int) -> range:
         """The token shards of a rank group, in rank order."""
         return range(group * self.shards_per_group, (group + 1) * self.shards_per_group)
-
-    def tokens_of_group(self, group: int) -> int:
-        """Tokens of all shards of a rank group."""
-        return sum(self.tokens_per_shard[shard] for shard in self.shards_of_group(group))
 
     # experts
 
@@ -242,14 +274,12 @@ class ShardLayout(Spec):
 
     def chunk_sizes(self, num_tokens: int) -> tuple[int, ...]:
         """Chunks are consecutive tokens, as even as can be: the first num_tokens % num_token_chunks have one more."""
-        size, larger = divmod(num_tokens, self.num_token_chunks)
-        return tuple(size + (chunk < larger) for chunk in range(self.num_token_chunks))
+        return even_pieces(num_tokens, self.num_token_chunks)
 
-    def chunk(self, index: int) -> Self:
-        """The layout of one token chunk, itself not chunked."""
-        integer("index", index, 0, self.num_token_chunks - 1, why="num_token_chunks")
-        tokens = tuple(self.chunk_sizes(num_tokens)[index] for num_tokens in self.tokens_per_shard)
-        return self.replace(tokens_per_shard=tokens, num_token_chunks=1)
+    def chunks(self, num_tokens: int) -> list[slice]:
+        """The tokens of each chunk, of a shard of so many."""
+        ends = accumulate(self.chunk_sizes(num_tokens), initial=0)
+        return [slice(begin, end) for begin, end in pairwise(ends)]
 
     def buffer_rows(self, num_tokens: int, num_experts: int, top_k: int) -> int:
         """Rows of a receive buffer of ragged_all_to_all, for a rank group of num_tokens tokens (of one chunk).

@@ -17,14 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from moe_ref.specs.layout import ShardLayout
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
     """Where this rank stands in a mesh, and how the layer lies over it."""
 
     mesh: DeviceMesh
-    strategy: str
-    placement: tuple[int, ...] | None
+    layout: ShardLayout
     groups: dict[str, dist.ProcessGroup]
     """By axis; an axis of one rank has none."""
 

@@ -2,7 +2,7 @@
 
     AllToAllTokenDispatcher     each rank has its own tokens, and sends each slot to the rank that has its expert
     ReplicatedTokenDispatcher   all ranks have the same tokens; each works on the slots of its own experts
-    NodeDedupTokenDispatcher    a token crosses to a node once, then fans out inside it (`parallel_nodes.py`)
+    NodeDedupTokenDispatcher    a token crosses to a node once, then fans out inside it (`nodes.py`)
 
 A place is a position of an expert in the order of the ranks: rank e owns places e * E/S and on. Nothing here depends
 on how experts are placed but where rows go: each token's slots are added up in the order k = 0 .. K-1.
@@ -13,12 +13,14 @@ N = T * K slots, R rows received.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_ref.specs.layout import even_pieces
+from moe_ref.specs.router import RouterSpec
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation, TokenDispatcher
 from moe_torch.experts import GroupedExperts, uses_grouped_mm
 from moe_torch.moe import run_experts
@@ -50,7 +52,7 @@ class Plan:
 
 
 class ParallelTokenDispatcher(TokenDispatcher):
-    """What the dispatchers of this file share: places, token chunks, and ranks that share tokens.
+    """What the dispatchers share: places, token chunks, and ranks that share tokens.
 
     Args:
         num_experts: experts that do work, on all ranks of the group together.
@@ -62,7 +64,7 @@ class ParallelTokenDispatcher(TokenDispatcher):
     """
 
     parallel: Parallel | None = None
-    """Where the rank stands, for a layer that `parallelize` divided."""
+    """Where the rank stands; `of` sets it."""
 
     def __init__(
         self,
@@ -74,19 +76,39 @@ class ParallelTokenDispatcher(TokenDispatcher):
         placement: Sequence[int] | None = None,
         num_token_chunks: int = 1,
     ):
-        if num_token_chunks < 1:
-            raise ValueError(f"num_token_chunks is {num_token_chunks}; it is at least 1")
         self.num_experts = num_experts
         self.num_choices = num_choices
         self.group = group
         self.shared = shared
         self.num_token_chunks = num_token_chunks
-        self.experts_per_rank = checked_placement(num_experts, 1 if group is None else group.size(), placement)
+        self.experts_per_rank = num_experts // (1 if group is None else group.size())
         self.local = LocalTokenDispatcher(num_experts, num_choices)
         # Null experts follow the experts, wherever those are placed.
         self.expert_of_place = None
         if placement is not None and list(placement) != list(range(num_experts)):
             self.expert_of_place = [*placement, *range(num_experts, num_choices)]
+
+    @classmethod
+    def of(cls, router: RouterSpec, parallel: Parallel) -> Self:
+        """The dispatcher of this rank, for a layout that fits the router."""
+        layout, groups = parallel.layout, parallel.groups
+        axes = ("expert", "tensor") if layout.facts.shares_tokens else ("tensor",)
+        dispatcher = cls(
+            router.num_experts,
+            router.num_choices,
+            groups.get("expert"),
+            shared=Shared(tuple(groups[axis] for axis in axes if axis in groups)),
+            placement=layout.placement,
+            num_token_chunks=layout.num_token_chunks,
+            **cls.further_groups(parallel),
+        )
+        dispatcher.parallel = parallel
+        return dispatcher
+
+    @classmethod
+    def further_groups(cls, parallel: Parallel) -> dict[str, dist.ProcessGroup]:
+        """What it needs besides the ranks of the expert axis, by the name of its argument."""
+        return {}
 
     def places(self, expert_ids_TK: Tensor) -> Tensor:
         """The place of each expert; ids that are none are left as they are."""
@@ -100,7 +122,7 @@ class ParallelTokenDispatcher(TokenDispatcher):
 
     def permute(self, expert_ids_TK: Tensor) -> Chunks:
         """Slots sorted by place, chunk by chunk; the first T % C chunks have a token more than the others."""
-        places = self.places(expert_ids_TK).split(chunk_sizes(len(expert_ids_TK), self.num_token_chunks))
+        places = self.places(expert_ids_TK).split(even_pieces(len(expert_ids_TK), self.num_token_chunks))
         of_chunk: tuple = tuple(self.permute_places(places_TK) for places_TK in places)
         counts_E = self.local.permute(expert_ids_TK).tokens_per_expert_E
         return Chunks(of_chunk=of_chunk, tokens_per_expert_E=counts_E)
@@ -109,11 +131,20 @@ class ParallelTokenDispatcher(TokenDispatcher):
         """What `run_chunks` needs of one chunk: here the slots that it sends away."""
         return self.local.permute(places_TK)
 
-    def run(self, experts, x_TD: Tensor, permutation: Chunks, weights_TK: Tensor, *, on_input: bool) -> Tensor:
+    def run(
+        self, experts: GroupedExperts, x_TD: Tensor, permutation: Chunks, weights_TK: Tensor, *, on_input: bool
+    ) -> Tensor:
         """dispatch, experts and combine; the next chunk is on its way while the experts work on this one."""
         return _run(self, experts, x_TD, permutation, weights_TK, on_input)
 
-    def run_chunks(self, experts: GroupedExperts, xs, permutations, weights, on_input: bool) -> list[Tensor]:
+    def run_chunks(
+        self,
+        experts: GroupedExperts,
+        xs: Sequence[Tensor],
+        permutations: Sequence,
+        weights: Sequence[Tensor],
+        on_input: bool,
+    ) -> list[Tensor]:
         """The output of each chunk, of this rank's part of the experts where `shared` has others."""
         raise NotImplementedError
 
@@ -176,7 +207,14 @@ class AllToAllTokenDispatcher(ParallelTokenDispatcher):
         weights_R1 = weights_TK.flatten().to(wide).index_select(0, plan.slot_R)[:, None]
         return plan.rows.sums(returned_RD.to(wide) * weights_R1).to(returned_RD.dtype)
 
-    def run_chunks(self, experts, xs, permutations, weights, on_input):
+    def run_chunks(
+        self,
+        experts: GroupedExperts,
+        xs: Sequence[Tensor],
+        permutations: Sequence[Permutation],
+        weights: Sequence[Tensor],
+        on_input: bool,
+    ) -> list[Tensor]:
         plans = self.plan(permutations)
         inputs = [weights_TK if on_input else None for weights_TK in weights]
         pending = self.dispatch(xs[0], plans[0], inputs[0])
@@ -215,7 +253,14 @@ class ReplicatedTokenDispatcher(ParallelTokenDispatcher):
         is_own_TK = (places_TK >= first) & (places_TK < first + self.experts_per_rank)
         return self.own.permute((places_TK - first).masked_fill(~is_own_TK, -1))
 
-    def run_chunks(self, experts, xs, permutations, weights, on_input):
+    def run_chunks(
+        self,
+        experts: GroupedExperts,
+        xs: Sequence[Tensor],
+        permutations: Sequence[Permutation],
+        weights: Sequence[Tensor],
+        on_input: bool,
+    ) -> list[Tensor]:
         return [
             run_experts(experts, self.own, x_TD, permutation, weights_TK, on_input=on_input)
             for x_TD, permutation, weights_TK in zip(xs, permutations, weights, strict=True)
@@ -225,7 +270,7 @@ class ReplicatedTokenDispatcher(ParallelTokenDispatcher):
 def _run_in_eager_mode(
     dispatcher: ParallelTokenDispatcher, experts, x_TD, permutation: Chunks, weights_TK, on_input: bool
 ):
-    sizes = chunk_sizes(len(x_TD), dispatcher.num_token_chunks)
+    sizes = even_pieces(len(x_TD), dispatcher.num_token_chunks)
     xs = dispatcher.shared.enter(x_TD).split(sizes)
     weights = dispatcher.shared.enter(weights_TK).split(sizes)
     outputs = dispatcher.run_chunks(experts, xs, permutation.of_chunk, weights, on_input)
@@ -234,22 +279,3 @@ def _run_in_eager_mode(
 
 # Sizes are read on the host, and a graph must not reorder collectives: there is nothing to compile.
 _run: Any = torch.compiler.disable(_run_in_eager_mode)
-
-
-def chunk_sizes(num_tokens: int, num_chunks: int) -> list[int]:
-    """As even as can be: the first num_tokens % num_chunks chunks have one token more."""
-    size, larger = divmod(num_tokens, num_chunks)
-    return [size + (chunk < larger) for chunk in range(num_chunks)]
-
-
-def checked_placement(num_experts: int, num_ranks: int, placement: Sequence[int] | None) -> int:
-    """Experts on each rank.
-
-    Raises:
-        ValueError: the experts cannot be divided evenly, or the placement is no permutation of them.
-    """
-    if num_experts % num_ranks:
-        raise ValueError(f"expert is {num_ranks}, which does not divide num_experts ({num_experts})")
-    if placement is not None and sorted(placement) != list(range(num_experts)):
-        raise ValueError(f"placement is {list(placement)}; it has each of 0 .. {num_experts - 1} once")
-    return num_experts // num_ranks

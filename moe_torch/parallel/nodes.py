@@ -10,13 +10,18 @@ of that node. This is what makes node-limited routing (arXiv:2412.19437) pay.
 Legend: T tokens, K top_k, D model dim, M nodes, R tokens sent across, Q tokens that land here.
 """
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
-from moe_torch.parallel.collectives import exchange
+from moe_ref.specs.checks import require
+from moe_torch.experts import GroupedExperts
+from moe_torch.parallel.collectives import Parallel, exchange
 from moe_torch.parallel.dispatch import AllToAllTokenDispatcher, ParallelTokenDispatcher
 from moe_torch.parallel.rows import Rows
 
@@ -53,16 +58,31 @@ class NodeDedupTokenDispatcher(ParallelTokenDispatcher):
         self.experts_per_node = self.experts_per_rank * inside.size()
         self.inside = AllToAllTokenDispatcher(self.experts_per_node, self.experts_per_node, inside)
 
-    def permute_places(self, places_TK):
+    @classmethod
+    def further_groups(cls, parallel: Parallel) -> dict[str, dist.ProcessGroup]:
+        """The ranks across nodes, and those inside this one."""
+        nodes = mesh_of_nodes(parallel.mesh, parallel.layout.node_size)
+        return {"across": nodes.get_group("node"), "inside": nodes.get_group("position")}
+
+    def permute_places(self, places_TK: Tensor) -> Tensor:
         return places_TK
 
-    def run_chunks(self, experts, xs, permutations, weights, on_input):
+    def run_chunks(
+        self,
+        experts: GroupedExperts,
+        xs: Sequence[Tensor],
+        permutations: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        on_input: bool,
+    ) -> list[Tensor]:
         return [
             self.run_chunk(experts, x_TD, places_TK, weights_TK, on_input)
             for x_TD, places_TK, weights_TK in zip(xs, permutations, weights, strict=True)
         ]
 
-    def run_chunk(self, experts, x_TD: Tensor, places_TK: Tensor, weights_TK: Tensor, on_input: bool) -> Tensor:
+    def run_chunk(
+        self, experts: GroupedExperts, x_TD: Tensor, places_TK: Tensor, weights_TK: Tensor, on_input: bool
+    ) -> Tensor:
         """One chunk: across, inside, and back."""
         crossing = self.plan(places_TK)
         arriving = [
@@ -93,3 +113,21 @@ class NodeDedupTokenDispatcher(ParallelTokenDispatcher):
         sizes_to_M, sizes_from_M = torch.stack([to_M, from_M]).tolist()
         rows = Rows(token_R=goes_MT.nonzero()[:, 1], order_R=None, sizes=sizes_to_M, num_tokens=len(places_TK))
         return Crossing(rows, sizes_to_M, sizes_from_M)
+
+
+def mesh_of_nodes(mesh: DeviceMesh, ranks_per_node: int) -> DeviceMesh:
+    """The mesh with its expert axis divided into node and position; the same object for the same arguments."""
+    size = dist.get_world_size()
+    # New groups are made by all processes together.
+    require(mesh.size() == size, f"the mesh has {mesh.size()} of {size} ranks; for strategy 'node_dedup' it has all")
+    # An equal mesh of another life of torch.distributed has other groups.
+    return _mesh_of_nodes(mesh, ranks_per_node, dist.group.WORLD)
+
+
+@lru_cache(maxsize=32)
+def _mesh_of_nodes(mesh: DeviceMesh, ranks_per_node: int, _world) -> DeviceMesh:
+    names = mesh.mesh_dim_names or ()
+    axis = names.index("expert")
+    ranks = mesh.mesh.unflatten(axis, (-1, ranks_per_node))
+    divided = (*names[:axis], "node", "position", *names[axis + 1 :])
+    return DeviceMesh(mesh.device_type, ranks, mesh_dim_names=divided)

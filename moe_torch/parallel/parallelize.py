@@ -1,8 +1,8 @@
 """moe_torch, parallel: one layer over the ranks of a DeviceMesh. `parallelize` takes a whole layer and leaves a part.
 
     mesh = init_device_mesh("cuda", (2, 8), mesh_dim_names=("fsdp", "expert"))
-    parallelize(moe, mesh)                  # each rank keeps its own experts, and its piece of them
-    moe(x).backward(d_output)               # each rank with its own tokens
+    parallelize(moe, mesh, ShardLayout(fsdp=2, expert=8))   # each rank keeps its own experts, and its piece of them
+    moe(x).backward(d_output)                               # each rank with its own tokens
     sync_gradients(moe)
 
 Axes of the mesh, each of which may be absent: data and fsdp (other tokens, the same layer), expert (other experts),
@@ -14,13 +14,12 @@ all tokens would. Who wants a mean over ranks divides the loss.
 
 * Experts: a rank sees the rows of all tokens of its expert axis, so what is missing is the sum over data and fsdp.
 * Router and shared experts: each rank knows its own tokens alone, so the sum over the expert axis is missing as well.
-  Where ranks have the same tokens (the tensor axis; the expert axis with strategy "replicated") the partial gradients
+  Where ranks have the same tokens (the tensor axis; with some strategies the expert axis) the partial gradients
   of what enters the experts are summed in the backward pass itself, and nothing is missing.
 * With FSDP2 the sums over data and fsdp are its own reduce-scatter and all-reduce, set to sum instead of to average.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,117 +28,83 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
-from moe_ref.specs.checks import integer, one_of, require
+from moe_ref.specs.checks import require
+from moe_ref.specs.layout import AXES, ShardLayout
 from moe_torch.dispatcher import LocalTokenDispatcher
 from moe_torch.moe import MoE
-from moe_torch.parallel.collectives import Parallel, Shared, sum_in_place
+from moe_torch.parallel.collectives import Parallel, sum_in_place
 from moe_torch.parallel.dispatch import (
     AllToAllTokenDispatcher,
     ParallelTokenDispatcher,
     ReplicatedTokenDispatcher,
-    checked_placement,
 )
 from moe_torch.parallel.nodes import NodeDedupTokenDispatcher
 from moe_torch.parallel.params import keep_own_experts, parallel_of
 
-AXES = ("data", "fsdp", "expert", "tensor")
-STRATEGIES = ("all_to_all", "replicated", "node_dedup")
+DISPATCHERS: dict[str, type[ParallelTokenDispatcher]] = {
+    "all_to_all": AllToAllTokenDispatcher,
+    "replicated": ReplicatedTokenDispatcher,
+    "node_dedup": NodeDedupTokenDispatcher,
+}
+"""The strategies that moe_torch has."""
 
 
-def parallelize(
-    moe: MoE,
-    mesh: DeviceMesh,
-    *,
-    strategy: str = "all_to_all",
-    placement: Sequence[int] | None = None,
-    ranks_per_node: int | None = None,
-    num_token_chunks: int = 1,
-    **fully_shard_options,
-) -> MoE:
+def unsupported(layout: ShardLayout) -> str | None:
+    """Why moe_torch cannot run a layout; None where it can."""
+    if layout.strategy not in DISPATCHERS:
+        return f"strategy is {layout.strategy!r}; moe_torch has {', '.join(DISPATCHERS)}"
+    if layout.num_emb_chunks > 1:
+        return f"num_emb_chunks is {layout.num_emb_chunks}; moe_torch does not divide a projection into pieces of D"
+    return None
+
+
+def parallelize(moe: MoE, mesh: DeviceMesh, layout: ShardLayout, **fully_shard_options: Any) -> MoE:
     """Leaves each rank its own part of a whole layer, which is the same on all ranks; changes it, and returns it.
 
     Args:
         moe: on any device, meta included.
-        mesh: with axes of `AXES`, in any order; every rank of it makes this call. It may be a part of a larger mesh,
-            but for node_dedup.
-        strategy: all_to_all: a rank has its own tokens, and rows travel. node_dedup: the same, but a token crosses to a
-            node once. replicated: the ranks of the expert axis have the same tokens, and nothing travels.
-        placement: placement[i] is the expert at place i; rank e of the expert axis owns places e * E/S and on. None:
-            expert i at place i.
-        ranks_per_node: consecutive ranks of the expert axis on one node; None: all. For node_dedup.
-        num_token_chunks: exchanges that a rank's tokens are divided over, so that one is on its way while the experts
-            work on another. The result is the same.
+        mesh: its axes are of data, fsdp, expert and tensor, in any order, and have the sizes that the layout says; an
+            axis that it has not is 1 there. Every rank of it makes this call. It may be a part of a larger mesh, but
+            for node_dedup.
+        layout: how the layer lies over the mesh. With several token chunks one is on its way while the experts work on
+            another.
         fully_shard_options: for `torch.distributed.fsdp.fully_shard`, where the mesh has an fsdp axis.
 
     Raises:
-        ValueError: the layout does not fit the layer or the mesh; it names field, value and bound.
+        ValueError: the layout does not fit the layer or the mesh, or is one that moe_torch has not; it names field,
+            value and bound.
     """
-    one_of("strategy", strategy, STRATEGIES)
-    integer("num_token_chunks", num_token_chunks, 1)
     require(isinstance(moe.dispatcher, LocalTokenDispatcher), "the layer is parallel already")
-    names = mesh.mesh_dim_names or ()
-    for name in names or (None,):
-        require(name in AXES, f"the mesh has an axis {name!r}; its axes are of {', '.join(AXES)}")
-    groups = {name: mesh.get_group(name) for dim, name in enumerate(names) if mesh.size(dim) > 1}
-    parallel = Parallel(
-        mesh=mesh, strategy=strategy, placement=None if placement is None else tuple(placement), groups=groups
-    )
+    why_not = unsupported(layout)
+    require(why_not is None, str(why_not))
+    layout.check(moe.spec)
+    groups = _groups(mesh, layout)
     require(
         not fully_shard_options or "fsdp" in groups,
         f"{', '.join(fully_shard_options)} is given for fully_shard, but the mesh has no fsdp axis",
     )
-    E, F = moe.spec.router.num_experts, moe.spec.experts.hidden_dim
-    checked_placement(E, parallel.size("expert"), placement)
-    require(F % parallel.size("tensor") == 0, f"tensor is {parallel.size('tensor')}, which does not divide "
-            f"hidden_dim ({F})")  # fmt: skip
-
-    moe.dispatcher = _dispatcher(moe, parallel, ranks_per_node, num_token_chunks)
-    moe.dispatcher.parallel = parallel
+    parallel = Parallel(mesh=mesh, layout=layout, groups=groups)
+    # One rank on the expert axis has nothing to exchange.
+    dispatcher = DISPATCHERS[layout.strategy] if "expert" in groups else ReplicatedTokenDispatcher
+    moe.dispatcher = dispatcher.of(moe.spec.router, parallel)
     keep_own_experts(moe.experts, parallel)
     if "fsdp" in groups:
         _shard_fully(moe, parallel, fully_shard_options)
     return moe
 
 
-def _dispatcher(
-    moe: MoE, parallel: Parallel, ranks_per_node: int | None, num_token_chunks: int
-) -> ParallelTokenDispatcher:
-    """The dispatcher of a strategy. One rank on the expert axis has nothing to exchange."""
-    S, strategy = parallel.size("expert"), parallel.strategy
-    if ranks_per_node is not None:
-        integer("ranks_per_node", ranks_per_node, 1, S, why="the expert axis")
-        require(S % ranks_per_node == 0, f"ranks_per_node is {ranks_per_node}, which does not divide the expert "
-                f"axis ({S})")  # fmt: skip
-    group = parallel.groups.get("expert")
-    axes = ("expert", "tensor") if strategy == "replicated" else ("tensor",)
-    shared = Shared(tuple(parallel.groups[axis] for axis in axes if axis in parallel.groups))
-    choices = moe.spec.router.num_experts, moe.spec.router.num_choices
-    options: dict = {"shared": shared, "placement": parallel.placement, "num_token_chunks": num_token_chunks}
-    if group is None or strategy == "replicated":
-        return ReplicatedTokenDispatcher(*choices, group, **options)
-    if strategy == "all_to_all":
-        return AllToAllTokenDispatcher(*choices, group, **options)
-    nodes = mesh_of_nodes(parallel.mesh, ranks_per_node or S)
-    across, inside = nodes.get_group("node"), nodes.get_group("position")
-    return NodeDedupTokenDispatcher(*choices, group, across=across, inside=inside, **options)
-
-
-def mesh_of_nodes(mesh: DeviceMesh, ranks_per_node: int) -> DeviceMesh:
-    """The mesh with its expert axis divided into node and position; the same object for the same arguments."""
-    size = dist.get_world_size()
-    # New groups are made by all processes together.
-    require(mesh.size() == size, f"the mesh has {mesh.size()} of {size} ranks; for strategy 'node_dedup' it has all")
-    # An equal mesh of another life of torch.distributed has other groups.
-    return _mesh_of_nodes(mesh, ranks_per_node, dist.group.WORLD)
-
-
-@lru_cache(maxsize=32)
-def _mesh_of_nodes(mesh: DeviceMesh, ranks_per_node: int, _world) -> DeviceMesh:
+def _groups(mesh: DeviceMesh, layout: ShardLayout) -> dict[str, dist.ProcessGroup]:
+    """The process group of each axis that has several ranks, of a mesh that is the layout's."""
     names = mesh.mesh_dim_names or ()
-    axis = names.index("expert")
-    ranks = mesh.mesh.unflatten(axis, (-1, ranks_per_node))
-    divided = (*names[:axis], "node", "position", *names[axis + 1 :])
-    return DeviceMesh(mesh.device_type, ranks, mesh_dim_names=divided)
+    for name in names or (None,):
+        require(name in AXES, f"the mesh has an axis {name!r}; its axes are of {', '.join(AXES)}")
+    sizes = {name: mesh.size(dim) for dim, name in enumerate(names)}
+    needed = {axis: getattr(layout, axis) for axis in AXES}
+    require(
+        all(sizes.get(axis, 1) == size for axis, size in needed.items()),
+        f"the mesh is {sizes}; the layout needs {needed}",
+    )
+    return {name: mesh.get_group(name) for name, size in sizes.items() if size > 1}
 
 
 def _shard_fully(moe: MoE, parallel: Parallel, options: dict) -> None:
@@ -168,7 +133,7 @@ def sync_gradients(moe: MoE) -> None:
     """
     parallel = parallel_of(moe)
     axes_of_experts = [] if "fsdp" in parallel.groups else ["data"]
-    axes_of_others = [*axes_of_experts, *(["expert"] if parallel.strategy != "replicated" else [])]
+    axes_of_others = [*axes_of_experts, *([] if parallel.layout.facts.shares_tokens else ["expert"])]
     own = {id(parameter) for parameter in moe.experts.parameters()}
     for is_expert, axes in ((True, axes_of_experts), (False, axes_of_others)):
         gradients = [

@@ -48,10 +48,7 @@ def keep_own_experts(experts: GroupedExperts, parallel: Parallel) -> None:
 
 def own_experts(num_experts: int, parallel: Parallel) -> list[int]:
     """The ids of the experts at this rank's places."""
-    per_rank = num_experts // parallel.size("expert")
-    first = parallel.rank("expert") * per_rank
-    placement = parallel.placement or range(num_experts)
-    return list(placement[first : first + per_rank])
+    return list(parallel.layout.experts_of(parallel.rank("expert"), num_experts))
 
 
 @torch.no_grad()
@@ -98,7 +95,8 @@ def _gathered(own: dict[str, Tensor], parallel: Parallel) -> dict[str, Tensor]:
     if "expert" in parallel.groups:
         parts = gather(list(found.values()), parallel.groups["expert"])
         found = {name: torch.cat(of_ranks) for name, of_ranks in zip(found, parts, strict=True)}
-    if parallel.placement is None:
+    placement = parallel.layout.placement
+    if placement is None:
         return found
-    place_of_expert = sorted(range(len(parallel.placement)), key=parallel.placement.__getitem__)
+    place_of_expert = sorted(range(len(placement)), key=placement.__getitem__)
     return {name: value[torch.tensor(place_of_expert, device=value.device)] for name, value in found.items()}

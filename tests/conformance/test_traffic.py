@@ -12,7 +12,7 @@ from conformance.pictures.traffic import line as line_of
 from conformance.run.cli import EXIT_USAGE, main
 from moe_ref import RouterSpec, ShardLayout, plan
 from moe_ref.specs.families import family
-from moe_ref.specs.layout import STRATEGIES
+from moe_ref.strategies import STRATEGIES
 from moe_ref.traffic import demand, exact_traffic
 
 SMALL = ("--tokens", "256", "--ep", "16", "--ranks-per-node", "4", "--dim", "64")
@@ -48,7 +48,7 @@ def test_its_counts_are_those_of_the_plan(strategy):
         ids_by_shard = [ids for _, ids in blocks(spec, layout, options)]
         if strategy == "replicated":
             ids_by_shard = [np.concatenate(ids_by_shard[8 * group : 8 * group + 8]) for group in range(2)]
-        mesh = layout.replace(strategy=strategy, tokens_per_shard=tuple(map(len, ids_by_shard)))
+        mesh = layout.replace(strategy=strategy)
         plans = plan(ids_by_shard, mesh, spec)
         exact = [exact_traffic(plans[8 * group : 8 * group + 8], mesh) for group in range(2)]
         found = line_of(strategy, name, demand(blocks(spec, layout, options), layout, spec), layout, spec)
@@ -76,8 +76,8 @@ def test_how_groups_lie_on_nodes_is_said(num_groups, num_experts, sentence):
     router = RouterSpec(
         num_experts=num_experts, top_k=1, num_expert_groups=num_groups, num_limited_groups=num_groups and 1
     )
-    layout = ShardLayout(expert=4, ranks_per_node=2, tokens_per_shard=(1,) * 4)
-    assert sentence in heading(router, layout, argparse.Namespace(family="mine", dim=1, bytes=1))[1]
+    layout = ShardLayout(expert=4, ranks_per_node=2)
+    assert sentence in heading(router, layout, argparse.Namespace(family="mine", tokens=4, dim=1, bytes=1))[1]
 
 
 def test_bytes_are_rows_times_width():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.parallel.layer import (
+from moe_jax.parallel import (
     make_mesh,
     param_specs,
     place,
@@ -64,35 +64,30 @@ GIVEN = LayerSpec(
 )
 
 
-def layout(tokens: int, **changes) -> ShardLayout:
-    """A layout with as many tokens on each shard."""
-    axes = ("data", "fsdp") if changes.get("strategy") == "replicated" else ("data", "fsdp", "expert")
-    return ShardLayout(tokens_per_shard=(tokens,) * int(np.prod([changes.get(a, 1) for a in axes])), **changes)
-
-
 PLACEMENT = (3, 1, 2, 0, 7, 6, 4, 5)
-RAGGED = layout(5, data=2, expert=4, strategy="ragged_all_to_all")
-RING = layout(4, fsdp=2, expert=4, strategy="ring_of_experts", num_emb_chunks=2)
+RAGGED = ShardLayout(data=2, expert=4, strategy="ragged_all_to_all")
+RING = ShardLayout(fsdp=2, expert=4, strategy="ring_of_experts", num_emb_chunks=2)
 CASES = {
-    "all_to_all, tensor parallel": (DEEPSEEK, layout(5, expert=4, tensor=2, placement=PLACEMENT)),
-    "ragged_all_to_all, data parallel": (LLAMA, RAGGED),
-    "ring_of_experts, fsdp, chunks of the model dim": (DEEPSEEK, RING),
+    "all_to_all, tensor parallel": (DEEPSEEK, ShardLayout(expert=4, tensor=2, placement=PLACEMENT), 5),
+    "ragged_all_to_all, data parallel": (LLAMA, RAGGED, 5),
+    "ring_of_experts, fsdp, chunks of the model dim": (DEEPSEEK, RING, 4),
     "replicated, fsdp, tensor parallel, uneven chunks of tokens": (
         LLAMA,
-        layout(5, fsdp=2, expert=2, tensor=2, strategy="replicated", num_token_chunks=2),
+        ShardLayout(fsdp=2, expert=2, tensor=2, strategy="replicated", num_token_chunks=2),
+        5,
     ),
     # K = E: each rank has as many rows as it ever can, and no tail.
-    "ring_of_experts, every expert of every token": (EVERY, layout(3, expert=2, strategy="ring_of_experts")),
-    "fsdp alone": (INKLING, layout(3, fsdp=8)),
-    "fsdp that does not divide D, tensor that does not divide shared F": (INKLING, layout(7, fsdp=3, tensor=2)),
+    "ring_of_experts, every expert of every token": (EVERY, ShardLayout(expert=2, strategy="ring_of_experts"), 3),
+    "fsdp alone": (INKLING, ShardLayout(fsdp=8), 3),
+    "fsdp that does not divide D, tensor that does not divide shared F": (INKLING, ShardLayout(fsdp=3, tensor=2), 7),
 }
 
 
-def case(spec, layout, seed=0, crowded=None):
-    """Tokens, parameters, output gradients and a mask; what belongs to a padding token is NaN."""
+def case(spec, layout, tokens, seed=0, crowded=None):
+    """So many tokens on each shard, parameters, output gradients and a mask; what belongs to padding is NaN."""
     rng = np.random.default_rng(seed)
-    x_TD, d_output_TD = rng.standard_normal((2, layout.num_tokens, spec.experts.dim))
-    mask_T = rng.random(layout.num_tokens) > 0.2
+    x_TD, d_output_TD = rng.standard_normal((2, layout.num_token_shards * tokens, spec.experts.dim))
+    mask_T = rng.random(len(x_TD)) > 0.2
     x_TD[~mask_T], d_output_TD[~mask_T] = np.nan, np.nan
     params = LayerParams.init(spec, seed)
     if crowded is not None:
@@ -160,26 +155,26 @@ def check_whole(spec, layout, x_TD, params, d_output_TD, mask_T, fill=0.0, **opt
 
 @pytest.mark.parametrize("name", CASES)
 def test_output_and_gradients_are_those_of_one_rank_on_every_device(name):
-    spec, layout = CASES[name]
-    check_whole(spec, layout, *case(spec, layout))
+    spec, layout, tokens = CASES[name]
+    check_whole(spec, layout, *case(spec, layout, tokens))
 
 
 @pytest.mark.parametrize("fill", POISONS)
 @pytest.mark.parametrize("name", [name for name in CASES if "all_to_all" in name])
 def test_what_buffer_rows_held_that_nobody_sent_reaches_nothing(name, fill):
-    spec, layout = CASES[name]
-    check_whole(spec, layout, *case(spec, layout, seed=1), fill)
+    spec, layout, tokens = CASES[name]
+    check_whole(spec, layout, *case(spec, layout, tokens, seed=1), fill)
 
 
 @pytest.mark.parametrize("crowded", [[0], [3, 5], slice(0, 2)])
 @pytest.mark.parametrize("name", ["all_to_all, tensor parallel", "ring_of_experts, fsdp, chunks of the model dim"])
 def test_crowded_and_empty_experts_and_ranks_are_right(name, crowded):
-    spec, layout = CASES[name]
-    check_whole(spec, layout, *case(spec, layout, seed=2, crowded=crowded))
+    spec, layout, tokens = CASES[name]
+    check_whole(spec, layout, *case(spec, layout, tokens, seed=2, crowded=crowded))
 
 
 def test_parameters_lie_where_their_specs_say():
-    spec, layout = CASES["all_to_all, tensor parallel"]
+    spec, layout, _ = CASES["all_to_all, tensor parallel"]
     params, mesh = LayerParams.init(spec), make_mesh(layout)
     lying = shard(place(params, layout), spec, layout, mesh)
     for device, piece in zip(mesh.devices.flat, lying.w_up_EDF.addressable_shards, strict=True):
@@ -196,16 +191,16 @@ def test_parameters_lie_where_their_specs_say():
 
 @lru_cache
 def truncating(factor):
-    return replace(RAGGED, data=1, tokens_per_shard=(6,) * 4, buffer_factor=factor, num_token_chunks=2)
+    return replace(RAGGED, data=1, buffer_factor=factor, num_token_chunks=2)
 
 
 def given_case(load: str):
     rng = np.random.default_rng(3)
     layout = truncating(0.75)
-    x_TD, params, d_output_TD, mask_T = case(GIVEN, layout, seed=3)
-    ids_TK = np.argsort(rng.random((layout.num_tokens, 8)), axis=-1)[:, :2]
+    x_TD, params, d_output_TD, mask_T = case(GIVEN, layout, 6, seed=3)
+    ids_TK = np.argsort(rng.random((len(x_TD), 8)), axis=-1)[:, :2]
     if load == "one rank":
-        ids_TK = np.argsort(rng.random((layout.num_tokens, 2)), axis=-1)
+        ids_TK = np.argsort(rng.random((len(x_TD), 2)), axis=-1)
     ids_TK[rng.random(ids_TK.shape) < 0.1] = -1
     return x_TD, params, d_output_TD, mask_T, ids_TK
 
@@ -234,20 +229,19 @@ def test_a_full_buffer_drops_the_slots_that_the_reference_drops(load, fill):
     ("changes", "message"),
     [
         ({"strategy": "node_dedup"}, "strategy is 'node_dedup'"),
-        ({"tokens_per_shard": (5, 4) * 4}, "shards of a JAX array are equal"),
-        ({"tokens_per_shard": (4,) * 8}, "sums to 32; x_TD has 40 tokens"),
-        ({"data": 1, "tensor": 2, "tokens_per_shard": (10,) * 4}, "the layout needs {'data': 1"),
+        ({"data": 3}, "x_TD has 40 tokens, which the layout's 12 token shards do not divide"),
+        ({"data": 1, "tensor": 2}, "the layout needs {'data': 1"),
         ({"expert": 2, "data": 4, "num_emb_chunks": 3}, "num_emb_chunks is 3"),
     ],
 )
 def test_a_layout_that_does_not_fit_is_an_error(changes, message):
-    x_TD, params, _, _ = case(LLAMA, RAGGED)
+    x_TD, params, _, _ = case(LLAMA, RAGGED, 5)
     with pytest.raises(ValueError, match=message):
         sharded_sparse_matmul(x_TD, params, LLAMA, replace(RAGGED, **changes), make_mesh(RAGGED))
 
 
 def test_a_mesh_needs_a_device_for_each_rank():
     with pytest.raises(ValueError, match="the layout has 16 ranks; there are 8 devices"):
-        make_mesh(layout(1, expert=4, data=4))
+        make_mesh(ShardLayout(expert=4, data=4))
     with pytest.raises(RuntimeError, match="JAX has started with 8 CPU devices, 9 are needed"):
         use_cpu_devices(9)

@@ -6,28 +6,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_parallel import CASES, DEEPSEEK, POISONS, SAME, case, check_whole, layout
+from test_parallel import CASES, DEEPSEEK, POISONS, SAME, case, check_whole
 
+from moe_jax.parallel import Stages, make_mesh, param_specs, place, split, stage_specs, unplace
 from moe_jax.parallel.exchange import plan
-from moe_jax.parallel.layer import Stages, make_mesh, param_specs, place, split, stage_specs, unplace
 from moe_jax.parallel.stages import BY_RANK, HIDDEN, ROWS, P
 from moe_ref.backward.layer import layer_backward
 from moe_ref.dispatch import plan as reference_plan
 from moe_ref.layer import moe_layer
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
+from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.params import LayerParams
 from moe_ref.specs.router import RouterSpec
 
-TAILED = layout(4, expert=4, fsdp=2, strategy="ragged_all_to_all", placement=(3, 1, 2, 0, 7, 6, 4, 5))
+TAILED = ShardLayout(expert=4, fsdp=2, strategy="ragged_all_to_all", placement=(3, 1, 2, 0, 7, 6, 4, 5))
 
-CHUNKED = layout(5, fsdp=2, expert=2, num_token_chunks=2)
+CHUNKED = ShardLayout(fsdp=2, expert=2, num_token_chunks=2)
 PLAIN = LayerSpec(
     router=RouterSpec(num_experts=4, top_k=2, score_func="sigmoid"), experts=ExpertSpec(dim=16, hidden_dim=4)
 )
 
 
 def test_split_stages_are_the_layer_of_one_rank():
-    check_whole(PLAIN, CHUNKED, *case(PLAIN, CHUNKED, seed=4), split_stages=True)
+    check_whole(PLAIN, CHUNKED, *case(PLAIN, CHUNKED, 5, seed=4), split_stages=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=())
@@ -73,7 +74,7 @@ def soiled_layer(get, stages, mesh):
 def test_poison_in_every_tail_between_stages_reaches_nothing_forward_or_backward():
     spec, layout = DEEPSEEK, TAILED
     rng = np.random.default_rng(5)
-    x_TD, d_output_TD = rng.standard_normal((2, layout.num_tokens, spec.experts.dim))
+    x_TD, d_output_TD = rng.standard_normal((2, 4 * layout.num_token_shards, spec.experts.dim))
     params, mesh, stages = LayerParams.init(spec, 5), make_mesh(layout), Stages(spec, layout)
     trace = moe_layer(x_TD, params, spec)
     expected = layer_backward(trace, params, spec, d_output_TD)
@@ -91,7 +92,7 @@ def test_poison_in_every_tail_between_stages_reaches_nothing_forward_or_backward
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_stage_has_specs_and_every_parameter_a_place(name):
-    spec, layout = CASES[name]
+    spec, layout, _ = CASES[name]
     params = LayerParams.init(spec)
     specs = stage_specs(params, spec, layout)
     assert list(specs)[:1] == ["route"]
@@ -101,16 +102,16 @@ def test_every_stage_has_specs_and_every_parameter_a_place(name):
 
 @pytest.mark.parametrize("strategy", ["all_to_all", "ragged_all_to_all", "ring_of_experts", "replicated"])
 def test_sizes_and_offsets_are_those_of_the_reference(strategy):
-    tested = layout(3, data=2, expert=4, strategy=strategy, placement=TAILED.placement)
+    tested = ShardLayout(data=2, expert=4, strategy=strategy, placement=TAILED.placement)
     rng = np.random.default_rng(6)
-    ids_TK = np.argsort(rng.random((tested.num_tokens, 8)), axis=-1)[:, :3]
+    ids_TK = np.argsort(rng.random((3 * tested.num_token_shards, 8)), axis=-1)[:, :3]
     ids_TK[rng.random(ids_TK.shape) < 0.3] = -1
-    tokens = P(("data", "fsdp") if strategy == "replicated" else ("data", "fsdp", "expert"))
+    tokens = P(("data", "fsdp") if tested.facts.shares_tokens else ("data", "fsdp", "expert"))
     planned = jax.shard_map(
         lambda ids_TK: plan(ids_TK, tested, DEEPSEEK.router), mesh=make_mesh(tested), in_specs=tokens, out_specs=BY_RANK
     )
     found = jax.jit(planned)(ids_TK.astype(np.int32))
-    expected = reference_plan(np.split(ids_TK, len(tested.tokens_per_shard)), tested, DEEPSEEK)
+    expected = reference_plan(np.split(ids_TK, tested.num_token_shards), tested, DEEPSEEK)
     for name in ("send_sizes_S", "recv_sizes_S"):
         np.testing.assert_array_equal(getattr(found, name), np.concatenate([getattr(p, name) for p in expected]))
     sizes = np.concatenate([p.group_sizes_e for p in expected])
@@ -122,7 +123,7 @@ def test_sizes_and_offsets_are_those_of_the_reference(strategy):
 
 @pytest.mark.parametrize("strategy", ["all_to_all", "ragged_all_to_all", "ring_of_experts", "replicated"])
 def test_no_tokens_are_planned_without_waiting_for_any(strategy):
-    empty = layout(0, expert=4, strategy=strategy)
+    empty = ShardLayout(expert=4, strategy=strategy)
     stage = split(Stages(DEEPSEEK, empty), LayerParams.init(DEEPSEEK), make_mesh(empty))("plan")
     found = jax.jit(stage)(np.zeros((0, 3), np.int32))
     np.testing.assert_array_equal(found.rows.group_sizes_E, np.zeros(8))

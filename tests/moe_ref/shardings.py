@@ -36,18 +36,15 @@ def layer_spec(name):
     return LayerSpec(router=spec, experts=EXPERTS, shared=shared, gate_bias=True)
 
 
-def layout_of(strategy, mesh, rng, most=5):
-    """A layout with uneven shards, one of them empty where there are several."""
-    num_ranks = mesh.get("data", 1) * mesh.get("fsdp", 1) * mesh.get("expert", 1)
-    num_shards = num_ranks // mesh.get("expert", 1) if strategy == "replicated" else num_ranks
-    tokens = rng.integers(0, most + 1, num_shards).tolist()
+def uneven(layout: ShardLayout, rng, most=5) -> list[int]:
+    """Tokens of each shard of a layout, as a rule of other numbers."""
+    tokens = rng.integers(0, most + 1, layout.num_token_shards).tolist()
     tokens[0] = most
-    return ShardLayout(strategy=strategy, tokens_per_shard=tuple(tokens), **mesh)
+    return tokens
 
 
-def inputs_of(spec, layout, rng):
+def inputs_of(spec, sizes, rng):
     """Tokens, gradients, masks and what the selector needs: by shard, and for the whole batch."""
-    sizes = layout.tokens_per_shard
     by_shard: dict[str, Any] = {
         "x": [rng.standard_normal((T, D)) for T in sizes],
         "d_output": [rng.standard_normal((T, D)) for T in sizes],

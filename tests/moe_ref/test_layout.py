@@ -5,41 +5,33 @@ import json
 import numpy as np
 import pytest
 
-from moe_ref import ExpertSpec, LayerSpec, RouterSpec, ShardLayout
+from moe_ref import STRATEGIES, ExpertSpec, LayerSpec, RouterSpec, ShardLayout
+from moe_ref.specs.layout import STRATEGY_FACTS
 
 ROUTER = RouterSpec(num_experts=8, top_k=3)
 GROUPED = RouterSpec(num_experts=8, top_k=2, num_expert_groups=4, num_limited_groups=2)
 LAYER = LayerSpec(router=ROUTER, experts=ExpertSpec(dim=6, hidden_dim=4))
 
 
-def layout(num_shards, **fields):
-    return ShardLayout(tokens_per_shard=(1,) * num_shards, **fields)
-
-
 def test_ranks_are_numbered_data_first_and_tensor_last():
-    mesh = layout(24, data=2, fsdp=3, expert=4, tensor=5)
+    mesh = ShardLayout(data=2, fsdp=3, expert=4, tensor=5)
     everyone = [(d, f, e, t) for d in range(2) for f in range(3) for e in range(4) for t in range(5)]
     assert [mesh.rank(*at) for at in everyone] == list(range(mesh.num_ranks)) == list(range(120))
     assert [mesh.coordinates(rank) for rank in range(120)] == everyone
 
 
 def test_tensor_ranks_share_a_token_shard_and_replicated_ranks_too():
-    mesh = layout(24, data=2, fsdp=3, expert=4, tensor=5)
+    mesh = ShardLayout(data=2, fsdp=3, expert=4, tensor=5)
     assert [mesh.shard_of(rank) for rank in range(120)] == [rank // 5 for rank in range(120)]
     assert list(mesh.shards_of_group(1)) == [4, 5, 6, 7]
-    replicated = layout(6, data=2, fsdp=3, expert=4, tensor=5, strategy="replicated")
+    replicated = ShardLayout(data=2, fsdp=3, expert=4, tensor=5, strategy="replicated")
     assert [replicated.shard_of(rank) for rank in range(120)] == [rank // 20 for rank in range(120)]
     assert [replicated.group_of(rank) for rank in range(120)] == [rank // 20 for rank in range(120)]
     assert list(replicated.shards_of_group(1)) == [1]
 
 
-def test_tokens_of_a_group_are_those_of_its_shards():
-    mesh = ShardLayout(data=2, expert=2, tokens_per_shard=(3, 0, 5, 7))
-    assert (mesh.tokens_of_group(0), mesh.tokens_of_group(1), mesh.num_tokens) == (3, 12, 15)
-
-
 def test_an_expert_is_owned_by_the_rank_of_its_place():
-    mesh = layout(4, expert=4, placement=(7, 0, 1, 2, 3, 4, 5, 6), ranks_per_node=2)
+    mesh = ShardLayout(expert=4, placement=(7, 0, 1, 2, 3, 4, 5, 6), ranks_per_node=2)
     assert [mesh.experts_of(e, 8) for e in range(4)] == [(7, 0), (1, 2), (3, 4), (5, 6)]
     assert [mesh.experts_of_node(node, 8) for node in range(2)] == [(7, 0, 1, 2), (3, 4, 5, 6)]
     for expert_id in range(8):
@@ -50,54 +42,54 @@ def test_an_expert_is_owned_by_the_rank_of_its_place():
 
 
 def test_nodes_are_runs_of_the_expert_axis():
-    assert [layout(4, expert=4, ranks_per_node=2).node_of(e) for e in range(4)] == [0, 0, 1, 1]
-    assert layout(4, expert=4).num_nodes == 1
-    assert layout(4, expert=4, ranks_per_node=1).num_nodes == 4
+    assert [ShardLayout(expert=4, ranks_per_node=2).node_of(e) for e in range(4)] == [0, 0, 1, 1]
+    assert ShardLayout(expert=4).num_nodes == 1
+    assert ShardLayout(expert=4, ranks_per_node=1).num_nodes == 4
 
 
 def test_chunks_are_as_even_as_can_be():
-    mesh = ShardLayout(expert=2, tokens_per_shard=(7, 2), num_token_chunks=3)
-    assert mesh.chunk_sizes(7) == (3, 2, 2)
-    assert [mesh.chunk(index).tokens_per_shard for index in range(3)] == [(3, 1), (2, 1), (2, 0)]
-    assert mesh.chunk(2).num_token_chunks == 1
+    mesh = ShardLayout(expert=2, num_token_chunks=3)
+    assert (mesh.chunk_sizes(7), mesh.chunk_sizes(2)) == ((3, 2, 2), (1, 1, 0))
+    assert mesh.chunks(7) == [slice(0, 3), slice(3, 5), slice(5, 7)]
+    assert mesh.chunks(2) == [slice(0, 1), slice(1, 2), slice(2, 2)]
 
 
 @pytest.mark.parametrize(("factor", "rows"), [
     (None, 10 * 3), (0.01, 1), (1.0, 8), (1.1, 9), (2.0, 15), (4.0, 30), (1e9, 30), (1e-9, 1), (1, 8),
 ])  # fmt: skip
 def test_a_buffer_has_room_for_a_multiple_of_balanced_load_and_never_more_than_the_worst_case(factor, rows):
-    mesh = layout(4, expert=4, strategy="ragged_all_to_all", buffer_factor=factor)
+    mesh = ShardLayout(expert=4, strategy="ragged_all_to_all", buffer_factor=factor)
     # 10 tokens of 3 slots over 4 ranks: 7.5 rows each in balance; a token has at most 3 of a rank's 4 experts.
     assert mesh.buffer_rows(10, 16, 3) == rows
 
 
 def test_the_factor_of_a_buffer_is_the_decimal_number_that_it_prints_as():
-    mesh = layout(2, expert=2, strategy="ragged_all_to_all", buffer_factor=1.1)
+    mesh = ShardLayout(expert=2, strategy="ragged_all_to_all", buffer_factor=1.1)
     # 1.1 * 10 is 11.000000000000002 in binary.
     assert mesh.buffer_rows(20, 2, 1) == 11
 
 
 @pytest.mark.parametrize(("E", "K", "ep"), [(8, 2, 4), (8, 6, 4), (8, 2, 8), (256, 8, 64), (4, 4, 1)])
 def test_the_worst_case_is_balanced_load_times_the_smaller_of_ranks_and_experts_per_choice(E, K, ep):
-    worst = layout(ep, expert=ep, strategy="ragged_all_to_all").buffer_rows(12 * ep, E, K)
+    worst = ShardLayout(expert=ep, strategy="ragged_all_to_all").buffer_rows(12 * ep, E, K)
     assert worst == 12 * K * min(ep, E / K)
 
 
 def test_a_layout_is_read_from_what_it_writes():
     for mesh in (
-        layout(1),
-        layout(8, data=2, expert=4, ranks_per_node=2, groups_per_node=2, placement=np.arange(8)[::-1]),
-        layout(2, fsdp=2, tensor=2, strategy="replicated", num_token_chunks=2, num_emb_chunks=3),
-        layout(2, expert=2, strategy="ragged_all_to_all", buffer_factor=1.5),
+        ShardLayout(),
+        ShardLayout(data=2, expert=4, ranks_per_node=2, groups_per_node=2, placement=np.arange(8)[::-1]),
+        ShardLayout(fsdp=2, tensor=2, strategy="replicated", num_token_chunks=2, num_emb_chunks=3),
+        ShardLayout(expert=2, strategy="ragged_all_to_all", buffer_factor=1.5),
     ):
         assert ShardLayout.from_dict(json.loads(json.dumps(mesh.to_dict()))) == mesh
-    assert layout(1).to_dict() == {"tokens_per_shard": (1,)}
+    assert ShardLayout().to_dict() == {}
 
 
 def test_groups_that_lie_on_whole_nodes_are_accepted():
-    layout(4, expert=4, ranks_per_node=2, groups_per_node=2).check(GROUPED)
+    ShardLayout(expert=4, ranks_per_node=2, groups_per_node=2).check(GROUPED)
     # Groups 0 and 2 on the first node.
-    placed = layout(4, expert=4, ranks_per_node=2, groups_per_node=2, placement=(0, 1, 4, 5, 2, 3, 6, 7))
+    placed = ShardLayout(expert=4, ranks_per_node=2, groups_per_node=2, placement=(0, 1, 4, 5, 2, 3, 6, 7))
     placed.check(GROUPED)
 
 
@@ -109,10 +101,7 @@ def test_groups_that_lie_on_whole_nodes_are_accepted():
     ({"num_token_chunks": 0}, "num_token_chunks is 0; it is an integer at least 1"),
     ({"num_emb_chunks": 0}, "num_emb_chunks is 0; it is an integer at least 1"),
     ({"strategy": "all2all"}, r"strategy is 'all2all', .* \(did you mean all_to_all\?\)"),
-    ({"tokens_per_shard": 3}, "tokens_per_shard is 3; it is a tuple of integers"),
-    ({"tokens_per_shard": (1, 2, 3)}, "tokens_per_shard has 3 entries; .* there are 4 token shards"),
-    ({"tokens_per_shard": (1, 1, -1, 1)}, r"tokens_per_shard\[2\] is -1; it is an integer at least 0"),
-    ({"strategy": "replicated"}, "tokens_per_shard has 4 entries; with strategy 'replicated' and mesh .* 1 token"),
+    ({"placement": (0, -1)}, r"placement\[1\] is -1; it is an integer at least 0"),
     ({"placement": "01"}, "placement is '01'; it is a tuple of integers"),
     ({"placement": (0, 1, 1, 2)}, r"placement is \(0, 1, 1, 2\); it has each of 0 .. 3 once"),
     ({"ranks_per_node": 0}, "ranks_per_node is 0; it is an integer between 1 and 4"),
@@ -124,14 +113,12 @@ def test_groups_that_lie_on_whole_nodes_are_accepted():
 ])  # fmt: skip
 def test_a_wrong_layout_is_an_error_that_names_field_value_and_bound(fields, message):
     with pytest.raises(ValueError, match=message):
-        ShardLayout(**{"tokens_per_shard": (1,) * 4, "expert": 4} | fields)
+        ShardLayout(**{"expert": 4} | fields)
 
 
-def test_an_unknown_or_missing_field_is_an_error():
+def test_an_unknown_field_is_an_error():
     with pytest.raises(ValueError, match=r"unknown field 'experts' of ShardLayout \(did you mean expert\?\)"):
-        ShardLayout.from_dict({"tokens_per_shard": (1,), "experts": 1})
-    with pytest.raises(ValueError, match="ShardLayout needs tokens_per_shard"):
-        ShardLayout.from_dict({"expert": 1})
+        ShardLayout.from_dict({"experts": 1})
 
 
 @pytest.mark.parametrize(("fields", "spec", "message"), [
@@ -147,21 +134,27 @@ def test_an_unknown_or_missing_field_is_an_error():
      "groups_per_node is 2, but group 0 straddles nodes: expert 0 is on node 0, expert 1 on node 1"),
 ])  # fmt: skip
 def test_a_layout_that_does_not_fit_the_layer_is_an_error(fields, spec, message):
-    mesh = layout(fields.get("expert", 1), **fields)
+    mesh = ShardLayout(**fields)
     with pytest.raises(ValueError, match=message):
         mesh.check(spec)
 
 
 def test_a_layer_that_fits_is_accepted():
-    layout(4, expert=4, tensor=2, num_emb_chunks=3).check(LAYER)
+    ShardLayout(expert=4, tensor=2, num_emb_chunks=3).check(LAYER)
 
 
 @pytest.mark.parametrize(("call", "message"), [
     (lambda mesh: mesh.coordinates(4), "rank is 4; it is an integer between 0 and 3"),
     (lambda mesh: mesh.experts_of(4, 8), r"e is 4; it is an integer between 0 and 3 \(the expert axis\)"),
     (lambda mesh: mesh.experts_of_node(1, 8), r"node is 1; it is an integer between 0 and 0 \(num_nodes\)"),
-    (lambda mesh: mesh.chunk(1), r"index is 1; it is an integer between 0 and 0 \(num_token_chunks\)"),
 ])  # fmt: skip
-def test_a_rank_expert_node_or_chunk_that_is_not_there_is_an_error(call, message):
+def test_a_rank_expert_or_node_that_is_not_there_is_an_error(call, message):
     with pytest.raises(ValueError, match=message):
-        call(layout(4, expert=4))
+        call(ShardLayout(expert=4))
+
+
+def test_every_strategy_has_facts_and_an_object_in_the_same_order():
+    assert list(STRATEGIES) == list(STRATEGY_FACTS)
+    for name, facts in STRATEGY_FACTS.items():
+        assert STRATEGIES[name].facts is ShardLayout(strategy=name).facts is facts
+        assert facts.partial_sums in ("one", "rank", "node")

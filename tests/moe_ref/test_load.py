@@ -48,11 +48,8 @@ def test_statistics_of_a_known_load():
 def test_the_required_buffer_factor_is_the_smallest_that_drops_no_row():
     counts_E = np.array([5, 9, 4, 0, 6, 6])
     found = load_statistics(counts_E, num_ranks=3)
-    tokens_per_shard = (5, 5, 5)
     rows = [
-        ShardLayout(
-            expert=3, strategy="ragged_all_to_all", buffer_factor=factor, tokens_per_shard=tokens_per_shard
-        ).buffer_rows(15, 6, 2)
+        ShardLayout(expert=3, strategy="ragged_all_to_all", buffer_factor=factor).buffer_rows(15, 6, 2)
         for factor in (found.required_buffer_factor, found.required_buffer_factor - 0.11)
     ]
     assert rows == [found.rows_of_rank_S.max(), found.rows_of_rank_S.max() - 1]

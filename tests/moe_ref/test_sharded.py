@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from derivatives import ROUTERS, assert_close, router, slope_along
-from shardings import EXPERTS, MESHES, ROUNDING, D, E, F, assert_same_gradients, inputs_of, layer_spec, layout_of
+from shardings import EXPERTS, MESHES, ROUNDING, D, E, F, assert_same_gradients, inputs_of, layer_spec, uneven
 
 from moe_ref import (
     ExpertSpec,
@@ -19,7 +19,7 @@ from moe_ref import (
     sharded_layer,
 )
 from moe_ref.experts import combine, join
-from moe_ref.specs.layout import STRATEGIES
+from moe_ref.strategies import STRATEGIES
 
 SPEC = layer_spec("groups")
 
@@ -32,8 +32,8 @@ def test_no_layout_changes_outputs_or_gradients(strategy, mesh, name):
     spec = layer_spec(name)
     if spec.router.num_experts != E:
         spec = replace(spec, router=spec.router.replace(num_experts=E))
-    layout, params = layout_of(strategy, MESHES[mesh], rng), LayerParams.init(spec, seed=mesh)
-    xs, d_outputs, whole_inputs, shard_inputs = inputs_of(spec, layout, rng)
+    layout, params = ShardLayout(strategy=strategy, **MESHES[mesh]), LayerParams.init(spec, seed=mesh)
+    xs, d_outputs, whole_inputs, shard_inputs = inputs_of(spec, uneven(layout, rng), rng)
     whole = moe_layer(np.concatenate(xs), params, spec, **whole_inputs)
     trace = sharded_layer(xs, params, spec, layout, **shard_inputs)
     assert_close(np.concatenate(trace.outputs_by_shard), whole.output_TD, ROUNDING)
@@ -50,8 +50,8 @@ def test_no_layout_changes_outputs_or_gradients(strategy, mesh, name):
 @pytest.mark.parametrize("name", ROUTERS)
 def test_one_rank_is_the_plain_layer_to_the_last_bit(strategy, name):
     rng, spec = np.random.default_rng(3), layer_spec(name)
-    layout, params = ShardLayout(tokens_per_shard=(7,), strategy=strategy), LayerParams.init(spec)
-    xs, d_outputs, whole_inputs, shard_inputs = inputs_of(spec, layout, rng)
+    layout, params = ShardLayout(strategy=strategy), LayerParams.init(spec)
+    xs, d_outputs, whole_inputs, shard_inputs = inputs_of(spec, [7], rng)
     for dtype in (np.float64, np.float32):
         whole = moe_layer(xs[0], params, spec, seed=5, dtype=dtype, **whole_inputs)
         trace = sharded_layer(xs, params, spec, layout, seed=5, dtype=dtype, **shard_inputs)
@@ -66,7 +66,7 @@ def test_each_shard_is_a_plain_layer_where_the_choice_is_random():
     spec = LayerSpec(router=router("random"), experts=EXPERTS)
     params, rng = LayerParams.init(spec), np.random.default_rng(0)
     xs = [rng.standard_normal((4, D)) for _ in range(2)]
-    trace = sharded_layer(xs, params, spec, ShardLayout(expert=2, tokens_per_shard=(4, 4)), seed=9)
+    trace = sharded_layer(xs, params, spec, ShardLayout(expert=2), seed=9)
     for x_TD, seed, found_TD in zip(xs, (9, (9, 1)), trace.outputs_by_shard, strict=True):
         assert_close(found_TD, moe_layer(x_TD, params, spec, seed=seed).output_TD, ROUNDING)
 
@@ -75,8 +75,8 @@ def test_not_gated_experts_without_bias_or_shared_expert_are_sharded_alike():
     spec = LayerSpec(router=router("softmax"), experts=ExpertSpec(dim=D, hidden_dim=F, gated=False))
     params, rng = LayerParams.init(spec), np.random.default_rng(0)
     params = replace(params, expert_bias_E=None)
-    layout = ShardLayout(expert=2, tensor=2, fsdp=2, tokens_per_shard=(3, 4, 0, 2), num_emb_chunks=2)
-    xs = [rng.standard_normal((T, D)) for T in layout.tokens_per_shard]
+    layout = ShardLayout(expert=2, tensor=2, fsdp=2, num_emb_chunks=2)
+    xs = [rng.standard_normal((T, D)) for T in (3, 4, 0, 2)]
     whole, trace = moe_layer(np.concatenate(xs), params, spec), sharded_layer(xs, params, spec, layout)
     assert_close(np.concatenate(trace.outputs_by_shard), whole.output_TD, ROUNDING)
     expected = layer_backward(whole, params, spec, np.concatenate(xs))
@@ -86,9 +86,8 @@ def test_not_gated_experts_without_bias_or_shared_expert_are_sharded_alike():
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_layout_without_any_token_returns_none_and_gradients_of_0(strategy):
     spec = layer_spec("groups")
-    shards = 1 if strategy == "replicated" else 4
-    layout = ShardLayout(expert=4, tensor=2, strategy=strategy, tokens_per_shard=(0,) * shards, num_token_chunks=2)
-    params, nothing = LayerParams.init(spec), [np.zeros((0, D))] * shards
+    layout = ShardLayout(expert=4, tensor=2, strategy=strategy, num_token_chunks=2)
+    params, nothing = LayerParams.init(spec), [np.zeros((0, D))] * layout.num_token_shards
     trace = sharded_layer(nothing, params, spec, layout)
     assert {output_TD.shape for output_TD in trace.outputs_by_rank} == {(0, D)}
     grads = sharded_backward(trace, params, spec, nothing).params
@@ -97,7 +96,9 @@ def test_a_layout_without_any_token_returns_none_and_gradients_of_0(strategy):
 
 # Drops
 
-DROPPING = ShardLayout(expert=4, strategy="ragged_all_to_all", tokens_per_shard=(5, 0, 3, 6), buffer_factor=0.6)
+DROPPING = ShardLayout(expert=4, strategy="ragged_all_to_all", buffer_factor=0.6)
+TOKENS = (5, 0, 3, 6)
+"""Of its shards."""
 
 
 @pytest.mark.parametrize("name", ["groups", "null", "by_logit", "inkling"])
@@ -105,7 +106,7 @@ def test_a_dropped_slot_adds_exactly_0_and_no_weight_is_renormalised(name):
     rng, spec = np.random.default_rng(1), layer_spec(name)
     spec = replace(spec, router=spec.router.replace(num_experts=E))
     params = LayerParams.init(spec)
-    xs = [rng.standard_normal((T, D)) for T in DROPPING.tokens_per_shard]
+    xs = [rng.standard_normal((T, D)) for T in TOKENS]
     trace = sharded_layer(xs, params, spec, DROPPING)
     dropped = [chunk.plan.dropped_slots_N for (chunk,) in trace.ranks]
     assert trace.overflow == sum(map(len, dropped)) > 0
@@ -121,16 +122,17 @@ def test_a_dropped_slot_adds_exactly_0_and_no_weight_is_renormalised(name):
         assert_close(shard.output_TD, join(routed_TD, alone.shared_TD, spec), ROUNDING)
 
 
-@pytest.mark.parametrize("mesh", [
-    DROPPING, DROPPING.replace(tensor=2, num_token_chunks=2, placement=(3, 0, 7, 1, 4, 2, 6, 5)),
-    DROPPING.replace(fsdp=2, tokens_per_shard=(5, 0, 3, 6, 1, 2, 0, 0), num_emb_chunks=2, buffer_factor=0.3),
+@pytest.mark.parametrize(("mesh", "tokens"), [
+    (DROPPING, TOKENS),
+    (DROPPING.replace(tensor=2, num_token_chunks=2, placement=(3, 0, 7, 1, 4, 2, 6, 5)), TOKENS),
+    (DROPPING.replace(fsdp=2, num_emb_chunks=2, buffer_factor=0.3), (*TOKENS, 1, 2, 0, 0)),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["groups", "null", "by_logit", "per_expert_scale"])
-def test_gradients_are_derivatives_where_slots_are_dropped(mesh, name):
+def test_gradients_are_derivatives_where_slots_are_dropped(mesh, tokens, name):
     rng, spec = np.random.default_rng(2), layer_spec(name)
     spec = replace(spec, router=spec.router.replace(num_experts=E))
     params = LayerParams.init(spec)
-    xs = [rng.standard_normal((T, D)) for T in mesh.tokens_per_shard]
+    xs = [rng.standard_normal((T, D)) for T in tokens]
     d_outputs = [rng.standard_normal(x_TD.shape) for x_TD in xs]
     trace = sharded_layer(xs, params, spec, mesh)
     assert trace.overflow > 0
@@ -140,7 +142,7 @@ def test_gradients_are_derivatives_where_slots_are_dropped(mesh, name):
         outputs = sharded_layer(moved_xs, moved_params, spec, mesh).outputs_by_shard
         return sum((output_TD * d_TD).sum() for output_TD, d_TD in zip(outputs, d_outputs, strict=True))
 
-    whole_TD, ends = np.concatenate(xs), np.cumsum(mesh.tokens_per_shard)[:-1]
+    whole_TD, ends = np.concatenate(xs), np.cumsum(tokens)[:-1]
     direction_TD = rng.standard_normal(whole_TD.shape)
     slope = slope_along(lambda x_TD: loss(np.split(x_TD, ends), params), whole_TD, direction_TD)
     assert_close(np.sum(np.concatenate(grads.x_by_shard) * direction_TD), np.array(slope))
@@ -156,10 +158,10 @@ def test_gradients_are_derivatives_where_slots_are_dropped(mesh, name):
 def test_what_is_dropped_is_decided_by_the_ids_alone():
     spec = layer_spec("given")
     rng = np.random.default_rng(5)
-    ids = [np.array([rng.permutation(E)[:3] for _ in range(T)], int).reshape(T, 3) for T in DROPPING.tokens_per_shard]
+    ids = [np.array([rng.permutation(E)[:3] for _ in range(T)], int).reshape(T, 3) for T in TOKENS]
     found = []
     for seed in range(3):
-        params, xs = LayerParams.init(spec, seed), [np.full((T, D), seed + 0.5) for T in DROPPING.tokens_per_shard]
+        params, xs = LayerParams.init(spec, seed), [np.full((T, D), seed + 0.5) for T in TOKENS]
         trace = sharded_layer(xs, params, spec, DROPPING, given_ids_by_shard=ids)
         found.append([chunk.plan.dropped_slots_N.tolist() for (chunk,) in trace.ranks])
     assert found[0] == found[1] == found[2] != [[]] * 4
@@ -172,8 +174,8 @@ def test_what_is_dropped_is_decided_by_the_ids_alone():
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_chunks_change_neither_results_nor_counts(strategy, chunks):
     rng, spec = np.random.default_rng(4), layer_spec("groups")
-    layout, params = layout_of(strategy, {"expert": 4, "ranks_per_node": 2}, rng), LayerParams.init(spec)
-    xs = [rng.standard_normal((T, D)) for T in layout.tokens_per_shard]
+    layout, params = ShardLayout(strategy=strategy, expert=4, ranks_per_node=2), LayerParams.init(spec)
+    xs = [rng.standard_normal((T, D)) for T in uneven(layout, rng)]
     plain, chunked = (sharded_layer(xs, params, spec, each) for each in (layout, layout.replace(**chunks)))
     assert_close(np.concatenate(chunked.outputs_by_shard), np.concatenate(plain.outputs_by_shard), ROUNDING)
     for one, other in zip(plain.shards, chunked.shards, strict=True):
@@ -191,12 +193,12 @@ def test_chunks_change_neither_results_nor_counts(strategy, chunks):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"x_by_shard": [np.zeros((2, D))]}, "x_by_shard has 1 entries; the layout has 2 token shards"),
-    ({"x_by_shard": [np.zeros((2, D)), np.zeros((2, D))]}, r"x_by_shard\[1\] has shape \(2, 6\); it is \(1, 6\)"),
+    ({"x_by_shard": [np.zeros((2, D)), np.zeros((2, 7))]}, r"x_by_shard\[1\] has shape \(2, 7\); it is \(any, 6\)"),
     ({"token_mask_by_shard": [None]}, "token_mask_by_shard has 1 entries; the layout has 2 token shards"),
     ({"given_ids_by_shard": [None] * 3}, "given_ids_by_shard has 3 entries; the layout has 2 token shards"),
     ({"token_ids_by_shard": [None] * 3}, "token_ids_by_shard has 3 entries; the layout has 2 token shards"),
     ({"token_mask_by_shard": [np.ones(2, bool), np.ones(1)]}, "token_mask_T has dtype float64; it is bool"),
-    ({"layout": ShardLayout(tokens_per_shard=(2, 1), expert=2, tensor=3)}, "tensor is 3, which does not divide"),
+    ({"layout": ShardLayout(expert=2, tensor=3)}, "tensor is 3, which does not divide"),
     ({"params": replace(LayerParams.init(SPEC), b_down_ED=None)}, "b_down_ED is None; the spec needs an array"),
 ])  # fmt: skip
 def test_an_input_that_does_not_fit_is_an_error(changes, message):
@@ -204,14 +206,14 @@ def test_an_input_that_does_not_fit_is_an_error(changes, message):
         "x_by_shard": [np.zeros((2, D)), np.zeros((1, D))],
         "params": LayerParams.init(SPEC),
         "spec": SPEC,
-        "layout": ShardLayout(tokens_per_shard=(2, 1), expert=2),
+        "layout": ShardLayout(expert=2),
     }
     with pytest.raises(ValueError, match=message):
         sharded_layer(**given | changes)
 
 
 def test_gradients_of_outputs_that_do_not_fit_are_an_error():
-    params, layout = LayerParams.init(SPEC), ShardLayout(tokens_per_shard=(2, 1), expert=2)
+    params, layout = LayerParams.init(SPEC), ShardLayout(expert=2)
     trace = sharded_layer([np.zeros((2, D)), np.zeros((1, D))], params, SPEC, layout)
     with pytest.raises(ValueError, match="d_output_by_shard has 1 entries; the layout has 2 token shards"):
         sharded_backward(trace, params, SPEC, [np.zeros((2, D))])

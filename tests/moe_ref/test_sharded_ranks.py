@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from derivatives import assert_close, router
-from shardings import EXPERTS, ROUNDING, D, E, F, assert_same_gradients, layer_spec, layout_of
+from shardings import EXPERTS, ROUNDING, D, E, F, assert_same_gradients, layer_spec, uneven
 
 from moe_ref import (
     LayerParams,
@@ -16,9 +16,9 @@ from moe_ref import (
     sharded_layer,
 )
 from moe_ref.holdings import gather, held, take, used
-from moe_ref.specs.layout import STRATEGIES
+from moe_ref.strategies import STRATEGIES
 
-MESH = ShardLayout(data=2, fsdp=4, expert=2, tensor=2, tokens_per_shard=(2,) * 16, placement=(1, 0, 7, 6, 5, 4, 3, 2))
+MESH = ShardLayout(data=2, fsdp=4, expert=2, tensor=2, placement=(1, 0, 7, 6, 5, 4, 3, 2))
 SPEC = layer_spec("groups")
 
 
@@ -74,8 +74,8 @@ def test_partial_outputs_of_tensor_ranks_sum_to_what_the_experts_return():
 
 def test_every_rank_returns_the_output_of_its_shard():
     rng, params = np.random.default_rng(6), LayerParams.init(SPEC)
-    layout = MESH.replace(strategy="replicated", tokens_per_shard=tuple(range(8)))
-    xs = [rng.standard_normal((T, D)) for T in layout.tokens_per_shard]
+    layout = MESH.replace(strategy="replicated")
+    xs = [rng.standard_normal((T, D)) for T in range(8)]
     trace = sharded_layer(xs, params, SPEC, layout)
     assert [len(output_TD) for output_TD in trace.outputs_by_rank] == [rank // 4 for rank in range(32)]
 
@@ -86,8 +86,8 @@ def test_every_rank_returns_the_output_of_its_shard():
 def test_partial_sums_add_up_to_the_routed_output(strategy, num_partials):
     rng, spec = np.random.default_rng(8), layer_spec("null")
     spec = replace(spec, router=spec.router.replace(num_experts=E))
-    layout = layout_of(strategy, {"expert": 4, "ranks_per_node": 2}, rng)
-    xs = [rng.standard_normal((T, D)) for T in layout.tokens_per_shard]
+    layout = ShardLayout(strategy=strategy, expert=4, ranks_per_node=2)
+    xs = [rng.standard_normal((T, D)) for T in uneven(layout, rng)]
     for shard in sharded_layer(xs, LayerParams.init(spec), spec, layout).shards:
         assert len(shard.partial_PTD) == num_partials
         assert_close(shard.partial_PTD.sum(axis=0), shard.routed_TD, ROUNDING)
@@ -102,8 +102,8 @@ def test_a_slot_is_part_of_the_sum_of_its_expert_rank_or_node(strategy, partials
     router = RouterSpec(num_experts=E, top_k=3, num_null_experts=1, selector="given")
     spec = LayerSpec(router=router, experts=EXPERTS)
     ids = [[[1, 7, 8]], [[2, 5, 8]]]
-    tokens = (2,) if strategy == "replicated" else (0, 1, 0, 1)
-    layout = ShardLayout(expert=4, ranks_per_node=2, strategy=strategy, tokens_per_shard=tokens)
+    layout = ShardLayout(expert=4, ranks_per_node=2, strategy=strategy)
+    tokens = (2,) if layout.facts.shares_tokens else (0, 1, 0, 1)
     at = np.cumsum(tokens)[:-1]
     xs, ids_by_shard = np.split(np.random.default_rng(3).standard_normal((2, D)), at), np.split(np.concatenate(ids), at)
     shards = sharded_layer(xs, LayerParams.init(spec), spec, layout, given_ids_by_shard=ids_by_shard).shards
@@ -119,8 +119,8 @@ def test_a_slot_is_part_of_the_sum_of_its_expert_rank_or_node(strategy, partials
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_partial_gradients_sum_to_the_gradient_and_each_rank_keeps_its_piece(strategy):
     rng, params = np.random.default_rng(7), LayerParams.init(SPEC)
-    layout = MESH.replace(strategy=strategy, tokens_per_shard=(3,) * (8 if strategy == "replicated" else 16))
-    xs = [rng.standard_normal((3, D)) for _ in layout.tokens_per_shard]
+    layout = MESH.replace(strategy=strategy)
+    xs = [rng.standard_normal((3, D)) for _ in range(layout.num_token_shards)]
     grads = sharded_backward(sharded_layer(xs, params, SPEC, layout), params, SPEC, xs)
     for name in used(0, layout, SPEC):
         total = np.zeros_like(getattr(params, name))
@@ -136,9 +136,9 @@ def test_partial_gradients_sum_to_the_gradient_and_each_rank_keeps_its_piece(str
 
 def test_an_expert_without_rows_gets_gradient_0_on_its_rank():
     spec = layer_spec("given")
-    params, layout = LayerParams.init(spec), ShardLayout(expert=4, tokens_per_shard=(2, 0, 0, 1))
+    params, layout = LayerParams.init(spec), ShardLayout(expert=4)
     ids = [np.array([[0, 1, 2]] * 2), np.zeros((0, 3), int), np.zeros((0, 3), int), np.array([[0, 7, -1]])]
-    xs = [np.ones((T, D)) for T in layout.tokens_per_shard]
+    xs = [np.ones((T, D)) for T in (2, 0, 0, 1)]
     trace = sharded_layer(xs, params, spec, layout, given_ids_by_shard=ids)
     grads = sharded_backward(trace, params, spec, xs)
     used_E = [bool(np.any(grads.params.w_up_EDF[e])) for e in range(E)]
@@ -148,7 +148,7 @@ def test_an_expert_without_rows_gets_gradient_0_on_its_rank():
 
 def test_padding_is_not_read_on_any_rank():
     rng, params = np.random.default_rng(9), LayerParams.init(SPEC)
-    layout = ShardLayout(expert=2, tensor=2, tokens_per_shard=(4, 3), strategy="ring_of_experts")
+    layout = ShardLayout(expert=2, tensor=2, strategy="ring_of_experts")
     masks = [np.array([True, False, True, True]), np.array([False, True, False])]
     xs = [rng.standard_normal((T, D)) for T in (4, 3)]
     d_outputs = [rng.standard_normal((T, D)) for T in (4, 3)]

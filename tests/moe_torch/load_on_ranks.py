@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, LayerSpec
+from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, LayerSpec, ShardLayout
 from moe_torch.balance import tokens_per_expert
 from moe_torch.bias_hook import BiasHook
 from moe_torch.capacity import apply_capacity
@@ -92,7 +92,8 @@ def sharded_layer(spec: LayerSpec, params, capacity: CapacitySpec, update: BiasU
     group = dist.group.WORLD
     moe = MoE(spec, capacity=capacity, capacity_group=group, dtype=torch.float64)
     moe.load(params)
-    parallelize(moe, init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "expert")))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "expert"))
+    parallelize(moe, mesh, ShardLayout(data=2, expert=2))
     hook = BiasHook(moe, update, group=group)
     with torch.no_grad():
         output = moe(torch.tensor(x_by_shard[dist.get_rank()]))

@@ -90,10 +90,10 @@ def parameters_on_rank(params: LayerParams, spec: LayerSpec, layout: ShardLayout
     return {name: value.detach().numpy() for name, value in whole.named_parameters()}, again, stored
 
 
-def refused_on_rank(spec: LayerSpec, sizes: tuple[int, ...], options: dict) -> str:
+def refused_on_rank(spec: LayerSpec, sizes: tuple[int, ...], layout: ShardLayout, options: dict) -> str:
     """The error of `parallelize`."""
     try:
-        parallelize(MoE(spec), mesh_of(*sizes), **options)
+        parallelize(MoE(spec), mesh_of(*sizes), layout, **options)
     except ValueError as error:
         return str(error)
     return ""
@@ -102,12 +102,13 @@ def refused_on_rank(spec: LayerSpec, sizes: tuple[int, ...], options: dict) -> s
 def misused_on_rank(spec: LayerSpec) -> list[str]:
     """Errors of calls that a layer is not ready for."""
     strange = torch.distributed.device_mesh.init_device_mesh("cpu", (2,), mesh_dim_names=("pipeline",))
-    parallel = parallelize(MoE(spec), mesh_of(1, 1, 2, 1))
+    layout = ShardLayout(expert=2)
+    parallel = parallelize(MoE(spec), mesh_of(1, 1, 2, 1), layout)
     calls: list[Callable] = [
         lambda: sync_gradients(MoE(spec)),
         lambda: full_tensors(MoE(spec)),
-        lambda: parallelize(parallel, mesh_of(1, 1, 2, 1)),
-        lambda: parallelize(MoE(spec), strange),
+        lambda: parallelize(parallel, mesh_of(1, 1, 2, 1), layout),
+        lambda: parallelize(MoE(spec), strange, layout),
     ]
     found = []
     for call in calls:
@@ -123,7 +124,7 @@ def kinds_on_rank(spec: LayerSpec) -> dict:
     with torch.device("meta"):
         moe = MoE(spec, dtype=torch.bfloat16)
     moe.experts.w1_EFD.requires_grad_(False)
-    moe = parallelize(moe.eval(), mesh_of(1, 1, 2, 1))
+    moe = parallelize(moe.eval(), mesh_of(1, 1, 2, 1), ShardLayout(expert=2))
     w1, w2 = moe.experts.w1_EFD, moe.experts.w2_EDF
     return {
         "device": w1.device.type, "dtype": str(w1.dtype), "trained": [w1.requires_grad, w2.requires_grad],
@@ -153,10 +154,11 @@ def part_of_a_mesh_on_rank(params, spec: LayerSpec, x_by_shard: list) -> tuple[n
     stages = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipeline", "expert"))
     whole = MoE(spec)
     whole.load(params)
-    moe = parallelize(whole, stages["expert"])
+    layout = ShardLayout(expert=2, ranks_per_node=1)
+    moe = parallelize(whole, stages["expert"], layout)
     output_TD = moe(torch.tensor(x_by_shard[stages.get_local_rank("expert")]))
     try:
-        parallelize(MoE(spec), stages["expert"], strategy="node_dedup", ranks_per_node=1)
+        parallelize(MoE(spec), stages["expert"], layout.replace(strategy="node_dedup"))
     except ValueError as error:
         return output_TD.detach().numpy(), str(error)
     return output_TD.detach().numpy(), ""

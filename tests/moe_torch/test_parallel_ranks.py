@@ -11,7 +11,6 @@ from conformance.subjects.ranks import shared
 from moe_ref import ExpertSpec, LayerSpec, RouterSpec, moe_layer
 from moe_ref.dispatch import plan
 from moe_ref.specs.layout import ShardLayout
-from moe_torch.parallel.dispatch import chunk_sizes
 
 BFLOAT16 = 3e-2
 """Relative to the largest number; a rounding is 4e-3, and 1e-2 is seen."""
@@ -22,14 +21,14 @@ def on_ranks(layout: ShardLayout, function, *arguments):
     return shared("conformance.subjects.torch.sharded").run(layout.num_ranks, function, *arguments)
 
 
-def tokens(layout: ShardLayout, dim: int = 8) -> list[np.ndarray]:
-    """Tokens of each shard."""
+def tokens(sizes: tuple[int, ...], dim: int = 8) -> list[np.ndarray]:
+    """So many tokens for each shard."""
     rng = np.random.default_rng(0)
-    return [rng.normal(size=(n, dim)).astype(np.float32) for n in layout.tokens_per_shard]
+    return [rng.normal(size=(n, dim)).astype(np.float32) for n in sizes]
 
 
-def trained(spec: LayerSpec, layout: ShardLayout, way: str = "eager") -> list[dict]:
-    x_by_shard = tokens(layout, spec.experts.dim)
+def trained(spec: LayerSpec, layout: ShardLayout, sizes, way: str = "eager") -> list[dict]:
+    x_by_shard = tokens(sizes, spec.experts.dim)
     return on_ranks(layout, parallel_functions.train_on_rank, params_of(spec), spec, layout, x_by_shard, way)
 
 
@@ -47,7 +46,9 @@ def assert_near(found: list[dict], wanted: list[dict], bound: float):
             assert error(own[name], other[name]) < bound, name
 
 
-EP4 = ShardLayout(expert=4, ranks_per_node=2, tokens_per_shard=(3, 0, 7, 1))
+EP4 = ShardLayout(expert=4, ranks_per_node=2)
+UNEVEN = (3, 0, 7, 1)
+"""Tokens of its shards."""
 STRATEGIES = ["all_to_all", "node_dedup"]
 
 
@@ -58,9 +59,9 @@ def test_rows_and_bytes_across_nodes_are_those_of_the_plan(strategy, ranks_per_n
         router=RouterSpec(num_experts=16, top_k=4, num_expert_groups=4, num_limited_groups=2), experts=GPT_OSS
     )
     layout = EP4.replace(strategy=strategy, ranks_per_node=ranks_per_node)
-    x_by_shard, params = tokens(layout), params_of(spec)
+    x_by_shard, params = tokens(UNEVEN), params_of(spec)
     ids = moe_layer(np.concatenate(x_by_shard), params, spec).routing.expert_ids_TK
-    plans = plan(np.split(ids, np.cumsum(layout.tokens_per_shard)[:-1]), layout, spec)
+    plans = plan(np.split(ids, np.cumsum(UNEVEN)[:-1]), layout, spec)
     by_rank = on_ranks(layout, parallel_functions.sent_on_rank, params, spec, layout, x_by_shard)
     for e, (sent, own) in enumerate(zip(by_rank, plans, strict=True)):
 
@@ -87,8 +88,8 @@ def test_a_node_limited_token_crosses_to_each_of_its_nodes_once():
     params = replace(params_of(spec), expert_bias_E=np.repeat([0, 9, 9, 0], 4).astype(np.float32))
     crossing = {}
     for strategy in STRATEGIES:
-        layout = EP4.replace(strategy=strategy, ranks_per_node=1, tokens_per_shard=(1, 0, 0, 0))
-        sent = on_ranks(layout, parallel_functions.sent_on_rank, params, spec, layout, tokens(layout))[0]
+        layout = EP4.replace(strategy=strategy, ranks_per_node=1)
+        sent = on_ranks(layout, parallel_functions.sent_on_rank, params, spec, layout, tokens((1, 0, 0, 0)))[0]
         crossing[strategy] = sum(n for what, back, r, n, _ in sent if what == "rows" and not back and r != 0)
     assert crossing == {"all_to_all": 8, "node_dedup": 2}
 
@@ -96,14 +97,14 @@ def test_a_node_limited_token_crosses_to_each_of_its_nodes_once():
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_runs_are_equal_bit_for_bit(strategy):
     layout = EP4.replace(strategy=strategy)
-    assert_equal(trained(DEEPSEEK, layout), trained(DEEPSEEK, layout))
+    assert_equal(trained(DEEPSEEK, layout, UNEVEN), trained(DEEPSEEK, layout, UNEVEN))
 
 
 def test_where_experts_are_placed_changes_no_bit():
     """Each expert has the same rows in the same order, and a token's slots are summed in the order of the slots."""
     spec = LAYERS["biases"]
-    placed = trained(spec, EP4.replace(placement=PLACED))
-    for own, other in zip(placed, trained(spec, EP4), strict=True):
+    placed = trained(spec, EP4.replace(placement=PLACED), UNEVEN)
+    for own, other in zip(placed, trained(spec, EP4, UNEVEN), strict=True):
         for name in ("output", "x"):
             np.testing.assert_array_equal(own[name], other[name], err_msg=name)
 
@@ -113,7 +114,7 @@ def test_rows_are_added_slot_by_slot_and_no_slot_has_a_token_twice():
     spec = LAYERS["null experts"]
     layout = EP4.replace(num_token_chunks=2)
     rng = np.random.default_rng(0)
-    ids_by_shard = [rng.permuted(np.tile(np.arange(-1, 11), (n, 1)), axis=1)[:, :3] for n in layout.tokens_per_shard]
+    ids_by_shard = [rng.permuted(np.tile(np.arange(-1, 11), (n, 1)), axis=1)[:, :3] for n in UNEVEN]
     found = on_ranks(layout, parallel_functions.plan_on_rank, params_of(spec), spec, layout, ids_by_shard)
     for (slots, tokens_of, num_tokens), ids_TK in zip(found, ids_by_shard, strict=True):
         assert num_tokens == list(layout.chunk_sizes(len(ids_TK)))
@@ -125,16 +126,9 @@ def test_rows_are_added_slot_by_slot_and_no_slot_has_a_token_twice():
                 assert slots[chunk][k] == (wanted * 3 + k).tolist()
 
 
-@pytest.mark.parametrize("num_chunks", [1, 2, 3, 5])
-@pytest.mark.parametrize("num_tokens", [0, 1, 4, 7, 11])
-def test_chunks_are_those_of_the_layout(num_tokens, num_chunks):
-    layout = ShardLayout(tokens_per_shard=(num_tokens,), num_token_chunks=num_chunks)
-    assert tuple(chunk_sizes(num_tokens, num_chunks)) == layout.chunk_sizes(num_tokens)
-
-
 def test_ranks_with_the_same_tokens_have_the_same_bits():
-    layout = ShardLayout(expert=2, tensor=2, strategy="replicated", tokens_per_shard=(7,))
-    first, *others = trained(LAYERS["biases"], layout)
+    layout = ShardLayout(expert=2, tensor=2, strategy="replicated")
+    first, *others = trained(LAYERS["biases"], layout, (7,))
     for other in others:
         assert_equal([other], [first])
 
@@ -143,43 +137,44 @@ def test_ranks_with_the_same_tokens_have_the_same_bits():
 @pytest.mark.parametrize("layer", ["groups", "weight on the input"])
 def test_grouped_matmuls_give_the_same(strategy, layer):
     layout = EP4.replace(strategy=strategy)
-    assert_near(trained(LAYERS[layer], layout, "grouped"), trained(LAYERS[layer], layout), FLOAT32)
+    assert_near(trained(LAYERS[layer], layout, UNEVEN, "grouped"), trained(LAYERS[layer], layout, UNEVEN), FLOAT32)
 
 
 def test_grouped_matmuls_give_the_same_on_replicated_tokens():
-    layout = ShardLayout(expert=2, tensor=2, strategy="replicated", tokens_per_shard=(7,))
+    layout = ShardLayout(expert=2, tensor=2, strategy="replicated")
     spec = LAYERS["biases"]
-    assert_near(trained(spec, layout, "grouped"), trained(spec, layout), FLOAT32)
+    assert_near(trained(spec, layout, (7,), "grouped"), trained(spec, layout, (7,)), FLOAT32)
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "replicated"])
 def test_bfloat16_rows_travel_and_return(strategy):
-    layout = EP4.replace(strategy=strategy, tokens_per_shard=(11,) if strategy == "replicated" else (3, 0, 7, 1))
+    layout = EP4.replace(strategy=strategy)
+    sizes = (11,) if layout.facts.shares_tokens else UNEVEN
     # Every expert, and no clamp: rounding decides neither a choice nor the side of a kink.
     spec = LayerSpec(
         router=RouterSpec(num_experts=8, top_k=8, score_func="sigmoid"),
         experts=ExpertSpec(dim=8, hidden_dim=16, bias=True),
     )
-    assert_near(trained(spec, layout, "bfloat16"), trained(spec, layout), BFLOAT16)
+    assert_near(trained(spec, layout, sizes, "bfloat16"), trained(spec, layout, sizes), BFLOAT16)
 
 
 def test_a_compiled_layer_gives_the_same():
-    layout = ShardLayout(expert=2, tokens_per_shard=(3, 7))
-    assert_near(trained(DEEPSEEK, layout, "compiled"), trained(DEEPSEEK, layout), FLOAT32)
+    layout = ShardLayout(expert=2)
+    assert_near(trained(DEEPSEEK, layout, (3, 7), "compiled"), trained(DEEPSEEK, layout, (3, 7)), FLOAT32)
 
 
 @pytest.mark.parametrize("way", ["with routing", "twice"])
 @pytest.mark.parametrize("axes", [{"expert": 2}, {"fsdp": 2}, {"fsdp": 2, "expert": 2}])
 def test_the_method_that_returns_the_routing_too_and_a_second_step_give_the_same(axes, way):
-    layout = ShardLayout(**axes, tokens_per_shard=(3, 7, 0, 2)[: 2 * len(axes)])
-    assert_near(trained(DEEPSEEK, layout, way), trained(DEEPSEEK, layout), FLOAT32)
+    layout, sizes = ShardLayout(**axes), (3, 7, 0, 2)[: 2 * len(axes)]
+    assert_near(trained(DEEPSEEK, layout, sizes, way), trained(DEEPSEEK, layout, sizes), FLOAT32)
 
 
 STORED = {
-    "EP 4": (ShardLayout(expert=4, placement=PLACED, tokens_per_shard=(0,) * 4), (1, 1, 2, 8)),
-    "EP 2, TP 2": (ShardLayout(expert=2, tensor=2, tokens_per_shard=(0,) * 2), (1, 1, 4, 8)),
-    "FSDP 2, EP 2": (ShardLayout(fsdp=2, expert=2, placement=PLACED, tokens_per_shard=(0,) * 4), (2, 1, 2, 8)),
-    "DP 2, FSDP 2": (ShardLayout(data=2, fsdp=2, tokens_per_shard=(0,) * 4), (2, 2, 2, 8)),
+    "EP 4": (ShardLayout(expert=4, placement=PLACED), (1, 1, 2, 8)),
+    "EP 2, TP 2": (ShardLayout(expert=2, tensor=2), (1, 1, 4, 8)),
+    "FSDP 2, EP 2": (ShardLayout(fsdp=2, expert=2, placement=PLACED), (2, 1, 2, 8)),
+    "DP 2, FSDP 2": (ShardLayout(data=2, fsdp=2), (2, 2, 2, 8)),
 }
 
 
@@ -201,32 +196,34 @@ def test_a_rank_stores_its_part_and_the_parts_make_the_whole(name):
 def test_each_rank_counts_the_choices_of_its_own_tokens():
     spec = LAYERS["null experts"]
     layout = EP4.replace(placement=PLACED)
-    params, x_by_shard = params_of(spec), tokens(EP4)
+    params, x_by_shard = params_of(spec), tokens(UNEVEN)
     ids = moe_layer(np.concatenate(x_by_shard), params, spec).routing.expert_ids_TK
     counts = on_ranks(layout, parallel_functions.counts_on_rank, params, spec, layout, x_by_shard)
-    for own, of_shard in zip(counts, np.split(ids, np.cumsum(layout.tokens_per_shard)[:-1]), strict=True):
+    for own, of_shard in zip(counts, np.split(ids, np.cumsum(UNEVEN)[:-1]), strict=True):
         np.testing.assert_array_equal(own, np.bincount(of_shard.ravel(), minlength=11))
 
 
 EP2 = (1, 1, 2, 1)
 REFUSED = {
-    "strategy": (EP2, {"strategy": "ring"}, "strategy is 'ring', not one of"),
-    "chunks": (EP2, {"num_token_chunks": 0}, "num_token_chunks is 0; it is an integer at least 1"),
-    "placement": (EP2, {"placement": [0, 1, 1, 2, 3, 4, 5, 6]}, "it has each of 0 .. 7 once"),
-    "short placement": (EP2, {"placement": [1, 0]}, r"placement is [1, 0]; it has each of 0 .. 7 once"),
-    "nodes": (EP2, {"ranks_per_node": 3}, "ranks_per_node is 3; it is an integer between 1 and 2 (the expert axis)"),
-    "experts": ((1, 1, 3, 1), {}, "expert is 3, which does not divide num_experts (8)"),
-    "uneven nodes": ((1, 1, 4, 1), {"ranks_per_node": 3}, "ranks_per_node is 3, which does not divide the expert axis"),
-    "columns": ((1, 1, 1, 3), {}, "tensor is 3, which does not divide hidden_dim (16)"),
-    "options": (EP2, {"reshard_after_forward": False}, "reshard_after_forward is given for fully_shard, but the mesh"),
-}
+    "strategy": (EP2, {"expert": 2, "strategy": "ring_of_experts"}, {},
+                 "strategy is 'ring_of_experts'; moe_torch has all_to_all, replicated, node_dedup"),
+    "pieces of D": (EP2, {"expert": 2, "num_emb_chunks": 2}, {}, "num_emb_chunks is 2; moe_torch does not divide"),
+    "short placement": (EP2, {"expert": 2, "placement": (1, 0)}, {}, "placement has 2 entries; num_experts is 8"),
+    "experts": ((1, 1, 3, 1), {"expert": 3}, {}, "expert is 3, which does not divide num_experts (8)"),
+    "columns": ((1, 1, 1, 3), {"tensor": 3}, {}, "tensor is 3, which does not divide hidden_dim (16)"),
+    "larger mesh": (EP2, {}, {}, "the mesh is {'expert': 2}; the layout needs {'data': 1, 'fsdp': 1, 'expert': 1, "),
+    "smaller mesh": (EP2, {"expert": 2, "fsdp": 2}, {}, "the layout needs {'data': 1, 'fsdp': 2, 'expert': 2, "),
+    "options": (EP2, {"expert": 2}, {"reshard_after_forward": False},
+                "reshard_after_forward is given for fully_shard, but the mesh"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_layout_that_does_not_fit_is_an_error_on_every_rank(name):
-    sizes, options, message = REFUSED[name]
-    ranks = shared("conformance.subjects.torch.sharded")
-    found = ranks.run(int(np.prod(sizes)), parallel_functions.refused_on_rank, LAYERS["biases"], sizes, options)
+    sizes, fields, options, message = REFUSED[name]
+    ranks, layout = shared("conformance.subjects.torch.sharded"), ShardLayout(**fields)
+    call = parallel_functions.refused_on_rank, LAYERS["biases"], sizes, layout, options
+    found = ranks.run(int(np.prod(sizes)), *call)
     assert all(message in error for error in found), found
 
 
@@ -238,8 +235,7 @@ def test_calls_that_a_layer_is_not_ready_for_are_errors():
 
 
 def test_the_mesh_may_be_a_part_of_a_larger_one():
-    layout = ShardLayout(expert=2, tokens_per_shard=(3, 5))
-    x_by_shard, params = tokens(layout), params_of(DEEPSEEK)
+    x_by_shard, params = tokens((3, 5)), params_of(DEEPSEEK)
     wanted = np.split(moe_layer(np.concatenate(x_by_shard), params, DEEPSEEK).output_TD, [3])
     ranks = shared("conformance.subjects.torch.sharded")
     found = ranks.run(4, parallel_functions.part_of_a_mesh_on_rank, params, DEEPSEEK, x_by_shard)

@@ -31,45 +31,43 @@ LAYERS = {
 }
 PLACED = (5, 2, 7, 0, 3, 6, 1, 4)
 LAYOUTS = {
-    "one rank": {"tokens_per_shard": (7,)},
-    "EP 2, a rank without tokens": {"expert": 2, "tokens_per_shard": (0, 5)},
-    "EP 4, uneven": {"expert": 4, "tokens_per_shard": (3, 0, 7, 1)},
-    "EP 8, uneven": {"expert": 8, "tokens_per_shard": (1, 0, 2, 3, 0, 5, 13, 1)},
-    "EP 4, no token at all": {"expert": 4, "tokens_per_shard": (0, 0, 0, 0)},
-    "EP 4, placed": {"expert": 4, "placement": PLACED, "tokens_per_shard": (3, 0, 7, 1)},
-    "EP 2, chunks": {"expert": 2, "num_token_chunks": 3, "tokens_per_shard": (7, 2)},
-    "EP 4, chunks": {"expert": 4, "num_token_chunks": 2, "tokens_per_shard": (3, 0, 7, 1)},
-    "EP 4, replicated": {"expert": 4, "strategy": "replicated", "tokens_per_shard": (7,)},
-    "EP 2 twice, replicated, placed": {
-        "data": 2, "expert": 2, "strategy": "replicated", "placement": PLACED, "tokens_per_shard": (3, 5),
-    },
-    "TP 4": {"tensor": 4, "tokens_per_shard": (5,)},
-    "EP 2, TP 2, chunks": {"expert": 2, "tensor": 2, "num_token_chunks": 2, "tokens_per_shard": (5, 0)},
-    "EP 4, TP 2, replicated": {"expert": 4, "tensor": 2, "strategy": "replicated", "tokens_per_shard": (5,)},
-    "DP 2, EP 2": {"data": 2, "expert": 2, "tokens_per_shard": (3, 2, 0, 5)},
-    "FSDP 2": {"fsdp": 2, "tokens_per_shard": (3, 5)},
-    "FSDP 2, EP 2": {"fsdp": 2, "expert": 2, "tokens_per_shard": (3, 0, 2, 5)},
-    "DP 2, FSDP 2, EP 2": {"data": 2, "fsdp": 2, "expert": 2, "tokens_per_shard": (3, 0, 2, 5, 1, 1, 7, 0)},
-    "FSDP 2, EP 2, TP 2, placed": {
-        "fsdp": 2, "expert": 2, "tensor": 2, "placement": PLACED, "tokens_per_shard": (3, 0, 2, 5),
-    },
-    "FSDP 3, EP 2, experts padded": {"fsdp": 3, "expert": 2, "tokens_per_shard": (3, 0, 2, 5, 1, 1)},
-    "FSDP 2, EP 2, columns divided": {"fsdp": 2, "expert": 2, "tokens_per_shard": (3, 0, 2, 5)},
-    "nodes of 1": {"expert": 4, "strategy": "node_dedup", "ranks_per_node": 1, "tokens_per_shard": (3, 0, 7, 1)},
-    "nodes of 2, placed": {
+    "one rank": ((7,), {}),
+    "EP 2, a rank without tokens": ((0, 5), {"expert": 2}),
+    "EP 4, uneven": ((3, 0, 7, 1), {"expert": 4}),
+    "EP 8, uneven": ((1, 0, 2, 3, 0, 5, 13, 1), {"expert": 8}),
+    "EP 4, no token at all": ((0, 0, 0, 0), {"expert": 4}),
+    "EP 4, placed": ((3, 0, 7, 1), {"expert": 4, "placement": PLACED}),
+    "EP 2, chunks": ((7, 2), {"expert": 2, "num_token_chunks": 3}),
+    "EP 4, chunks": ((3, 0, 7, 1), {"expert": 4, "num_token_chunks": 2}),
+    "EP 4, replicated": ((7,), {"expert": 4, "strategy": "replicated"}),
+    "EP 2 twice, replicated, placed": ((3, 5), {
+        "data": 2, "expert": 2, "strategy": "replicated", "placement": PLACED,
+    }),
+    "TP 4": ((5,), {"tensor": 4}),
+    "EP 2, TP 2, chunks": ((5, 0), {"expert": 2, "tensor": 2, "num_token_chunks": 2}),
+    "EP 4, TP 2, replicated": ((5,), {"expert": 4, "tensor": 2, "strategy": "replicated"}),
+    "DP 2, EP 2": ((3, 2, 0, 5), {"data": 2, "expert": 2}),
+    "FSDP 2": ((3, 5), {"fsdp": 2}),
+    "FSDP 2, EP 2": ((3, 0, 2, 5), {"fsdp": 2, "expert": 2}),
+    "DP 2, FSDP 2, EP 2": ((3, 0, 2, 5, 1, 1, 7, 0), {"data": 2, "fsdp": 2, "expert": 2}),
+    "FSDP 2, EP 2, TP 2, placed": ((3, 0, 2, 5), {
+        "fsdp": 2, "expert": 2, "tensor": 2, "placement": PLACED,
+    }),
+    "FSDP 3, EP 2, experts padded": ((3, 0, 2, 5, 1, 1), {"fsdp": 3, "expert": 2}),
+    "FSDP 2, EP 2, columns divided": ((3, 0, 2, 5), {"fsdp": 2, "expert": 2}),
+    "nodes of 1": ((3, 0, 7, 1), {"expert": 4, "strategy": "node_dedup", "ranks_per_node": 1}),
+    "nodes of 2, placed": ((3, 0, 7, 1), {
         "expert": 4, "strategy": "node_dedup", "ranks_per_node": 2, "placement": PLACED,
-        "tokens_per_shard": (3, 0, 7, 1),
-    },
-    "nodes of 4": {
-        "expert": 8, "strategy": "node_dedup", "ranks_per_node": 4, "tokens_per_shard": (1, 0, 2, 3, 0, 5, 13, 1),
-    },
-    "nodes of 2, FSDP 2, chunks": {
+    }),
+    "nodes of 4": ((1, 0, 2, 3, 0, 5, 13, 1), {
+        "expert": 8, "strategy": "node_dedup", "ranks_per_node": 4,
+    }),
+    "nodes of 2, FSDP 2, chunks": ((1, 0, 2, 3, 0, 5, 7, 1), {
         "fsdp": 2, "expert": 4, "strategy": "node_dedup", "ranks_per_node": 2, "num_token_chunks": 2,
-        "tokens_per_shard": (1, 0, 2, 3, 0, 5, 7, 1),
-    },
-    "nodes of 1, TP 2": {
-        "expert": 2, "tensor": 2, "strategy": "node_dedup", "ranks_per_node": 1, "tokens_per_shard": (3, 5),
-    },
+    }),
+    "nodes of 1, TP 2": ((3, 5), {
+        "expert": 2, "tensor": 2, "strategy": "node_dedup", "ranks_per_node": 1,
+    }),
 }  # fmt: skip
 WITH = {
     "biases": (
@@ -99,13 +97,13 @@ def error(found, wanted) -> float:
     return np.abs(found - wanted).max(initial=0) / (np.abs(wanted).max(initial=0) or 1)
 
 
-def assert_every_rank_agrees(spec: LayerSpec, params: LayerParams, layout: ShardLayout, **inputs):
+def assert_every_rank_agrees(spec: LayerSpec, params: LayerParams, layout: ShardLayout, sizes, **inputs):
     """Outputs and all gradients."""
     rng = np.random.default_rng(0)
-    x_TD, d_output_TD = rng.normal(size=(2, layout.num_tokens, spec.experts.dim)).astype(np.float32)
+    x_TD, d_output_TD = rng.normal(size=(2, sum(sizes), spec.experts.dim)).astype(np.float32)
 
     def by_shard(values):
-        return np.split(values, np.cumsum(layout.tokens_per_shard)[:-1])
+        return np.split(values, np.cumsum(sizes)[:-1])
 
     trace = moe_layer(x_TD, params, spec, **inputs)
     wanted = layer_backward(trace, params, spec, d_output_TD)
@@ -128,7 +126,8 @@ def assert_every_rank_agrees(spec: LayerSpec, params: LayerParams, layout: Shard
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_rank_has_the_output_and_gradients_of_one_rank(name):
     spec = LAYERS[LAYER_OF.get(name, "groups")]
-    assert_every_rank_agrees(spec, params_of(spec), ShardLayout(**LAYOUTS[name]))
+    sizes, fields_of_layout = LAYOUTS[name]
+    assert_every_rank_agrees(spec, params_of(spec), ShardLayout(**fields_of_layout), sizes)
 
 
 @pytest.mark.parametrize("strategy", ["all_to_all", "node_dedup", "replicated"])
@@ -136,24 +135,24 @@ def test_every_rank_has_the_output_and_gradients_of_one_rank(name):
 def test_all_tokens_may_go_to_one_expert(strategy, expert):
     spec = LayerSpec(router=RouterSpec(num_experts=8, top_k=1, score_func="sigmoid"), experts=GPT_OSS)
     crowd_E = np.where(np.arange(8) == expert, 9.0, 0.0).astype(np.float32)
-    tokens = (11,) if strategy == "replicated" else (3, 0, 7, 1)
-    layout = ShardLayout(expert=4, strategy=strategy, tokens_per_shard=tokens, ranks_per_node=2)
-    assert_every_rank_agrees(spec, replace(params_of(spec), expert_bias_E=crowd_E), layout)
+    layout = ShardLayout(expert=4, strategy=strategy, ranks_per_node=2)
+    sizes = (11,) if layout.facts.shares_tokens else (3, 0, 7, 1)
+    assert_every_rank_agrees(spec, replace(params_of(spec), expert_bias_E=crowd_E), layout, sizes)
 
 
 @pytest.mark.parametrize("strategy", ["all_to_all", "node_dedup"])
 def test_padding_is_in_no_output_and_no_gradient(strategy):
     spec = LAYERS["groups"]
-    layout = ShardLayout(expert=4, strategy=strategy, tokens_per_shard=(3, 2, 5, 1), ranks_per_node=2)
+    layout = ShardLayout(expert=4, strategy=strategy, ranks_per_node=2)
     mask_T = np.array([1, 0, 1, 0, 0, 1, 1, 0, 1, 1, 0], dtype=bool)  # the second rank has padding alone
-    assert_every_rank_agrees(spec, params_of(spec), layout, token_mask_T=mask_T)
+    assert_every_rank_agrees(spec, params_of(spec), layout, (3, 2, 5, 1), token_mask_T=mask_T)
 
 
 def test_an_unsupported_layout_has_a_reason():
     subject, spec = TorchLayouts(), LAYERS["groups"]
-    layout = ShardLayout(expert=2, tokens_per_shard=(3, 3))
+    layout = ShardLayout(expert=2)
     assert subject.supports_layer(spec, layout) is None
-    assert "not ring_of_experts" in subject.supports_layer(spec, layout.replace(strategy="ring_of_experts"))
+    assert "strategy is 'ring_of_experts'" in subject.supports_layer(spec, layout.replace(strategy="ring_of_experts"))
     assert "pieces of D" in subject.supports_layer(spec, layout.replace(num_emb_chunks=2))
     random = spec.replace(router=RouterSpec(num_experts=4, top_k=1, selector="random"))
     assert "draws on its own" in subject.supports_layer(random, layout)

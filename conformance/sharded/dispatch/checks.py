@@ -33,7 +33,7 @@ def unplaced(layout) -> bool:
 def other_ids(case: LayoutCase, load: str) -> list[np.ndarray]:
     """Ids of another load for the same layout."""
     rng = np.random.default_rng(case.seed + 1)
-    return case.by_shard(given_ids(case.spec.router, case.layout, load, rng))
+    return case.by_shard(given_ids(case.spec.router, case.layout, case.num_tokens, load, rng))
 
 
 @requires("DSP-1", method="dispatch", counts=FILLED, loads=("even",))
@@ -73,7 +73,7 @@ def test_the_rows_of_an_expert_are_in_the_order_of_arrival(judge, case):
 
 @requires("DSP-8", method="dispatch", layout=unplaced, counts=("some_empty", "empty"))
 def test_a_rank_without_tokens_takes_part(judge, case):
-    if 0 not in case.layout.tokens_per_shard:
+    if 0 not in case.tokens_per_shard:
         raise NotRun("judged where a rank has no token")
     hold_plan(case, planned(judge, case), case.plans)
 
@@ -147,10 +147,11 @@ def test_a_layout_that_does_not_divide_the_experts_is_refused(judge, case):
     E = case.spec.router.num_experts
     wrong = int(case.rng().choice([n for n in range(2, 9) if E % n]))
     layout = case.layout.replace(data=1, fsdp=1, tensor=1, expert=wrong, strategy="all_to_all", placement=None,
-                                 ranks_per_node=None, buffer_factor=None, tokens_per_shard=(1,) * wrong)  # fmt: skip
+                                 ranks_per_node=None, buffer_factor=None)  # fmt: skip
+    refused = case.with_(layout=layout, tokens_per_shard=(1,) * wrong)
     ids_by_shard = [np.arange(case.spec.router.top_k)[None]] * wrong
     try:
-        judge.call(case.with_(layout=layout), "dispatch", ids_by_shard, layout, case.spec)
+        judge.call(refused, "dispatch", ids_by_shard, layout, case.spec)
     except (NotRun, ValueError):
         return
     except Violation as violation:
@@ -173,7 +174,8 @@ EVERYTHING = LayoutCheck(requirement="DSP-2", run=hold_everything, method="dispa
 def test_every_assignment_of_few_tokens_on_two_and_three_ranks(judge):
     if "dispatch" not in judge.capabilities:
         pytest.skip("unsupported: dispatch() is not defined")
-    worlds = [case for case in worlds_of_dispatch() if judge.subject.supports_layer(case.spec, case.layout) is None]
+    supports = judge.why_not_laid_out
+    worlds = [c for c in worlds_of_dispatch() if supports(c.spec, c.layout, c.tokens_per_shard) is None]
     if not worlds:
         pytest.skip("unsupported: no layout of two or three ranks")
     for world in worlds:

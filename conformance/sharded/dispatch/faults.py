@@ -3,7 +3,8 @@
 import numpy as np
 
 from conformance.core.fault import replaces, surrounds
-from moe_ref.dispatch import checked_ids, exchange, rows_for, sort_by_expert
+from moe_ref.dispatch import checked_ids
+from moe_ref.strategies.rows import exchange, rows_for, sort_by_expert
 
 
 def own_rank(layout, number: int) -> int:
@@ -56,7 +57,7 @@ def edge_ranks_lose_a_replica(run, memory, ids_by_shard, layout, spec):
 @surrounds(breaks="DSP-2", links=("sgl-project/sglang#40672",))
 def the_own_count_bounds_the_gathered_rows(run, memory, ids_by_shard, layout, spec):
     """Of the tokens of all ranks those past the rank's own count are taken for padding."""
-    plans, tokens = run(ids_by_shard, layout, spec), layout.tokens_per_shard
+    plans, tokens = run(ids_by_shard, layout, spec), list(map(len, ids_by_shard))
     for number, plan in enumerate(plans if layout.shards_per_group > 1 else ()):
         first = number // layout.expert * layout.expert
         starts = np.concatenate([[0], np.cumsum(tokens[first : first + layout.expert])])
@@ -80,7 +81,7 @@ def receives_are_sized_by_raw_token_counts(run, memory, ids_by_shard, layout, sp
     plans = run(ids_by_shard, layout, spec)
     for number, plan in enumerate(plans if layout.shards_per_group > 1 else ()):
         shards = layout.shards_of_group(number // layout.expert)
-        tokens_S = np.array([layout.tokens_per_shard[shard] for shard in shards])
+        tokens_S = np.array([len(ids_by_shard[shard]) for shard in shards])
         plan["recv_sizes_S"] = tokens_S * spec.router.top_k // layout.expert
     return plans
 
@@ -159,7 +160,7 @@ def the_sort_of_arrivals_is_not_stable(received, ids_by_source, experts):
 @surrounds(breaks="DSP-8", links=("vllm-project/vllm#57471",))
 def a_rank_without_tokens_is_refused(run, memory, ids_by_shard, layout, spec):
     """A rank that has nothing to send fails, and the others wait."""
-    if 0 in layout.tokens_per_shard:
+    if 0 in map(len, ids_by_shard):
         raise RuntimeError("split_with_sizes expects split_sizes to sum exactly to 0")
     return run(ids_by_shard, layout, spec)
 
@@ -169,7 +170,7 @@ def a_rank_without_tokens_stays_away(run, memory, ids_by_shard, layout, spec):
     """A rank without tokens returns early, and its experts get no rows."""
     plans = run(ids_by_shard, layout, spec)
     for number, plan in enumerate(plans if layout.shards_per_group > 1 else ()):
-        if layout.tokens_per_shard[number] == 0:
+        if len(ids_by_shard[number]) == 0:
             plan |= {"order_R2": plan["order_R2"][:0], "group_sizes_e": 0 * plan["group_sizes_e"]}
     return plans
 
@@ -250,7 +251,7 @@ def every_group_takes_the_tokens_of_the_first(run, memory, ids_by_shard, layout,
     """With a data axis as well, the slice of a rank's tokens is that of the first group."""
     group = len(ids_by_shard) // layout.num_rank_groups
     first = list(ids_by_shard[:group]) * layout.num_rank_groups
-    return run(first, layout.replace(tokens_per_shard=tuple(map(len, first))), spec)
+    return run(first, layout, spec)
 
 
 @surrounds(breaks="DSP-13", links=("vllm-project/vllm#23619",))

@@ -131,7 +131,7 @@ def test_shared_experts_add_their_output_once(judge, case):
 
 @requires("LYT-7", method="sharded_layer", spec=alone, layout=is_plain, counts=SOME_EMPTY)
 def test_a_rank_without_tokens_takes_part(judge, case):
-    if 0 not in case.layout.tokens_per_shard:
+    if 0 not in case.tokens_per_shard:
         raise NotRun("judged where a rank has no token")
     hold_layout(judge, case, "not the output of the one-rank layer, beside ranks without tokens")
 
@@ -229,10 +229,10 @@ def test_the_placement_changes_rounding_alone(judge, case):
 
 @requires("LYT-16", method="sharded_layer", layout=unchunked, after=("LYT-1",))
 def test_another_layout_changes_rounding_alone(judge, case):
-    layout = another_layout(judge, case)
-    if layout is None:
+    other = another_layout(judge, case)
+    if other is None:
         raise NotRun("judged where another layout of these tokens is supported")
-    compare(judge, case, f"another output than on {layout.to_dict()}", case.with_(layout=layout))
+    compare(judge, case, f"another output than on {other.laid_out}", other)
 
 
 @requires("LYT-17", method="sharded_layer", after=("LYT-1",))

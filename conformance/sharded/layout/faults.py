@@ -81,7 +81,7 @@ def the_ring_takes_the_slice_of_another_group(run, memory, x_by_shard, params, s
         return run(x_by_shard, params, spec, layout, **inputs)
     turned = np.arange(layout.num_token_shards).reshape(layout.num_rank_groups, -1).T.reshape(-1)
     x_TD = np.concatenate([x_by_shard[shard] for shard in turned])
-    return run(np.split(x_TD, np.cumsum(layout.tokens_per_shard)[:-1]), params, spec, layout, **inputs)
+    return run(np.split(x_TD, np.cumsum(list(map(len, x_by_shard)))[:-1]), params, spec, layout, **inputs)
 
 
 @surrounds(breaks="LYT-2", links=("Avarok-Cybersecurity/atlas#240",))
@@ -97,7 +97,7 @@ def a_replicated_expert_is_summed_twice(run, memory, x_by_shard, params, spec, l
     """Every rank runs its own replica of expert 0, and what they return is summed."""
     found = run(x_by_shard, params, spec, layout, **inputs)
     without = run(x_by_shard, without_experts(params, [0]), spec, layout, **inputs)
-    times = layout.expert if layout.strategy == "replicated" else min(layout.expert, 2)
+    times = layout.expert if layout.facts.shares_tokens else min(layout.expert, 2)
     return [rest + times * (all_TD - rest) for all_TD, rest in zip(found, without, strict=True)]
 
 
@@ -105,13 +105,14 @@ def a_replicated_expert_is_summed_twice(run, memory, x_by_shard, params, spec, l
 def a_full_rank_lends_its_last_row(shard, begun, ranks, params, spec, layout):
     """Slots of other ranks' experts read the last row of the buffer, which belongs to nobody unless it is full."""
     found = finish(shard, begun, ranks, params, spec, layout)
-    if layout.strategy not in ("ring_of_experts", "replicated") or spec.router.weight_on == "input":
+    if layout.facts.partial_sums != "rank" or spec.router.weight_on == "input":
         return found
     output_TD, first = found.output_TD.copy(), shard // layout.shards_per_group * layout.expert * layout.tensor
+    group = range(first, first + layout.expert * layout.tensor)
+    by_shard = {layout.shard_of(rank): sum(chunk.plan.num_tokens for chunk in ranks[rank]) for rank in group}
     for chunks in ranks[first : first + layout.expert * layout.tensor : layout.tensor]:
         for chunk in chunks:
-            group = layout.tokens_of_group(shard // layout.shards_per_group)
-            most = group * min(spec.router.top_k, len(chunk.plan.group_sizes_e))
+            most = sum(by_shard.values()) * min(spec.router.top_k, len(chunk.plan.group_sizes_e))
             slots = chunk.shard_slots_R2[chunk.shard_slots_R2[:, 0] == shard, 1]
             foreign_TK = found.routing.weights_TK.copy()
             foreign_TK.reshape(-1)[slots] = 0
@@ -123,7 +124,7 @@ def a_full_rank_lends_its_last_row(shard, begun, ranks, params, spec, layout):
 @surrounds(breaks="LYT-31", links=("AI-Hypercomputer/maxtext#1767", "deepseek-ai/DeepEP#427"))
 def rows_past_the_average_load_are_lost(run, memory, x_by_shard, params, spec, layout, **inputs):
     """The receive buffer holds an even share of all rows."""
-    fixed = layout.replace(buffer_factor=1.0) if layout.strategy == "ragged_all_to_all" else layout
+    fixed = layout.replace(buffer_factor=1.0) if layout.facts.has_buffer else layout
     return run(x_by_shard, params, spec, fixed, **inputs)
 
 
@@ -157,7 +158,7 @@ def tensor_ranks_sum_the_shared_output(run, memory, x_by_shard, params, spec, la
 def every_expert_rank_adds_the_shared_output(run, memory, x_by_shard, params, spec, layout, **inputs):
     """Each rank adds the shared output to its partial sum, before they are summed."""
     routed, shared = split(run, x_by_shard, params, spec, layout, **inputs)
-    times = layout.expert if layout.strategy in ("ring_of_experts", "replicated") else 1
+    times = layout.expert if layout.facts.partial_sums == "rank" else 1
     return joined(routed, [times * output_TD for output_TD in shared])
 
 
@@ -184,7 +185,7 @@ def the_shared_output_is_scaled_on_several_ranks(run, memory, x_by_shard, params
 @surrounds(breaks="LYT-7", links=("vllm-project/vllm#57471",))
 def an_empty_rank_fails(run, memory, x_by_shard, params, spec, layout, **inputs):
     """A rank without tokens has nothing to concatenate."""
-    if 0 in layout.tokens_per_shard and layout.num_tokens:
+    if 0 in map(len, x_by_shard) and any(map(len, x_by_shard)):
         raise RuntimeError("torch.cat(): expected a non-empty list of Tensors")
     return run(x_by_shard, params, spec, layout, **inputs)
 
@@ -194,7 +195,7 @@ def the_experts_of_an_empty_rank_do_not_work(run, memory, x_by_shard, params, sp
     """A rank without tokens returns early, and its experts return nothing."""
     if layout.shards_per_group == 1:
         return run(x_by_shard, params, spec, layout, **inputs)
-    empty = {s % layout.expert for s, n in enumerate(layout.tokens_per_shard) if not n}
+    empty = {s % layout.expert for s, x_TD in enumerate(x_by_shard) if not len(x_TD)}
     idle = [i for e in empty for i in layout.experts_of(e, spec.router.num_experts)]
     return run(x_by_shard, without_experts(params, idle), spec, layout, **inputs)
 
@@ -202,7 +203,7 @@ def the_experts_of_an_empty_rank_do_not_work(run, memory, x_by_shard, params, sp
 @surrounds(breaks="LYT-8", links=("vllm-project/vllm#57471",))
 def no_token_anywhere_is_refused(run, memory, x_by_shard, params, spec, layout, **inputs):
     """A step without any token is an error."""
-    if not layout.num_tokens:
+    if not any(map(len, x_by_shard)):
         raise RuntimeError("max(): Expected reduction dim to be specified for input.numel() == 0")
     return run(x_by_shard, params, spec, layout, **inputs)
 
@@ -210,7 +211,7 @@ def no_token_anywhere_is_refused(run, memory, x_by_shard, params, spec, layout, 
 @surrounds(breaks="LYT-9", links=("deepseek-ai/DeepEP#700",))
 def the_last_row_of_a_full_shard_gets_another(run, memory, x_by_shard, params, spec, layout, **inputs):
     """On the fullest shard the last token gets a part of another one's output."""
-    found, most = run(x_by_shard, params, spec, layout, **inputs), max(layout.tokens_per_shard)
+    found, most = run(x_by_shard, params, spec, layout, **inputs), max(map(len, x_by_shard))
     for output_TD in found:
         if len(output_TD) == most and most > 1:
             output_TD[-1] = 0.75 * output_TD[-1] + 0.25 * output_TD[0]
@@ -247,7 +248,8 @@ def one_slot_returns_what_was_there(run, memory, x_by_shard, params, spec, layou
     found = run(x_by_shard, params, spec, layout, **inputs)
     if spec.router.top_k > 1 or spec.router.output_scale == 1:
         return found
-    last, memory[layout] = memory.get(layout, found), found
+    key = (layout, *map(len, x_by_shard))
+    last, memory[key] = memory.get(key, found), found
     return last
 
 

@@ -10,9 +10,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from conformance.core.subject import Subject
-from moe_jax.parallel import exchange
-from moe_jax.parallel.layer import (
+from moe_jax.parallel import (
     Stages,
+    exchange,
     make_mesh,
     param_specs,
     place,
@@ -42,7 +42,7 @@ class JaxLayouts(Subject):
     name = "jax-layouts"
     version = jax.__version__
     url = "https://github.com/jax-ml/jax"
-    compiles = True
+    compiles = equal_shards = True
 
     def supports_layer(self, spec, layout=None):
         """What a JAX mesh of this process is not."""
@@ -50,18 +50,14 @@ class JaxLayouts(Subject):
             return None
         if spec.router.selector == "random":
             return "each shard draws from a JAX key of its own"
-        if layout.strategy == "node_dedup":
-            return "moe_jax has no node_dedup"
-        if len(set(layout.tokens_per_shard)) > 1:
-            return "shards of a JAX array have equal sizes"
         if layout.num_ranks > MOST_RANKS:
             return f"the mesh has {MOST_RANKS} devices"
-        return None
+        return exchange.unsupported(layout)
 
     def dispatch(self, expert_ids_by_shard, layout, spec):
         """Each row is known by what it carries: the rank and the number of its token."""
         ids_TK = np.concatenate(expert_ids_by_shard)
-        metadata, rows_R2 = _dispatch(spec, layout)(_narrow(ids_TK), _names_of_tokens(layout))
+        metadata, rows_R2 = _dispatch(spec, layout)(_narrow(ids_TK), _names_of_tokens(expert_ids_by_shard, layout))
         ranks = [layout.rank(d, f, e) for d, f, e in np.ndindex(layout.data, layout.fsdp, layout.expert)]
         parts, found = [_by_rank(array, layout) for array in (*jax.tree.leaves(metadata), rows_R2)], []
         names = [*_METADATA, "rows_R2"]
@@ -75,7 +71,7 @@ class JaxLayouts(Subject):
                 source, token = (int(number) for number in row)
                 slot = expert_ids_by_shard[shards[source]][token].tolist().index(expert_id)
                 # What is replicated is every rank's own.
-                order.append((e if layout.strategy == "replicated" else source, token * spec.router.top_k + slot))
+                order.append((e if layout.facts.shares_tokens else source, token * spec.router.top_k + slot))
             found.append(mine | {"order_R2": np.array(order, int).reshape(-1, 2), "overflow": int(mine["overflow"][0])})
         return found
 
@@ -161,12 +157,12 @@ def _gradients(spec: LayerSpec, layout: ShardLayout):
     return jax.jit(run, out_shardings=(tokens, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)))
 
 
-def _names_of_tokens(layout: ShardLayout):
+def _names_of_tokens(by_shard, layout: ShardLayout):
     """(T, 2) the shard, among those of its rank group, and the number of each token."""
     names = []
-    for shard, num_tokens in enumerate(layout.tokens_per_shard):
+    for shard, tokens in enumerate(by_shard):
         source = shard % layout.shards_per_group
-        names += [(source, token) for token in range(num_tokens)]
+        names += [(source, token) for token in range(len(tokens))]
     return np.array(names, np.float32).reshape(-1, 2)
 
 

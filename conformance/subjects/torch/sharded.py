@@ -4,7 +4,6 @@ The first half runs here and needs the pool of ranks; the second half runs on a 
 """
 
 from functools import lru_cache
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -15,10 +14,10 @@ from conformance.core.subject import Subject
 from conformance.subjects.ranks import Ranks, shared
 from conformance.subjects.torch.layer import _layer_inputs, _single, _tensor, to_canonical
 from moe_ref import LayerParams, LayerSpec
-from moe_ref.specs.layout import ShardLayout
+from moe_ref.specs.layout import AXES, ShardLayout
 from moe_torch.moe import MoE
 from moe_torch.parallel.collectives import Sent, recorded
-from moe_torch.parallel.parallelize import AXES, STRATEGIES, parallelize, sync_gradients
+from moe_torch.parallel.parallelize import parallelize, sync_gradients, unsupported
 from moe_torch.parallel.params import full_tensors
 
 BY_SHARD = {"token_mask_by_shard": "token_mask_T", "token_ids_by_shard": "token_ids_T",
@@ -43,11 +42,7 @@ class TorchLayouts(Subject):
             return "each rank draws on its own, which is not what one rank would draw"
         if layout is None:
             return None
-        if layout.strategy not in STRATEGIES:
-            return f"moe_torch has the strategies {', '.join(STRATEGIES)}, not {layout.strategy}"
-        if layout.num_emb_chunks > 1:
-            return "moe_torch does not divide a projection into pieces of D"
-        return None
+        return unsupported(layout)
 
     def dispatch(self, expert_ids_by_shard, layout, spec):
         """What the ranks exchanged, and the rows that their experts were given; tensor ranks do the same."""
@@ -70,7 +65,7 @@ def layer_on_rank(x_by_shard, params: LayerParams, spec: LayerSpec, layout: Shar
     shard = layout.shard_of(dist.get_rank())
     with torch.no_grad():
         return parallel_layer(params, spec, layout)(
-            _single(x_by_shard[shard]), **inputs_of(shard, spec, layout, inputs)
+            _single(x_by_shard[shard]), **inputs_of(shard, spec, x_by_shard, inputs)
         ).numpy()
 
 
@@ -78,7 +73,7 @@ def gradients_on_rank(x_by_shard, params, spec, layout, d_output_by_shard, input
     """The gradients of this rank's tokens, and of all parameters, as every rank sees them after the sums."""
     shard = layout.shard_of(dist.get_rank())
     moe, x_TD = parallel_layer(params, spec, layout), _single(x_by_shard[shard]).requires_grad_()
-    moe(x_TD, **inputs_of(shard, spec, layout, inputs)).backward(_single(d_output_by_shard[shard]))
+    moe(x_TD, **inputs_of(shard, spec, x_by_shard, inputs)).backward(_single(d_output_by_shard[shard]))
     sync_gradients(moe)
     assert x_TD.grad is not None
     by_name = {name: gradient.numpy() for name, gradient in full_tensors(moe, gradients=True).items()}
@@ -90,14 +85,7 @@ def parallel_layer(params: LayerParams | None, spec: LayerSpec, layout: ShardLay
     moe = MoE(spec).eval()
     if params is not None:
         moe.load(params)
-    return parallelize(
-        moe,
-        mesh_of(layout.data, layout.fsdp, layout.expert, layout.tensor),
-        strategy=layout.strategy,
-        placement=layout.placement,
-        ranks_per_node=layout.ranks_per_node,
-        num_token_chunks=layout.num_token_chunks,
-    )
+    return parallelize(moe, mesh_of(layout.data, layout.fsdp, layout.expert, layout.tensor), layout)
 
 
 @lru_cache(maxsize=64)
@@ -107,12 +95,12 @@ def mesh_of(*sizes: int) -> DeviceMesh:
     return init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes))
 
 
-def inputs_of(shard: int, spec: LayerSpec, layout: ShardLayout, inputs: dict) -> dict:
+def inputs_of(shard: int, spec: LayerSpec, x_by_shard, inputs: dict) -> dict:
     """The layer's further inputs for one shard."""
     of_shard = {BY_SHARD[name]: value[shard] for name, value in inputs.items() if name in BY_SHARD}
     own = _layer_inputs(**of_shard, **{name: value for name, value in inputs.items() if name not in BY_SHARD})
     if spec.router.selector == "round_robin":
-        own["first_token"] = [0, *accumulate(layout.tokens_per_shard)][shard]
+        own["first_token"] = sum(map(len, x_by_shard[:shard]))
     return own
 
 
@@ -161,13 +149,13 @@ def sizes_of(sent: list[Sent], own_rows: int, layout: ShardLayout, e: int) -> di
     """Rows to and from each rank of the expert axis, in the last exchange before the experts."""
     found = {"send_sizes_S": np.zeros(layout.expert, np.int64), "recv_sizes_S": np.zeros(layout.expert, np.int64)}
     there = [each for each in sent if each.what == "rows"]
-    if layout.expert == 1 or layout.strategy == "replicated":
+    if layout.expert == 1 or layout.facts.shares_tokens:
         assert not there
         # Alone on the expert axis it sends all rows to itself, without an exchange.
-        return {name: sizes + (0 if layout.strategy == "replicated" else own_rows) for name, sizes in found.items()}
+        return {name: sizes + (0 if layout.facts.shares_tokens else own_rows) for name, sizes in found.items()}
     # Of exchanges there and back, the middle: across, inside, inside, across.
     to_experts = there[len(there) // 2 - 1]
-    first = layout.node_of(e) * layout.node_size if layout.strategy == "node_dedup" else 0
+    first = layout.node_of(e) * layout.node_size if layout.facts.by_node else 0
     for name, sizes in zip(found, (to_experts.rows_S, to_experts.received_S), strict=True):
         found[name][first : first + len(sizes)] = sizes
     return found

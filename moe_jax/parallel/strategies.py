@@ -1,0 +1,367 @@
+"""moe_jax, strategies: how the rows of a token shard reach the ranks of their experts and come back, a class each.
+
+To be called inside shard_map. Rows travel sorted by the place of their expert, then by token; a rank sorts what arrived
+by its own experts, and the rows of one expert stay in the order of their source ranks. Null experts and unused slots
+never travel. `moe_ref.strategies` says the same, rank by rank.
+
+Legend: T tokens of a shard, K top_k, D model dim, E experts, e experts on this rank, S ranks of the expert axis,
+C rows of a block, A rows that arrive, R rows worked on.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax import permute as local
+from moe_jax.parallel.collectives import ragged_all_to_all, vary
+from moe_jax.permute import RouteMetadata, take
+from moe_ref.specs.layout import ShardLayout
+from moe_ref.specs.router import RouterSpec
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class SentMetadata(RouteMetadata):
+    """Where each slot's row is among what a rank sends: some slots send no row, and some rows are nobody's."""
+
+    sent_TK: jax.Array
+    sent_R: jax.Array
+
+    @property
+    def has_expert_TK(self) -> jax.Array:
+        """(T, K) bools: whether each slot has a row, and it was admitted."""
+        return self.sent_TK
+
+    @property
+    def has_expert_R(self) -> jax.Array:
+        """(R,) bools: whether each row is a slot's."""
+        return self.sent_R
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class ShardMetadata:
+    """One rank's part in an exchange: all that moving rows needs, there and back."""
+
+    slots: RouteMetadata | None
+    """From the slots of this shard to the rows it sends; None where it sends whole tokens, or none."""
+    rows: RouteMetadata
+    """From what arrived to rows sorted by local expert."""
+    send_sizes_S: jax.Array
+    """(S,) int32: rows for each rank of the expert axis; tokens with ring_of_experts."""
+    recv_sizes_S: jax.Array
+    input_offsets_S: jax.Array
+    """(S,) int32: where among the rows that it sends those for each rank begin."""
+    output_offsets_S: jax.Array
+    """(S,) int32: where in the buffer of each rank the rows from this one begin."""
+    overflow_1: jax.Array
+    """(1,) int32: rows that this rank had no room for."""
+
+
+class Exchange:
+    """How one strategy moves the rows of this rank."""
+
+    sends_tokens = False
+    """Whole tokens travel, not the rows of slots."""
+
+    def plan(self, places_TK: jax.Array, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
+        """Where the slots of a shard go, by the places of their experts."""
+        raise NotImplementedError
+
+    def dispatch(
+        self, x_TD: jax.Array, weights_TK: jax.Array | None, metadata: ShardMetadata, fill: jax.Array
+    ) -> jax.Array:
+        """The rows of this rank's experts, sorted by expert, times their weights where weights are given."""
+        raise NotImplementedError
+
+    def unpermute(
+        self, rows_RD: jax.Array, weights_TK: jax.Array | None, metadata: ShardMetadata, fill: jax.Array
+    ) -> jax.Array:
+        """Each token's weighted sum of its rows, which come back."""
+        raise NotImplementedError
+
+
+class _OfSlots(Exchange):
+    """The row of each slot travels to the rank of its expert, and the same row comes back."""
+
+    def plan(self, places_TK: jax.Array, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
+        home = local.permute(places_TK, router.num_experts)
+        sizes_SSe = lax.all_gather(home.group_sizes_E, "expert").reshape(layout.expert, layout.expert, -1)
+        return self.plan_rows(home, sizes_SSe, layout, router)
+
+    def plan_rows(
+        self, home: RouteMetadata, sizes_SSe: jax.Array, layout: ShardLayout, router: RouterSpec
+    ) -> ShardMetadata:
+        """The plan, from this shard's rows sorted by place, and how many each rank has for each expert of each."""
+        raise NotImplementedError
+
+    def send(self, sent_RD: jax.Array, metadata: ShardMetadata, fill: jax.Array) -> jax.Array:
+        """The rows that arrive here."""
+        raise NotImplementedError
+
+    def bring_back(self, done_AD: jax.Array, metadata: ShardMetadata, fill: jax.Array) -> jax.Array:
+        """The rows that this rank sent, as the experts return them."""
+        raise NotImplementedError
+
+    def dispatch(
+        self, x_TD: jax.Array, weights_TK: jax.Array | None, metadata: ShardMetadata, fill: jax.Array
+    ) -> jax.Array:
+        assert metadata.slots is not None
+        sent_RD = _weighed(local.dispatch(x_TD, metadata.slots), weights_TK, metadata.slots)
+        return local.dispatch(self.send(sent_RD, metadata, fill), metadata.rows)
+
+    def unpermute(
+        self, rows_RD: jax.Array, weights_TK: jax.Array | None, metadata: ShardMetadata, fill: jax.Array
+    ) -> jax.Array:
+        assert metadata.slots is not None
+        back_RD = self.bring_back(local.unpermute(rows_RD, metadata.rows), metadata, fill)
+        return local.unpermute(back_RD, metadata.slots, weights_TK)
+
+
+class Blocks(_OfSlots):
+    """all_to_all: a block of rows for each rank, as large as any rank may need; one plain collective."""
+
+    def plan_rows(
+        self, home: RouteMetadata, sizes_SSe: jax.Array, layout: ShardLayout, router: RouterSpec
+    ) -> ShardMetadata:
+        """A block of C rows for each rank; the rows of its run come first in it."""
+        S, (T, K) = layout.expert, home.row_of_slot_TK.shape
+        C, me = T * slots_per_rank(layout, router), lax.axis_index("expert")
+        wanted_SS = sizes_SSe.sum(axis=-1, dtype=jnp.int32)
+        begins_S = _starts(wanted_SS[me])
+        in_block_SC = jnp.broadcast_to(lax.iota(jnp.int32, C), (S, C))
+        sent_R = (in_block_SC < wanted_SS[me][:, None]).reshape(-1)
+        row_SC = jnp.minimum(begins_S[:, None] + in_block_SC, max(T * K - 1, 0))
+        # A place without a row reads any slot; it is not read in turn.
+        owner_TK = jnp.clip(
+            jnp.searchsorted(begins_S, home.row_of_slot_TK, side="right").astype(jnp.int32) - 1, 0, S - 1
+        )
+        block_row_TK = owner_TK * C + home.row_of_slot_TK - begins_S[owner_TK]
+        slots = SentMetadata(
+            group_sizes_E=home.group_sizes_E,
+            slot_of_row_R=home.slot_of_row_R[row_SC.reshape(-1)],
+            row_of_slot_TK=jnp.where(home.has_expert_TK, block_row_TK, 0),
+            sent_TK=home.has_expert_TK,
+            sent_R=sent_R,
+        )
+        arrived_Se = sizes_SSe[:, me]
+        expert_SC = jax.vmap(_expert_of_row)(arrived_Se, in_block_SC)
+        block_begins_S = C * lax.iota(jnp.int32, S)
+        return ShardMetadata(
+            slots=slots,
+            rows=local.permute(expert_SC.reshape(-1, 1), router.num_experts // S),
+            send_sizes_S=wanted_SS[me],
+            recv_sizes_S=wanted_SS[:, me],
+            input_offsets_S=block_begins_S,
+            output_offsets_S=jnp.full_like(block_begins_S, C) * me,
+            overflow_1=jnp.zeros_like(me, jnp.int32)[None],
+        )
+
+    def send(self, sent_RD: jax.Array, metadata: ShardMetadata, fill: jax.Array) -> jax.Array:
+        assert metadata.slots is not None
+        return _swap(jnp.where(metadata.slots.has_expert_R[:, None], sent_RD, fill))
+
+    def bring_back(self, done_AD: jax.Array, metadata: ShardMetadata, fill: jax.Array) -> jax.Array:
+        return _swap(done_AD)
+
+
+class Runs(_OfSlots):
+    """ragged_all_to_all: exact runs of rows into one buffer, which may be too small; the rest is dropped."""
+
+    def plan_rows(
+        self, home: RouteMetadata, sizes_SSe: jax.Array, layout: ShardLayout, router: RouterSpec
+    ) -> ShardMetadata:
+        """Receivers admit sources in rank order, each source's rows in sending order, while there is room."""
+        S, (T, K) = layout.expert, home.row_of_slot_TK.shape
+        me, room = lax.axis_index("expert"), buffer_rows(layout, router, T)
+        wanted_SS = sizes_SSe.sum(axis=-1, dtype=jnp.int32)
+        ends_SS = jnp.minimum(jnp.cumsum(wanted_SS, axis=0), room)
+        begins_SS = jnp.concatenate([jnp.zeros_like(ends_SS[:1]), ends_SS[:-1]])
+        admitted_SS = ends_SS - begins_SS
+        input_offsets_S = _starts(wanted_SS[me])
+        row_R = lax.iota(jnp.int32, T * K)
+        owner_R = jnp.clip(jnp.searchsorted(input_offsets_S, row_R, side="right") - 1, 0, S - 1)
+        sent_R = row_R - input_offsets_S[owner_R] < admitted_SS[me][owner_R]
+        slots = SentMetadata(
+            group_sizes_E=home.group_sizes_E,
+            slot_of_row_R=home.slot_of_row_R,
+            row_of_slot_TK=home.row_of_slot_TK,
+            sent_TK=sent_R[home.row_of_slot_TK],
+            sent_R=sent_R,
+        )
+        # Of each source the first rows are admitted: its later experts lose theirs.
+        ends_Se = jnp.minimum(jnp.cumsum(sizes_SSe[:, me], axis=-1), admitted_SS[:, me, None])
+        kept_Se = jnp.diff(ends_Se, axis=-1, prepend=0)
+        flat_expert_A = _expert_of_row(kept_Se.reshape(-1), lax.iota(jnp.int32, room))
+        e = router.num_experts // S
+        expert_A = jnp.where(flat_expert_A < S * e, flat_expert_A % e, e)
+        return ShardMetadata(
+            slots=slots,
+            rows=local.permute(expert_A[:, None], e),
+            send_sizes_S=admitted_SS[me],
+            recv_sizes_S=admitted_SS[:, me],
+            input_offsets_S=input_offsets_S,
+            output_offsets_S=begins_SS[me],
+            overflow_1=(wanted_SS[:, me].sum(dtype=jnp.int32) - ends_SS[-1, me])[None],
+        )
+
+    def send(self, sent_RD: jax.Array, metadata: ShardMetadata, fill: jax.Array) -> jax.Array:
+        return ragged_all_to_all(
+            sent_RD,
+            jnp.full((metadata.rows.slot_of_row_R.size, sent_RD.shape[1]), fill),
+            metadata.input_offsets_S,
+            metadata.send_sizes_S,
+            metadata.output_offsets_S,
+            metadata.recv_sizes_S,
+            axis_name="expert",
+        )
+
+    def bring_back(self, done_AD: jax.Array, metadata: ShardMetadata, fill: jax.Array) -> jax.Array:
+        assert metadata.slots is not None
+        return ragged_all_to_all(
+            done_AD,
+            jnp.full((metadata.slots.slot_of_row_R.size, done_AD.shape[1]), fill),
+            _swap(metadata.output_offsets_S),
+            metadata.recv_sizes_S,
+            _swap(metadata.input_offsets_S),
+            metadata.send_sizes_S,
+            axis_name="expert",
+        )
+
+
+class Ring(Exchange):
+    """ring_of_experts: tokens, ids and weights are gathered, partial outputs reduce-scattered."""
+
+    sends_tokens = True
+
+    def plan(self, places_TK: jax.Array, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
+        """Each rank has the tokens of all, in the order of the ranks, and picks the rows of its own experts."""
+        T = len(places_TK)
+        here = _plan_here(_gather_tokens(places_TK), layout, router)
+        whole_S = jnp.full((layout.expert,), T, jnp.int32)
+        return replace(
+            here, send_sizes_S=whole_S, recv_sizes_S=whole_S, output_offsets_S=whole_S * lax.axis_index("expert")
+        )
+
+    def dispatch(
+        self, x_TD: jax.Array, weights_TK: jax.Array | None, metadata: ShardMetadata, fill: jax.Array
+    ) -> jax.Array:
+        x_TD, weights_TK = jax.tree.map(_gather_tokens, (x_TD, weights_TK))
+        return _weighed(local.dispatch(x_TD, metadata.rows), weights_TK, metadata.rows)
+
+    def unpermute(
+        self, rows_RD: jax.Array, weights_TK: jax.Array | None, metadata: ShardMetadata, fill: jax.Array
+    ) -> jax.Array:
+        partial_TD = local.unpermute(rows_RD, metadata.rows, jax.tree.map(_gather_tokens, weights_TK))
+        if len(partial_TD) == 0:
+            return partial_TD
+        return lax.psum_scatter(partial_TD, "expert", scatter_dimension=0, tiled=True)
+
+
+class Replicated(Exchange):
+    """replicated: every rank has the tokens; partial outputs are summed."""
+
+    def plan(self, places_TK: jax.Array, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
+        return _plan_here(vary(places_TK, ("expert",)), layout, router)
+
+    def dispatch(
+        self, x_TD: jax.Array, weights_TK: jax.Array | None, metadata: ShardMetadata, fill: jax.Array
+    ) -> jax.Array:
+        return _weighed(local.dispatch(x_TD, metadata.rows), weights_TK, metadata.rows)
+
+    def unpermute(
+        self, rows_RD: jax.Array, weights_TK: jax.Array | None, metadata: ShardMetadata, fill: jax.Array
+    ) -> jax.Array:
+        return lax.psum(local.unpermute(rows_RD, metadata.rows, weights_TK), "expert")
+
+
+class Alone(Replicated):
+    """A strategy on an expert axis of one rank: nothing is exchanged, and its tokens are its own."""
+
+    def __init__(self, strategy: Exchange):
+        self.sends_tokens = strategy.sends_tokens
+
+    def plan(self, places_TK: jax.Array, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
+        """It sends itself its rows, or its tokens where the strategy sends tokens."""
+        here = super().plan(places_TK, layout, router)
+        sizes_1 = here.rows.group_sizes_E.sum(dtype=jnp.int32)[None]
+        if self.sends_tokens:
+            sizes_1 = jnp.array([len(places_TK)], jnp.int32)
+        return replace(here, send_sizes_S=sizes_1, recv_sizes_S=sizes_1)
+
+    def unpermute(
+        self, rows_RD: jax.Array, weights_TK: jax.Array | None, metadata: ShardMetadata, fill: jax.Array
+    ) -> jax.Array:
+        return local.unpermute(rows_RD, metadata.rows, weights_TK)
+
+
+def slots_per_rank(layout: ShardLayout, router: RouterSpec) -> int:
+    """Rows that a token sends to one rank at most."""
+    # Ids that come from outside may repeat: a repeated one is a row of its own, and finds room.
+    distinct = router.selector not in ("given", "table")
+    return min(router.top_k, router.num_experts // layout.expert) if distinct else router.top_k
+
+
+def buffer_rows(layout: ShardLayout, router: RouterSpec, num_tokens: int) -> int:
+    """Rows of the receive buffer for shards of so many tokens; more than the layout's where ids may repeat."""
+    if layout.buffer_factor is None:
+        return layout.expert * num_tokens * slots_per_rank(layout, router)
+    return layout.buffer_rows(layout.expert * num_tokens, router.num_experts, router.top_k)
+
+
+def _plan_here(places_TK, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
+    """The rows of this rank's experts among tokens that are here."""
+    e, S = router.num_experts // layout.expert, layout.expert
+    local_TK = places_TK - e * lax.axis_index("expert")
+    found = local.permute(jnp.where((local_TK >= 0) & (local_TK < e), local_TK, -1), e)
+    # Rows past the most that can be worked on are of the tail.
+    R = len(places_TK) * slots_per_rank(layout, router)
+    # What has an expert is said slot by slot: where all R rows are used, no row is left to point the others to.
+    rows = SentMetadata(
+        group_sizes_E=found.group_sizes_E,
+        slot_of_row_R=found.slot_of_row_R[:R],
+        row_of_slot_TK=jnp.where(found.has_expert_TK, found.row_of_slot_TK, 0),
+        sent_TK=found.has_expert_TK,
+        sent_R=found.has_expert_R[:R],
+    )
+    none_S = jnp.zeros((S,), jnp.int32)
+    return ShardMetadata(
+        slots=None,
+        rows=rows,
+        send_sizes_S=none_S,
+        recv_sizes_S=none_S,
+        input_offsets_S=none_S,
+        output_offsets_S=none_S,
+        overflow_1=jnp.zeros((1,), jnp.int32),
+    )
+
+
+def _weighed(rows_RD, weights_TK, metadata: RouteMetadata):
+    """Each row times the weight of its slot; rows of no slot stay as they are."""
+    if weights_TK is None:
+        return rows_RD
+    weight_R = take(weights_TK.reshape(-1), metadata.slot_of_row_R)
+    return rows_RD * jnp.where(metadata.has_expert_R, weight_R, 1)[:, None]
+
+
+def _gather_tokens(values_TD):
+    """The tokens of all ranks of the expert axis, in their order."""
+    if len(values_TD) == 0:
+        return values_TD  # a gather, or a reduce-scatter, of no rows never ends on CPU
+    return lax.all_gather(values_TD, "expert", axis=0, tiled=True)
+
+
+def _swap(of_each: jax.Array) -> jax.Array:
+    """What this rank has for each rank, in equal parts: what each rank has for this one."""
+    return lax.all_to_all(of_each, "expert", split_axis=0, concat_axis=0, tiled=True)
+
+
+def _starts(sizes_S):
+    return jnp.cumsum(sizes_S, dtype=jnp.int32) - sizes_S
+
+
+def _expert_of_row(sizes_E, row_R):
+    """The expert that each of these rows belongs to, rows being sorted by expert; E past the last."""
+    return jnp.searchsorted(jnp.cumsum(sizes_E, dtype=jnp.int32), row_R, side="right").astype(jnp.int32)

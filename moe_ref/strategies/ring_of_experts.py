@@ -1,0 +1,54 @@
+"""moe_ref, strategy ring_of_experts: every rank gets the tokens of all and picks the rows of its own experts.
+
+Out: tokens are gathered. Back: partial sums are reduced and scattered.
+
+Legend: S ranks of a rank group.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from moe_ref.specs.layout import ShardLayout
+from moe_ref.specs.router import RouterSpec
+from moe_ref.strategies.base import Demand, Links, RankPlan, Strategy
+from moe_ref.strategies.ring import gathered, reduced
+from moe_ref.strategies.rows import exchange, pairs, pick_by_expert, rank_plan
+
+
+class RingOfExperts(Strategy):
+    """Tokens travel, not slots."""
+
+    name = "ring_of_experts"
+
+    def plan(
+        self, ids_by_source: Sequence[np.ndarray], layout: ShardLayout, router: RouterSpec, group: int
+    ) -> list[RankPlan]:
+        """A rank sends its tokens to every rank (an all-gather); each picks the rows of its own experts."""
+        ranks = range(layout.expert)
+        tokens = [[(source, token) for token in range(len(ids_TK))] for source, ids_TK in enumerate(ids_by_source)]
+        exchanges, received = exchange([[tokens[source] for _ in ranks] for source in ranks], room=None)
+        plans = []
+        for e in ranks:
+            # The same tokens go to every rank: there is one copy to send, and it begins at 0 for each.
+            begins_S = np.zeros(layout.expert, np.int64)
+            sent = replace(exchanges[e], sends_N2=pairs(tokens[e]), input_offsets_S=begins_S)
+            picked = pick_by_expert(received[e], ids_by_source, layout.experts_of(e, router.num_experts))
+            plans.append(rank_plan(sent, group, e, len(ids_by_source[e]), *picked))
+        return plans
+
+    def exact_links(self, plans: Sequence[RankPlan], layout: ShardLayout) -> Links:
+        """Round the ring, both ways."""
+        return _round(np.array([part.num_tokens for part in plans]))
+
+    def counted_links(self, asked: Demand, layout: ShardLayout, router: RouterSpec) -> Links:
+        """Round the ring, both ways."""
+        return _round(asked.tokens_S)
+
+
+def _round(tokens_S: np.ndarray) -> Links:
+    return Links(gathered(tokens_S), reduced(tokens_S))
+
+
+RING_OF_EXPERTS = RingOfExperts()
