@@ -11,7 +11,7 @@ import moe_ref
 from conformance.core.register import REQUIREMENTS
 from conformance.core.subject import Routing, Subject
 from conformance.router.case import Case
-from moe_ref import RouterSpec, RoutingTrace, routing
+from moe_ref import RouterInputs, RouterSpec, RoutingTrace, routing
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,7 +119,11 @@ def route_under(fault: Fault, logits_TE, spec: RouterSpec, expert_bias_E, *, dty
     def route(logits_TE, spec, expert_bias_E, **inputs) -> RoutingTrace:
         patches: dict[str, Any] = dict(fault.patches)
         with patch.multiple(routing, **patches) if patches else np.errstate():
-            return routing.route(logits_TE, spec, expert_bias_E=expert_bias_E, dtype=dtype, **inputs)
+            # A fault may take another selector: what that one does not read is left out.
+            own, rest = RouterInputs.from_named(inputs)
+            return routing.route(
+                logits_TE, spec, expert_bias_E=expert_bias_E, dtype=dtype, inputs=own.read_by(spec), **rest
+            )
 
     # A fault may overflow or divide by 0; that is for the judge to see, not for Python to warn of.
     with np.errstate(all="ignore"):

@@ -7,7 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
-from moe_ref import RouterSpec, route
+from moe_ref import RouterInputs, RouterSpec, route
+from moe_ref.specs.inputs import BY_TOKEN
 
 INT_INPUTS = ("token_ids_T", "table_VK", "given_ids_TK")
 
@@ -20,7 +21,7 @@ class Case:
     logits_TE: np.ndarray
     expert_bias_E: np.ndarray | None = None
     inputs: dict = field(default_factory=dict)
-    """Further inputs of moe_ref.route: learned_scale, token_ids_T, table_VK, given_ids_TK, token_mask_T, seed."""
+    """By name what moe_ref.route reads: learned_scale, token_ids_T, table_VK, given_ids_TK, token_mask_T, seed."""
     dtype: str = "float32"
     seed: int = 0
     """Of the draws that a metamorphic requirement makes: permutations, constants."""
@@ -28,7 +29,7 @@ class Case:
     @cached_property
     def reference(self):
         """The oracle's trace of this case."""
-        return route(self.logits_TE, self.spec, expert_bias_E=self.expert_bias_E, **self.inputs)
+        return route(self.logits_TE, self.spec, expert_bias_E=self.expert_bias_E, **RouterInputs.keywords(self.inputs))
 
     @cached_property
     def tags(self) -> frozenset[str]:
@@ -50,7 +51,7 @@ class Case:
     def tokens(self, rows) -> "Case":
         """The case of some of its tokens, in the order given."""
         inputs = dict(self.inputs)
-        for name in ("token_ids_T", "given_ids_TK", "token_mask_T"):
+        for name in ("token_mask_T", *BY_TOKEN):
             if name in inputs:
                 inputs[name] = inputs[name][rows]
         return self.with_(logits_TE=self.logits_TE[rows], inputs=inputs)
@@ -117,10 +118,9 @@ def _array(name: str, value):
 def _choice_below_zero(case: Case) -> bool:
     if case.spec.selector != "top_k" or case.num_tokens == 0 or np.isnan(case.logits_TE).any():
         return False
-    ungrouped = case.spec.replace(
-        num_expert_groups=None, num_limited_groups=None, group_score_k=2, mask_fill=-np.inf, weights_from="scores"
-    )
+    ungrouped = case.spec.without_groups()
     choice_TE = case.with_(spec=ungrouped).reference.scores_for_choice_TE
+    assert choice_TE is not None
     return bool((np.isfinite(choice_TE) & (choice_TE < 0)).any())
 
 

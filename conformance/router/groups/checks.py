@@ -45,7 +45,7 @@ def selects_right(judge, case) -> bool:
     """
     spec = case.spec
     dropping = spec.replace(mask_fill=-np.inf, weights_from="scores")
-    ungrouped = dropping.replace(num_expert_groups=None, num_limited_groups=None, group_score_k=2)
+    ungrouped = dropping.without_groups()
     for each in (dropping, ungrouped):
         if judge.subject.supports(each) is None:
             try:
