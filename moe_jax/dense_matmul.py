@@ -16,6 +16,7 @@ from moe_jax.capacity import most_slots, slot_places
 from moe_jax.experts import hide, join, keep_tokens, null_output
 from moe_jax.sparse_matmul import RouteOutput, check_tokens, limit, route
 from moe_ref.specs.balance import CapacitySpec
+from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import LayerSpec
 from moe_ref.specs.params import LayerParams
 
@@ -26,12 +27,12 @@ def dense_matmul(
     spec: LayerSpec,
     *,
     token_mask_T=None,
+    inputs: RouterInputs = NO_INPUTS,
     capacity: CapacitySpec | None = None,
     sequence_of_T=None,
     num_sequences: int = 1,
     axis_name=None,
     precision: lax.PrecisionLike = None,
-    **selector_inputs,
 ) -> tuple[jax.Array, RouteOutput]:
     """One MoE layer: every expert works on every token, and what was not routed is left out of the sum.
 
@@ -48,7 +49,7 @@ def dense_matmul(
         expert_bias_E=params.expert_bias_E,
         learned_scale=params.learned_scale,
         token_mask_T=token_mask_T,
-        **selector_inputs,
+        inputs=inputs,
     )
     if capacity is None:
         routed_TD = _all_experts(clean_x_TD, params, decided, spec, precision)

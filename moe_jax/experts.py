@@ -1,11 +1,7 @@
 """moe_jax, experts: what one expert computes, and what stands beside the routed experts.
 
-`moe_ref.LayerParams` becomes a pytree here, so that one class holds the parameters in every room.
-
 Legend: T tokens, D model dim, E experts, F expert hidden dim, K top_k, S shared experts.
 """
-
-from dataclasses import fields
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +9,6 @@ import jax.numpy as jnp
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
 from moe_ref.specs.params import LayerParams
 from moe_ref.specs.router import RouterSpec
-
-jax.tree_util.register_dataclass(LayerParams, data_fields=[field.name for field in fields(LayerParams)], meta_fields=[])
 
 
 def hide(gate, up, spec: ExpertSpec) -> jax.Array:

@@ -10,7 +10,6 @@ Legend: T tokens, K top_k, B sequences.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import jax
 import numpy as np
@@ -59,41 +58,14 @@ def replay_layer(
 ) -> tuple[jax.Array, RouteOutput]:
     """The layer with the recorded choice; its own router gives the weights, or the record does. [RPL-2, RPL-3]
 
-    Recorded weights are constants. Under jit, pass `replay_inputs` as an argument instead, so that each record is not a
-    program of its own: layer(x_TD, params, forced_spec, **inputs) with forced_spec of `replay_spec`.
+    Recorded weights are constants. Under jit, pass what `record.inputs` returns as arguments instead, so that each
+    record is not a program of its own; the spec of the layer's router is then that of `RouterSpec.given`.
 
     Args:
         layer: `sparse_matmul`, `dense_matmul`, or what takes the same arguments.
         options: further ones of it.
     """
-    forced = spec.replace(router=replay_spec(spec.router, with_weights=with_weights))
-    inputs = replay_inputs(record, spec.router, with_weights=with_weights)
+    forced = spec.replace(router=spec.router.given(with_weights=with_weights))
+    inputs, mask_T = record.inputs(spec.router, with_weights=with_weights)
     # A balancing bias takes part in a choice alone.
-    return layer(x_TD, replace(params, expert_bias_E=None), forced, **inputs, **options)
-
-
-def replay_spec(spec: RouterSpec, *, with_weights: bool = False) -> RouterSpec:
-    """The same router with its choice replaced by a given one. [RPL-4]
-
-    Raises:
-        ValueError: its weights are not a function of the chosen ids alone (sparsemixer).
-    """
-    if spec.selector == "sparsemixer" and not with_weights:
-        raise ValueError("selector is 'sparsemixer', whose weights depend on how it chose; replay it with_weights")
-    identity = RouterSpec(num_experts=1, top_k=1)
-    groups = ("num_expert_groups", "num_limited_groups", "group_score_k", "mask_fill", "weights_from")
-    return replace(spec, selector="given", **{name: getattr(identity, name) for name in groups})
-
-
-def replay_inputs(record: RoutingRecord, spec: RouterSpec, *, with_weights: bool = False) -> dict[str, Any]:
-    """What `route` and the layers take to replay a record on a router with as many choices."""
-    for field in ("top_k", "num_choices"):
-        recorded, wanted = getattr(record.spec, field), getattr(spec, field)
-        if recorded != wanted:
-            raise ValueError(f"{field} is {wanted}; the record has {recorded}")
-    inputs = {"given_ids_TK": record.expert_ids_TK, "token_mask_T": record.token_mask_T}
-    if not with_weights:
-        return inputs
-    if record.weights_TK is None:
-        raise ValueError("with_weights is True, but weights_TK of the record is None")
-    return inputs | {"given_weights_TK": record.weights_TK}
+    return layer(x_TD, replace(params, expert_bias_E=None), forced, token_mask_T=mask_T, inputs=inputs, **options)

@@ -3,7 +3,7 @@
     gate -> scale_logits -> score -> bias_choice -> limit_groups -> select -> weigh -> normalise -> scale_weights
 
 Legend: T tokens, D model dim, E choices (experts, then null experts), K top_k, G groups, P experts per group,
-L groups kept, S router-scored shared experts, V table rows. Start at `route`; ties are settled in `top_k`, at the end.
+L groups kept, S router-scored shared experts. Start at `route`; ties are settled in `top_k.py`.
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.top_k import top_k
-from moe_ref import UNUSED, RouterSpec
+from moe_ref.specs.checks import shape_and_kind
+from moe_ref.specs.ids import UNUSED
+from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
+from moe_ref.specs.router import RouterSpec
 
-SELECTOR_INPUTS = {"table": ("token_ids_T", "table_VK"), "given": ("given_ids_TK",), "random": ("key",)}
-"""What each selector reads besides the logits."""
 SMALL_LOGIT = -40.0
 """Below it, sqrt(log(1 + exp(z))) equals exp(z / 2) to the last bit of float64."""
 
@@ -72,13 +73,8 @@ def route(
     *,
     expert_bias_E=None,
     learned_scale=None,
-    token_ids_T=None,
-    table_VK=None,
-    given_ids_TK=None,
-    given_weights_TK=None,
-    first_token=0,
+    inputs: RouterInputs = NO_INPUTS,
     token_mask_T=None,
-    key=None,
 ) -> RoutingTrace:
     """Every stage of routing in order; pure, and static in `spec` alone.
 
@@ -91,12 +87,8 @@ def route(
         spec: what is computed.
         expert_bias_E: (E,) added to what is ranked, for the choice only.
         learned_scale: (E,) for learned_scale 'per_expert', a scalar for 'global'.
-        token_ids_T, table_VK: (T,) ints and the (V, K) table they index, for selector 'table'.
-        given_ids_TK: (T, K) ids to replay, for selector 'given'; a negative one is an unused slot of weight 0.
-        given_weights_TK: (T, K) final weights to replay with them; None: the weights are those of these logits.
-        first_token: the number of the first token in the whole batch, for selector 'round_robin'.
+        inputs: what the selector reads besides the logits; a pytree. The seed is a jax.random key.
         token_mask_T: (T,) bools; a padding token (False) gets ids -1 and weights 0, whatever its row holds.
-        key: a jax.random key, for selector 'random'.
 
     Raises:
         ValueError: wrong shapes or dtypes, an input that the spec lacks, or one that it does not read.
@@ -106,7 +98,7 @@ def route(
     bias_E = _bias(expert_bias_E, spec, dtype)
     scale = _learned_scale(learned_scale, spec, dtype)
     valid_T1 = _mask(token_mask_T, T)[:, None]
-    _check_selector_inputs(spec, token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, key=key)
+    inputs.check(spec, T)
 
     # Padding is cleared first, so that a NaN in it reaches neither a value nor a gradient.
     clean_TE = jnp.where(valid_T1, logits_TE, 0).astype(dtype)
@@ -124,7 +116,7 @@ def route(
     elif spec.selector == "sparsemixer":
         chosen_TK = select(lax.stop_gradient(choices_TE), spec)
     else:
-        chosen_TK = choose(T, spec, token_ids_T, table_VK, given_ids_TK, first_token, key)
+        chosen_TK = choose(T, spec, inputs)
     expert_ids_TK = jnp.where(valid_T1, chosen_TK, UNUSED)
 
     if spec.selector == "sparsemixer":
@@ -134,8 +126,10 @@ def route(
     normed_TK, normed_shared_TS = normalise(raw_TK, score(shared_logits_TS, spec), spec)
     shared_TS = normed_shared_TS * spec.route_scale * (scale if spec.learned_scale == "global" else 1)
     weights_TK = scale_weights(normed_TK, expert_ids_TK, scale, spec)
-    if given_weights_TK is not None:
-        weights_TK = _given_weights(given_weights_TK, expert_ids_TK, spec, dtype)
+    if inputs.given_weights_TK is not None:
+        # Given weights are final, and constants; an unused slot weighs 0 whatever is given. [RPL-3]
+        given_TK = jnp.asarray(inputs.given_weights_TK).astype(dtype)
+        weights_TK = jnp.where(expert_ids_TK == UNUSED, 0, given_TK)
     return RoutingTrace(
         expert_ids_TK=expert_ids_TK,
         weights_TK=weights_TK,
@@ -216,20 +210,23 @@ def select(scores_for_choice_TE, spec: RouterSpec):
     return jnp.where(jnp.isneginf(chosen_scores_TK), UNUSED, expert_ids_TK)
 
 
-def choose(num_tokens: int, spec: RouterSpec, token_ids_T, table_VK, given_ids_TK, first_token, key):
-    """Expert ids by a selector that looks at no score. [SEL-14 .. SEL-18]"""
+def choose(num_tokens: int, spec: RouterSpec, inputs: RouterInputs) -> jax.Array:
+    """Expert ids by a selector that looks at no score. [SEL-14 .. SEL-17]"""
     T, K = num_tokens, spec.top_k
     if spec.selector == "table":
-        ids_T = _array("token_ids_T", token_ids_T, (T,), "int")
-        table_VK = _array("table_VK", table_VK, (None, K), "int").astype(jnp.int32)
+        table_VK = jnp.asarray(inputs.table_VK).astype(jnp.int32)
+        ids_T = jnp.asarray(inputs.token_ids_T)
         return table_VK.at[ids_T].get(mode="fill", fill_value=UNUSED, wrap_negative_indices=False)
     if spec.selector == "given":
-        return jnp.maximum(_array("given_ids_TK", given_ids_TK, (T, K), "int").astype(jnp.int32), UNUSED)
+        return jnp.maximum(jnp.asarray(inputs.given_ids_TK).astype(jnp.int32), UNUSED)
     if spec.selector == "round_robin":
+        first_token = 0 if inputs.first_token is None else inputs.first_token
         # The first slot is reduced first: its number in a whole batch may exceed int32.
         first_slot = first_token % spec.num_experts * K
         return ((first_slot + jnp.arange(T * K, dtype=jnp.int32)) % spec.num_experts).reshape(T, K)
-    return top_k(jax.random.uniform(key, (T, spec.num_choices)), K)[1]
+    if inputs.seed is None:
+        raise ValueError("seed is None; selector 'random' draws with a jax.random key")
+    return top_k(jax.random.uniform(inputs.seed, (T, spec.num_choices)), K)[1]
 
 
 def gather(values_TE, expert_ids_TK):
@@ -314,23 +311,8 @@ def compute_dtype(dtype):
 def _array(field: str, value, shape: tuple[int | None, ...], kind: str) -> jax.Array:
     """`value` as an array of the wanted shape (None matches any length) and kind (float, int, bool)."""
     found = jnp.asarray(value)
-    kinds = {"float": jnp.floating, "int": jnp.integer, "bool": jnp.bool_}[kind]
-    if not jnp.issubdtype(found.dtype, kinds):
-        raise ValueError(f"{field} has dtype {found.dtype}; it is {kind}")
-    if found.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, found.shape, strict=True)):
-        wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise ValueError(f"{field} has shape {found.shape}; it is ({wanted})")
+    shape_and_kind(field, found, shape, kind)
     return found
-
-
-def _check_selector_inputs(spec: RouterSpec, **inputs):
-    needed = SELECTOR_INPUTS.get(spec.selector, ())
-    for field, value in inputs.items():
-        if value is None and field in needed:
-            raise ValueError(f"{field} is None; selector {spec.selector!r} needs it")
-        # It would be silently ignored.
-        if value is not None and field not in needed:
-            raise ValueError(f"{field} is given, but selector {spec.selector!r} takes none")
 
 
 def _bias(expert_bias_E, spec: RouterSpec, dtype):
@@ -350,14 +332,6 @@ def _learned_scale(learned_scale, spec: RouterSpec, dtype):
         raise ValueError(f"learned_scale is None; the spec's is {spec.learned_scale!r}")
     shape = (spec.num_choices,) if spec.learned_scale == "per_expert" else ()
     return _array("learned_scale", learned_scale, shape, "float").astype(dtype)
-
-
-def _given_weights(given_weights_TK, expert_ids_TK, spec: RouterSpec, dtype):
-    """Given weights are final, and constants; an unused slot weighs 0 whatever is given. [RPL-3]"""
-    if spec.selector != "given":
-        raise ValueError(f"given_weights_TK is given, but selector {spec.selector!r} takes none")
-    weights_TK = _array("given_weights_TK", given_weights_TK, expert_ids_TK.shape, "float").astype(dtype)
-    return jnp.where(expert_ids_TK == UNUSED, 0, weights_TK)
 
 
 def _mask(token_mask_T, num_tokens: int):

@@ -21,6 +21,7 @@ from moe_jax.experts import hide, join, keep_tokens, null_output
 from moe_jax.grouped_matmul import grouped_matmul
 from moe_jax.permute import RouteMetadata, dispatch, permute, unpermute
 from moe_ref.specs.balance import CapacitySpec
+from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
 from moe_ref.specs.params import LayerParams
 from moe_ref.specs.router import RouterSpec
@@ -55,6 +56,7 @@ def sparse_matmul(
     spec: LayerSpec,
     *,
     token_mask_T=None,
+    inputs: RouterInputs = NO_INPUTS,
     capacity: CapacitySpec | None = None,
     sequence_of_T=None,
     num_sequences: int = 1,
@@ -63,7 +65,6 @@ def sparse_matmul(
     num_emb_chunks: int = 1,
     precision: lax.PrecisionLike = None,
     implementation: str = "auto",
-    **selector_inputs,
 ) -> tuple[jax.Array, RouteOutput]:
     """One MoE layer: every token visits its own experts, and no other.
 
@@ -72,13 +73,12 @@ def sparse_matmul(
         params: a pytree of arrays; init and layouts are in `moe_ref.weights`.
         spec: static.
         token_mask_T: (T,) bools; a padding token (False) is not read, and its output is 0, shared experts included.
+        inputs: what the selector reads, as in `moe_jax.route`.
         capacity: how many slots an expert takes, static; None: all. Dropped slots move no row.
         sequence_of_T, num_sequences, axis_name: as in `apply_capacity`, for the scopes that need them.
         num_token_chunks: the routed experts run on this many chunks of the tokens, one after the other.
         num_emb_chunks: rows are moved in this many chunks of the model dim; their up projections are summed.
         precision, implementation: as in `grouped_matmul`.
-        selector_inputs: token_ids_T, table_VK, given_ids_TK, given_weights_TK, first_token and key, as in
-            `moe_jax.routing.route`.
 
     Returns:
         output_TD: (T, D) in the dtype of x_TD, and what the router decided.
@@ -92,7 +92,7 @@ def sparse_matmul(
         expert_bias_E=params.expert_bias_E,
         learned_scale=params.learned_scale,
         token_mask_T=token_mask_T,
-        **selector_inputs,
+        inputs=inputs,
     )
     if capacity is not None:
         decided, metadata = limit(

@@ -18,9 +18,11 @@ from moe_ref.capacity import CapacityTrace, apply_capacity
 from moe_ref.dispatch import plan, plan_chunks
 from moe_ref.layer import moe_layer
 from moe_ref.replay import capture, replay, replay_layer
-from moe_ref.routing import UNUSED, RoutingTrace, gate, route
+from moe_ref.routing import RoutingTrace, gate, route
 from moe_ref.sharded import ShardedTrace, sharded_layer
 from moe_ref.specs.balance import BALANCE_FORMS, BalanceSpec, BiasUpdateSpec, CapacitySpec
+from moe_ref.specs.ids import UNUSED
+from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.params import LayerParams, WeightLayout
@@ -31,6 +33,7 @@ from moe_ref.strategies.base import RankPlan
 
 __all__ = [
     "BALANCE_FORMS",
+    "NO_INPUTS",
     "STRATEGIES",
     "UNUSED",
     "BalanceSpec",
@@ -43,6 +46,7 @@ __all__ = [
     "LayerSpec",
     "LoadStatistics",
     "RankPlan",
+    "RouterInputs",
     "RouterSpec",
     "RoutingRecord",
     "RoutingTrace",

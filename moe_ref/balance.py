@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from moe_ref.routing import UNUSED, ids_array, top_k
+from moe_ref.routing import top_k
 from moe_ref.specs.balance import BalanceSpec, BiasUpdateSpec
-from moe_ref.specs.checks import array, entries, integer, number, one_of, require
+from moe_ref.specs.checks import array, entries, integer, mask_array, number, one_of, require
+from moe_ref.specs.ids import UNUSED, ids_array
 
 # counts
 
@@ -346,13 +347,6 @@ def bias_update(counts_E, spec: BiasUpdateSpec, expert_bias_E) -> np.ndarray:
 
 
 # inputs
-
-
-def mask_array(token_mask_T, num_tokens: int) -> np.ndarray:
-    """The mask; all tokens are valid without one."""
-    if token_mask_T is None:
-        return np.ones(num_tokens, dtype=bool)
-    return array("token_mask_T", token_mask_T, (num_tokens,), kind="bool")
 
 
 def masked_logits(logits_TE, token_mask_T, dtype: DTypeLike) -> tuple[np.ndarray, np.ndarray]:

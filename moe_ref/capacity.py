@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moe_ref.balance import mask_array, part_of_tokens, tokens_per_expert
-from moe_ref.routing import UNUSED, ids_array
+from moe_ref.balance import part_of_tokens, tokens_per_expert
 from moe_ref.specs.balance import CapacitySpec
-from moe_ref.specs.checks import array, entries, integer
+from moe_ref.specs.checks import array, entries, integer, mask_array
+from moe_ref.specs.ids import UNUSED, ids_array
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,13 @@
 
 A capacity, where there is one, stands between weigh and permute.
 
-Legend: T tokens, D model dim, E experts, K top_k, N rows, F expert hidden dim, S shared experts, V table rows.
+Legend: T tokens, D model dim, E experts, K top_k, N rows, F expert hidden dim, S shared experts.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from moe_ref.capacity import CapacityTrace, apply_capacity
 from moe_ref.experts import (
@@ -26,7 +26,8 @@ from moe_ref.experts import (
 from moe_ref.permute import Permutation, dispatch, permute
 from moe_ref.routing import RoutingTrace, gate, route
 from moe_ref.specs.balance import CapacitySpec
-from moe_ref.specs.checks import array
+from moe_ref.specs.checks import array, mask_array
+from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import LayerSpec
 from moe_ref.specs.params import LayerParams
 
@@ -66,16 +67,11 @@ def moe_layer(
     spec: LayerSpec,
     *,
     token_mask_T=None,
-    token_ids_T=None,
-    table_VK=None,
-    given_ids_TK=None,
-    given_weights_TK=None,
-    first_token: int = 0,
-    seed: Any = 0,
+    inputs: RouterInputs = NO_INPUTS,
     capacity: CapacitySpec | None = None,
     sequence_lengths=None,
     tokens_per_shard=None,
-    dtype: Any = np.float64,
+    dtype: DTypeLike = np.float64,
 ) -> LayerTrace:
     """One MoE layer, every stage in order; the trace keeps all of them.
 
@@ -84,8 +80,7 @@ def moe_layer(
         params: the parameters, with the shapes that the spec asks for.
         spec: what is computed.
         token_mask_T: (T,) bools; a padding token (False) is not read, and its output is 0, shared experts included.
-        token_ids_T, table_VK, given_ids_TK, given_weights_TK, first_token, seed: as in `moe_ref.route`, for the
-            selectors that need them.
+        inputs: as in `moe_ref.route`, for the selectors that read them.
         capacity: what each expert takes; None: all. The later stages see a dropped slot as an unused one.
         sequence_lengths, tokens_per_shard: as in `moe_ref.apply_capacity`, for the capacities that need them.
         dtype: of every stage; the specification is float64.
@@ -96,9 +91,7 @@ def moe_layer(
     params.check(spec)
     params = params.astype(dtype)
     given_x_TD = array("x_TD", x_TD, (None, spec.experts.dim)).astype(dtype)
-    mask_T = np.ones(len(given_x_TD), dtype=bool)
-    if token_mask_T is not None:
-        mask_T = array("token_mask_T", token_mask_T, (len(given_x_TD),), kind="bool")
+    mask_T = mask_array(token_mask_T, len(given_x_TD))
     # 0 * NaN is NaN: a padding row is replaced, not multiplied by a mask.
     x_TD = np.where(mask_T[:, None], given_x_TD, 0)
 
@@ -108,13 +101,8 @@ def moe_layer(
         spec.router,
         expert_bias_E=params.expert_bias_E,
         learned_scale=params.learned_scale,
-        token_ids_T=token_ids_T,
-        table_VK=table_VK,
-        given_ids_TK=given_ids_TK,
-        given_weights_TK=given_weights_TK,
-        first_token=first_token,
+        inputs=inputs,
         token_mask_T=mask_T,
-        seed=seed,
         dtype=dtype,
     )
     ids_TK, weights_TK, limited = routing.expert_ids_TK, routing.weights_TK, None

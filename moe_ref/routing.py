@@ -1,43 +1,36 @@
 """moe_ref, routing: from logits to expert ids and weights, one function per stage, in order.
 
-    gate -> scale_logits -> score -> limit_groups -> select -> weigh
+    gate -> scale_logits -> score -> bias_choice -> limit_groups -> select -> weigh -> normalise -> scale_weights
 
 Legend: T tokens, D model dim, E choices (experts, then null experts), K top_k, G groups, P experts per group,
-L groups kept, S router-scored shared experts, V table rows. Everything is plain NumPy in float64.
-Start at `route`, at the end of this file.
+L groups kept, S router-scored shared experts. Everything is plain NumPy in float64.
+Start at `route`.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from moe_ref.given import give_weights
-from moe_ref.specs.checks import array, entries, integer, require
+from moe_ref.specs.checks import array, entries, integer, mask_array, require
+from moe_ref.specs.ids import UNUSED, ids_array
+from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.router import RouterSpec
-
-UNUSED = -1
-"""The expert id of an unused slot: a padding token, or a slot that a replay leaves empty."""
-
-
-IfAny = Any
-"""An array, or None where a spec has no such stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingTrace:
-    """Every intermediate of `route`, under the name it keeps everywhere."""
+    """Every intermediate of `route`, under the name it keeps everywhere; None where a spec has no such stage."""
 
     logits_TE: np.ndarray
     scaled_logits_TE: np.ndarray
-    scores_TE: IfAny
-    scores_for_choice_TE: IfAny
-    group_scores_TG: IfAny
-    group_ids_TL: IfAny
+    scores_TE: np.ndarray | None
+    scores_for_choice_TE: np.ndarray | None
+    group_scores_TG: np.ndarray | None
+    group_ids_TL: np.ndarray | None
     expert_ids_TK: np.ndarray
     weights_TK: np.ndarray
-    shared_weights_TS: IfAny
+    shared_weights_TS: np.ndarray | None
     weights_are_given: bool = False
     """The weights were given with the ids: they are no function of the logits."""
 
@@ -156,21 +149,23 @@ def sparsemixer(scaled_logits_TE, spec: RouterSpec):
 
 
 def choose(
-    scores_for_choice_TE, num_tokens: int, spec: RouterSpec, *, token_ids_T, table_VK, given_ids_TK, first_token, seed
-):
-    """Expert ids by the spec's selector; all but top_k choose without looking at a score. [SEL-14 .. SEL-18]"""
+    scores_for_choice_TE: np.ndarray | None, num_tokens: int, spec: RouterSpec, inputs: RouterInputs
+) -> np.ndarray:
+    """Expert ids by the spec's selector; all but top_k choose without looking at a score. [SEL-14 .. SEL-17]"""
     T, K = num_tokens, spec.top_k
     if spec.selector == "top_k":
+        assert scores_for_choice_TE is not None  # they are what is ranked
         return select(scores_for_choice_TE, spec)
     if spec.selector == "table":
-        table_VK = ids_array("table_VK", table_VK, (None, K), spec.num_choices)
-        return table_VK[ids_array("token_ids_T", token_ids_T, (T,), len(table_VK))]
+        table_VK = ids_array("table_VK", inputs.table_VK, (None, K), spec.num_choices)
+        return table_VK[ids_array("token_ids_T", inputs.token_ids_T, (T,), len(table_VK))]
     if spec.selector == "given":
-        return ids_array("given_ids_TK", given_ids_TK, (T, K), spec.num_choices, low=UNUSED)
+        return ids_array("given_ids_TK", inputs.given_ids_TK, (T, K), spec.num_choices, low=UNUSED)
     if spec.selector == "round_robin":
+        first_token = 0 if inputs.first_token is None else inputs.first_token
         integer("first_token", first_token, 0)
         return ((first_token * K + np.arange(T * K)) % spec.num_experts).reshape(T, K)
-    draws_TE = np.random.default_rng(seed).random((T, spec.num_choices))
+    draws_TE = np.random.default_rng(0 if inputs.seed is None else inputs.seed).random((T, spec.num_choices))
     return top_k(draws_TE, K)
 
 
@@ -222,13 +217,8 @@ def route(
     *,
     expert_bias_E=None,
     learned_scale=None,
-    token_ids_T=None,
-    table_VK=None,
-    given_ids_TK=None,
-    given_weights_TK=None,
-    first_token: int = 0,
+    inputs: RouterInputs = NO_INPUTS,
     token_mask_T=None,
-    seed: Any = 0,
     dtype: DTypeLike = np.float64,
 ) -> RoutingTrace:
     """Every stage of routing in order; the trace keeps all of them.
@@ -238,31 +228,26 @@ def route(
         spec: what is computed.
         expert_bias_E: (E,) added to what is ranked, for the choice only; None is zeros.
         learned_scale: (E,) for learned_scale 'per_expert', a scalar for 'global'.
-        token_ids_T, table_VK: (T,) ints and the (V, K) table they index, for selector 'table'.
-        given_ids_TK: (T, K) ids to replay, for selector 'given'; -1 is an unused slot of weight 0.
-        given_weights_TK: (T, K) final weights to replay with them; None: the weights are those of these logits.
-        first_token: the number of the first token in the whole batch, for selector 'round_robin': with it, shards
-            choose what the whole batch would.
+        inputs: what the selector reads besides the logits.
         token_mask_T: (T,) bools; a padding token (False) gets ids -1 and weights 0.
-        seed: of the draw for selector 'random', whatever `numpy.random.default_rng` takes; a shard that is to differ
-            from the others has a seed of its own, such as (seed, shard).
         dtype: of every stage; the specification is float64.
 
     Raises:
         ValueError: wrong shapes, dtypes or values; it names field, value and bound.
     """
     logits_TE = array("logits_TE", logits_TE, (None, spec.num_logits)).astype(dtype)
-    valid_T1 = _mask(token_mask_T, len(logits_TE))[:, None]
+    valid_T1 = mask_array(token_mask_T, len(logits_TE))[:, None]
     logits_TE = np.where(valid_T1, logits_TE, 0)  # whatever a padding row holds, NaN included, is not read
     is_logit_TE = np.isfinite(logits_TE) | np.isneginf(logits_TE)
     entries("logits_TE", logits_TE, is_logit_TE, "entries are finite, or -inf for an expert that is never chosen")
     expert_bias_E = _bias(expert_bias_E, spec, dtype)
     learned_scale = _learned_scale(learned_scale, spec, dtype)
     T, E = len(logits_TE), spec.num_choices
-    scores_TE: IfAny = None
-    scores_for_choice_TE: IfAny = None
-    group_scores_TG: IfAny = None
-    group_ids_TL: IfAny = None
+    inputs.check(spec, T)
+    scores_TE: np.ndarray | None = None
+    scores_for_choice_TE: np.ndarray | None = None
+    group_scores_TG: np.ndarray | None = None
+    group_ids_TL: np.ndarray | None = None
 
     scaled_logits_TE = scale_logits(logits_TE, spec)
     choices_TE, shared_TS = scaled_logits_TE[:, :E], scaled_logits_TE[:, E:]
@@ -274,13 +259,12 @@ def route(
         scores_for_choice_TE, group_scores_TG, group_ids_TL = limit_groups(scores_for_choice_TE, spec)
 
     weighed_TE = scores_TE
-    if spec.weights_from == "masked_scores":
+    if scores_TE is not None and spec.weights_from == "masked_scores":
         weighed_TE = np.where(kept_experts(group_ids_TL, spec), scores_TE, 0)
     if spec.selector == "sparsemixer":
         expert_ids_TK, raw_weights_TK = sparsemixer(choices_TE, spec)
     else:
-        expert_ids_TK = choose(scores_for_choice_TE, T, spec, token_ids_T=token_ids_T, table_VK=table_VK,
-                               given_ids_TK=given_ids_TK, first_token=first_token, seed=seed)  # fmt: skip
+        expert_ids_TK = choose(scores_for_choice_TE, T, spec, inputs)
         raw_weights_TK = weigh(choices_TE, weighed_TE, expert_ids_TK, spec)
     raw_shared_TS = score(shared_TS, spec)
     normed_weights_TK, normed_shared_TS = normalise(raw_weights_TK, raw_shared_TS, spec)
@@ -298,7 +282,7 @@ def route(
         weights_TK=np.where(valid_T1, weights_TK, 0),
         shared_weights_TS=np.where(valid_T1, shared_weights_TS, 0) if spec.num_scored_shared_experts else None,
     )
-    return give_weights(routing, given_weights_TK, spec)
+    return give_weights(routing, inputs.given_weights_TK)
 
 
 def scale_shared(normed_shared_TS, learned_scale, spec: RouterSpec):
@@ -306,16 +290,17 @@ def scale_shared(normed_shared_TS, learned_scale, spec: RouterSpec):
     return normed_shared_TS * spec.route_scale * (learned_scale if spec.learned_scale == "global" else 1)
 
 
-def ids_array(field: str, value, shape, bound: int, *, low: int = 0) -> np.ndarray:
-    """Integer ids in [low, bound); the used ids of a row of experts are distinct."""
-    require(value is not None, f"{field} is None; the selector needs it")
-    ids = array(field, value, shape, kind="int").astype(np.int64)
-    entries(field, ids, (ids >= low) & (ids < bound), f"ids are between {low} and {bound - 1}")
-    if ids.ndim == 2:
-        in_order = np.sort(ids, axis=-1)
-        twice = (in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] != UNUSED)
-        entries(field, ids, ~twice.any(axis=-1), "the experts of a token are distinct")
-    return ids
+def give_weights(routing: RoutingTrace, given_weights_TK: np.ndarray | None) -> RoutingTrace:
+    """Given weights are final, after norm and scales; an unused slot weighs 0 whatever is given for it. [RPL-3]
+
+    Shared experts that the router scores keep this router's weights.
+    """
+    if given_weights_TK is None:
+        return routing
+    given_TK = array("given_weights_TK", given_weights_TK, routing.weights_TK.shape).astype(routing.weights_TK.dtype)
+    given_TK = np.where(routing.expert_ids_TK == UNUSED, 0, given_TK)
+    entries("given_weights_TK", given_TK, np.isfinite(given_TK), "weights of used slots are finite")
+    return replace(routing, weights_TK=given_TK, weights_are_given=True)
 
 
 def _bias(expert_bias_E, spec: RouterSpec, dtype):
@@ -337,9 +322,3 @@ def _learned_scale(learned_scale, spec: RouterSpec, dtype):
     learned_scale = array("learned_scale", learned_scale, shape).astype(dtype)
     entries("learned_scale", learned_scale, np.isfinite(learned_scale), "entries are finite")
     return learned_scale
-
-
-def _mask(token_mask_T, num_tokens: int):
-    if token_mask_T is None:
-        return np.ones(num_tokens, dtype=bool)
-    return array("token_mask_T", token_mask_T, (num_tokens,), kind="bool")

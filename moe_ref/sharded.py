@@ -13,11 +13,11 @@ P partial sums, S shared experts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from moe_ref.dispatch import plan_chunks
 from moe_ref.experts import (
@@ -34,7 +34,8 @@ from moe_ref.experts import (
 from moe_ref.holdings import gather
 from moe_ref.permute import permute
 from moe_ref.routing import RoutingTrace, gate, route
-from moe_ref.specs.checks import array, require
+from moe_ref.specs.checks import array, mask_array, require
+from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.params import LayerParams
@@ -122,11 +123,8 @@ def sharded_layer(
     layout: ShardLayout,
     *,
     token_mask_by_shard=None,
-    token_ids_by_shard=None,
-    table_VK=None,
-    given_ids_by_shard=None,
-    seed: int = 0,
-    dtype: Any = np.float64,
+    inputs: RouterInputs = NO_INPUTS,
+    dtype: DTypeLike = np.float64,
 ) -> ShardedTrace:
     """One layer over the ranks of a layout; each stage for all ranks, then the next.
 
@@ -134,9 +132,11 @@ def sharded_layer(
         x_by_shard: for each token shard its (T, D) tokens.
         params: the whole parameters; each rank takes its part.
         spec, layout: what is computed, and where.
-        token_mask_by_shard, token_ids_by_shard, given_ids_by_shard, table_VK, dtype: as in `moe_layer`, for each shard.
-        seed: of the first shard's draw for selector "random"; that of shard i is (seed, i). With "round_robin" the
-            shards choose what the whole batch would.
+        token_mask_by_shard: for each token shard its (T,) mask, as in `moe_layer`.
+        inputs: of the tokens of all shards, one shard after the other. The seed is that of the first shard's draw for
+            selector "random"; that of shard i is (seed, i). With "round_robin" the shards choose what the whole batch
+            would.
+        dtype: as in `moe_layer`.
 
     Raises:
         ValueError: the layout does not fit the layer, or an input fits neither; it names field, value and bound.
@@ -146,16 +146,17 @@ def sharded_layer(
     params = params.astype(dtype)
     xs = by_shard("x_by_shard", x_by_shard, layout)
     masks = by_shard("token_mask_by_shard", token_mask_by_shard, layout)
-    token_ids = by_shard("token_ids_by_shard", token_ids_by_shard, layout)
-    given_ids = by_shard("given_ids_by_shard", given_ids_by_shard, layout)
+    xs = [array(f"x_by_shard[{shard}]", x_TD, (None, spec.experts.dim)) for shard, x_TD in enumerate(xs)]
+    tokens_per_shard = tuple(map(len, xs))
+    inputs.check(spec.router, sum(tokens_per_shard))
+    inputs_by_shard = inputs.shards(spec.router, tokens_per_shard)
 
     starts = []
     for shard in range(layout.num_token_shards):
-        inputs = {"token_ids_T": token_ids[shard], "given_ids_TK": given_ids[shard], "table_VK": table_VK}
-        inputs |= {"seed": seed if shard == 0 else (seed, shard)}
-        inputs |= {"first_token": sum(len(begun.x_TD) for begun in starts), "dtype": dtype}
-        x_TD = array(f"x_by_shard[{shard}]", xs[shard], (None, spec.experts.dim))
-        starts.append(start(x_TD, masks[shard], params, spec, inputs))
+        own = inputs_by_shard[shard]
+        if spec.router.selector == "random" and shard > 0:
+            own = replace(own, seed=(own.seed or 0, shard))
+        starts.append(start(xs[shard].astype(dtype), masks[shard], params, spec, own))
 
     plans = plan_chunks([shard.routing.expert_ids_TK for shard in starts], layout, spec)
     own_params = [gather(params, rank, layout, spec) for rank in range(layout.num_ranks)]
@@ -172,20 +173,19 @@ def sharded_layer(
 
 
 def start(
-    given_x_TD: np.ndarray, token_mask_T: np.ndarray | None, params: LayerParams, spec: LayerSpec, inputs: dict
+    given_x_TD: np.ndarray, token_mask_T: np.ndarray | None, params: LayerParams, spec: LayerSpec, inputs: RouterInputs
 ) -> ShardStart:
     """A token chooses its experts on its own rank; tensor ranks, and replicated ones, choose the same."""
-    mask_T = np.ones(len(given_x_TD), dtype=bool)
-    if token_mask_T is not None:
-        mask_T = array("token_mask_T", token_mask_T, (len(given_x_TD),), kind="bool")
-    x_TD = np.where(mask_T[:, None], given_x_TD.astype(inputs["dtype"]), 0)
+    mask_T, dtype = mask_array(token_mask_T, len(given_x_TD)), given_x_TD.dtype
+    x_TD = np.where(mask_T[:, None], given_x_TD, 0)
     routing = route(
-        gate(x_TD, params.gate_ED, params.gate_bias_E, dtype=inputs["dtype"]),
+        gate(x_TD, params.gate_ED, params.gate_bias_E, dtype=dtype),
         spec.router,
         expert_bias_E=params.expert_bias_E,
         learned_scale=params.learned_scale,
+        inputs=inputs,
         token_mask_T=mask_T,
-        **inputs,
+        dtype=dtype,
     )
     slot_inputs_TKD = weigh_inputs(x_TD, routing.weights_TK, spec.router)
     return ShardStart(x_TD=x_TD, token_mask_T=mask_T, routing=routing, slot_inputs_TKD=slot_inputs_TKD)

@@ -6,6 +6,7 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, S shared
 `moe_ref.moe_layer`; it names and explains every stage.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,13 +15,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_ref.specs.balance import CapacitySpec
+from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
 from moe_ref.specs.params import LayerParams
+from moe_ref.specs.router import RouterSpec
 from moe_torch.balance import add_counts, tokens_per_expert
 from moe_torch.capacity import apply_capacity
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation, TokenDispatcher
 from moe_torch.experts import Activation, GroupedExperts, hide, uses_grouped_mm
-from moe_torch.router import Gate, NodeLimitedRouter, Routing
+from moe_torch.router import Gate, NodeLimitedRouter
+from moe_torch.routing import Routing
 
 
 class SharedExperts(nn.Module):
@@ -114,34 +118,46 @@ class MoE(nn.Module):
         counts_E = torch.zeros(router.num_choices, dtype=torch.int64, device=device)
         self.register_buffer("tokens_per_expert", counts_E, persistent=False)
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None, **router_inputs) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        token_mask: Tensor | None = None,
+        *,
+        inputs: RouterInputs = NO_INPUTS,
+        sequence_lengths: Sequence[int] | None = None,
+        router_spec: RouterSpec | None = None,
+    ) -> Tensor:
         """The layer's output, of the shape of x.
 
         Args:
             x: (..., D) tokens.
             token_mask: (...) bools; a padding token (False) is not read, and its output is 0, shared experts included.
-            router_inputs: what the selector needs: token_ids_T and table_VK, given_ids_TK (and given_weights_TK),
-                first_token, or generator; router_spec, to replay a choice (`replay.py`); and sequence_lengths.
-        """
-        return self.forward_and_routing(x, token_mask, **router_inputs)[0]
-
-    def forward_and_routing(
-        self, x: Tensor, token_mask: Tensor | None = None, *, sequence_lengths=None, router_spec=None, **router_inputs
-    ) -> tuple[Tensor, Routing]:
-        """The output, and what the router decided, which losses, counts and records are of.
-
-        Args:
+            inputs: what the selector reads; T counts the tokens of x in order.
             sequence_lengths: of consecutive sequences, for a capacity of that scope; None: (..., L, D) is sequences of
                 length L, and (L, D) is one.
             router_spec: as in `NodeLimitedRouter.route`; with it no capacity applies again.
         """
+        return self.forward_and_routing(
+            x, token_mask, inputs=inputs, sequence_lengths=sequence_lengths, router_spec=router_spec
+        )[0]
+
+    def forward_and_routing(
+        self,
+        x: Tensor,
+        token_mask: Tensor | None = None,
+        *,
+        inputs: RouterInputs = NO_INPUTS,
+        sequence_lengths: Sequence[int] | None = None,
+        router_spec: RouterSpec | None = None,
+    ) -> tuple[Tensor, Routing]:
+        """The output, and what the router decided, for losses, counts and records; arguments as in `forward`."""
         x_TD = x.reshape(-1, x.shape[-1])
         mask_T = None if token_mask is None else token_mask.reshape(-1)
         if mask_T is not None:
             # 0 * NaN is NaN: a padding row is replaced, not multiplied by a mask.
             x_TD = x_TD.masked_fill(~mask_T[:, None], 0)
 
-        routing = self.router.route(x_TD, token_mask_T=mask_T, router_spec=router_spec, **router_inputs)
+        routing = self.router.route(x_TD, token_mask_T=mask_T, inputs=inputs, router_spec=router_spec)
         if self.capacity is not None and router_spec is None:
             lengths = _lengths(x) if sequence_lengths is None else sequence_lengths
             routing = self.limit(routing, self.capacity, mask_T, lengths)
@@ -162,7 +178,9 @@ class MoE(nn.Module):
             output_TD = output_TD.masked_fill(~mask_T[:, None], 0)
         return output_TD.reshape(x.shape), routing
 
-    def limit(self, routing: Routing, capacity: CapacitySpec, token_mask_T: Tensor | None, sequence_lengths) -> Routing:
+    def limit(
+        self, routing: Routing, capacity: CapacitySpec, token_mask_T: Tensor | None, sequence_lengths: Sequence[int]
+    ) -> Routing:
         """What is left of a choice."""
         ids_TK, lengths_B = routing.expert_ids_TK, torch.tensor(sequence_lengths, dtype=torch.int64)
         numbers_B = torch.arange(len(lengths_B))

@@ -9,8 +9,6 @@ Legend: T tokens, K top_k, B sequences.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,38 +55,7 @@ def replay_layer(layer: MoE, x: Tensor, record: RoutingRecord, *, with_weights: 
     The layer is called as a module, so that hooks and sharding see a forward pass like any other. Its capacity is not
     asked: what was dropped is unused in the record. Recorded weights are constants.
     """
-    inputs = replay_inputs(record, layer.spec.router, x.device, with_weights=with_weights)
-    mask = inputs.pop("token_mask_T").reshape(x.shape[:-1])
-    return layer(x, mask, router_spec=replay_spec(layer.spec.router, with_weights=with_weights), **inputs)
-
-
-def replay_spec(spec: RouterSpec, *, with_weights: bool = False) -> RouterSpec:
-    """The same router with its choice replaced by a given one. [RPL-4]
-
-    Raises:
-        ValueError: its weights are not a function of the chosen ids alone (sparsemixer).
-    """
-    if spec.selector == "sparsemixer" and not with_weights:
-        raise ValueError("selector is 'sparsemixer', whose weights depend on how it chose; replay it with_weights")
-    identity = RouterSpec(num_experts=1, top_k=1)
-    groups = ("num_expert_groups", "num_limited_groups", "group_score_k", "mask_fill", "weights_from")
-    return replace(spec, selector="given", **{name: getattr(identity, name) for name in groups})
-
-
-def replay_inputs(
-    record: RoutingRecord, spec: RouterSpec, device=None, *, with_weights: bool = False
-) -> dict[str, Any]:
-    """What `route` takes to replay a record on a router with as many choices."""
-    for field in ("top_k", "num_choices"):
-        recorded, wanted = getattr(record.spec, field), getattr(spec, field)
-        if recorded != wanted:
-            raise ValueError(f"{field} is {wanted}; the record has {recorded}")
-    inputs = {
-        "given_ids_TK": torch.tensor(record.expert_ids_TK, device=device),
-        "token_mask_T": torch.tensor(record.token_mask_T, device=device),
-    }
-    if not with_weights:
-        return inputs
-    if record.weights_TK is None:
-        raise ValueError("with_weights is True, but weights_TK of the record is None")
-    return inputs | {"given_weights_TK": torch.tensor(record.weights_TK, device=device)}
+    inputs, mask_T = record.inputs(layer.spec.router, with_weights=with_weights)
+    own_inputs = inputs.map(lambda array: torch.tensor(array, device=x.device))
+    mask = torch.tensor(mask_T, device=x.device).reshape(x.shape[:-1])
+    return layer(x, mask, inputs=own_inputs, router_spec=layer.spec.router.given(with_weights=with_weights))

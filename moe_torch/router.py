@@ -4,10 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_ref import RouterSpec
+from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
+from moe_ref.specs.router import RouterSpec
 from moe_torch.routing import Routing, route
-
-__all__ = ["Gate", "NodeLimitedRouter", "Routing", "route"]
 
 
 class Gate(nn.Linear):
@@ -63,18 +62,29 @@ class NodeLimitedRouter(nn.Module):
             self.expert_bias = before_E.to(self.expert_bias.device)
         return self
 
-    def route(self, x_TD: Tensor, *, router_spec: RouterSpec | None = None, **inputs) -> Routing:
-        """Everything that `route` knows about (T, D) tokens; `inputs` are its further inputs.
+    def route(
+        self,
+        x_TD: Tensor,
+        *,
+        token_mask_T: Tensor | None = None,
+        inputs: RouterInputs = NO_INPUTS,
+        router_spec: RouterSpec | None = None,
+    ) -> Routing:
+        """Everything that `route` knows about (T, D) tokens.
 
         Args:
-            router_spec: in place of the router's own, for this call: to replay a choice (`replay.replay_spec`).
+            x_TD: (T, D) tokens.
+            token_mask_T, inputs: as in `route`.
+            router_spec: in place of the router's own, for this call: to replay a choice (`RouterSpec.given`).
         """
         spec = self.spec if router_spec is None else router_spec
         scale = self.learned_scale
         if scale is not None and spec.learned_scale == "global":
             scale = scale[0]
         bias_E = self.expert_bias if spec.selector == "top_k" else None
-        return route(self.gate(x_TD), spec, expert_bias_E=bias_E, learned_scale=scale, **inputs)
+        return route(
+            self.gate(x_TD), spec, expert_bias_E=bias_E, learned_scale=scale, inputs=inputs, token_mask_T=token_mask_T
+        )
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Weights (..., K), expert ids (..., K) and scores (..., E) of tokens (..., D).

@@ -3,7 +3,7 @@
     scale_logits -> score -> bias_choice -> limit_groups -> select -> weigh -> normalise -> scale_weights
 
 Legend: T tokens, D model dim, E choices (experts, then null experts), K top_k, G groups, P experts per group,
-L groups kept, S router-scored shared experts, V table rows. What is computed is `moe_ref.route`; how, is decided here:
+L groups kept, S router-scored shared experts. What is computed is `moe_ref.route`; how, is decided here:
 stages compute in float32 (float64 for float64 logits), the choice is not differentiated, and ties go to the lower id.
 Start at `route`; `router.NodeLimitedRouter` adds the gate and the balancing bias.
 """
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_ref import UNUSED, RouterSpec
-from moe_torch.routing_inputs import check_inputs
+from moe_ref.specs.checks import shape_and_kind
+from moe_ref.specs.ids import UNUSED
+from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
+from moe_ref.specs.router import RouterSpec
 
 NEG_INF = -float("inf")
 
@@ -209,6 +211,22 @@ def sparsemixer(scaled_logits_TE: Tensor, spec: RouterSpec) -> tuple[Tensor, Ten
     return torch.cat(ids, dim=-1), torch.cat(weights, dim=-1)
 
 
+def choose(logits_TE: Tensor, spec: RouterSpec, inputs: RouterInputs, token_mask_T: Tensor | None) -> Tensor:
+    """Expert ids by a selector that looks at no score. [SEL-14 .. SEL-17]"""
+    (T, _), K = logits_TE.shape, spec.top_k
+    if spec.selector == "table":
+        # A padding token has no row of the table.
+        ids_T = inputs.token_ids_T if token_mask_T is None else inputs.token_ids_T.masked_fill(~token_mask_T, 0)
+        return inputs.table_VK.to(torch.int64)[ids_T]
+    if spec.selector == "given":
+        return inputs.given_ids_TK.to(torch.int64)
+    if spec.selector == "round_robin":
+        first_token = 0 if inputs.first_token is None else inputs.first_token
+        slots_N = first_token * K + torch.arange(T * K, device=logits_TE.device)
+        return (slots_N % spec.num_experts).view(T, K)
+    return top_k(torch.rand(T, spec.num_choices, generator=inputs.seed, device=logits_TE.device), K)
+
+
 def gather(values_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
     """The values of the selected experts; an unused slot reads 0. [WGT-8, WGT-11]"""
     return torch.where(expert_ids_TK == UNUSED, 0, values_TE.gather(-1, expert_ids_TK.clamp(min=0)))
@@ -270,13 +288,8 @@ def route(
     *,
     expert_bias_E: Tensor | None = None,
     learned_scale: Tensor | None = None,
-    token_ids_T: Tensor | None = None,
-    table_VK: Tensor | None = None,
-    given_ids_TK: Tensor | None = None,
-    given_weights_TK: Tensor | None = None,
-    first_token: int = 0,
+    inputs: RouterInputs = NO_INPUTS,
     token_mask_T: Tensor | None = None,
-    generator: torch.Generator | None = None,
 ) -> Routing:
     """Every stage of routing in order.
 
@@ -285,12 +298,8 @@ def route(
         spec: what is computed.
         expert_bias_E: (E,) added to what is ranked, for the choice only; None is zeros.
         learned_scale: (E,) for learned_scale 'per_expert', a scalar for 'global'.
-        token_ids_T, table_VK: (T,) ints and the (V, K) table they index, for selector 'table'.
-        given_ids_TK: (T, K) ids to replay, for selector 'given'; -1 is an unused slot of weight 0.
-        given_weights_TK: (T, K) final weights to replay with them; None: the weights are those of these logits.
-        first_token: the number of the first token in the whole batch, for selector 'round_robin'.
+        inputs: what the selector reads besides the logits. The seed is a torch.Generator.
         token_mask_T: (T,) bools; a padding token (False) gets ids -1 and weights 0, whatever its row holds.
-        generator: of the draw for selector 'random'.
 
     Returns:
         ids in int64; the rest in float64 for float64 logits, else in float32. A slot for which no choice is left that
@@ -299,18 +308,9 @@ def route(
     Raises:
         ValueError: wrong shapes or dtypes. Values (NaN, ids out of range) are not looked at: that would stall a device.
     """
-    check_inputs(
-        logits_TE,
-        spec,
-        expert_bias_E,
-        learned_scale,
-        token_ids_T,
-        table_VK,
-        given_ids_TK,
-        given_weights_TK,
-        token_mask_T,
-    )
-    T, E = len(logits_TE), spec.num_choices
+    check_logits(logits_TE, spec, expert_bias_E, learned_scale, token_mask_T)
+    inputs.check(spec, len(logits_TE))
+    E = spec.num_choices
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     if token_mask_T is not None:
         logits_TE = logits_TE.masked_fill(~token_mask_T[:, None], 0)  # also keeps a NaN out of the gradient
@@ -332,16 +332,8 @@ def route(
         expert_ids_TK = select(biased_scores_TE, group_scores_TG, group_ids_TL, spec)
     elif spec.selector == "sparsemixer":
         expert_ids_TK, raw_weights_TK = sparsemixer(choices_TE, spec)
-    elif table_VK is not None and token_ids_T is not None:
-        rows_T = token_ids_T if token_mask_T is None else token_ids_T.masked_fill(~token_mask_T, 0)
-        expert_ids_TK = table_VK.to(torch.int64)[rows_T]
-    elif given_ids_TK is not None:
-        expert_ids_TK = given_ids_TK.to(torch.int64)
-    elif spec.selector == "round_robin":
-        slots_N = first_token * spec.top_k + torch.arange(T * spec.top_k, device=logits_TE.device)
-        expert_ids_TK = (slots_N % spec.num_experts).view(T, spec.top_k)
     else:
-        expert_ids_TK = top_k(torch.rand(T, E, generator=generator, device=logits_TE.device), spec.top_k)
+        expert_ids_TK = choose(logits_TE, spec, inputs, token_mask_T)
     if token_mask_T is not None:
         expert_ids_TK = expert_ids_TK.masked_fill(~token_mask_T[:, None], UNUSED)
 
@@ -362,9 +354,9 @@ def route(
             shared_weights_TS = shared_weights_TS.masked_fill(~token_mask_T[:, None], 0)
 
     weights_TK = scale_weights(normed_weights_TK, expert_ids_TK, learned_scale, spec)
-    if given_weights_TK is not None:
-        # Final weights: constants, and 0 where no slot is used.
-        weights_TK = torch.where(expert_ids_TK == UNUSED, 0, given_weights_TK.to(weights_TK.dtype))
+    if inputs.given_weights_TK is not None:
+        # Given weights are final: constants, and 0 where no slot is used. [RPL-3]
+        weights_TK = torch.where(expert_ids_TK == UNUSED, 0, inputs.given_weights_TK.to(weights_TK.dtype))
 
     return Routing(
         expert_ids_TK=expert_ids_TK,
@@ -383,3 +375,28 @@ def route(
 def scale_shared(normed_shared_TS: Tensor, learned_scale, spec: RouterSpec) -> Tensor:
     """Router-scored shared experts take route_scale and the global scale, like the selected ones. [WGT-13]"""
     return normed_shared_TS * spec.route_scale * (learned_scale if spec.learned_scale == "global" else 1)
+
+
+def check_logits(
+    logits_TE: Tensor,
+    spec: RouterSpec,
+    expert_bias_E: Tensor | None,
+    learned_scale: Tensor | None,
+    token_mask_T: Tensor | None,
+) -> None:
+    """The logits, and what is given with them, have the shapes and kinds that the spec asks for."""
+    shape_and_kind("logits_TE", logits_TE, (None, spec.num_logits), "float")
+    T, E = len(logits_TE), spec.num_choices
+    scale_shape = {"none": None, "per_expert": (E,), "global": ()}[spec.learned_scale]
+    if (learned_scale is None) != (scale_shape is None):
+        given = "None" if learned_scale is None else "given"
+        raise ValueError(f"learned_scale is {given}; the spec's is {spec.learned_scale!r}")
+    if scale_shape is not None:
+        shape_and_kind("learned_scale", learned_scale, scale_shape, "float")
+    if expert_bias_E is not None:
+        # Elsewhere nothing is ranked, so a bias would be silently ignored.
+        if spec.selector != "top_k":
+            raise ValueError(f"expert_bias_E is given, but selector {spec.selector!r} takes none")
+        shape_and_kind("expert_bias_E", expert_bias_E, (E,), "float")
+    if token_mask_T is not None:
+        shape_and_kind("token_mask_T", token_mask_T, (T,), "bool")

@@ -15,7 +15,17 @@ import moe_torch.replay
 import moe_torch.routing
 from moe_jax.dense_matmul import dense_matmul
 from moe_jax.sparse_matmul import sparse_matmul
-from moe_ref import CapacitySpec, ExpertSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec, load_records, save_records
+from moe_ref import (
+    CapacitySpec,
+    ExpertSpec,
+    LayerParams,
+    LayerSpec,
+    RouterInputs,
+    RouterSpec,
+    SharedSpec,
+    load_records,
+    save_records,
+)
 from moe_torch.moe import MoE
 
 T, D = 14, 6
@@ -102,8 +112,7 @@ def test_gradients_of_a_replay_are_the_reference_s(with_weights):
     _, record = record_in_torch(x_TD, sampler, spec)
     d_output_TD = np.random.default_rng(1).standard_normal((T, D))
     trace = moe_ref.replay_layer(record, x_TD, trainer, spec, with_weights=with_weights)
-    forced_spec = spec.replace(router=moe_torch.replay.replay_spec(spec.router, with_weights=with_weights))
-    assert forced_spec.router == moe_jax.replay.replay_spec(spec.router, with_weights=with_weights)
+    forced_spec = spec.replace(router=spec.router.given(with_weights=with_weights))
     expected = moe_ref.layer_backward(trace, replace(trainer, expert_bias_E=None), forced_spec, d_output_TD)
     # Recorded weights are constants.
     assert (np.abs(expected.params.gate_ED).max() == 0) == with_weights
@@ -134,19 +143,27 @@ def test_a_record_of_jax_replays_in_torch():
     np.testing.assert_allclose(again.detach(), output_TD, **CLOSE)
 
 
-@pytest.mark.parametrize("room", [moe_jax.replay, moe_torch.replay])
-def test_what_cannot_be_replayed_is_refused(room):
-    spec = LAYERS["deepseek_v3"].router
-    x_TD, sampler, _ = case(LAYERS["deepseek_v3"])
-    _, record = record_in_torch(x_TD, sampler, LAYERS["deepseek_v3"])
+def in_jax(record, spec: LayerSpec, **options):
+    moe_jax.replay.replay_layer(np.zeros((T, D), np.float32), narrow(LayerParams.init(spec)), spec, record, **options)
+
+
+def in_torch(record, spec: LayerSpec, **options):
+    moe_torch.replay.replay_layer(MoE(spec), torch.zeros(T, D), record, **options)
+
+
+@pytest.mark.parametrize("replay", [in_jax, in_torch])
+def test_what_cannot_be_replayed_is_refused(replay):
+    spec = LAYERS["deepseek_v3"]
+    x_TD, sampler, _ = case(spec)
+    _, record = record_in_torch(x_TD, sampler, spec)
     with pytest.raises(ValueError, match="top_k is 2; the record has 3"):
-        room.replay_inputs(record, spec.replace(top_k=2))
+        replay(record, spec.replace(router=spec.router.replace(top_k=2)))
     with pytest.raises(ValueError, match="weights_TK of the record is None"):
-        room.replay_inputs(record.ids_alone(), spec, with_weights=True)
-    mixer = RouterSpec(num_experts=4, top_k=2, selector="sparsemixer", select_by="logit")
+        replay(record.ids_alone(), spec, with_weights=True)
+    mixer = RouterSpec(num_experts=8, top_k=3, selector="sparsemixer", select_by="logit")
     with pytest.raises(ValueError, match="selector is 'sparsemixer'"):
-        room.replay_spec(mixer)
-    assert room.replay_spec(mixer, with_weights=True).selector == "given"
+        replay(record, spec.replace(router=mixer))
+    replay(record, spec.replace(router=mixer), with_weights=True)
 
 
 def test_sequence_lengths_of_a_record_sum_to_its_tokens():
@@ -166,7 +183,7 @@ def test_shards_of_round_robin_choose_what_the_whole_batch_would(route):
     spec = RouterSpec(num_experts=5, top_k=2, selector="round_robin")
     array = torch.tensor if route is moe_torch.routing.route else np.asarray
     logits_TE = np.random.default_rng(0).standard_normal((9, 5))
-    parts = [route(array(logits_TE[own]), spec, first_token=first).expert_ids_TK
+    parts = [route(array(logits_TE[own]), spec, inputs=RouterInputs(first_token=first)).expert_ids_TK
              for own, first in ((slice(4), 0), (slice(4, None), 4))]  # fmt: skip
     np.testing.assert_array_equal(np.concatenate(parts), moe_ref.route(logits_TE, spec).expert_ids_TK)
 
@@ -177,10 +194,11 @@ def test_given_weights_are_final_and_belong_to_given_ids(route):
     array = torch.tensor if route is moe_torch.routing.route else np.asarray
     logits_TE, ids_TK = np.zeros((3, 5)), np.array([[0, 4], [2, -1], [1, 3]])
     weights_TK = np.array([[0.25, 0.5], [2.0, np.nan], [0.0, 1.0]])
-    found = route(array(logits_TE), spec, given_ids_TK=array(ids_TK), given_weights_TK=array(weights_TK))
+    given = RouterInputs(given_ids_TK=ids_TK, given_weights_TK=weights_TK).map(array)
+    found = route(array(logits_TE), spec, inputs=given)
     np.testing.assert_array_equal(found.weights_TK, [[0.25, 0.5], [2.0, 0.0], [0.0, 1.0]])
     plain = RouterSpec(num_experts=5, top_k=2)
     with pytest.raises(ValueError, match="given_weights_TK is given, but selector 'top_k' takes none"):
-        route(array(logits_TE), plain, given_weights_TK=array(weights_TK))
+        route(array(logits_TE), plain, inputs=RouterInputs(given_weights_TK=array(weights_TK)))
     with pytest.raises(ValueError, match="given_weights_TK has shape"):
-        route(array(logits_TE), spec, given_ids_TK=array(ids_TK), given_weights_TK=array(weights_TK[:2]))
+        route(array(logits_TE), spec, inputs=replace(given, given_weights_TK=array(weights_TK[:2])))

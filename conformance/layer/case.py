@@ -14,9 +14,10 @@ import numpy as np
 from conformance.router.case import TAGS, Case
 from conformance.router.case import _array as array_of_input
 from conformance.router.case import _plain as plain
-from moe_ref import LayerParams, LayerSpec, gate, layer_backward, moe_layer
+from moe_ref import LayerParams, LayerSpec, RouterInputs, gate, layer_backward, moe_layer
+from moe_ref.specs.inputs import BY_TOKEN
 
-ROW_INPUTS = ("token_ids_T", "given_ids_TK", "token_mask_T")
+ROW_INPUTS = ("token_mask_T", *BY_TOKEN)
 """Inputs with one entry for each token."""
 
 
@@ -38,7 +39,7 @@ class LayerCase:
     @cached_property
     def reference(self):
         """The oracle's trace of this case."""
-        return moe_layer(self.x_TD, self.params, self.spec, **self.inputs)
+        return moe_layer(self.x_TD, self.params, self.spec, **RouterInputs.keywords(self.inputs))
 
     @cached_property
     def gradients(self):

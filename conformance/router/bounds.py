@@ -46,10 +46,12 @@ def score_error(case: RouterCase, dtype: str) -> np.ndarray:
 def choice_error(case: RouterCase, dtype: str) -> np.ndarray:
     """Absolute error of each choice score, (T, E)."""
     trace, eps = case.reference, EPSILON[dtype]
+    assert trace.scores_for_choice_TE is not None
     choice_TE = np.abs(np.nan_to_num(trace.scores_for_choice_TE, neginf=0.0))
     if case.spec.select_by == "logit":
         error_TE = logit_error(case, dtype)
     else:
+        assert trace.scores_TE is not None
         error_TE = trace.scores_TE * score_error(case, dtype) + score_floor(case.spec, dtype)
     if case.expert_bias_E is None or not np.any(case.expert_bias_E):
         return error_TE
@@ -60,8 +62,10 @@ def unlimited_choice(case: RouterCase) -> np.ndarray:
     """Choice scores before any group is dropped, (T, E)."""
     spec, trace = case.spec, case.reference
     if spec.num_expert_groups is None:
+        assert trace.scores_for_choice_TE is not None
         return trace.scores_for_choice_TE
     ranked_TE = trace.scaled_logits_TE[:, : spec.num_choices] if spec.select_by == "logit" else trace.scores_TE
+    assert ranked_TE is not None
     bias_E = 0 if case.expert_bias_E is None else case.expert_bias_E
     return np.where(np.isneginf(case.logits_TE[:, : spec.num_choices]), -np.inf, ranked_TE + bias_E)
 
@@ -156,6 +160,7 @@ def expected_weights(case: RouterCase, expert_ids_TK) -> np.ndarray:
         raw_TK = softmax(np.where(used_TK, logits_TK, -np.inf))
     else:
         scores_TE = trace.scores_TE
+        assert scores_TE is not None
         if spec.weights_from == "masked_scores":
             scores_TE = np.where(kept_experts(trace.group_ids_TL, spec), scores_TE, 0)
         raw_TK = gather(scores_TE, expert_ids_TK)

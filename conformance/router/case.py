@@ -9,11 +9,10 @@ import numpy as np
 
 from conformance.core.case import Case, plain, rounder
 from conformance.core.subject import Subject
-from moe_ref import RouterSpec, route
+from moe_ref import RouterInputs, RouterSpec, route
+from moe_ref.specs.inputs import BY_TOKEN
 
 INT_INPUTS = ("token_ids_T", "table_VK", "given_ids_TK")
-ROW_INPUTS = ("token_ids_T", "given_ids_TK", "token_mask_T")
-"""Inputs with one entry for each token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,7 @@ class RouterCase(Case):
     @cached_property
     def reference(self):
         """The oracle's trace of this case."""
-        return route(self.logits_TE, self.spec, expert_bias_E=self.expert_bias_E, **self.inputs)
+        return route(self.logits_TE, self.spec, expert_bias_E=self.expert_bias_E, **RouterInputs.keywords(self.inputs))
 
     @property
     def num_tokens(self) -> int:
@@ -40,7 +39,8 @@ class RouterCase(Case):
 
     def tokens(self, rows) -> Self:
         """The case of some of its tokens, in the order given."""
-        inputs = {name: value[rows] if name in ROW_INPUTS else value for name, value in self.inputs.items()}
+        rowwise = ("token_mask_T", *BY_TOKEN)
+        inputs = {name: value[rows] if name in rowwise else value for name, value in self.inputs.items()}
         return self.with_(logits_TE=self.logits_TE[rows], inputs=inputs)
 
     def simpler(self) -> Iterator[Self]:
@@ -99,10 +99,9 @@ def input_of_json(name: str, value: Any):
 def _choice_below_zero(case: RouterCase) -> bool:
     if case.spec.selector != "top_k" or case.num_tokens == 0 or np.isnan(case.logits_TE).any():
         return False
-    ungrouped = case.spec.replace(
-        num_expert_groups=None, num_limited_groups=None, group_score_k=2, mask_fill=-np.inf, weights_from="scores"
-    )
+    ungrouped = case.spec.without_groups()
     choice_TE = case.with_(spec=ungrouped).reference.scores_for_choice_TE
+    assert choice_TE is not None
     return bool((np.isfinite(choice_TE) & (choice_TE < 0)).any())
 
 

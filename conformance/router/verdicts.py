@@ -77,7 +77,9 @@ def other_groups(judge: Judge, seen: Observation) -> list[int]:
     case, dtype = seen.case, judge.subject.compute_dtype
     if seen.group_ids_TL is None:
         return []
-    different_T = (np.sort(seen.group_ids_TL) != np.sort(case.reference.group_ids_TL)).any(axis=-1)
+    group_ids_TL = case.reference.group_ids_TL
+    assert group_ids_TL is not None  # a router that reports groups has some
+    different_T = (np.sort(seen.group_ids_TL) != np.sort(group_ids_TL)).any(axis=-1)
     tokens = np.flatnonzero(different_T & case.valid_T)
     choice_TE, error_TE = unlimited_choice(case), choice_error(case, dtype)
     return [

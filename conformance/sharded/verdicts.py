@@ -26,6 +26,7 @@ from conformance.layer.verdicts import (
     wanted_gradients,
 )
 from conformance.sharded.case import LayoutCase
+from moe_ref import RouterInputs
 from moe_ref.backward.sharded import sharded_backward
 from moe_ref.sharded import sharded_layer
 
@@ -208,7 +209,8 @@ def layer_is_wrong(judge: Judge, case: LayoutCase, method: str) -> bool:
 
 def truncated(case: LayoutCase):
     """The oracle's trace of the layout itself, without the slots that no buffer admitted."""
-    return sharded_layer(case.by_shard(case.x_TD), case.params, case.spec, case.layout, **case.inputs_by_shard)
+    inputs = RouterInputs.keywords(case.inputs_by_shard)
+    return sharded_layer(case.by_shard(case.x_TD), case.params, case.spec, case.layout, **inputs)
 
 
 def truncated_gradients(case: LayoutCase) -> dict[str, np.ndarray]:

@@ -7,12 +7,14 @@ import numpy as np
 import moe_ref
 from conformance.core.subject import Routing
 from conformance.subjects.reference_load import ReferenceLoad
-from moe_ref import RouterSpec
+from moe_ref import RouterInputs, RouterSpec
 from moe_ref import experts as experts_room
 from moe_ref import permute as permute_room
 from moe_ref.backward.sharded import sharded_backward
 from moe_ref.dispatch import plan
 from moe_ref.sharded import sharded_layer
+
+named = RouterInputs.keywords
 
 
 class Reference(ReferenceLoad):
@@ -23,7 +25,7 @@ class Reference(ReferenceLoad):
     compute_dtype = "float32"
 
     def route(self, logits_TE, spec, expert_bias_E, **inputs):
-        trace = moe_ref.route(logits_TE, spec, expert_bias_E=expert_bias_E, dtype=self.compute_dtype, **inputs)
+        trace = moe_ref.route(logits_TE, spec, expert_bias_E=expert_bias_E, dtype=self.compute_dtype, **named(inputs))
         return Routing(
             expert_ids_TK=trace.expert_ids_TK,
             weights_TK=trace.weights_TK,
@@ -55,13 +57,13 @@ class Reference(ReferenceLoad):
         return experts_room.combine(slots_TKD, weights_TK.astype(self.compute_dtype), spec.router)
 
     def layer(self, x_TD, params, spec, **inputs):
-        return moe_ref.moe_layer(x_TD, params, spec, dtype=self.compute_dtype, **inputs).output_TD
+        return moe_ref.moe_layer(x_TD, params, spec, dtype=self.compute_dtype, **named(inputs)).output_TD
 
     def layer_gradients(self, x_TD, params, spec, d_output_TD, **inputs):
-        trace = moe_ref.moe_layer(x_TD, params, spec, dtype=self.compute_dtype, **inputs)
+        trace = moe_ref.moe_layer(x_TD, params, spec, dtype=self.compute_dtype, **named(inputs))
         grads = moe_ref.layer_backward(trace, params, spec, d_output_TD)
-        named = {f.name: getattr(grads.params, f.name) for f in fields(grads.params)}
-        return {"x_TD": grads.x_TD} | {name: grad for name, grad in named.items() if grad is not None}
+        found = {f.name: getattr(grads.params, f.name) for f in fields(grads.params)}
+        return {"x_TD": grads.x_TD} | {name: grad for name, grad in found.items() if grad is not None}
 
     def dispatch(self, expert_ids_by_shard, layout, spec):
         names = ("send_sizes_S", "recv_sizes_S", "group_sizes_e", "order_R2", "overflow")
@@ -69,13 +71,13 @@ class Reference(ReferenceLoad):
         return [{name: getattr(each, name) for name in names} for each in plans]
 
     def sharded_layer(self, x_by_shard, params, spec, layout, **inputs):
-        trace = sharded_layer(x_by_shard, params, spec, layout, dtype=self.compute_dtype, **inputs)
+        trace = sharded_layer(x_by_shard, params, spec, layout, dtype=self.compute_dtype, **named(inputs))
         return trace.outputs_by_rank
 
     def sharded_gradients(self, x_by_shard, params, spec, layout, d_output_by_shard, **inputs):
-        trace = sharded_layer(x_by_shard, params, spec, layout, dtype=self.compute_dtype, **inputs)
+        trace = sharded_layer(x_by_shard, params, spec, layout, dtype=self.compute_dtype, **named(inputs))
         grads = sharded_backward(trace, params, spec, d_output_by_shard)
-        named = {f.name: getattr(grads.params, f.name) for f in fields(grads.params)}
-        of_params = {name: grad for name, grad in named.items() if grad is not None}
+        found = {f.name: getattr(grads.params, f.name) for f in fields(grads.params)}
+        of_params = {name: grad for name, grad in found.items() if grad is not None}
         shards = [layout.shard_of(rank) for rank in range(layout.num_ranks)]
         return [{"x_TD": grads.x_by_shard[shard]} | of_params for shard in shards]

@@ -39,7 +39,8 @@ class ReferenceLoad(Subject):
         return found
 
     def record(self, x_TD, params, spec, **inputs):
-        trace = moe_ref.moe_layer(x_TD, params, spec, dtype=self.compute_dtype, **inputs)
+        named = moe_ref.RouterInputs.keywords(inputs)
+        trace = moe_ref.moe_layer(x_TD, params, spec, dtype=self.compute_dtype, **named)
         return moe_ref.capture(trace.routing, spec.router, token_mask_T=inputs.get("token_mask_T"))
 
     def replay(self, x_TD, params, spec, record):

@@ -24,14 +24,15 @@ from moe_jax.parallel.exchange import unsupported
 from moe_jax.parallel.stages import (
     BY_RANK,
     EVERYWHERE,
-    INPUTS,
     Stages,
+    input_specs,
     join_columns,
     param_specs,
     split,
     token_axes,
 )
 from moe_jax.sparse_matmul import RouteOutput, check_tokens
+from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import LayerSpec
 from moe_ref.specs.layout import AXES, ShardLayout
 from moe_ref.specs.params import LayerParams
@@ -60,11 +61,11 @@ def sharded_sparse_matmul(
     mesh: Mesh,
     *,
     token_mask_T: jax.Array | None = None,
+    inputs: RouterInputs = NO_INPUTS,
     buffer_fill: float | jax.Array = 0.0,
     split_stages: bool = False,
     precision: lax.PrecisionLike = None,
     implementation: str = "auto",
-    **selector_inputs,
 ) -> ShardedOutput:
     """The layer of `sparse_matmul`, over the devices of a mesh: no layout changes a result, but for what it drops.
 
@@ -74,10 +75,10 @@ def sharded_sparse_matmul(
         spec, layout: static.
         mesh: of `make_mesh`.
         token_mask_T: (T,) bools, as in `sparse_matmul`.
+        inputs: as in `moe_jax.route`, of all tokens. Each shard draws from a key of its own.
         buffer_fill: what buffer rows that nobody sent start with. Nothing depends on it.
         split_stages: each stage under a shard_map of its own, instead of all in one.
         precision, implementation: as in `grouped_matmul`.
-        selector_inputs: as in `moe_jax.routing.route`, of all tokens. Each shard draws from a key of its own.
 
     Raises:
         ValueError: the layout does not fit spec, mesh or tokens, or is one that JAX has not.
@@ -85,29 +86,26 @@ def sharded_sparse_matmul(
     check_tokens(x_TD, spec)
     check_layout(layout, spec, mesh, len(x_TD))
     stages = Stages(spec, layout, precision=precision, implementation=implementation)
-    given = {name: value for name, value in selector_inputs.items() if value is not None}
-    if token_mask_T is not None:
-        given["token_mask_T"] = jnp.asarray(token_mask_T)
-    by_token = {name: value for name, value in given.items() if name in INPUTS}
-    others = {name: value for name, value in given.items() if name not in INPUTS}
-    arrays = (jnp.asarray(x_TD), params, by_token, others, jnp.asarray(buffer_fill))
+    inputs.check(spec.router, len(x_TD))
+    mask_T = None if token_mask_T is None else jnp.asarray(token_mask_T)
+    arrays = (jnp.asarray(x_TD), params, mask_T, inputs, jnp.asarray(buffer_fill))
     if split_stages:
         return _layer(split(stages, params, mesh), stages, *arrays)
     tokens = PartitionSpec(token_axes(layout))
     fused = jax.shard_map(
         partial(_layer, lambda name: getattr(stages, name), stages),
         mesh=mesh,
-        in_specs=(tokens, param_specs(params, spec, layout), tokens, EVERYWHERE, EVERYWHERE),
+        in_specs=(tokens, param_specs(params, spec, layout), tokens, input_specs(layout), EVERYWHERE),
         out_specs=ShardedOutput(output_TD=tokens, decided=tokens, tokens_per_expert_E=EVERYWHERE, overflow_S=BY_RANK),  # type: ignore[arg-type]  # a tree of specs
     )
     return fused(*arrays)
 
 
-def _layer(get: Callable, stages: Stages, x_TD, params: LayerParams, by_token: dict, others: dict, fill):
+def _layer(get: Callable, stages: Stages, x_TD, params: LayerParams, mask_T, inputs: RouterInputs, fill):
     """The order of the stages; `get` gives each by its name."""
-    mask_T, layout = by_token.get("token_mask_T"), stages.layout
+    layout = stages.layout
     clean_x_TD = keep_tokens(x_TD, mask_T)
-    decided = get("route")(clean_x_TD, params, by_token, others)
+    decided = get("route")(clean_x_TD, params, mask_T, inputs)
     if layout.num_token_chunks == 1:
         parts = [(clean_x_TD, decided)]
     else:

@@ -24,6 +24,7 @@ from moe_jax.parallel import exchange
 from moe_jax.parallel.collectives import vary
 from moe_jax.parallel.strategies import ShardMetadata
 from moe_jax.sparse_matmul import RouteOutput
+from moe_ref.specs.inputs import BY_TOKEN, RouterInputs
 from moe_ref.specs.layer import LayerSpec
 from moe_ref.specs.layout import AXES, ShardLayout
 from moe_ref.specs.params import LayerParams
@@ -35,8 +36,12 @@ BY_RANK, EVERYWHERE = P(RANKS), P()
 ROWS = P(("tensor", *RANKS))
 """Rows of each rank, and of each tensor rank its own: copies before the experts, partial sums behind them."""
 HIDDEN = P(RANKS, "tensor")
-INPUTS = {"token_mask_T", "token_ids_T", "given_ids_TK", "given_weights_TK"}
-"""Inputs with an entry for each token; the others are the same everywhere."""
+
+
+def input_specs(layout: ShardLayout) -> RouterInputs:
+    """How the inputs of a selector lie on the mesh: what has an entry for each token as the tokens do."""
+    specs: Any = {field.name: EVERYWHERE for field in fields(RouterInputs)}
+    return RouterInputs(**specs | dict.fromkeys(BY_TOKEN, P(token_axes(layout))))
 
 
 def token_axes(layout: ShardLayout) -> tuple[str, ...]:
@@ -88,7 +93,7 @@ def stage_specs(params: LayerParams, spec: LayerSpec, layout: ShardLayout) -> di
     """The in_specs and out_specs of each stage, in order; of a tree the spec is that of all its leaves."""
     tokens, weights = P(token_axes(layout)), param_specs(params, spec, layout)
     return {
-        "route": ((tokens, weights, tokens, EVERYWHERE), tokens),
+        "route": ((tokens, weights, tokens, input_specs(layout)), tokens),
         "chunk": ((tokens,), tokens),
         "plan": ((tokens,), BY_RANK),
         "dispatch": ((tokens, tokens, BY_RANK, EVERYWHERE), ROWS),
@@ -108,19 +113,23 @@ class Stages:
     def __init__(self, spec: LayerSpec, layout: ShardLayout, **options):
         self.spec, self.layout, self.options = spec, layout, options
 
-    def route(self, x_TD: jax.Array, params: LayerParams, by_token: dict, others: dict) -> RouteOutput:
+    def route(
+        self, x_TD: jax.Array, params: LayerParams, token_mask_T: jax.Array | None, inputs: RouterInputs
+    ) -> RouteOutput:
         """Each rank routes its own tokens."""
-        inputs, router = {**by_token, **others}, self.spec.router
+        router = self.spec.router
         # A number for each shard: what depends on the place of a token in the batch, or is drawn.
         number = _number_of_rank(token_axes(self.layout))
         if router.selector == "round_robin":
-            inputs["first_token"] = number * len(x_TD)
-        if router.selector == "random" and "key" in inputs:
-            inputs["key"] = jax.random.fold_in(inputs["key"], number)
+            first = 0 if inputs.first_token is None else inputs.first_token
+            inputs = replace(inputs, first_token=first + number * len(x_TD))
+        if router.selector == "random" and inputs.seed is not None:
+            inputs = replace(inputs, seed=jax.random.fold_in(inputs.seed, number))
         logits_TE = routing.gate(x_TD, self._whole("gate_ED", params), params.gate_bias_E)
         return sparse_matmul.route(
-            logits_TE, router, expert_bias_E=params.expert_bias_E, learned_scale=params.learned_scale, **inputs
-        )[0]
+            logits_TE, router, expert_bias_E=params.expert_bias_E, learned_scale=params.learned_scale,
+            token_mask_T=token_mask_T, inputs=inputs,
+        )[0]  # fmt: skip
 
     def chunk(self, tokens: Any, *, index: int) -> Any:
         """Chunk `index` of the tokens of this shard, of any tree of arrays with an entry for each token."""

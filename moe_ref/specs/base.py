@@ -3,8 +3,9 @@
 A spec says *what* is computed, never how: frozen, validated data.
 """
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import Self
+from typing import ClassVar, Self
 
 from moe_ref.specs.checks import nearest, require
 
@@ -13,15 +14,23 @@ from moe_ref.specs.checks import nearest, require
 class Spec:
     """What the specs share: reading, writing, and a changed copy."""
 
+    ALIASES: ClassVar[Mapping[str, str]] = {}
+    """Names of other frameworks -> the field."""
+
     @classmethod
     def from_dict(cls, values: dict) -> Self:
-        """A spec from the names of its fields; an unknown name is a ValueError."""
+        """A spec from the names of its fields, or their aliases; an unknown name is a ValueError."""
         own = {field.name for field in fields(cls)}
-        for name in values:
-            require(name in own, f"unknown field {name!r} of {cls.__name__}{nearest(name, own)}")
-        missing = {field.name for field in fields(cls) if field.default is MISSING} - values.keys()
+        found = {}
+        for name, value in values.items():
+            field = name if name in own else cls.ALIASES.get(name, name)
+            if field not in own:
+                raise ValueError(f"unknown field {name!r} of {cls.__name__}{nearest(name, own | cls.ALIASES.keys())}")
+            require(field not in found, f"field {field} is given twice (once as {name!r})")
+            found[field] = value
+        missing = {field.name for field in fields(cls) if field.default is MISSING} - found.keys()
         require(not missing, f"{cls.__name__} needs {', '.join(sorted(missing))}")
-        return cls(**values)
+        return cls(**found)
 
     def to_dict(self) -> dict:
         """The fields that differ from their default, JSON-ready; `from_dict` reads it back."""

@@ -1,6 +1,8 @@
 """moe_ref, input checks: every ValueError names the field, the value and the bound."""
 
+from collections.abc import Collection, Iterable
 from difflib import get_close_matches
+from typing import Any
 
 import numpy as np
 
@@ -11,21 +13,21 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def nearest(name: str, valid) -> str:
+def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint such as ' (did you mean top_k?)', or the valid names where none is near."""
     valid = sorted(map(str, valid))
     close = get_close_matches(str(name), valid, n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else f" (valid: {', '.join(valid)})"
 
 
-def one_of(field: str, value, valid) -> None:
+def one_of(field: str, value: Any, valid: Collection[str]) -> None:
     """The value is one of the valid names."""
     # Specs and layouts are made by the thousand: the nearest name is looked for where it is shown.
     if not (isinstance(value, str) and value in valid):
         raise ValueError(f"{field} is {value!r}, not one of {sorted(valid)}{nearest(value, valid)}")
 
 
-def integer(field: str, value, low: int, high: int | None = None, *, why: str = "") -> None:
+def integer(field: str, value: Any, low: int, high: int | None = None, *, why: str = "") -> None:
     """The value is an int in [low, high]."""
     bound = f"at least {low}" if high is None else f"between {low} and {high}"
     is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
@@ -35,7 +37,7 @@ def integer(field: str, value, low: int, high: int | None = None, *, why: str = 
     )
 
 
-def number(field: str, value, *, low: float = -np.inf, above: float = -np.inf) -> None:
+def number(field: str, value: Any, *, low: float = -np.inf, above: float = -np.inf) -> None:
     """The value is a finite number, at least `low` and greater than `above`."""
     is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     bound = f" greater than {above}" if above > -np.inf else f" of at least {low}" if low > -np.inf else ""
@@ -45,19 +47,39 @@ def number(field: str, value, *, low: float = -np.inf, above: float = -np.inf) -
     )
 
 
-def array(field: str, value, shape: tuple[int | None, ...], *, kind: str = "float") -> np.ndarray:
+def array(field: str, value: Any, shape: tuple[int | None, ...], *, kind: str = "float") -> np.ndarray:
     """`value` as an array of the wanted shape (None matches any length) and kind (float, int, bool)."""
     found = np.asarray(value)
-    kinds = {"float": "f", "int": "iu", "bool": "b"}[kind]
-    # ml_dtypes (bfloat16, float8) report kind 'V' but convert to float like any float.
-    low_precision = kind == "float" and found.dtype.kind == "V" and found.dtype.names is None
-    require(found.dtype.kind in kinds or low_precision, f"{field} has dtype {found.dtype}; it is {kind}")
-    wanted = ", ".join("any" if n is None else str(n) for n in shape)
-    require(
-        found.ndim == len(shape) and all(n is None or n == m for n, m in zip(shape, found.shape, strict=True)),
-        f"{field} has shape {found.shape}; it is ({wanted})",
-    )
+    shape_and_kind(field, found, shape, kind)
     return found
+
+
+def shape_and_kind(field: str, value: Any, shape: tuple[int | None, ...], kind: str) -> None:
+    """`value`, an array of NumPy, JAX (traced too) or torch, has that shape (None matches any length) and kind."""
+    found = value if hasattr(value, "dtype") else np.asarray(value)
+    require(kind_of(found.dtype) == kind, f"{field} has dtype {found.dtype}; it is {kind}")
+    matches = len(found.shape) == len(shape) and all(
+        n is None or n == m for n, m in zip(shape, found.shape, strict=True)
+    )
+    if not matches:
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise ValueError(f"{field} has shape {tuple(found.shape)}; it is ({wanted})")
+
+
+def kind_of(dtype: Any) -> str:
+    """float, int or bool, of a dtype of any framework; other kinds have other names."""
+    # torch's say torch.int64; ml_dtypes (bfloat16, float8) report kind 'V' but convert to float like any float.
+    name = str(getattr(dtype, "name", dtype)).rpartition(".")[2]
+    if name.startswith(("float", "bfloat")):
+        return "float"
+    return "int" if name.startswith(("int", "uint")) else name
+
+
+def mask_array(token_mask_T: np.ndarray | None, num_tokens: int) -> np.ndarray:
+    """The mask; all tokens are valid without one."""
+    if token_mask_T is None:
+        return np.ones(num_tokens, dtype=bool)
+    return array("token_mask_T", token_mask_T, (num_tokens,), kind="bool")
 
 
 def entries(field: str, value: np.ndarray, holds: np.ndarray, fact: str) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from moe_ref.routing import UNUSED, ids_array
 from moe_ref.specs.checks import array, entries, require
+from moe_ref.specs.ids import UNUSED, ids_array
+from moe_ref.specs.inputs import RouterInputs
 from moe_ref.specs.router import RouterSpec
 
 FORMAT = "moe-conformance routing record 1"
@@ -96,6 +97,21 @@ class RoutingRecord:
                 arrays[name] = np.full((room.sum(), *rows.shape[1:]), fill, rows.dtype)
                 arrays[name][own_T] = rows
         return cls.from_arrays(arrays | {"sequence_starts_B": starts_B}, records[0].spec)
+
+    def inputs(self, spec: RouterSpec, *, with_weights: bool = False) -> tuple[RouterInputs, np.ndarray]:
+        """What a router with as many choices reads to replay this record (`RouterSpec.given`), and the token mask.
+
+        Recorded weights are constants: no gradient goes to the logits.
+        """
+        for field in ("top_k", "num_choices"):
+            recorded, wanted = getattr(self.spec, field), getattr(spec, field)
+            require(recorded == wanted, f"{field} is {wanted}; the record has {recorded}")
+        require(
+            not with_weights or self.weights_TK is not None,
+            "with_weights is True, but weights_TK of the record is None",
+        )
+        weights_TK = self.weights_TK if with_weights else None
+        return RouterInputs(given_ids_TK=self.expert_ids_TK, given_weights_TK=weights_TK), self.token_mask_T
 
     def ids_alone(self) -> "RoutingRecord":
         """The record without its weights."""

@@ -4,19 +4,26 @@ A spec says *what* a router computes, never how. Each field past the first few d
 lists only what a model has. Families with their published sizes are in `families.py`.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from moe_ref.specs.checks import integer, nearest, number, one_of, require
-from moe_ref.specs.names import ALIASES
+from moe_ref.specs import names
+from moe_ref.specs.base import Spec
+from moe_ref.specs.checks import integer, number, one_of, require
 
 SCORE_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus")
 SELECTORS = ("top_k", "table", "given", "round_robin", "random", "sparsemixer")
+WITHOUT_GROUPS: dict[str, Any] = {
+    "num_expert_groups": None, "num_limited_groups": None, "group_score_k": 2, "mask_fill": -np.inf,
+    "weights_from": "scores",
+}  # fmt: skip
+"""What the fields of groups are where a router has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterSpec:
+class RouterSpec(Spec):
     """How tokens choose experts and with which weights, at evaluation.
 
     Sources: node-limited routing and expert_bias from DeepSeek-V3 (arXiv:2412.19437); names after
@@ -25,6 +32,8 @@ class RouterSpec:
     Raises:
         ValueError: a field is out of its range, or two fields contradict each other.
     """
+
+    ALIASES: ClassVar = names.ALIASES
 
     num_experts: int
     """Routed experts, E. The logits have one column for each of them, and those named below."""
@@ -119,8 +128,7 @@ class RouterSpec:
 
     def _check_groups(self):
         if self.num_expert_groups is None:
-            for field, identity in (("num_limited_groups", None), ("group_score_k", 2),
-                                    ("mask_fill", -np.inf), ("weights_from", "scores")):  # fmt: skip
+            for field, identity in WITHOUT_GROUPS.items():
                 value = getattr(self, field)
                 require(value == identity, f"{field} is {value!r}, but num_expert_groups is None")
             return
@@ -192,29 +200,30 @@ class RouterSpec:
         """Whether there is a score for every choice before the selection."""
         return self.score_over == "all" and self.selector != "sparsemixer"
 
+    def without_groups(self) -> Self:
+        """The same router, which looks at all experts."""
+        return self.replace(**WITHOUT_GROUPS)
+
+    def given(self, *, with_weights: bool = False) -> Self:
+        """The same router with its choice replaced by a given one: no selection, no groups. [RPL-4]
+
+        The scores of a group count as they are, dropped by this router or not. A balancing bias takes part in a choice
+        alone: there is none beside this spec.
+
+        Args:
+            with_weights: whether the weights are given too.
+
+        Raises:
+            ValueError: its weights are not a function of the chosen ids alone (sparsemixer), and are not given.
+        """
+        require(
+            with_weights or self.selector != "sparsemixer",
+            "selector is 'sparsemixer', whose weights depend on how it chose; replay it with recorded weights",
+        )
+        return self.replace(selector="given", **WITHOUT_GROUPS)
+
     @classmethod
-    def from_dict(cls, values: dict) -> "RouterSpec":
+    def from_dict(cls, values: dict) -> Self:
         """A spec from names of this or another framework (`names.ALIASES`); an unknown name is a ValueError."""
-        own = {field.name for field in fields(cls)}
-        found = {}
-        for name, value in values.items():
-            field = name if name in own else ALIASES.get(name)
-            if field not in own:
-                raise ValueError(f"unknown field {name!r} of RouterSpec{nearest(name, own | ALIASES.keys())}")
-            if field in found:
-                raise ValueError(f"field {field} is given twice (once as {name!r})")
-            found[field] = -np.inf if field == "mask_fill" and value == "-inf" else value
-        missing = {"num_experts", "top_k"} - found.keys()
-        if missing:
-            raise ValueError(f"RouterSpec needs {', '.join(sorted(missing))}")
-        return cls(**found)
-
-    def to_dict(self) -> dict:
-        """The fields that differ from their default, JSON-ready; `from_dict` reads it back."""
-        default = {field.name: field.default for field in fields(self)}
-        found = {name: value for name, value in asdict(self).items() if value != default[name]}
-        return found
-
-    def replace(self, **changes) -> "RouterSpec":
-        """A copy with other values, validated again."""
-        return replace(self, **changes)
+        # JSON has no infinity.
+        return super().from_dict(values | {"mask_fill": -np.inf} if values.get("mask_fill") == "-inf" else values)

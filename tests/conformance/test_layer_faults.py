@@ -1,12 +1,12 @@
 """tests of the judge: every fault of a layer is accused, at its own stage, whatever the seed."""
 
 import pytest
+from conformance.faults.layer_fault import FaultyLayer, first_accusation, patched
+from conformance.faults.layer_faults import LAYER_FAULTS
 
 from conformance.core.judge import Judge
 from conformance.core.register import REQUIREMENTS
 from conformance.core.trial import DEFAULT_EXAMPLES, accuse
-from conformance.faults.layer_fault import FaultyLayer, first_accusation, patched
-from conformance.faults.layer_faults import LAYER_FAULTS
 from moe_ref import experts, layer
 
 SEED = 0

@@ -18,7 +18,7 @@ from conformance.layer.verdicts import FORM, stable_T, wanted_gradients
 from conformance.run.deviations import read_case, write_case
 from conformance.run.report import failure_page, side_by_side
 from conformance.subjects.reference import Reference
-from moe_ref import moe_layer
+from moe_ref import RouterInputs, moe_layer
 
 STAGES = ("permute", "experts", "combine", "layer", "backward")
 IDS = [id for id, requirement in REQUIREMENTS.items() if requirement.stage in STAGES]
@@ -113,7 +113,7 @@ def test_balls_are_centred_on_the_reference_and_hold_what_float32_gives(x):
             if name.startswith(("w_", "shared_w_")):
                 assert np.median(grad.radius) <= 1e-3 * np.abs(wanted[name]).max(), name
         if stable_T(case, "float32").all():
-            narrow = moe_layer(case.x_TD, case.params, spec, dtype=np.float32, **case.inputs)
+            narrow = moe_layer(case.x_TD, case.params, spec, dtype=np.float32, **RouterInputs.keywords(case.inputs))
             assert (np.abs(narrow.output_TD - case.reference.output_TD) <= ball.output_TD.radius).all()
 
 

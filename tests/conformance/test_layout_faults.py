@@ -1,12 +1,12 @@
 """tests of the judge: every fault between devices is accused, at its own stage, and by its own requirement."""
 
 import pytest
+from conformance.faults.layout_fault import FaultyLayout, first_accusation
+from conformance.faults.layout_faults import LAYOUT_FAULTS
 
 from conformance.core.judge import Judge
 from conformance.core.register import REQUIREMENTS
 from conformance.core.trial import DEFAULT_EXAMPLES, LAYERS_COST, accuse
-from conformance.faults.layout_fault import FaultyLayout, first_accusation
-from conformance.faults.layout_faults import LAYOUT_FAULTS
 
 SEED = 0
 STAGES = ("dispatch", "layout")

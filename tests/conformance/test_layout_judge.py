@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conformance.faults.layout_fault import FaultyLayout
+from conformance.faults.layout_faults import LAYOUT_FAULTS
 
 from conformance.core.judge import CHECKS, Judge, LayoutCheck
 from conformance.core.register import REQUIREMENTS
 from conformance.core.shrink import shrink
 from conformance.core.subject import Subject
 from conformance.core.trial import DEFAULT_EXAMPLES, LAYERS_COST, accuse, load_suite
-from conformance.faults.layout_fault import FaultyLayout
-from conformance.faults.layout_faults import LAYOUT_FAULTS
 from conformance.layer.case import case_from_json
 from conformance.run.deviations import read_case, write_case
 from conformance.run.report import failure_page, record, side_by_side, table
@@ -23,6 +23,7 @@ from conformance.sharded.dispatch.checks import (
 from conformance.sharded.draw import LAYOUT_SPECS, make_layout_case, meshes, settings_of
 from conformance.sharded.verdicts import LAYOUT_FORM, radii_of_gradients, radius_of, truncated
 from conformance.subjects.reference import Reference
+from moe_ref import RouterInputs
 from moe_ref.sharded import sharded_layer
 from moe_ref.strategies import STRATEGIES
 
@@ -144,7 +145,7 @@ def test_bounds_hold_what_float32_gives_on_any_layout():
     for number in range(0, 1500, 61):
         case = a_case(number)
         given = (case.by_shard(case.x_TD), case.params, case.spec, case.layout)
-        narrow = sharded_layer(*given, dtype=np.float32, **case.inputs_by_shard)
+        narrow = sharded_layer(*given, dtype=np.float32, **RouterInputs.keywords(case.inputs_by_shard))
         error_TD = np.abs(np.concatenate(narrow.outputs_by_shard) - np.concatenate(truncated(case).outputs_by_shard))
         radius_TD = radius_of(Judge(Reference()), case)
         assert (error_TD <= radius_TD).all()

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from conformance.faults.load_fault import STAGES, FaultyLoad, first_accusation
+from conformance.faults.load_faults import LOAD_FAULTS
 
 from conformance.balance.case import LoadCase
 from conformance.core.judge import CHECKS, Judge
@@ -10,8 +12,6 @@ from conformance.core.register import REQUIREMENTS
 from conformance.core.shrink import shrink
 from conformance.core.subject import Subject
 from conformance.core.trial import DEFAULT_EXAMPLES, accuse, load_suite
-from conformance.faults.load_fault import STAGES, FaultyLoad, first_accusation
-from conformance.faults.load_faults import LOAD_FAULTS
 from conformance.layer.case import case_from_json
 from conformance.run.report import failure_page, side_by_side
 from conformance.subjects.reference import Reference

@@ -23,6 +23,7 @@ from moe_ref.backward.layer import layer_backward
 from moe_ref.backward.sharded import sharded_backward
 from moe_ref.layer import moe_layer
 from moe_ref.sharded import sharded_layer
+from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.params import LayerParams
@@ -105,7 +106,15 @@ def compiled(spec, layout, **options):
     def run(x_TD, params, d_output_TD, mask_T, buffer_fill, inputs):
         def forward(x_TD, params):
             found = sharded_sparse_matmul(
-                x_TD, params, spec, layout, mesh, token_mask_T=mask_T, buffer_fill=buffer_fill, **options, **inputs
+                x_TD,
+                params,
+                spec,
+                layout,
+                mesh,
+                token_mask_T=mask_T,
+                inputs=inputs,
+                buffer_fill=buffer_fill,
+                **options,
             )
             return found.output_TD, found
 
@@ -117,10 +126,10 @@ def compiled(spec, layout, **options):
     return jax.jit(run, out_shardings=(None, by_token, by_param))
 
 
-def ran(spec, layout, x_TD, params, d_output_TD, mask_T, fill=0.0, inputs=None, **options):
+def ran(spec, layout, x_TD, params, d_output_TD, mask_T, fill=0.0, inputs=NO_INPUTS, **options):
     run = compiled(spec, layout, **options)
     with jax.enable_x64(True):
-        return run(x_TD, place(params, layout), d_output_TD, mask_T, np.float64(fill), inputs or {})
+        return run(x_TD, place(params, layout), d_output_TD, mask_T, np.float64(fill), inputs)
 
 
 def on_every_device(array, expected, num_devices, **close):
@@ -210,11 +219,12 @@ def given_case(load: str):
 def test_a_full_buffer_drops_the_slots_that_the_reference_drops(load, fill):
     layout = truncating(0.75)
     x_TD, params, d_output_TD, mask_T, ids_TK = given_case(load)
-    found = ran(GIVEN, layout, x_TD, params, d_output_TD, mask_T, fill, {"given_ids_TK": ids_TK})
-    parts = [np.split(array, 4) for array in (x_TD, ids_TK, mask_T, d_output_TD)]
-    trace = sharded_layer(parts[0], params, GIVEN, layout, given_ids_by_shard=parts[1], token_mask_by_shard=parts[2])
-    expected = sharded_backward(trace, params, GIVEN, parts[3])
-    whole = moe_layer(x_TD, params, GIVEN, given_ids_TK=ids_TK, token_mask_T=mask_T)
+    inputs = RouterInputs(given_ids_TK=ids_TK)
+    found = ran(GIVEN, layout, x_TD, params, d_output_TD, mask_T, fill, inputs)
+    parts = [np.split(array, 4) for array in (x_TD, mask_T, d_output_TD)]
+    trace = sharded_layer(parts[0], params, GIVEN, layout, inputs=inputs, token_mask_by_shard=parts[1])
+    expected = sharded_backward(trace, params, GIVEN, parts[2])
+    whole = moe_layer(x_TD, params, GIVEN, inputs=inputs, token_mask_T=mask_T)
     output_TD = np.concatenate([shard.output_TD for shard in trace.shards])
     check(found, output_TD, whole, np.concatenate(expected.x_by_shard), expected.params, layout)
     overflow_S = [sum(chunk.plan.overflow for chunk in chunks) for chunks in trace.ranks]

@@ -14,6 +14,7 @@ from moe_jax.parallel.stages import BY_RANK, HIDDEN, ROWS, P
 from moe_ref.backward.layer import layer_backward
 from moe_ref.dispatch import plan as reference_plan
 from moe_ref.layer import moe_layer
+from moe_ref.specs.inputs import NO_INPUTS
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.params import LayerParams
@@ -55,7 +56,7 @@ def soiled_layer(get, stages, mesh):
         return jax.shard_map(soil_rank, mesh=mesh, in_specs=(spec, BY_RANK, P()), out_specs=spec)
 
     def run(x_TD, params, poison):
-        decided = get("route")(x_TD, params, {}, {})
+        decided = get("route")(x_TD, params, None, NO_INPUTS)
         metadata = get("plan")(decided.expert_ids_TK)
         rows_RD = dirty(ROWS)(get("dispatch")(x_TD, decided, metadata, poison), metadata, poison)
         gate_RF, up_RF = (dirty(HIDDEN)(part, metadata, poison) for part in get("gmm_up")(rows_RD, params, metadata))

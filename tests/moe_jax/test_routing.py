@@ -9,7 +9,7 @@ import moe_ref
 from conformance.subjects.jax.layer import Jax
 from moe_jax import routing
 from moe_jax.top_k import top_k
-from moe_ref import UNUSED, RouterSpec
+from moe_ref import UNUSED, RouterInputs, RouterSpec
 
 SIGMOID, NORM = {"score_func": "sigmoid"}, {"route_norm": True}
 SELECTED = {"score_over": "selected", "select_by": "logit"}
@@ -77,7 +77,7 @@ def inputs_of(spec: RouterSpec, num_tokens: int, *, seed: int = 0) -> tuple[np.n
     if spec.selector == "given":
         inputs["given_ids_TK"] = np.where(rng.random((T, K)) < 0.2, UNUSED, distinct_ids(rng, T, E, K))
     inputs["token_mask_T"] = rng.random(T) < 0.9
-    return logits_TE, inputs
+    return logits_TE, RouterInputs.keywords(inputs)
 
 
 def distinct_ids(rng, num_rows: int, num_choices: int, k: int):
@@ -244,7 +244,9 @@ def test_a_nan_logit_is_not_hidden():
 def test_random_ids_are_distinct_and_follow_the_key():
     spec = RouterSpec(num_experts=8, top_k=3, selector="random")
     logits_TE = np.zeros((400, 8), np.float32)
-    first, again, other = (route(logits_TE, spec=spec, key=jax.random.key(seed)).expert_ids_TK for seed in (0, 0, 1))
+    first, again, other = (
+        route(logits_TE, spec=spec, inputs=RouterInputs(seed=jax.random.key(seed))).expert_ids_TK for seed in (0, 0, 1)
+    )
     np.testing.assert_array_equal(first, again)
     assert (np.asarray(first) != np.asarray(other)).any()
     assert np.diff(np.sort(first, axis=-1), axis=-1).all()
@@ -254,8 +256,8 @@ def test_random_ids_are_distinct_and_follow_the_key():
 
 def test_a_token_id_outside_the_table_leaves_its_slots_unused():
     spec = RouterSpec(num_experts=8, top_k=2, selector="table")
-    table_VK = np.array([[0, 1], [2, 3]])
-    found = route(np.zeros((4, 8), np.float32), spec=spec, token_ids_T=np.array([1, 2, -1, 0]), table_VK=table_VK)
+    inputs = RouterInputs(token_ids_T=np.array([1, 2, -1, 0]), table_VK=np.array([[0, 1], [2, 3]]))
+    found = route(np.zeros((4, 8), np.float32), spec=spec, inputs=inputs)
     np.testing.assert_array_equal(found.expert_ids_TK, [[2, 3], [UNUSED] * 2, [UNUSED] * 2, [0, 1]])
 
 
@@ -277,10 +279,14 @@ def test_route_maps_over_a_batch():
         ({"token_mask_T": np.ones(3)}, "token_mask_T has dtype float32; it is bool"),
         ({"token_mask_T": np.ones(2, bool)}, r"token_mask_T has shape \(2,\); it is \(3\)"),
         ({"learned_scale": 1.0}, "learned_scale is given"),
-        ({"key": jax.random.key(0)}, "key is given, but selector 'top_k' takes none"),
-        ({"selector": "random"}, "key is None; selector 'random' needs it"),
-        ({"selector": "given", "given_ids_TK": np.zeros((3, 2))}, "given_ids_TK has dtype float32; it is int"),
-        ({"selector": "given", "expert_bias_E": np.zeros(8)}, "expert_bias_E is given, but selector 'given'"),
+        ({"seed": jax.random.key(0)}, "seed is given, but selector 'top_k' takes none"),
+        ({"selector": "random"}, "seed is None; selector 'random' draws with a jax.random key"),
+        ({"selector": "given", "given_ids_TK": np.zeros((3, 2))}, "given_ids_TK has dtype float64; it is int"),
+        ({"selector": "given"}, "given_ids_TK is None; selector 'given' needs it"),
+        (
+            {"selector": "given", "given_ids_TK": np.zeros((3, 2), int), "expert_bias_E": np.zeros(8)},
+            "expert_bias_E is given, but selector 'given'",
+        ),
         ({"spec_scale": "global"}, "learned_scale is None; the spec's is 'global'"),
     ],
 )
@@ -292,7 +298,7 @@ def test_a_wrong_input_is_named(changes, message):
         learned_scale=changes.pop("spec_scale", "none"),
     )
     with pytest.raises(ValueError, match=message):
-        routing.route(**{"logits_TE": np.zeros((3, 8), np.float32), "spec": spec} | changes)
+        routing.route(**{"logits_TE": np.zeros((3, 8), np.float32), "spec": spec} | RouterInputs.keywords(changes))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])

@@ -16,6 +16,7 @@ from moe_jax.sparse_matmul import gmm_down, gmm_up, route, sparse_matmul
 from moe_ref.backward.layer import hide_backward, layer_backward
 from moe_ref.experts import hide as reference_hide
 from moe_ref.layer import moe_layer
+from moe_ref.specs.inputs import RouterInputs
 from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
 from moe_ref.specs.params import LayerParams
 from moe_ref.specs.router import RouterSpec
@@ -269,7 +270,7 @@ def test_routing_never_sees_the_tokens():
     [
         ({"num_token_chunks": 3}, "num_token_chunks is 3, which does not divide the 8 tokens"),
         ({"num_emb_chunks": 4}, "num_emb_chunks is 4, which does not divide the model dim, 6"),
-        ({"given_ids_TK": np.zeros((T, 3), int)}, "given_ids_TK is given"),
+        ({"inputs": RouterInputs(given_ids_TK=np.zeros((T, 3), int))}, "given_ids_TK is given"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_ref.specs.inputs import RouterInputs
 from moe_ref.specs.router import RouterSpec
 
 T, D, F, E = 6, 5, 4, 8
@@ -97,7 +98,7 @@ def router(name):
 
 
 def router_inputs(spec):
-    """What `route` needs beside the logits; choice biases are so mixed that a fill of 0 often wins."""
+    """Keyword arguments of `route` beside the logits; choice biases are so mixed that a fill of 0 often wins."""
     rng = np.random.default_rng(11)
     inputs: dict[str, Any] = {}
     if spec.selector == "top_k":
@@ -109,4 +110,4 @@ def router_inputs(spec):
     if spec.learned_scale != "none":
         shape = (spec.num_choices,) if spec.learned_scale == "per_expert" else ()
         inputs["learned_scale"] = rng.uniform(0.5, 1.5, shape)
-    return inputs
+    return RouterInputs.keywords(inputs)

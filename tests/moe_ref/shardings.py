@@ -10,6 +10,7 @@ from moe_ref import (
     ExpertSpec,
     LayerParams,
     LayerSpec,
+    RouterInputs,
     ShardLayout,
     SharedSpec,
 )
@@ -58,10 +59,13 @@ def inputs_of(spec, sizes, rng):
         by_shard["given_ids"] = [
             np.array([rng.permutation(9)[:3] - 1 for _ in range(T)], int).reshape(T, 3) for T in sizes
         ]
+    if spec.router.selector == "random":
+        more["seed"] = 5
     suffix = {"token_mask": "token_mask_T", "token_ids": "token_ids_T", "given_ids": "given_ids_TK"}
     whole: dict[str, Any] = {suffix[name]: np.concatenate(v) for name, v in by_shard.items() if name in suffix}
     sharded: dict[str, Any] = {f"{name}_by_shard": value for name, value in by_shard.items() if name in suffix}
-    return by_shard["x"], by_shard["d_output"], whole | more, sharded | more
+    in_keywords = RouterInputs.keywords
+    return by_shard["x"], by_shard["d_output"], in_keywords(whole | more), in_keywords(sharded | more)
 
 
 def assert_same_gradients(found: LayerParams, expected: LayerParams, bound):

@@ -19,7 +19,7 @@ from moe_ref import (
     moe_layer,
     tokens_per_expert,
 )
-from moe_ref.routing import UNUSED
+from moe_ref.specs.ids import UNUSED
 
 _, IDS_TK, WEIGHTS_TK = routed()
 IDS_53 = np.array([[0, 1, 3], [0, 2, 1], [0, 1, 2], [1, 0, 2], [0, 3, 2]])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_ref import route
+from moe_ref import RouterInputs, route
 from moe_ref.specs.families import FAMILIES, preset, tiny
 
 # num_experts, top_k, num_expert_groups, num_limited_groups, score_func, route_norm, route_scale, expert_bias, gate_bias
@@ -69,11 +69,11 @@ def test_tiny_routers_keep_the_semantics(name):
 def test_every_family_routes(name):
     spec = tiny(name)
     rng = np.random.default_rng(0)
-    inputs = {}
+    inputs: dict = {}
     if spec.learned_scale != "none":
         inputs["learned_scale"] = np.ones(spec.num_choices if spec.learned_scale == "per_expert" else ())
     if spec.selector == "table":
-        inputs = {"token_ids_T": np.zeros(5, int), "table_VK": np.arange(spec.top_k)[None]}
+        inputs["inputs"] = RouterInputs(token_ids_T=np.zeros(5, int), table_VK=np.arange(spec.top_k)[None])
     trace = route(rng.normal(size=(5, spec.num_logits)), spec, **inputs)
     assert trace.expert_ids_TK.shape == trace.weights_TK.shape == (5, spec.top_k)
 

@@ -18,7 +18,9 @@ from derivatives import (
 )
 
 from moe_ref.backward.routing import normalise_backward, route_backward, scale_logits_backward, score_backward
-from moe_ref.routing import UNUSED, normalise, route
+from moe_ref.routing import normalise, route
+from moe_ref.specs.ids import UNUSED
+from moe_ref.specs.inputs import RouterInputs
 from moe_ref.specs.router import RouterSpec
 
 
@@ -97,7 +99,7 @@ def test_saturated_logits_have_finite_gradients(score_func):
 def test_weights_that_are_all_0_have_finite_gradients(changes):
     spec = RouterSpec(num_experts=4, top_k=2, selector="given", **SIGMOID_NORM | changes)
     logits_TE = np.array([[-np.inf, -np.inf, 0.0, 1.0]])
-    routing = route(logits_TE, spec, given_ids_TK=np.array([[0, 1]]))
+    routing = route(logits_TE, spec, inputs=RouterInputs(given_ids_TK=np.array([[0, 1]])))
     d_logits_TE, _ = route_backward(routing, spec, None, np.ones((1, 2)))
     assert (d_logits_TE == 0).all()
 

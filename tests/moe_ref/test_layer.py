@@ -11,6 +11,7 @@ from moe_ref.experts import activation, feed_forward, hide, run_experts
 from moe_ref.layer import moe_layer
 from moe_ref.permute import dispatch, permute, unpermute
 from moe_ref.routing import gate, route
+from moe_ref.specs.inputs import RouterInputs
 from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
 from moe_ref.specs.params import LayerParams
 from moe_ref.specs.router import RouterSpec
@@ -205,7 +206,7 @@ def test_an_unused_slot_adds_nothing_and_takes_no_row():
     )
     params = LayerParams.init(spec)
     ids_TK = np.array([[2, -1], [-1, -1], [-1, 0]])
-    trace = moe_layer(tokens(num_tokens=3), params, spec, given_ids_TK=ids_TK)
+    trace = moe_layer(tokens(num_tokens=3), params, spec, inputs=RouterInputs(given_ids_TK=ids_TK))
     assert trace.permutation.order_N.tolist() == [5, 0]
     assert (trace.output_TD[1] == 0).all()
     expected_D = trace.routing.weights_TK[0, 0] * plain_expert(tokens(num_tokens=3)[0], params.expert(2), spec.experts)
@@ -228,7 +229,8 @@ def test_a_table_routes_by_token_id():
     )
     table_VK = np.array([[0, 1], [3, 2]])
     token_ids_T = np.array([1, 0, 1, 1, 0, 0, 1])
-    trace = moe_layer(tokens(), LayerParams.init(spec), spec, token_ids_T=token_ids_T, table_VK=table_VK)
+    inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK)
+    trace = moe_layer(tokens(), LayerParams.init(spec), spec, inputs=inputs)
     np.testing.assert_array_equal(trace.routing.expert_ids_TK, table_VK[token_ids_T])
 
 

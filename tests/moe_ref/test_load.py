@@ -4,8 +4,17 @@ import numpy as np
 import pytest
 from load_cases import E, K, T, routed
 
-from moe_ref import BiasUpdateSpec, RouterSpec, ShardLayout, bias_update, load_statistics, route, tokens_per_expert
-from moe_ref.routing import UNUSED
+from moe_ref import (
+    BiasUpdateSpec,
+    RouterInputs,
+    RouterSpec,
+    ShardLayout,
+    bias_update,
+    load_statistics,
+    route,
+    tokens_per_expert,
+)
+from moe_ref.specs.ids import UNUSED
 
 LOGITS_TE, IDS_TK, _ = routed()
 
@@ -203,28 +212,33 @@ def test_round_robin_of_a_shard_goes_on_where_the_shard_before_it_ended():
     whole_TK = route(LOGITS_TE, spec).expert_ids_TK
     starts = (0, 4, 4, 11)
     parts = [
-        route(LOGITS_TE[start:end], spec, first_token=start).expert_ids_TK
+        route(LOGITS_TE[start:end], spec, inputs=RouterInputs(first_token=start)).expert_ids_TK
         for start, end in zip(starts, (*starts[1:], T), strict=True)
     ]
     np.testing.assert_array_equal(np.concatenate(parts), whole_TK)
     # Without it every shard begins with expert 0, as torchtitan's forced balance does.
     assert (route(LOGITS_TE[4:], spec).expert_ids_TK != whole_TK[4:]).any()
     with pytest.raises(ValueError, match="first_token is -1"):
-        route(LOGITS_TE, spec, first_token=-1)
+        route(LOGITS_TE, spec, inputs=RouterInputs(first_token=-1))
 
 
 def test_a_table_gives_a_token_the_same_experts_on_every_shard():
     spec = RouterSpec(num_experts=E, top_k=K, selector="table")
     table_VK, token_ids_T = np.array([[0, 3], [6, 5], [1, 2]]), np.arange(T) % 3
-    whole_TK = route(LOGITS_TE, spec, table_VK=table_VK, token_ids_T=token_ids_T).expert_ids_TK
-    part_TK = route(LOGITS_TE[7:], spec, table_VK=table_VK, token_ids_T=token_ids_T[7:]).expert_ids_TK
+    inputs = RouterInputs(table_VK=table_VK, token_ids_T=token_ids_T)
+    whole_TK = route(LOGITS_TE, spec, inputs=inputs).expert_ids_TK
+    part_TK = route(LOGITS_TE[7:], spec, inputs=inputs.tokens(slice(7, None))).expert_ids_TK
     np.testing.assert_array_equal(part_TK, whole_TK[7:])
 
 
 def test_random_draws_differ_by_shard_when_each_has_a_seed_of_its_own():
     spec = RouterSpec(num_experts=E, top_k=K, selector="random")
-    drawn = [route(LOGITS_TE, spec, seed=(7, shard)).expert_ids_TK for shard in (0, 1, 0)]
+
+    def draw(shard):
+        return route(LOGITS_TE, spec, inputs=RouterInputs(seed=(7, shard))).expert_ids_TK
+
+    drawn = [draw(shard) for shard in (0, 1, 0)]
     np.testing.assert_array_equal(drawn[0], drawn[2])
     assert (drawn[0] != drawn[1]).any()
-    counts_E = sum(tokens_per_expert(route(LOGITS_TE, spec, seed=(7, s)).expert_ids_TK, E) for s in range(100))
+    counts_E = sum(tokens_per_expert(draw(shard), E) for shard in range(100))
     assert load_statistics(counts_E).max_over_mean < 1.15

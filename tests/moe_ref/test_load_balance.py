@@ -8,7 +8,7 @@ from load_cases import SEQUENCES, B, E, K, S, T, largest, one_hot, routed, sigmo
 
 from moe_ref import BALANCE_FORMS, BalanceSpec, balance, balance_layers, balance_loss, tokens_per_expert, z_loss
 from moe_ref.balance import balance_scores, log_scores
-from moe_ref.routing import UNUSED
+from moe_ref.specs.ids import UNUSED
 
 LOGITS_TE, IDS_TK, _ = routed()
 LOGITS_BSE, IDS_BSK = LOGITS_TE.reshape(B, S, E), IDS_TK.reshape(B, S, K)

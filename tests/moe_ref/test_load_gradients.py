@@ -19,7 +19,7 @@ from moe_ref import (
     z_loss,
     z_loss_backward,
 )
-from moe_ref.routing import UNUSED
+from moe_ref.specs.ids import UNUSED
 
 LOGITS_TE, IDS_TK, WEIGHTS_TK = routed()
 MASK_T = np.arange(T) % 3 != 1

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_ref import UNUSED, RouterSpec, gate, route
+from moe_ref import UNUSED, RouterInputs, RouterSpec, gate, route
 
 DEEPSEEK = RouterSpec(
     num_experts=8,
@@ -76,7 +76,9 @@ def test_softmax_over_the_selected_equals_the_normed_softmax_over_all():
 
 def test_replayed_slots_keep_their_place_and_unused_ones_weigh_nothing():
     given_ids_TK = np.array([[2, UNUSED], [UNUSED, UNUSED], [3, 0]])
-    trace = route(np.zeros((3, 4)), spec(selector="given", route_norm=True), given_ids_TK=given_ids_TK)
+    trace = route(
+        np.zeros((3, 4)), spec(selector="given", route_norm=True), inputs=RouterInputs(given_ids_TK=given_ids_TK)
+    )
     assert trace.expert_ids_TK.tolist() == given_ids_TK.tolist()
     assert trace.weights_TK.tolist() == [[1.0, 0.0], [0.0, 0.0], [0.5, 0.5]]
 
@@ -102,7 +104,10 @@ def test_scores_of_zero_give_weights_of_zero():
 
 def test_random_draws_repeat_with_their_seed():
     logits_TE = np.zeros((20, 4))
-    first, second, other = (route(logits_TE, spec(selector="random"), seed=seed).expert_ids_TK for seed in (1, 1, 2))
+    drawing = spec(selector="random")
+    first, second, other = (
+        route(logits_TE, drawing, inputs=RouterInputs(seed=seed)).expert_ids_TK for seed in (1, 1, 2)
+    )
     assert (first == second).all()
     assert (first != other).any()
 
@@ -199,7 +204,7 @@ LOGITS = np.zeros((2, 4))
         (LOGITS, {"selector": "round_robin"}, {"expert_bias_E": np.zeros(4)}, "selector 'round_robin' takes none"),
         (LOGITS, {"learned_scale": "per_expert"}, {}, "learned_scale is None"),
         (LOGITS, {}, {"learned_scale": np.ones(4)}, "the spec's learned_scale is 'none'"),
-        (LOGITS, {"selector": "table"}, {}, "table_VK is None"),
+        (LOGITS, {"selector": "table"}, {}, "token_ids_T is None; selector 'table' needs it"),
         (
             LOGITS,
             {"selector": "table"},
@@ -213,4 +218,4 @@ LOGITS = np.zeros((2, 4))
 )
 def test_an_invalid_input_is_a_value_error_that_names_field_value_and_bound(logits_TE, fields, inputs, message):
     with pytest.raises(ValueError, match=message):
-        route(logits_TE, spec(**fields), **inputs)
+        route(logits_TE, spec(**fields), **RouterInputs.keywords(inputs))

@@ -11,6 +11,7 @@ from moe_ref import (
     ExpertSpec,
     LayerParams,
     LayerSpec,
+    RouterInputs,
     RouterSpec,
     RoutingRecord,
     apply_capacity,
@@ -23,7 +24,7 @@ from moe_ref import (
     route,
     save_records,
 )
-from moe_ref.routing import UNUSED
+from moe_ref.specs.ids import UNUSED
 
 MASK_T = np.array([True, True, False, True, True, False])
 SPEC = RouterSpec(num_experts=8, top_k=3, score_func="sigmoid", route_norm=True, route_scale=2.5)
@@ -280,15 +281,17 @@ def test_an_unused_slot_weighs_0_whatever_weight_is_given_for_it():
     _, _, logits_TE, _ = recorded()
     ids_TK = np.tile([5, UNUSED, 2], (T, 1))
     found = route(
-        logits_TE, SPEC.replace(selector="given"), given_ids_TK=ids_TK, given_weights_TK=np.full((T, 3), 0.25)
+        logits_TE,
+        SPEC.given(),
+        inputs=RouterInputs(given_ids_TK=ids_TK, given_weights_TK=np.full((T, 3), 0.25)),
     )
     np.testing.assert_array_equal(found.weights_TK, np.tile([0.25, 0, 0.25], (T, 1)))
 
 
 def test_given_weights_need_given_ids_and_are_finite():
     record, _, logits_TE, _ = recorded()
-    with pytest.raises(ValueError, match="given_weights_TK is given, but selector is 'top_k', not 'given'"):
-        route(logits_TE, SPEC, given_weights_TK=record.weights_TK)
-    given = SPEC.replace(selector="given")
+    with pytest.raises(ValueError, match="given_weights_TK is given, but selector 'top_k' takes none"):
+        route(logits_TE, SPEC, inputs=RouterInputs(given_weights_TK=record.weights_TK))
+    ids_TK, nan_TK = np.tile([0, 1, 2], (T, 1)), np.full((T, 3), np.nan)
     with pytest.raises(ValueError, match="weights of used slots are finite"):
-        route(logits_TE, given, given_ids_TK=np.tile([0, 1, 2], (T, 1)), given_weights_TK=np.full((T, 3), np.nan))
+        route(logits_TE, SPEC.given(), inputs=RouterInputs(given_ids_TK=ids_TK, given_weights_TK=nan_TK))

@@ -12,6 +12,7 @@ from moe_ref import (
     ExpertSpec,
     LayerParams,
     LayerSpec,
+    RouterInputs,
     ShardLayout,
     layer_backward,
     moe_layer,
@@ -21,7 +22,7 @@ from moe_ref import (
 from moe_ref.experts import combine, join
 from moe_ref.strategies import STRATEGIES
 
-SPEC = layer_spec("groups")
+SPEC, GIVEN = layer_spec("groups"), layer_spec("given")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -53,8 +54,8 @@ def test_one_rank_is_the_plain_layer_to_the_last_bit(strategy, name):
     layout, params = ShardLayout(strategy=strategy), LayerParams.init(spec)
     xs, d_outputs, whole_inputs, shard_inputs = inputs_of(spec, [7], rng)
     for dtype in (np.float64, np.float32):
-        whole = moe_layer(xs[0], params, spec, seed=5, dtype=dtype, **whole_inputs)
-        trace = sharded_layer(xs, params, spec, layout, seed=5, dtype=dtype, **shard_inputs)
+        whole = moe_layer(xs[0], params, spec, dtype=dtype, **whole_inputs)
+        trace = sharded_layer(xs, params, spec, layout, dtype=dtype, **shard_inputs)
         np.testing.assert_array_equal(trace.outputs_by_shard[0], whole.output_TD, strict=True)
         expected = layer_backward(whole, params, spec, d_outputs[0])
         found = sharded_backward(trace, params, spec, d_outputs)
@@ -66,9 +67,9 @@ def test_each_shard_is_a_plain_layer_where_the_choice_is_random():
     spec = LayerSpec(router=router("random"), experts=EXPERTS)
     params, rng = LayerParams.init(spec), np.random.default_rng(0)
     xs = [rng.standard_normal((4, D)) for _ in range(2)]
-    trace = sharded_layer(xs, params, spec, ShardLayout(expert=2), seed=9)
+    trace = sharded_layer(xs, params, spec, ShardLayout(expert=2), inputs=RouterInputs(seed=9))
     for x_TD, seed, found_TD in zip(xs, (9, (9, 1)), trace.outputs_by_shard, strict=True):
-        assert_close(found_TD, moe_layer(x_TD, params, spec, seed=seed).output_TD, ROUNDING)
+        assert_close(found_TD, moe_layer(x_TD, params, spec, inputs=RouterInputs(seed=seed)).output_TD, ROUNDING)
 
 
 def test_not_gated_experts_without_bias_or_shared_expert_are_sharded_alike():
@@ -162,7 +163,7 @@ def test_what_is_dropped_is_decided_by_the_ids_alone():
     found = []
     for seed in range(3):
         params, xs = LayerParams.init(spec, seed), [np.full((T, D), seed + 0.5) for T in TOKENS]
-        trace = sharded_layer(xs, params, spec, DROPPING, given_ids_by_shard=ids)
+        trace = sharded_layer(xs, params, spec, DROPPING, inputs=RouterInputs(given_ids_TK=np.concatenate(ids)))
         found.append([chunk.plan.dropped_slots_N.tolist() for (chunk,) in trace.ranks])
     assert found[0] == found[1] == found[2] != [[]] * 4
 
@@ -195,8 +196,9 @@ def test_chunks_change_neither_results_nor_counts(strategy, chunks):
     ({"x_by_shard": [np.zeros((2, D))]}, "x_by_shard has 1 entries; the layout has 2 token shards"),
     ({"x_by_shard": [np.zeros((2, D)), np.zeros((2, 7))]}, r"x_by_shard\[1\] has shape \(2, 7\); it is \(any, 6\)"),
     ({"token_mask_by_shard": [None]}, "token_mask_by_shard has 1 entries; the layout has 2 token shards"),
-    ({"given_ids_by_shard": [None] * 3}, "given_ids_by_shard has 3 entries; the layout has 2 token shards"),
-    ({"token_ids_by_shard": [None] * 3}, "token_ids_by_shard has 3 entries; the layout has 2 token shards"),
+    ({"inputs": RouterInputs(given_ids_TK=np.zeros((3, 3), int))}, "given_ids_TK is given, but selector 'top_k'"),
+    ({"inputs": RouterInputs(given_ids_TK=np.zeros((4, 3), int)), "spec": GIVEN, "params": LayerParams.init(GIVEN)},
+     r"given_ids_TK has shape \(4, 3\); it is \(3, 3\)"),
     ({"token_mask_by_shard": [np.ones(2, bool), np.ones(1)]}, "token_mask_T has dtype float64; it is bool"),
     ({"layout": ShardLayout(expert=2, tensor=3)}, "tensor is 3, which does not divide"),
     ({"params": replace(LayerParams.init(SPEC), b_down_ED=None)}, "b_down_ED is None; the spec needs an array"),

@@ -10,6 +10,7 @@ from shardings import EXPERTS, ROUNDING, D, E, F, assert_same_gradients, layer_s
 from moe_ref import (
     LayerParams,
     LayerSpec,
+    RouterInputs,
     RouterSpec,
     ShardLayout,
     sharded_backward,
@@ -105,8 +106,9 @@ def test_a_slot_is_part_of_the_sum_of_its_expert_rank_or_node(strategy, partials
     layout = ShardLayout(expert=4, ranks_per_node=2, strategy=strategy)
     tokens = (2,) if layout.facts.shares_tokens else (0, 1, 0, 1)
     at = np.cumsum(tokens)[:-1]
-    xs, ids_by_shard = np.split(np.random.default_rng(3).standard_normal((2, D)), at), np.split(np.concatenate(ids), at)
-    shards = sharded_layer(xs, LayerParams.init(spec), spec, layout, given_ids_by_shard=ids_by_shard).shards
+    xs = np.split(np.random.default_rng(3).standard_normal((2, D)), at)
+    inputs = RouterInputs(given_ids_TK=np.concatenate(ids))
+    shards = sharded_layer(xs, LayerParams.init(spec), spec, layout, inputs=inputs).shards
     outputs_TKD = np.concatenate([shard.slot_outputs_TKD for shard in shards])
     weights_TK = np.concatenate([shard.routing.weights_TK for shard in shards])
     partial_PTD = np.concatenate([shard.partial_PTD for shard in shards], axis=1)
@@ -139,7 +141,7 @@ def test_an_expert_without_rows_gets_gradient_0_on_its_rank():
     params, layout = LayerParams.init(spec), ShardLayout(expert=4)
     ids = [np.array([[0, 1, 2]] * 2), np.zeros((0, 3), int), np.zeros((0, 3), int), np.array([[0, 7, -1]])]
     xs = [np.ones((T, D)) for T in (2, 0, 0, 1)]
-    trace = sharded_layer(xs, params, spec, layout, given_ids_by_shard=ids)
+    trace = sharded_layer(xs, params, spec, layout, inputs=RouterInputs(given_ids_TK=np.concatenate(ids)))
     grads = sharded_backward(trace, params, spec, xs)
     used_E = [bool(np.any(grads.params.w_up_EDF[e])) for e in range(E)]
     assert used_E == [True, True, True, False, False, False, False, True]

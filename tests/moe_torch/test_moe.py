@@ -9,6 +9,7 @@ import torch
 
 from moe_ref.backward.layer import layer_backward
 from moe_ref.layer import moe_layer
+from moe_ref.specs.inputs import RouterInputs
 from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
 from moe_ref.specs.params import LayerParams
 from moe_ref.specs.router import RouterSpec
@@ -324,8 +325,8 @@ def test_loading_names_the_parameter_that_does_not_fit():
 def test_given_ids_are_replayed():
     spec = LayerSpec(router=RouterSpec(num_experts=4, top_k=2, selector="given"), experts=experts())
     params, given = LayerParams.init(spec, seed=2), np.array([[3, 1], [0, -1], [2, 3]])
-    expected = moe_layer(tokens(3), params, spec, given_ids_TK=given).output_TD
-    found = layer(spec, params)(torch.tensor(tokens(3)), given_ids_TK=torch.tensor(given))
+    expected = moe_layer(tokens(3), params, spec, inputs=RouterInputs(given_ids_TK=given)).output_TD
+    found = layer(spec, params)(torch.tensor(tokens(3)), inputs=RouterInputs(given_ids_TK=torch.tensor(given)))
     np.testing.assert_allclose(found.detach().numpy(), expected, **SAME)
 
 

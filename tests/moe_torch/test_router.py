@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from moe_ref import UNUSED, RouterSpec, gate
-from moe_ref import route as reference_route
-from moe_torch.router import NodeLimitedRouter, route
-from moe_torch.routing import _top_k_of_keys, top_k
+import moe_ref
+from moe_ref import UNUSED, RouterInputs, RouterSpec, gate
+from moe_torch.router import NodeLimitedRouter
+from moe_torch.routing import _top_k_of_keys, route, top_k
 
 NORMED: dict[str, Any] = {"score_func": "sigmoid", "route_norm": True, "norm_eps": 1e-20, "route_scale": 2.5}
 GROUPS: dict[str, Any] = {"num_experts": 24, "top_k": 5, "num_expert_groups": 6, "num_limited_groups": 3}
@@ -80,7 +80,11 @@ def to_torch(inputs: dict, dtype=torch.float64) -> dict:
 
 def run(spec: RouterSpec, inputs: dict, dtype=torch.float64):
     tensors = to_torch(inputs, dtype)
-    return route(tensors.pop("logits_TE"), spec, **tensors)
+    return route(tensors.pop("logits_TE"), spec, **RouterInputs.keywords(tensors))
+
+
+def reference_route(*logits_and_spec, **named):
+    return moe_ref.route(*logits_and_spec, **RouterInputs.keywords(named))
 
 
 def assert_equal(found, expected, rtol: float, atol: float = 0.0):
@@ -173,7 +177,9 @@ def test_a_slot_with_nothing_left_to_choose_is_unused():
 
 def test_random_choices_are_distinct_and_repeat_with_the_generator():
     spec = RouterSpec(**PLAIN, selector="random")
-    first, again = (route(torch.zeros(50, 13), spec, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    first, again = (
+        route(torch.zeros(50, 13), spec, inputs=RouterInputs(seed=torch.Generator().manual_seed(1))) for _ in range(2)
+    )
     assert torch.equal(first.expert_ids_TK, again.expert_ids_TK)
     assert all(len(set(row)) == 4 for row in first.expert_ids_TK.tolist())
     assert len(first.expert_ids_TK.unique()) == 13
@@ -185,7 +191,7 @@ def test_gradients_equal_finite_differences_of_the_reference(spec):
     rng = np.random.default_rng(11)
     tensors = to_torch(inputs)
     floats = {n: t.requires_grad_() for n, t in tensors.items() if n in ("logits_TE", "learned_scale", "expert_bias_E")}
-    found = route(tensors.pop("logits_TE"), spec, **tensors)
+    found = route(tensors.pop("logits_TE"), spec, **RouterInputs.keywords(tensors))
     upstream_TK = rng.normal(size=found.weights_TK.shape)
     upstream_TS = rng.normal(size=(4, spec.num_scored_shared_experts))
     loss = (found.weights_TK * torch.from_numpy(upstream_TK)).sum()
@@ -224,7 +230,7 @@ def test_gradients_are_finite_where_scores_saturate_vanish_or_are_masked(spec, l
     logits_TE[3] = torch.nan
     logits_TE.requires_grad_()
     mask_T = torch.tensor([True, True, True, False, True, True])
-    found = route(logits_TE, spec, token_mask_T=mask_T, **inputs)
+    found = route(logits_TE, spec, token_mask_T=mask_T, **RouterInputs.keywords(inputs))
     shared = 0 if found.shared_weights_TS is None else found.shared_weights_TS.sum()
     upstream_TK = torch.linspace(-1, 3, spec.top_k)
     loss = (found.weights_TK * upstream_TK).sum() + shared
@@ -363,9 +369,9 @@ def test_errors_name_field_value_and_bound():
         route(torch.zeros(3, 12), spec)
     with pytest.raises(ValueError, match=r"logits_TE has dtype torch\.int64; it is float"):
         route(torch.zeros(3, 13, dtype=torch.int64), spec)
-    with pytest.raises(ValueError, match=r"given_ids_TK is given; .* selector 'top_k'"):
-        route(torch.zeros(3, 13), spec, given_ids_TK=torch.zeros(3, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"learned_scale is None; .* 'per_expert'"):
+    with pytest.raises(ValueError, match="given_ids_TK is given, but selector 'top_k' takes none"):
+        route(torch.zeros(3, 13), spec, inputs=RouterInputs(given_ids_TK=torch.zeros(3, 4, dtype=torch.int64)))
+    with pytest.raises(ValueError, match=r"learned_scale is None; the spec's is 'per_expert'"):
         route(torch.zeros(3, 13), spec.replace(learned_scale="per_expert"))
     with pytest.raises(ValueError, match="expert_bias_E is given, but selector 'round_robin' takes none"):
         route(torch.zeros(3, 13), spec.replace(selector="round_robin"), expert_bias_E=torch.zeros(13))

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 
-from moe_ref import ExpertSpec, LayerParams, LayerSpec, SharedSpec, layer_backward, moe_layer
+from moe_ref import ExpertSpec, LayerParams, LayerSpec, RouterInputs, SharedSpec, layer_backward, moe_layer
 from moe_ref.specs.families import tiny
 
 T, D, F = 17, 16, 8
@@ -76,7 +76,7 @@ def assert_layer_agrees(subject, spec: LayerSpec, params: LayerParams, bound: fl
     x_TD, d_output_TD = tokens(dim=spec.experts.dim)
     if "token_mask_T" in inputs:
         x_TD[~inputs["token_mask_T"]] = np.nan  # not read
-    trace = moe_layer(x_TD, params, spec, **inputs)
+    trace = moe_layer(x_TD, params, spec, **RouterInputs.keywords(inputs))
     assert_near(subject.layer(x_TD, params, spec, **inputs), trace.output_TD, bound, "output")
     wanted = layer_backward(trace, params, spec, d_output_TD)
     found = subject.layer_gradients(x_TD, params, spec, d_output_TD, **inputs)

@@ -19,7 +19,7 @@ from layer_agreement import (
 )
 
 from conformance.core.subject import capabilities
-from moe_ref import LayerSpec, RouterSpec, moe_layer
+from moe_ref import LayerSpec, RouterInputs, RouterSpec, moe_layer
 from moe_ref.permute import dispatch, permute
 from moe_ref.specs.families import tiny
 
@@ -65,7 +65,7 @@ def test_inputs_of_a_layer_reach_it(own):
     table = LayerSpec(router=tiny("deepseek_v4_hash"), experts=spec.experts)
     more = {"table_VK": np.arange(9 * table.router.top_k).reshape(9, -1) % 8, "token_ids_T": np.arange(T) % 9}
     x_TD = tokens()[0]
-    wanted = moe_layer(x_TD, params_of(table), table, **more).output_TD
+    wanted = moe_layer(x_TD, params_of(table), table, **RouterInputs.keywords(more)).output_TD
     assert_near(own.layer(x_TD, params_of(table), table, **more), wanted, FLOAT32)
     with pytest.raises(TypeError, match="no_such_input"):
         own.layer(tokens()[0], params_of(table), table, no_such_input=1)

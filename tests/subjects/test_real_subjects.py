@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from conformance.core.subject import Unsupported
-from moe_ref import RouterSpec, gate, route
+from moe_ref import RouterInputs, RouterSpec, gate, route
 from moe_ref.specs.families import FAMILIES, tiny
 
 torch = pytest.importorskip("torch")
@@ -52,7 +52,7 @@ def by_expert(ids_TK, weights_TK, num_choices: int):
 
 def assert_agrees(found, logits_TE, spec, bias_E=None, more=None, rows: slice | np.ndarray = ALL):
     """Ids as sets, weights by id, against the reference in float64."""
-    wanted = route(logits_TE, spec, expert_bias_E=bias_E, **(more or {}))
+    wanted = route(logits_TE, spec, expert_bias_E=bias_E, **RouterInputs.keywords(more or {}))
     np.testing.assert_allclose(
         by_expert(found.expert_ids_TK, found.weights_TK, spec.num_choices)[rows],
         by_expert(wanted.expert_ids_TK, wanted.weights_TK, spec.num_choices)[rows],

@@ -56,9 +56,7 @@ def forced(case, record):
 def radius_of(judge, case, record) -> np.ndarray:
     """(T, D) how far rounding can take an output: as in a layer with the recorded choice given."""
     trace = forced(case, record)
-    bare = case.spec.router.replace(
-        selector="given", num_expert_groups=None, num_limited_groups=None, group_score_k=2, mask_fill=-np.inf
-    )
+    bare = case.spec.router.given()
     given = {"given_ids_TK": record.expert_ids_TK.astype(np.int64), "token_mask_T": record.token_mask_T}
     layer = case.with_(spec=case.spec.replace(router=bare), inputs=given).with_params(expert_bias_E=None)
     radius_TD = layer_bounds.layer(layer, *dtypes(judge)).output_TD.radius

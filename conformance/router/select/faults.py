@@ -217,10 +217,8 @@ def bias_on_the_first_slot_alone(route, memory, logits_TE, spec, expert_bias_E, 
 
 def rerouted(route, trace, expert_ids_TK, logits_TE, spec, inputs):
     """The trace with other ids, weighed as the reference weighs them."""
-    given = spec.replace(selector="given", num_expert_groups=None, num_limited_groups=None, group_score_k=2,
-                         mask_fill=-np.inf, weights_from="scores")  # fmt: skip
     used_TK = np.where(trace.expert_ids_TK == UNUSED, UNUSED, expert_ids_TK)
-    weighed = route(logits_TE, given, None, **inputs, given_ids_TK=used_TK)
+    weighed = route(logits_TE, spec.given(), None, **inputs, given_ids_TK=used_TK)
     return replace(trace, expert_ids_TK=used_TK, weights_TK=weighed.weights_TK)
 
 

@@ -1,5 +1,7 @@
 """conformance, router, faults of selectors without a choice score: sparsemixer, table, given ids, load tests."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from conformance.core.fault import replaces, surrounds
@@ -23,19 +25,19 @@ def sparsemixer_slots_swapped(scaled_logits_TE, spec):
 
 
 @replaces("choose", breaks="SEL-14", also=("run",))
-def table_by_position(scores_for_choice_TE, num_tokens, spec, **inputs):
+def table_by_position(scores_for_choice_TE, num_tokens, spec, inputs):
     """The table is indexed by the token's position."""
     if spec.selector == "table":
-        inputs["token_ids_T"] = np.arange(num_tokens) % len(inputs["table_VK"])
-    return choose(scores_for_choice_TE, num_tokens, spec, **inputs)
+        inputs = replace(inputs, token_ids_T=np.arange(num_tokens) % len(inputs.table_VK))
+    return choose(scores_for_choice_TE, num_tokens, spec, inputs)
 
 
 @replaces("choose", breaks="SEL-14")
-def table_one_row_off(scores_for_choice_TE, num_tokens, spec, **inputs):
+def table_one_row_off(scores_for_choice_TE, num_tokens, spec, inputs):
     """The table is read one row off."""
     if spec.selector == "table":
-        inputs["table_VK"] = np.roll(inputs["table_VK"], 1, axis=0)
-    return choose(scores_for_choice_TE, num_tokens, spec, **inputs)
+        inputs = replace(inputs, table_VK=np.roll(inputs.table_VK, 1, axis=0))
+    return choose(scores_for_choice_TE, num_tokens, spec, inputs)
 
 
 @surrounds(breaks="SEL-14")
@@ -63,9 +65,9 @@ def one_unused_slot_ends_the_replay(route, memory, logits_TE, spec, expert_bias_
 
 
 @replaces("choose", breaks="SEL-15", links=("PrimeIntellect-ai/prime-rl#1807",))
-def unused_slots_become_experts(scores_for_choice_TE, num_tokens, spec, **inputs):
+def unused_slots_become_experts(scores_for_choice_TE, num_tokens, spec, inputs):
     """An unused slot gets the lowest expert that its token does not have, 0 as a rule."""
-    ids_TK = choose(scores_for_choice_TE, num_tokens, spec, **inputs)
+    ids_TK = choose(scores_for_choice_TE, num_tokens, spec, inputs)
     if spec.selector == "given":
         for ids_K in ids_TK:
             free = (i for i in range(spec.num_choices) if i not in ids_K)
@@ -91,18 +93,18 @@ def given_ids_one_token_late(field, value, shape, bound, *, low=0):
 
 
 @replaces("choose", breaks="SEL-16")
-def round_robin_starts_anew(scores_for_choice_TE, num_tokens, spec, **inputs):
+def round_robin_starts_anew(scores_for_choice_TE, num_tokens, spec, inputs):
     """Round-robin gives every token the first experts."""
     if spec.selector != "round_robin":
-        return choose(scores_for_choice_TE, num_tokens, spec, **inputs)
+        return choose(scores_for_choice_TE, num_tokens, spec, inputs)
     return np.tile(np.arange(spec.top_k), (num_tokens, 1))
 
 
 @replaces("choose", breaks="SEL-16")
-def round_robin_steps_by_token(scores_for_choice_TE, num_tokens, spec, **inputs):
+def round_robin_steps_by_token(scores_for_choice_TE, num_tokens, spec, inputs):
     """Round-robin moves on by one expert for a token, not by K."""
     if spec.selector != "round_robin":
-        return choose(scores_for_choice_TE, num_tokens, spec, **inputs)
+        return choose(scores_for_choice_TE, num_tokens, spec, inputs)
     return (np.arange(num_tokens)[:, None] + np.arange(spec.top_k)) % spec.num_experts
 
 

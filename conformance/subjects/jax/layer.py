@@ -11,9 +11,9 @@ from conformance.core.subject import Routing
 from conformance.subjects.jax.balance import JaxLoad
 from conformance.subjects.jax.balance import narrow as _narrow
 from moe_jax import routing
-from moe_jax.replay import capture, replay_inputs, replay_spec
+from moe_jax.replay import capture
 from moe_jax.sparse_matmul import RouteMetadata, activate, gmm_down, gmm_up, permute, sparse_matmul, unpermute
-from moe_ref import LayerParams, LayerSpec, RouterSpec
+from moe_ref import LayerParams, LayerSpec, RouterInputs, RouterSpec
 
 # The spec is static: one program for each spec and shape.
 _route = jax.jit(routing.route, static_argnames="spec")
@@ -30,19 +30,7 @@ class Jax(JaxLoad):
     logit_dtypes = ("float32", "bfloat16")
     compiles = True
 
-    def route(
-        self,
-        logits_TE,
-        spec,
-        expert_bias_E,
-        *,
-        learned_scale=None,
-        token_ids_T=None,
-        table_VK=None,
-        given_ids_TK=None,
-        token_mask_T=None,
-        seed=0,
-    ):
+    def route(self, logits_TE, spec, expert_bias_E, *, learned_scale=None, token_mask_T=None, **inputs):
         """Route on the default device; the seed becomes a key where the selector draws."""
         if expert_bias_E is None and spec.selector == "top_k":
             expert_bias_E = np.zeros(spec.num_choices, np.float32)  # one program less to compile
@@ -51,11 +39,8 @@ class Jax(JaxLoad):
             spec=spec,
             expert_bias_E=_narrow(expert_bias_E),
             learned_scale=_narrow(learned_scale),
-            token_ids_T=_narrow(token_ids_T),
-            table_VK=_narrow(table_VK),
-            given_ids_TK=_narrow(given_ids_TK),
+            inputs=_inputs(spec, inputs),
             token_mask_T=token_mask_T,
-            key=jax.random.key(seed) if spec.selector == "random" else None,
         )
         return Routing(
             expert_ids_TK=np.asarray(found.expert_ids_TK),
@@ -125,8 +110,9 @@ class Jax(JaxLoad):
     def replay(self, x_TD, params, spec, record):
         """`sparse_matmul` with the spec of a replay; a balancing bias takes part in a choice alone."""
         with_weights = record.weights_TK is not None
-        forced = spec.replace(router=replay_spec(spec.router, with_weights=with_weights))
-        named = replay_inputs(record, spec.router, with_weights=with_weights)
+        forced = spec.replace(router=spec.router.given(with_weights=with_weights))
+        inputs, mask_T = record.inputs(spec.router, with_weights=with_weights)
+        named = {"token_mask_T": mask_T, "inputs": inputs}
         params = _narrow_params(replace(params, expert_bias_E=None))
         return np.asarray(_layer(_narrow(x_TD), params, spec=forced, inputs=named))
 
@@ -167,17 +153,15 @@ def _combine(rows_RD, metadata: RouteMetadata, weights_TK, *, spec: LayerSpec):
     return summed_TD * spec.router.output_scale
 
 
-def _layer_inputs(
-    spec: LayerSpec, *, token_mask_T=None, token_ids_T=None, table_VK=None, given_ids_TK=None, seed=0
-) -> dict:
-    """Keyword arguments of `sparse_matmul`; the seed becomes a key where the selector draws."""
-    return {
-        "token_mask_T": token_mask_T,
-        "token_ids_T": _narrow(token_ids_T),
-        "table_VK": _narrow(table_VK),
-        "given_ids_TK": _narrow(given_ids_TK),
-        "key": jax.random.key(seed) if spec.router.selector == "random" else None,
-    }
+def _layer_inputs(spec: LayerSpec, *, token_mask_T=None, **inputs) -> dict:
+    """Keyword arguments of `sparse_matmul`."""
+    return {"token_mask_T": token_mask_T, "inputs": _inputs(spec.router, inputs)}
+
+
+def _inputs(spec: RouterSpec, named: dict) -> RouterInputs:
+    """The inputs by name as one object; the seed becomes a key where the selector draws."""
+    inputs = RouterInputs(**named).map(_narrow)
+    return replace(inputs, seed=jax.random.key(inputs.seed or 0)) if spec.selector == "random" else inputs
 
 
 def _narrow_params(params: LayerParams) -> LayerParams:

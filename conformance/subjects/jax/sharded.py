@@ -22,16 +22,12 @@ from moe_jax.parallel import (
     unplace,
     use_cpu_devices,
 )
-from moe_ref import LayerParams, LayerSpec
+from moe_ref import LayerParams, LayerSpec, RouterInputs
 from moe_ref.specs.layout import ShardLayout
 
 MOST_RANKS = 8
 PROGRAMS = 128
 """Compiled programs that are kept; each has a few megabytes."""
-BY_TOKEN = {
-    "token_mask_by_shard": "token_mask_T", "token_ids_by_shard": "token_ids_T", "given_ids_by_shard": "given_ids_TK"
-}  # fmt: skip
-"""Inputs that are lists of one array for each shard: our one array of all shards."""
 
 use_cpu_devices(MOST_RANKS)
 
@@ -192,12 +188,10 @@ def _whole_by_rank(array: jax.Array, layout: ShardLayout) -> list[np.ndarray]:
 
 
 def _inputs(inputs: dict) -> dict:
-    """Keyword arguments of the layer; those by shard become one array. A seed is for selector 'random' alone."""
-    given = {name: value for name, value in inputs.items() if value is not None and name != "seed"}
-    return {
-        BY_TOKEN.get(name, name): _joined(value) if name in BY_TOKEN else _narrow(value)
-        for name, value in given.items()
-    }
+    """Keyword arguments of the layer; what is by shard becomes one array of all shards."""
+    own, rest = RouterInputs.from_named(inputs)
+    masks = rest.get("token_mask_by_shard")
+    return {"token_mask_T": None if masks is None else _joined(masks), "inputs": own.map(_narrow)}
 
 
 def _params(params: LayerParams, spec: LayerSpec, layout: ShardLayout) -> LayerParams:

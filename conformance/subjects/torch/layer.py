@@ -1,5 +1,6 @@
 """conformance, subject torch: moe_torch on the CPU, in eager mode."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -7,11 +8,12 @@ import torch
 
 from conformance.core.subject import Routing
 from conformance.subjects.torch.balance import TorchLoad
-from moe_ref import LayerParams, LayerSpec, RouterSpec
+from moe_ref import LayerParams, LayerSpec, RouterInputs, RouterSpec
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation
 from moe_torch.moe import MoE
 from moe_torch.replay import capture, replay_layer
-from moe_torch.router import Gate, NodeLimitedRouter, route
+from moe_torch.router import Gate, NodeLimitedRouter
+from moe_torch.routing import route
 
 
 class Torch(TorchLoad):
@@ -25,20 +27,7 @@ class Torch(TorchLoad):
     def __init__(self):
         torch.set_num_threads(1)  # a call on a few tokens is too small to share
 
-    def route(
-        self,
-        logits_TE,
-        spec,
-        expert_bias_E,
-        *,
-        learned_scale=None,
-        token_ids_T=None,
-        table_VK=None,
-        given_ids_TK=None,
-        token_mask_T=None,
-        seed=0,
-        **inputs,
-    ):
+    def route(self, logits_TE, spec, expert_bias_E, *, learned_scale=None, token_mask_T=None, **inputs):
         """Route without gradients; the seed becomes a generator."""
         with torch.no_grad():
             found = route(
@@ -46,11 +35,8 @@ class Torch(TorchLoad):
                 spec,
                 expert_bias_E=_maybe(expert_bias_E),
                 learned_scale=_maybe(learned_scale),
-                token_ids_T=_maybe(token_ids_T),
-                table_VK=_maybe(table_VK),
-                given_ids_TK=_maybe(given_ids_TK),
+                inputs=to_inputs(RouterInputs(**inputs)),
                 token_mask_T=_maybe(token_mask_T),
-                generator=torch.Generator().manual_seed(seed),
             )
         return Routing(
             expert_ids_TK=found.expert_ids_TK.numpy(),
@@ -143,15 +129,15 @@ def _loaded(params: LayerParams, spec: LayerSpec) -> MoE:
     return moe
 
 
-def _layer_inputs(*, token_mask_T=None, token_ids_T=None, table_VK=None, given_ids_TK=None, seed=0) -> dict:
-    """Keyword arguments of the layer; the seed becomes a generator."""
-    return {
-        "token_mask": _maybe(token_mask_T),
-        "token_ids_T": _maybe(token_ids_T),
-        "table_VK": _maybe(table_VK),
-        "given_ids_TK": _maybe(given_ids_TK),
-        "generator": torch.Generator().manual_seed(seed),
-    }
+def _layer_inputs(*, token_mask_T=None, **inputs) -> dict:
+    """Keyword arguments of the layer."""
+    return {"token_mask": _maybe(token_mask_T), "inputs": to_inputs(RouterInputs(**inputs))}
+
+
+def to_inputs(inputs: RouterInputs) -> RouterInputs:
+    """The same inputs as tensors; the seed becomes a generator."""
+    generator = None if inputs.seed is None else torch.Generator().manual_seed(inputs.seed)
+    return replace(inputs.map(_tensor), seed=generator)
 
 
 def to_canonical(by_name: dict[str, np.ndarray], params: LayerParams) -> dict[str, np.ndarray]:

@@ -12,17 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from conformance.core.subject import Subject
 from conformance.subjects.ranks import Ranks, shared
-from conformance.subjects.torch.layer import _layer_inputs, _single, _tensor, to_canonical
-from moe_ref import LayerParams, LayerSpec
+from conformance.subjects.torch.layer import _single, _tensor, to_canonical, to_inputs
+from moe_ref import LayerParams, LayerSpec, RouterInputs
 from moe_ref.specs.layout import AXES, ShardLayout
 from moe_torch.moe import MoE
 from moe_torch.parallel.collectives import Sent, recorded
 from moe_torch.parallel.parallelize import parallelize, sync_gradients, unsupported
 from moe_torch.parallel.params import full_tensors
-
-BY_SHARD = {"token_mask_by_shard": "token_mask_T", "token_ids_by_shard": "token_ids_T",
-            "given_ids_by_shard": "given_ids_TK"}  # fmt: skip
-"""Inputs that come as one array for each token shard -> what they are called on one rank."""
 
 
 class TorchLayouts(Subject):
@@ -97,11 +93,12 @@ def mesh_of(*sizes: int) -> DeviceMesh:
 
 def inputs_of(shard: int, spec: LayerSpec, x_by_shard, inputs: dict) -> dict:
     """The layer's further inputs for one shard."""
-    of_shard = {BY_SHARD[name]: value[shard] for name, value in inputs.items() if name in BY_SHARD}
-    own = _layer_inputs(**of_shard, **{name: value for name, value in inputs.items() if name not in BY_SHARD})
-    if spec.router.selector == "round_robin":
-        own["first_token"] = sum(map(len, x_by_shard[:shard]))
-    return own
+    whole, rest = RouterInputs.from_named(inputs)
+    masks = rest.get("token_mask_by_shard")
+    return {
+        "token_mask": None if masks is None else _tensor(masks[shard]),
+        "inputs": to_inputs(whole.shards(spec.router, tuple(map(len, x_by_shard)))[shard]),
+    }
 
 
 def plan_on_rank(expert_ids_by_shard, layout: ShardLayout, spec: LayerSpec) -> dict[str, np.ndarray]:
