@@ -3,6 +3,7 @@
 import inspect
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -101,6 +102,8 @@ class Judge:
         self.capabilities = capabilities(subject)
         self.memory: dict[Any, Any] = {}
         """What a kind keeps of this subject between calls."""
+        self.watch: Callable[[Check, Case], None] | None = None
+        """Told of each case before the subject is called on it."""
         self._running: list[Check] = []
         for dtype in (*subject.logit_dtypes, subject.compute_dtype, subject.expert_dtype):
             known = tuple(EPSILON)
@@ -150,6 +153,8 @@ class Judge:
 
     def examine(self, check: Check, case: Case) -> None:
         """Run a check on a case; a violation that no deviation covers and nothing else explains is raised."""
+        if self.watch is not None:
+            self.watch(check, case)
         entry = self.ledger[check.requirement]
         try:
             self.run(check, case)

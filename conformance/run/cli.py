@@ -6,10 +6,11 @@ Exit status: 0 nothing new; 1 a new failure or a stale declaration; 4 a usage er
 import argparse
 import re
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from conformance.core.kind import kind_of
-from conformance.core.register import REQUIREMENTS, STAGES, spec_markdown
+from conformance.core.register import REQUIREMENTS, SPEC_VERSION, STAGES, spec_markdown
 from conformance.core.usage import UsageError
 from conformance.pictures import balance as balance_picture
 from conformance.pictures import traffic
@@ -35,6 +36,8 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """Every command and option; the README's table of options is made from it."""
     top = Parser(prog="moe-conformance", description="Judges Mixture-of-Experts implementations against moe_ref.")
+    shown = f"moe-conformance {version('moe-conformance')}, specification {SPEC_VERSION}"
+    top.add_argument("--version", action="version", version=shown)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     run = commands.add_parser("run", help="judge subjects; without one, every built-in subject that is importable")
@@ -50,7 +53,16 @@ def parser() -> Parser:
         metavar="FILE",
         help="write what is new as deviations, reason and link left empty, with their witnesses",
     )
+    run.add_argument("--advice", action="store_true", help="show the pages of SHOULDs that do not hold too")
+    run.add_argument("--durations", action="store_true", help="what each stage costs, and the slowest requirements")
     run.add_argument("--timeout", type=_positive, default=900, metavar="SECONDS", help="for each subject (default 900)")
+    run.add_argument(
+        "--limit",
+        type=_positive,
+        default=300,
+        metavar="SECONDS",
+        help="for each requirement (default 300); one that takes longer is accused, and the rest is judged",
+    )
 
     listing = commands.add_parser("list", help="the requirements, a line each")
     listing.add_argument("--stage", choices=STAGES, metavar="STAGE", help="of this stage alone")

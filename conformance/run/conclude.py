@@ -12,6 +12,7 @@ from conformance.core.shrink import shrink, still_violated
 from conformance.run.deviations import write_case
 from conformance.run.kinds import load_faults
 from conformance.run.report import failure_page, record
+from conformance.run.watch import Died
 
 CASES = Path(".moe-conformance") / "cases"
 """Where failing cases are kept, below the current folder."""
@@ -42,9 +43,12 @@ def conclude(judge: Judge, requirement: str | None, excinfo) -> list[dict]:
     for name, violation in accused.items():
         entry, page = judge.ledger[name], ""
         if violation is not None:
-            violation = shrink(judge, violation)
+            causes = []
+            if not isinstance(violation, Died):
+                violation = shrink(judge, violation)
+                causes = diagnoses(judge, violation)
             entry.violation = violation
-            page = failure_page(judge, violation, diagnoses(judge, violation))
+            page = failure_page(judge, violation, causes)
             if violation.case is not None:
                 write_case(CASES, name, violation.case, judge.name)
         found.append(record(judge, name, entry, page))

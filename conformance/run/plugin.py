@@ -8,6 +8,7 @@ from __future__ import annotations
 # Annotations stay strings: the judge is imported with the suite, not with the plugin.
 import json
 import tomllib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -32,6 +33,10 @@ def pytest_addoption(parser):
     group.addoption("--moe-seed", type=int, default=None, metavar="S", help="other cases than the fixed ones")
     group.addoption("--moe-stage", default=None, metavar="STAGE", help="requirements of this stage alone")
     group.addoption("--moe-records", default=None, metavar="FILE", help="append each verdict as a line of JSON")
+    group.addoption("--moe-watch", default=None, metavar="FILE", help="keep in it which case is tried")
+    group.addoption(
+        "--moe-resume", default=None, metavar="FILE", help="JSON: tests that are done, and those that broke"
+    )
 
 
 def _settings(config) -> dict:
@@ -130,6 +135,36 @@ def pytest_collection_modifyitems(config, items):
         others = [item for item in mine if getattr(item.obj, "requirement", None) not in wanted]
         items[:] = [item for item in items if item not in others]
         config.hook.pytest_deselected(items=others)
+    if file := config.getoption("--moe-resume"):
+        _resume(config, items, json.loads(Path(file).read_text()))
+
+
+def _resume(config, items, state: dict) -> None:
+    """Leave out the tests that are done; those on which the process broke are violations."""
+    from conformance.run.watch import broken
+
+    done = [item for item in items if item.name in state["done"]]
+    items[:] = [item for item in items if item not in done]
+    config.hook.pytest_deselected(items=done)
+    for item in items:
+        if item.name in state["broken"]:
+            requirement = getattr(item.obj, "requirement", None)
+            item.obj = broken(item.obj, **state["broken"][item.name])
+            if requirement is not None:
+                item.obj.requirement = requirement
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    file = item.config.getoption("--moe-watch")
+    if not file or not _in_suite(getattr(item, "module", None)):
+        return
+    from conformance.run.watch import Watch
+
+    if not hasattr(item.config, "_moe_watch"):
+        item.config._moe_watch = Watch(file)
+    item.config._moe_watch.begin(item.name)
+    item.callspec.params["judge"].watch = item.config._moe_watch.enter
 
 
 @pytest.hookimpl(wrapper=True)
@@ -140,7 +175,11 @@ def pytest_runtest_makereport(item, call):
     from conformance.run.conclude import conclude
 
     judge = item.callspec.params["judge"]
-    records = conclude(judge, getattr(item.obj, "requirement", None), call.excinfo)
+    requirement = getattr(item.obj, "requirement", None)
+    records = conclude(judge, requirement, call.excinfo)
+    for record in records:
+        if record["id"] == requirement:
+            record["seconds"] = round(call.duration, 2)
     report.moe_records = records
     _restate(report, records, judge)
     return report
@@ -177,6 +216,8 @@ class Collector:
             merge(self.records, record)
             if self.config.getoption("--moe-records") and not worker:
                 _append(self.config.getoption("--moe-records"), record)
+        if report.when == "call" and self.config.getoption("--moe-records") and not worker:
+            _append(self.config.getoption("--moe-records"), {"done": report.nodeid.rpartition("::")[2]})
 
     def pytest_sessionfinish(self, session, exitstatus):
         failed = any(record["status"] in ("NEW", "STALE") for record in self.records.values())

@@ -11,6 +11,9 @@ from conformance.run.deviations import case_id
 
 STATUSES = ("ok", "known", "NEW", "STALE", "advice", "unsupported", "not judged")
 FAILING = ("NEW", "STALE")
+UNDEFINED = "() is not defined"
+"""How the sentence of a method ends that a subject does not have."""
+SLOWEST = 5
 
 
 def failure_page(judge: Judge, violation: Violation, diagnoses=()) -> str:
@@ -94,9 +97,13 @@ def summary(records: list[dict]) -> str:
 
 
 def table(subject: dict, records: list[dict]) -> str:
-    """The requirements of one subject, a line each."""
+    """The requirements of one subject, a line each; those of a method that it does not define share one."""
     lines = [f"subject {subject['name']} {subject['version']}".rstrip() + f"     spec {SPEC_VERSION}", ""]
+    undefined: dict[str, list[str]] = {}
     for r in sorted(records, key=lambda r: stage_order(r["id"])):
+        if r["status"] == "unsupported" and r["unsupported"] and r["unsupported"][0].endswith(UNDEFINED):
+            undefined.setdefault(r["unsupported"][0], []).append(r["id"])
+            continue
         notes = []
         if r["near_ties"]:
             notes.append(f"{r['near_ties']} near ties forgiven")
@@ -107,9 +114,22 @@ def table(subject: dict, records: list[dict]) -> str:
         note = f"  [{'; '.join(notes)}]" if notes else ""
         lines.append(f"  {r['status']:<11} {r['id']:<6}  {r['sentence']}{note}")
         lines += [f"              declared {d['deviation']}: {d['reason']} {d['link']}" for d in r["known"]]
+    for sentence, names in undefined.items():
+        through = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}, {len(names)} requirements"
+        lines.append(f"  {'unsupported':<11} {sentence}: {through}")
     layouts = {layout for r in records for layout in r.get("layouts", ())}
     on = f" on {len(layouts)} different layouts" if layouts else ""
     return "\n".join([*lines, "", f"  {summary(records)}{on}"])
+
+
+def durations(records: list[dict]) -> str:
+    """Seconds of each stage of one subject, and of its slowest requirements."""
+    seconds = {stage: sum(r.get("seconds", 0) for r in records if r["stage"] == stage) for stage in STAGES}
+    slowest = sorted(records, key=lambda r: -r.get("seconds", 0))[:SLOWEST]
+    lines = [f"  {stage:<9} {spent:7.1f} s" for stage, spent in seconds.items() if spent]
+    spent = [r for r in slowest if r.get("seconds")]
+    lines += [f"  slowest   {r['id']:<7} {r['seconds']:6.1f} s  {r['cases']} cases" for r in spent]
+    return "\n".join(lines)
 
 
 def matrix(report: dict) -> str:

@@ -1,21 +1,27 @@
 """conformance, `run`: one pytest process for each subject, two at a time, their verdicts shown as they come."""
 
+import contextlib
 import json
 import os
 import platform
+import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from conformance.core.register import REQUIREMENTS
 from conformance.core.usage import UsageError
 from conformance.run.deviations import read
 from conformance.run.plugin import merge
-from conformance.run.report import FAILING, assemble, matrix, table, write
+from conformance.run.progress import Progress
+from conformance.run.report import FAILING, assemble, durations, matrix, table, write
 from conformance.run.subjects_by_name import BUILT_IN, DEFAULT, known_names, subject_named
+from conformance.run.watch import where
 
 EXIT_NEW = 1
 WANTED = {name: name.partition("-")[0] for name in BUILT_IN if name != "reference"}
@@ -24,35 +30,132 @@ WANTED = {name: name.partition("-")[0] for name in BUILT_IN if name != "referenc
 
 @dataclass
 class Process:
-    """A subject being judged."""
+    """A subject being judged, by one process after the other where one breaks off."""
 
     name: str
-    popen: subprocess.Popen
-    records_file: Path
-    output_file: Path
+    folder: Path
+    """Its files: records, output, where it is."""
+    options: Any
+    popen: subprocess.Popen | None = None
     started: float = field(default_factory=time.monotonic)
     records: dict = field(default_factory=dict)
+    done: set = field(default_factory=set)
+    """Names of the tests that ended."""
+    broken: dict = field(default_factory=dict)
+    """name of a test on which a process broke -> the arguments of `watch.broken`."""
     read_to: int = 0
+    at: tuple[str, float] = ("", 0.0)
+    """The test that runs, and since when."""
     ended: float | None = None
     error: str = ""
     """What the process says the user gave wrongly."""
 
-    def read(self) -> None:
-        """Take in the records that came since the last call."""
-        if self.records_file.exists():
-            with self.records_file.open() as file:
-                file.seek(self.read_to)
-                while (line := file.readline()).endswith("\n"):
-                    found = json.loads(line)
-                    if "error" in found:
-                        self.error = found["error"]
-                    else:
-                        merge(self.records, found)
-                    self.read_to = file.tell()
+    @property
+    def output_file(self) -> Path:
+        return self.folder / "output.txt"
 
     @property
     def seconds(self) -> float:
         return (self.ended or time.monotonic()) - self.started
+
+    @property
+    def code(self) -> int:
+        """The exit status of the last process."""
+        assert self.popen is not None
+        return self.popen.returncode
+
+    def start(self) -> None:
+        """Judge what is not done yet."""
+        resume = self.folder / "resume.json"
+        resume.write_text(json.dumps({"done": sorted(self.done), "broken": self.broken}))
+        self.at = ("", time.monotonic())
+        with self.output_file.open("w") as file:
+            # A session of its own: what it starts ends with it.
+            self.popen = subprocess.Popen(
+                [*_command(self.name, self.options, self.folder), "--moe-resume", str(resume)],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def read(self) -> None:
+        """Take in the records that came since the last call, and which test runs."""
+        file = self.folder / "records.jsonl"
+        if file.exists():
+            with file.open() as lines:
+                lines.seek(self.read_to)
+                while (line := lines.readline()).endswith("\n"):
+                    found = json.loads(line)
+                    if "error" in found:
+                        self.error = found["error"]
+                    elif "done" in found:
+                        self.done.add(found["done"])
+                    else:
+                        merge(self.records, found)
+                    self.read_to = lines.tell()
+        place = where(self.folder / "where")
+        if place is not None and place[0] != self.at[0]:
+            self.at = (place[0], time.monotonic())
+
+    def ends(self) -> bool:
+        """Whether it is through; a process that died or hung is followed by one for the rest."""
+        assert self.popen is not None
+        self.read()
+        why = ""
+        if self.popen.poll() is None:
+            if time.monotonic() - self.at[1] > self.options.limit and self.at[0]:
+                why = f"did not return within {self.options.limit} s"
+            elif self.seconds > self.options.timeout:
+                self._kill()
+                self.output_file.write_text(f"killed: no end after {self.options.timeout} s\n")
+                return True
+            else:
+                return False
+        elif self.popen.returncode not in PYTEST_CODES:
+            why = f"ended the process, {_status(self.popen.returncode)}"
+        if not why:
+            return True
+        self._kill()
+        self.read()
+        place = where(self.folder / "where")
+        if place is None or place[0] in self.done or len(self.broken) >= MOST_BROKEN:
+            return True
+        last = _last_frame(self.output_file.read_text())
+        self.broken[place[0]] = {"number": place[1], "title": why, "received": last}
+        (self.folder / "where").unlink()
+        self.start()
+        return False
+
+    def _kill(self) -> None:
+        """End the process and all that it started; first with a traceback of where it is."""
+        assert self.popen is not None
+        for sign in (signal.SIGABRT, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(self.popen.pid, sign)
+                self.popen.wait(timeout=3)
+        self.popen.wait()
+
+
+PYTEST_CODES = (0, 1, 2, 3, 4, 5)
+"""Exit statuses with which pytest ends by itself."""
+MOST_BROKEN = 12
+"""So many tests may break the process; then the subject is given up."""
+
+
+def _status(code: int) -> str:
+    """What a process says with its exit status."""
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+def _last_frame(output: str) -> str:
+    """The frame of the traceback in which Python was, as faulthandler writes it; or the last line."""
+    frames = re.findall(r'^  File "(.*)", line (\d+) in (\S+)$', output, re.MULTILINE)
+    if frames:
+        file, line, function = frames[0]
+        return f"at {file}:{line} in {function}"
+    said = [line for line in output.splitlines() if line.strip() and not re.fullmatch(r"[.FEsxX]+( +\[.*\])?", line)]
+    return said[-1][:200] if said else "nothing was printed"
 
 
 def run_subjects(options) -> int:
@@ -70,15 +173,15 @@ def run_subjects(options) -> int:
             print(f"subject {name} is not judged: {why}")
     with tempfile.TemporaryDirectory(prefix="moe-conformance-") as folder:
         finished = _judge_all(installed, options, Path(folder))
-        codes = [process.popen.returncode for process in finished]
+        codes = [process.code for process in finished]
         report = _report(finished, options)
         for process in finished:
             if process.error:
                 raise UsageError(process.error)
-            if process.popen.returncode not in (0, 1):
-                print(f"\nsubject {process.name}: the run broke off, exit status {process.popen.returncode}")
+            if process.code not in (0, 1):
+                print(f"\nsubject {process.name}: the run broke off, {_status(process.code)}")
                 print(process.output_file.read_text()[-4000:])
-    _print_failures(report)
+    _print_pages(report, (*FAILING, *(["advice"] if options.advice else [])))
     print(matrix(report))
     if options.report:
         write(report, options.report)
@@ -104,61 +207,42 @@ def _judge_all(names: list[str], options, folder: Path) -> list[Process]:
     """Run the subjects, as many at once as there are cores, at most two; print each table as it is done."""
     waiting, running, finished = list(names), [], []
     at_once = min(2, os.cpu_count() or 1)
-    show = sys.stderr.isatty()
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            running.append(_start(waiting.pop(0), options, folder, len(finished) + len(running)))
-            print(f"judging {running[-1].name} ...", file=sys.stderr, flush=True)
-        time.sleep(0.1)
-        for process in list(running):
-            process.read()
-            if process.popen.poll() is None and process.seconds > options.timeout:
-                process.popen.kill()
-                process.popen.wait()
-                process.output_file.write_text(f"killed: no end after {options.timeout} s\n")
-            if process.popen.poll() is not None:
-                process.read()
+    show = Progress()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                own = folder / str(len(finished) + len(running))
+                own.mkdir()
+                running.append(Process(name=waiting.pop(0), folder=own, options=options))
+                running[-1].start()
+                show.say(f"judging {running[-1].name} ...")
+            time.sleep(0.1)
+            for process in [each for each in running if each.ends()]:
                 process.ended = time.monotonic()
                 running.remove(process)
                 finished.append(process)
                 _complete(process)
+                show.clear()
                 if process.records:
                     subject = {"name": process.name, "version": _version(process)}
-                    print(table(subject, list(process.records.values())) + f" in {process.seconds:.0f} s\n", flush=True)
-        if show and running:
-            line = "   ".join(f"{p.name} {len(p.records)}/{len(REQUIREMENTS)}, {p.seconds:.0f} s" for p in running)
-            print(f"\r{line:<100}", end="", file=sys.stderr, flush=True)
-    if show:
-        print("\r" + " " * 100 + "\r", end="", file=sys.stderr)
+                    records = list(process.records.values())
+                    print(table(subject, records) + f" in {process.seconds:.0f} s\n", flush=True)
+                    if options.durations:
+                        print(durations(records) + "\n", flush=True)
+            show.update([(p.name, len(p.records), p.seconds) for p in running])
+    finally:
+        for process in running:  # where the user breaks off
+            process._kill()
+        show.clear()
     return sorted(finished, key=lambda process: names.index(process.name))
 
 
-def _start(name: str, options, folder: Path, number: int) -> Process:
-    records, output = folder / f"{number}.jsonl", folder / f"{number}.txt"
-    empty = folder / "pytest.ini"
-    empty.write_text("[pytest]\n")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-c",
-        str(empty),
-        "--rootdir",
-        str(folder),
-        "--pyargs",
-        "conformance.suite",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:randomly",
-        "-W",
-        "ignore",
-        "-q",
-        "--subject",
-        name,
-        "--moe-records",
-        str(records),
-    ]
+def _command(name: str, options, folder: Path) -> list[str]:
+    """pytest on the suite, with nothing of the folder that it is called in."""
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    command = [sys.executable, "-m", "pytest", "-c", str(folder / "pytest.ini"), "--rootdir", str(folder)]
+    command += ["--pyargs", "conformance.suite", "-p", "no:cacheprovider", "-p", "no:randomly", "-W", "ignore", "-q"]
+    command += ["--subject", name, "--moe-records", str(folder / "records.jsonl"), "--moe-watch", str(folder / "where")]
     if options.examples:
         command += ["--moe-examples", str(options.examples)]
     if options.seed is not None:
@@ -167,9 +251,7 @@ def _start(name: str, options, folder: Path, number: int) -> Process:
         command += ["--moe-deviations", str(Path(file).resolve())]
     if options.stage:
         command += ["--moe-stage", options.stage]
-    with output.open("w") as file:
-        popen = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
-    return Process(name=name, popen=popen, records_file=records, output_file=output)
+    return command
 
 
 def _complete(process: Process) -> None:
@@ -214,17 +296,18 @@ def _report(finished: list[Process], options) -> dict:
     }
     complete = (
         options.stage is None
-        and all(p.popen.returncode in (0, 1) for p in finished)
+        and all(p.code in (0, 1) for p in finished)
         and all(r["status"] != "not judged" for r in records)
     )
     return assemble(subjects, records, environment, complete=complete)
 
 
-def _print_failures(report: dict) -> None:
-    for r in report["requirements"]:
-        if r["status"] in FAILING and "failure" in r:
-            print(f"\n{'-' * 100}\n{r['failure']['page']}")
-    if any(r["status"] in FAILING for r in report["requirements"]):
+def _print_pages(report: dict, statuses: tuple[str, ...]) -> None:
+    """The page of each requirement with one of these statuses."""
+    pages = [r["failure"]["page"] for r in report["requirements"] if r["status"] in statuses and "failure" in r]
+    for page in pages:
+        print(f"\n{'-' * 100}\n{page}")
+    if pages:
         print(f"\n{'-' * 100}")
 
 
