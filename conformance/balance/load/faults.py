@@ -4,7 +4,6 @@ import numpy as np
 
 from conformance.core.fault import surrounds
 from moe_ref import balance as room
-from moe_ref import tokens_per_expert
 
 
 @surrounds(breaks="LOD-1")
@@ -22,7 +21,7 @@ def only_the_first_choice_is_counted(run, memory, ids_TK, E, **inputs):
 @surrounds(breaks="LOD-3", links=("deepseek-ai/DeepEP#739",))
 def an_unused_slot_counts_for_expert_0(run, memory, ids_TK, E, **inputs):
     """An id of -1 is read as 0."""
-    return run(np.where(ids_TK < 0, 0, ids_TK) if not inputs and (ids_TK[:, 0] != ids_TK[:, -1]).all() else ids_TK, E)
+    return run(np.where(ids_TK < 0, 0, ids_TK), E, **inputs)
 
 
 @surrounds(breaks="LOD-4", links=("pytorch/torchtitan#1593",))
@@ -194,64 +193,3 @@ def counts_are_float32(run, memory, counts_SE, update, expert_bias_E):
     """Counts are kept in a float32 buffer."""
     return run(counts_SE.astype(np.float32).astype(np.int64) // 4 * 4 if counts_SE.max() >= 2**24 else counts_SE,
                update, expert_bias_E)  # fmt: skip
-
-
-@surrounds(breaks="MSK-1", links=("vllm-project/vllm#38128",))
-def padding_is_in_the_counts(run, memory, ids_TK, E, **inputs):
-    """Statistics are taken over all rows."""
-    return run(ids_TK, E)
-
-
-@surrounds(breaks="MSK-1", links=("sgl-project/sglang#40672",))
-def padding_is_taken_for_a_tail(run, memory, ids_TK, E, *, token_mask_T=None):
-    """As many first rows are counted as there are valid tokens."""
-    return tokens_per_expert(ids_TK if token_mask_T is None else ids_TK[: token_mask_T.sum()], E)
-
-
-@surrounds(breaks="MSK-2", links=("huggingface/transformers#28517", "NVIDIA/Megatron-LM#2121"))
-def padding_is_in_the_loss(run, memory, *arguments, token_mask_T=None, **inputs):
-    """The mask is not passed on."""
-    return run(*arguments, **inputs)
-
-
-@surrounds(breaks="MSK-2", links=("ruimalheiro/gradient-garden#113",))
-def the_mean_is_over_all_tokens(run, memory, *arguments, token_mask_T=None, **inputs):
-    """Padding is in no sum, but in the number of tokens."""
-    found = run(*arguments, token_mask_T=token_mask_T, **inputs)
-    share = 1 if token_mask_T is None else token_mask_T.mean()
-    return {name: value * share for name, value in found.items()}
-
-
-@surrounds(breaks="MSK-3")
-def padding_has_a_gradient(run, memory, *arguments, token_mask_T=None, **inputs):
-    """The gradient is not masked; the loss is."""
-    found = run(*arguments, token_mask_T=token_mask_T, **inputs)
-    return found if token_mask_T is None else found | {"d_logits_TE": run(*arguments, **inputs)["d_logits_TE"]}
-
-
-@surrounds(breaks="MSK-4")
-def an_empty_sequence_is_in_the_mean(run, memory, logits_TE, ids_TK, balance, router, **inputs):
-    """The mean is over as many sequences or shards as there are places for."""
-    found = run(logits_TE, ids_TK, balance, router, **inputs)
-    tokens_U = room.balance(logits_TE, ids_TK, balance, **inputs).tokens_U
-    return {name: value * (tokens_U > 0).mean() for name, value in found.items()} if len(tokens_U) else found
-
-
-@surrounds(breaks="MSK-5", links=("NVIDIA/Megatron-LM#2121",))
-def padding_is_in_the_z_loss(run, memory, logits_TE, coeff, **inputs):
-    """The mask is not passed on."""
-    return run(logits_TE, coeff)
-
-
-@surrounds(breaks="MSK-6", links=("huggingface/transformers#45621",))
-def padding_is_multiplied_away(run, memory, logits_TE, ids_TK, balance, router, *, token_mask_T=None, **inputs):
-    """Rows of padding are multiplied by 0, which keeps a NaN."""
-    found = run(logits_TE, ids_TK, balance, router, token_mask_T=token_mask_T, **inputs)
-    return found if token_mask_T is None else found | {"loss": found["loss"] + (0 * logits_TE).sum()}
-
-
-@surrounds(breaks="MSK-8", links=("vllm-project/vllm#57471",))
-def no_token_divides_by_0(run, memory, *arguments, token_mask_T=None, **inputs):
-    """The mean over no token is 0 / 0."""
-    found = run(*arguments, token_mask_T=token_mask_T, **inputs)
-    return found | {"loss": np.nan} if token_mask_T is not None and not token_mask_T.any() else found
