@@ -4,6 +4,7 @@ Legend: T tokens, K top_k, E experts, U units with a mean of their own.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ def wanted_z_loss(case: BalanceCase) -> Loss:
     return Loss(loss=np.asarray(z_loss(case.logits_TE, **how)), d_logits_TE=z_loss_backward(case.logits_TE, **how))
 
 
-def mask_of(case: BalanceCase) -> dict[str, np.ndarray]:
+def mask_of(case: BalanceCase) -> dict[str, Any]:
     """The mask, where the case has one."""
     return {name: value for name, value in case.inputs.items() if name == "token_mask_T"}
 

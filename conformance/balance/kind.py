@@ -6,8 +6,9 @@ from typing import Any
 from conformance.balance import draw, page
 from conformance.balance.case import BalanceCase
 from conformance.balance.check import BalanceCheck
+from conformance.core.diagnosis import explaining
 from conformance.core.fault import Fault, faulty
-from conformance.core.judge import Judge
+from conformance.core.judge import Judge, Violation
 from conformance.core.kind import Kind
 from conformance.core.subject import Subject
 from conformance.subjects.reference import Reference
@@ -37,6 +38,9 @@ class BalanceKind(Kind):
 
     def faulty(self, fault: Fault, **how: Any) -> Subject:
         return faulty(Reference(**how), fault)
+
+    def diagnose(self, judge: Judge, violation: Violation, faults: Iterable[Fault]) -> list[Fault]:
+        return explaining(judge, violation, faults)
 
 
 BALANCE = BalanceKind()

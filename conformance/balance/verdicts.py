@@ -6,6 +6,7 @@ Legend: T tokens, K top_k, E experts, U units, C capacity.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ def counts_of_subject(judge: Judge, case: BalanceCase) -> np.ndarray:
     return found.astype(np.int64)
 
 
-def loss_of_subject(judge: Judge, case: BalanceCase, **inputs: np.ndarray) -> Loss:
+def loss_of_subject(judge: Judge, case: BalanceCase, **inputs: Any) -> Loss:
     """The subject's balance loss; `inputs` are given besides those of the case."""
     given = (case.logits_TE.astype(np.float32), case.expert_ids_TK.copy(), case.spec.balance, case.router)
     return _loss(case, judge.call(case, "balance_loss", *given, **case.inputs, **inputs))
@@ -38,7 +39,7 @@ def z_loss_of_subject(judge: Judge, case: BalanceCase) -> Loss:
     return _loss(case, judge.call(case, "z_loss", *given, **mask_of(case)))
 
 
-def _loss(case: BalanceCase, returned) -> Loss:
+def _loss(case: BalanceCase, returned: Any) -> Loss:
     """A number and a gradient of the shape of the logits, in float64."""
     try:
         loss, d_logits_TE = (np.asarray(returned[name], dtype=np.float64) for name in ("loss", "d_logits_TE"))
@@ -72,7 +73,7 @@ class Kept:
 def kept_by_subject(judge: Judge, case: BalanceCase, *, gradient: bool = False) -> Kept:
     """The subject's choice and weights under the capacity; kept ids are the given ones."""
     given = (case.expert_ids_TK.copy(), case.weights_TK.astype(np.float32), case.spec.capacity, case.spec.num_experts)
-    more = {"d_weights_TK": case.d_weights_TK} if gradient else {}
+    more: dict[str, Any] = {"d_weights_TK": case.d_weights_TK} if gradient else {}
     returned = judge.call(case, "capacity", *given, **case.inputs, **more)
     shape = case.expert_ids_TK.shape
     try:
@@ -86,7 +87,7 @@ def kept_by_subject(judge: Judge, case: BalanceCase, *, gradient: bool = False) 
     wrong_T = ((ids_TK != UNUSED) & (ids_TK != case.expert_ids_TK)).any(axis=-1)
     for t in np.flatnonzero(wrong_T):
         expected, received = case.expert_ids_TK[t].tolist(), ids_TK[t].tolist()
-        accuse("a slot has another expert", token=t, expected=expected, received=received)
+        accuse("a slot has another expert", token=int(t), expected=expected, received=received)
     return Kept(
         expert_ids_TK=ids_TK.astype(np.int64),
         weights_TK=weights_TK.astype(np.float64),

@@ -3,7 +3,7 @@
 import numpy as np
 
 from conformance.balance.bounds import weight_gradient_radius, weights_radius
-from conformance.balance.case import LENGTHS, BalanceCase, BatchSpec
+from conformance.balance.case import LENGTHS, BalanceCase
 from conformance.balance.draw import weights_of_kind
 from conformance.balance.kind import requires
 from conformance.balance.verdicts import hold_kept, kept_by_subject
@@ -16,27 +16,27 @@ from moe_ref import UNUSED, tokens_per_expert
 BEFORE = ("CAP-1", "CAP-2", "CAP-15")
 
 
-def one_limit(spec: BatchSpec) -> bool:
+def one_limit(spec) -> bool:
     return spec.capacity.then is None
 
 
-def simple(spec: BatchSpec) -> bool:
+def simple(spec) -> bool:
     """One limit on the whole batch, tokens in order, without null experts."""
     c = spec.capacity
     return c.scope == "global" and one_limit(spec) and c.drop_order == "first_come" and not spec.num_null_experts
 
 
-def first_come(spec: BatchSpec) -> bool:
+def first_come(spec) -> bool:
     """One limit in parts of the batch, tokens in order."""
     return one_limit(spec) and spec.capacity.scope != "global" and spec.capacity.drop_order == "first_come"
 
 
-def in_order(spec: BatchSpec) -> bool:
+def in_order(spec) -> bool:
     """One limit on the whole batch that looks at no weight."""
     return one_limit(spec) and spec.capacity.scope == "global" and spec.capacity.drop_order != "by_weight"
 
 
-def by_weight(spec: BatchSpec) -> bool:
+def by_weight(spec) -> bool:
     return one_limit(spec) and spec.capacity.drop_order == "by_weight"
 
 
@@ -144,7 +144,7 @@ def a_hot_expert_costs_no_other_a_slot(judge, case):
     lost_TK = (given_TK != UNUSED) & (found_TK == UNUSED) & fits_E[given_TK]
     for t in np.flatnonzero(lost_TK.any(axis=-1)):
         crowd = f"dropped after the crowd of expert {int(trace.wanted_UE[0].argmax())}"
-        accuse(crowd, token=t, expected=given_TK[t].tolist(), received=found_TK[t].tolist())
+        accuse(crowd, token=int(t), expected=given_TK[t].tolist(), received=found_TK[t].tolist())
 
 
 @requires("CAP-12", method="capacity", inputs=LENGTHS, tokens=(12,), after=("CAP-1",))

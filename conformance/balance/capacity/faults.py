@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from conformance.core.fault import surrounds
+from conformance.core.fault import replaces, surrounds
 from moe_ref import UNUSED
+from moe_ref.capacity import drop_order
 
 
 def factor(capacity, times: float):
@@ -33,11 +34,9 @@ def the_capacity_is_not_divided_by_the_experts(run, memory, ids_TK, weights_TK, 
 
 @surrounds(breaks="CAP-3", links=("vllm-project/vllm-ascend#16384",))
 def the_capacity_is_rounded_down(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
-    """It is always rounded down, by one more slot."""
-    slots = max(0, capacity.capacity(len(ids_TK), ids_TK.shape[1], E) - 1)
-    return run(
-        ids_TK, weights_TK, capacity.replace(factor=None, slots=slots, rounding="ceil", min_slots=0), E, **inputs
-    )
+    """It is rounded down, whatever the rounding."""
+    down = capacity if capacity.factor is None else capacity.replace(rounding="floor")
+    return run(ids_TK, weights_TK, down, E, **inputs)
 
 
 @surrounds(breaks="CAP-4", links=("deepspeedai/DeepSpeed#8155", "marin-community/marin#8578"))
@@ -61,13 +60,10 @@ def tokens_come_before_slots(run, memory, ids_TK, weights_TK, capacity, E, **inp
     return run(ids_TK, weights_TK, capacity.replace(drop_order="first_come") if slot_major else capacity, E, **inputs)
 
 
-@surrounds(breaks="CAP-7")
-def the_smallest_weights_are_kept(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
+@replaces("drop_order", breaks="CAP-7")
+def the_smallest_weights_are_kept(weights_TK, spec):
     """The order of the weights is turned."""
-    if capacity.drop_order != "by_weight":
-        return run(ids_TK, weights_TK, capacity, E, **inputs)
-    kept = run(ids_TK, 1 - weights_TK, capacity, E, **inputs)["expert_ids_TK"]
-    return {"expert_ids_TK": kept, "weights_TK": np.where(kept == UNUSED, 0, weights_TK)}
+    return drop_order(-weights_TK, spec)
 
 
 @surrounds(breaks="CAP-8")
@@ -93,25 +89,25 @@ def dropped_slots_have_a_gradient(run, memory, ids_TK, weights_TK, capacity, E, 
 def rows_after_a_hot_expert_are_lost(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
     """Where an expert overflows, the next one gets nothing."""
     found = run(ids_TK, weights_TK, capacity, E, **inputs)
-    hot = np.bincount(ids_TK[ids_TK >= 0], minlength=E).argmax() if (ids_TK >= 0).any() else 0
-    after_TK = found["expert_ids_TK"] == hot + 1
+    overflowing = np.unique(ids_TK[(ids_TK != UNUSED) & (found["expert_ids_TK"] == UNUSED)])
+    after_TK = np.isin(found["expert_ids_TK"], (overflowing + 1) % E)
     return found | {"expert_ids_TK": np.where(after_TK, UNUSED, found["expert_ids_TK"])}
 
 
 @surrounds(breaks="CAP-12", links=("microsoft/Tutel#26",))
 def places_race(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
-    """Every second call loses its last slot."""
+    """Every second call loses the last slot that it keeps."""
     memory["calls"] = memory.get("calls", 0) + 1
     found = run(ids_TK, weights_TK, capacity, E, **inputs)
     kept_TK = found["expert_ids_TK"].copy()
-    if memory["calls"] % 2 == 0 and kept_TK.size:
-        kept_TK[(kept_TK >= 0).argmax(axis=0).max(), :] = UNUSED
+    if memory["calls"] % 2 == 0:
+        kept_TK.flat[np.flatnonzero(kept_TK != UNUSED)[-1:]] = UNUSED
     return found | {"expert_ids_TK": kept_TK}
 
 
 @surrounds(breaks="CAP-13", links=("lucidrains/st-moe-pytorch#13", "microsoft/Tutel#26"))
 def two_slots_have_one_place(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
-    """The places of later slots start at the count of the slot before alone."""
+    """The second slot of an expert takes the place of the first one, too."""
     found = run(ids_TK, weights_TK, capacity, E, **inputs)
     if "slot_table_UEC" not in found or found["slot_table_UEC"].shape[-1] < 2:
         return found
@@ -134,10 +130,9 @@ def unused_slots_take_places(run, memory, ids_TK, weights_TK, capacity, E, **inp
     return run(ids_TK, weights_TK, fewer if (ids_TK == UNUSED).any() else capacity, E, **inputs)
 
 
-@surrounds(breaks="CAP-16")
-def the_later_of_equal_weights(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
+@replaces("drop_order", breaks="CAP-16")
+def the_later_of_equal_weights(weights_TK, spec):
     """Equal weights are admitted from the last to the first."""
-    if capacity.drop_order != "by_weight" or len(np.unique(weights_TK[ids_TK >= 0])) != 1:
-        return run(ids_TK, weights_TK, capacity, E, **inputs)
-    turned = weights_TK + np.arange(weights_TK.size).reshape(weights_TK.shape) / 2**20
-    return run(ids_TK, turned, capacity, E, **inputs)
+    if spec.drop_order != "by_weight":
+        return drop_order(weights_TK, spec)
+    return np.argsort(weights_TK.reshape(-1), kind="stable")[::-1]

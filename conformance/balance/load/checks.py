@@ -10,7 +10,7 @@ from conformance.balance.bounds import (
     wanted_z_loss,
     z_loss_radius,
 )
-from conformance.balance.case import LENGTHS, BalanceCase, BatchSpec
+from conformance.balance.case import LENGTHS, BalanceCase
 from conformance.balance.draw import cut
 from conformance.balance.kind import requires
 from conformance.balance.verdicts import (
@@ -31,7 +31,7 @@ from moe_ref import BiasUpdateSpec, bias_update, tokens_per_expert
 # counts
 
 
-def without_null(spec: BatchSpec) -> bool:
+def without_null(spec) -> bool:
     return not spec.num_null_experts
 
 
@@ -71,17 +71,17 @@ ONE_PART = given(
 SEVERAL_SHARDS = given("judged on several shards", lambda case: len(case.inputs.get("tokens_per_shard", ())) > 1)
 
 
-def all_slots(spec: BatchSpec) -> bool:
+def all_slots(spec) -> bool:
     """All slots of the given choice are counted."""
     return spec.balance.counts == "routed" and spec.balance.counted_slots is None
 
 
-def one_batch(spec: BatchSpec) -> bool:
+def one_batch(spec) -> bool:
     """A loss of one batch in which all slots of the given choice are counted."""
     return spec.balance.per == "batch" and spec.balance.scope == "global" and all_slots(spec)
 
 
-def of_slots(spec: BatchSpec) -> bool:
+def of_slots(spec) -> bool:
     """The loss of the paper: shares of the slots times softmax scores."""
     return one_batch(spec) and spec.balance.counts_over == "slots" and spec.balance.score_func == "softmax"
 
@@ -220,7 +220,7 @@ def hold_bias(judge: Judge, case: BalanceCase, title: str, *, of_E: np.ndarray |
     wanted_E, found_E = bias_update(counts_E, case.rule("update"), case.expert_bias_E), bias_of_subject(judge, case)
     right_E = np.abs(found_E - wanted_E) <= bias_radius(judge, case, wanted_E)
     if (~right_E & of_E).any():
-        before = f"{title}; before {shown(case.expert_bias_E)}, counts {shown(counts_E)}"
+        before = f"{title}; before {shown(case.expert_bias_E)}, counts {counts_E.tolist()}"
         accuse(before, expected=shown(wanted_E), received=shown(found_E))
 
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from conformance.core.fault import surrounds
-from moe_ref import balance as room
+from conformance.core.fault import replaces, surrounds
+from moe_ref.balance import log_sum_exp
 
 
 @surrounds(breaks="LOD-1")
@@ -47,9 +47,8 @@ def the_main_loss_is_in_it(run, memory, *arguments, **inputs):
 
 @surrounds(breaks="LOD-6", links=("mindspore-ai/hyper-parallel#752",))
 def the_loss_ignores_the_balance(run, memory, logits_TE, ids_TK, balance, router, **inputs):
-    """Counts are broadcast along the wrong axis, and the loss is nearly a constant."""
-    found = run(logits_TE, ids_TK, balance, router, **inputs)
-    return found | {"loss": balance.coeff * 1.0}
+    """The counts are summed before they meet the scores: the loss is coeff, however uneven they are."""
+    return run(logits_TE, ids_TK, balance, router, **inputs) | {"loss": balance.coeff}
 
 
 @surrounds(breaks="LOD-7", links=("NVIDIA/TransformerEngine#2720",))
@@ -61,9 +60,9 @@ def one_slot_is_not_normed(run, memory, logits_TE, ids_TK, balance, router, **in
 
 
 @surrounds(breaks="LOD-6")
-def softmax_twice(run, memory, logits_TE, ids_TK, balance, router, **inputs):
+def scores_are_scored_again(run, memory, logits_TE, ids_TK, balance, router, **inputs):
     """The scores are taken for logits and scored again."""
-    return run(np.exp(logits_TE - room.log_sum_exp(logits_TE)), ids_TK, balance, router, **inputs)
+    return run(np.exp(logits_TE - log_sum_exp(logits_TE)), ids_TK, balance, router, **inputs)
 
 
 @surrounds(breaks="LOD-8", links=("huggingface/transformers#43775",))
@@ -92,9 +91,9 @@ def sequences_are_one_batch(run, memory, logits_TE, ids_TK, balance, router, *, 
 
 @surrounds(breaks="LOD-12", links=("NVIDIA/Megatron-LM#5798",))
 def the_gradient_is_scaled(run, memory, logits_TE, ids_TK, balance, router, **inputs):
-    """The gradient is divided by the number of slots as well; the loss that is logged is right."""
+    """The gradient is divided by the number of slots of a token once more; the loss that is logged is right."""
     found = run(logits_TE, ids_TK, balance, router, **inputs)
-    return found | {"d_logits_TE": found["d_logits_TE"] / 2}
+    return found | {"d_logits_TE": found["d_logits_TE"] / ids_TK.shape[1]}
 
 
 @surrounds(breaks="LOD-13", links=("NVIDIA/Megatron-LM#5047", "ruimalheiro/gradient-garden#113"))
@@ -114,14 +113,14 @@ def a_local_loss_over_all_shards(run, memory, logits_TE, ids_TK, balance, router
 def the_sum_has_no_order(run, memory, *arguments, **inputs):
     """Terms are summed as they come, and the last bits with them."""
     memory["calls"] = memory.get("calls", 0) + 1
-    found = run(*arguments, **inputs)
-    return found | {"loss": np.nextafter(np.float32(found["loss"]), np.float32(9 * (memory["calls"] % 2)))}
+    found, towards = run(*arguments, **inputs), np.float32(np.inf if memory["calls"] % 2 else 0)
+    return found | {"loss": np.nextafter(np.float32(found["loss"]), towards)}
 
 
 @surrounds(breaks="LOD-16", links=("huggingface/transformers#48421",))
 def z_loss_of_scores(run, memory, logits_TE, coeff, **inputs):
     """The variable of the logits holds their softmax by then."""
-    return run(np.exp(logits_TE - room.log_sum_exp(logits_TE)), coeff, **inputs)
+    return run(np.exp(logits_TE - log_sum_exp(logits_TE)), coeff, **inputs)
 
 
 @surrounds(breaks="LOD-16", links=("allenai/OLMo-core#60",))
@@ -134,14 +133,13 @@ def z_loss_over_experts_too(run, memory, logits_TE, coeff, **inputs):
 def z_gradient_of_a_sum(run, memory, logits_TE, coeff, **inputs):
     """The gradient is that of the sum over tokens."""
     found = run(logits_TE, coeff, **inputs)
-    return found | {"d_logits_TE": found["d_logits_TE"] * (1 + len(logits_TE))}
+    return found | {"d_logits_TE": found["d_logits_TE"] * len(logits_TE)}
 
 
-@surrounds(breaks="LOD-18", links=("NVIDIA/Megatron-LM#1545",))
-def exp_overflows(run, memory, logits_TE, ids_TK, balance, router, **inputs):
+@replaces("log_sum_exp", breaks="LOD-18", links=("NVIDIA/Megatron-LM#1545",))
+def exp_overflows(values_TE):
     """Logits are not shifted before exp."""
-    return run(np.minimum(logits_TE, 88) if balance.scores_sum_to_1 else logits_TE * 0.9, ids_TK, balance, router,
-               **inputs)  # fmt: skip
+    return np.log(np.exp(values_TE).sum(axis=-1, keepdims=True))
 
 
 @surrounds(breaks="LOD-19", links=("AI-Hypercomputer/maxtext#2494",))
@@ -191,5 +189,4 @@ def frozen_experts_move(run, memory, counts_SE, update, expert_bias_E):
 @surrounds(breaks="LOD-25")
 def counts_are_float32(run, memory, counts_SE, update, expert_bias_E):
     """Counts are kept in a float32 buffer."""
-    return run(counts_SE.astype(np.float32).astype(np.int64) // 4 * 4 if counts_SE.max() >= 2**24 else counts_SE,
-               update, expert_bias_E)  # fmt: skip
+    return run(counts_SE.astype(np.float32).astype(np.int64), update, expert_bias_E)

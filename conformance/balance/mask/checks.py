@@ -10,7 +10,7 @@ from conformance.balance.bounds import (
     weights_radius,
     z_loss_radius,
 )
-from conformance.balance.case import LENGTHS, BalanceCase, BatchSpec
+from conformance.balance.case import LENGTHS, BalanceCase
 from conformance.balance.kind import requires
 from conformance.balance.verdicts import (
     hold_balance,
@@ -52,12 +52,12 @@ def unmasked(case: BalanceCase) -> BalanceCase:
     return case.with_inputs(token_mask_T=None)
 
 
-def of_batches(spec: BatchSpec) -> bool:
+def of_batches(spec) -> bool:
     """A batch that is not cut into shards has one mean; then no scope makes a difference."""
     return spec.balance.per == "batch"
 
 
-def of_units(spec: BatchSpec) -> bool:
+def of_units(spec) -> bool:
     """Each sequence or each shard may have a mean of its own."""
     return spec.balance.per == "sequence" or spec.balance.scope != "global"
 

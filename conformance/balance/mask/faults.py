@@ -3,8 +3,7 @@
 import numpy as np
 
 from conformance.core.fault import surrounds
-from moe_ref import UNUSED, tokens_per_expert
-from moe_ref import balance as room
+from moe_ref import UNUSED, balance, tokens_per_expert
 
 
 @surrounds(breaks="MSK-1", links=("vllm-project/vllm#38128",))
@@ -14,7 +13,7 @@ def padding_is_in_the_counts(run, memory, ids_TK, E, **inputs):
 
 
 @surrounds(breaks="MSK-1", links=("sgl-project/sglang#40672",))
-def padding_is_taken_for_a_tail(run, memory, ids_TK, E, *, token_mask_T=None):
+def only_a_tail_is_taken_for_padding(run, memory, ids_TK, E, *, token_mask_T=None):
     """As many first rows are counted as there are valid tokens."""
     return tokens_per_expert(ids_TK if token_mask_T is None else ids_TK[: token_mask_T.sum()], E)
 
@@ -41,10 +40,10 @@ def padding_has_a_gradient(run, memory, *arguments, token_mask_T=None, **inputs)
 
 
 @surrounds(breaks="MSK-4")
-def an_empty_sequence_is_in_the_mean(run, memory, logits_TE, ids_TK, balance, router, **inputs):
+def an_empty_sequence_is_in_the_mean(run, memory, logits_TE, ids_TK, spec, router, **inputs):
     """The mean is over as many sequences or shards as there are places for."""
-    found = run(logits_TE, ids_TK, balance, router, **inputs)
-    tokens_U = room.balance(logits_TE, ids_TK, balance, **inputs).tokens_U
+    found = run(logits_TE, ids_TK, spec, router, **inputs)
+    tokens_U = balance(logits_TE, ids_TK, spec, **inputs).tokens_U
     return {name: value * (tokens_U > 0).mean() for name, value in found.items()} if len(tokens_U) else found
 
 
