@@ -62,6 +62,11 @@ class BatchSpec:
     def num_choices(self) -> int:
         return self.num_experts + self.num_null_experts
 
+    def is_for(self, method: str) -> bool:
+        """Whether the batch has the rule that a method of a subject gets; or none, where the method gets none."""
+        rule = RULES[method]
+        return self.rule is None if rule is None else getattr(self, rule) is not None
+
     def to_dict(self) -> dict:
         """Plain data; `from_dict` reads it back."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from conformance.balance.case import RULES, BalanceCase, BatchSpec
+from conformance.balance.case import BalanceCase, BatchSpec
 from conformance.core.check import Check
 
 
@@ -23,10 +23,8 @@ class BalanceCheck(Check):
     tokens: tuple[int, ...] = (12, 1)
 
     def wants_spec(self, spec: BatchSpec) -> bool:
-        """Whether a spec has the rule that the method gets, and no other one."""
-        rule = RULES[self.method]
-        own = spec.rule is None if rule is None else getattr(spec, rule) is not None
-        return own and self.spec(spec)
+        """Whether a spec has the rule that the method gets, and is one that the check asks for."""
+        return spec.is_for(self.method) and self.spec(spec)
 
     def wants(self, case) -> bool:
         return isinstance(case, BalanceCase) and self.wants_spec(case.spec)

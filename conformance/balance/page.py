@@ -38,7 +38,7 @@ def rows_of_page(case: BalanceCase, token: int | None) -> list[tuple[str, str]]:
 def side_by_side(judge: Judge, case: BalanceCase, most_tokens: int) -> str:
     """Every step of the reference, and what the subject returned beside it."""
     lines = [f"      {name:<21} {text}" for name, text in rows_of_page(case, None)]
-    for method in _methods(case):
+    for method in filter(case.spec.is_for, RULES):
         try:
             found = _of_subject(judge, case, method)
         except (NotRun, Violation) as error:
@@ -51,12 +51,6 @@ def side_by_side(judge: Judge, case: BalanceCase, most_tokens: int) -> str:
     if case.num_tokens > most_tokens:
         lines.append(f"    and {case.num_tokens - most_tokens} more tokens")
     return "\n".join(lines)
-
-
-def _methods(case: BalanceCase) -> list[str]:
-    """Methods that get the rule of the case; or those that get none, where it has none."""
-    rules = {method: None if rule is None else getattr(case.spec, rule) for method, rule in RULES.items()}
-    return [method for method, rule in rules.items() if rule is case.spec.rule]
 
 
 def _of_subject(judge: Judge, case: BalanceCase, method: str) -> dict:
