@@ -1,19 +1,17 @@
-"""conformance, the case of load: a routed batch and what is counted, charged, bounded or balanced in it.
+"""conformance, balance: its case. A routed batch, and what is counted, charged, bounded or moved in it.
 
-It has the interface of `Case`, so that a failure shrinks, is shown, replays and is declared in the same way.
-
-Legend: T tokens, E experts, K top_k, S ranks or micro-batches.
+Legend: T tokens, E experts, K top_k, S ranks or micro-batches of one step.
 """
 
-import hashlib
-import json
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from conformance.router.case import _plain as plain
+from conformance.core.case import Case, plain, rounder
+from conformance.core.subject import Subject
 from moe_ref import (
     UNUSED,
     BalanceSpec,
@@ -25,8 +23,13 @@ from moe_ref import (
     balance_loss_backward,
     capacity_backward,
 )
+from moe_ref.balance import BalanceTrace
+from moe_ref.capacity import CapacityTrace
 
+RULES = {"load": None, "z_loss": None, "balance_loss": "balance", "bias_update": "update", "capacity": "capacity"}
+"""Methods of a subject, and the field of a BatchSpec with the rule that each gets."""
 LENGTHS = ("sequence_lengths", "tokens_per_shard")
+"""Inputs that cut a batch into consecutive parts."""
 ARRAYS: dict[str, Any] = {
     "logits_TE": np.float64,
     "expert_ids_TK": np.int64,
@@ -38,7 +41,7 @@ ARRAYS: dict[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadSpec:
+class BatchSpec:
     """The sizes of a batch, and the rule that is judged on it, if any."""
 
     num_experts: int
@@ -59,24 +62,33 @@ class LoadSpec:
     def num_choices(self) -> int:
         return self.num_experts + self.num_null_experts
 
+    def is_for(self, method: str) -> bool:
+        """Whether the batch has the rule that a method of a subject gets; or none, where the method gets none."""
+        rule = RULES[method]
+        return self.rule is None if rule is None else getattr(self, rule) is not None
+
     def to_dict(self) -> dict:
         """Plain data; `from_dict` reads it back."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         return {name: value if isinstance(value, (int, float)) else value.to_dict() for name, value in found.items()}
 
     @classmethod
-    def from_dict(cls, values: dict) -> "LoadSpec":
+    def from_dict(cls, values: dict) -> Self:
         """Reads what `to_dict` wrote."""
-        values = dict(values)
         rules = {"balance": BalanceSpec, "update": BiasUpdateSpec, "capacity": CapacitySpec}
         return cls(**{name: rules[name].from_dict(v) if name in rules else v for name, v in values.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadCase:
-    """A routed batch, in float64; the subject is given float32, which holds the numbers."""
+class BalanceCase(Case):
+    """A routed batch, in float64; the subject is given float32, which holds the numbers.
 
-    spec: LoadSpec
+    `inputs`: token_mask_T, sequence_lengths, tokens_per_shard.
+    """
+
+    KEYS = frozenset({"load_spec", *ARRAYS})
+
+    spec: BatchSpec
     logits_TE: np.ndarray
     expert_ids_TK: np.ndarray
     """In slot order; chosen with a bias, so that they are not the best scores."""
@@ -86,37 +98,33 @@ class LoadCase:
     counts_SE: np.ndarray
     """Counts of one step by rank or micro-batch."""
     expert_bias_E: np.ndarray
-    inputs: dict = field(default_factory=dict)
-    """token_mask_T, sequence_lengths, tokens_per_shard."""
-    seed: int = 0
-    dtype: str = "float32"
 
     @cached_property
-    def balance(self):
+    def balance_trace(self) -> BalanceTrace:
         """The oracle's trace of the balance loss."""
         return balance(self.logits_TE, self.expert_ids_TK, self.rule("balance"), **self.inputs)
 
     @cached_property
-    def d_balance_TE(self) -> np.ndarray:
-        """The oracle's gradient of the balance loss."""
+    def balance_gradient_TE(self) -> np.ndarray:
+        """The oracle's gradient of the balance loss by the logits."""
         return balance_loss_backward(self.logits_TE, self.expert_ids_TK, self.rule("balance"), **self.inputs)
 
     @cached_property
-    def limited(self):
+    def capacity_trace(self) -> CapacityTrace:
         """The oracle's trace of the capacity."""
         return apply_capacity(
             self.expert_ids_TK, self.weights_TK, self.rule("capacity"), self.spec.num_experts, **self.inputs
         )
 
     @cached_property
-    def d_limited_TK(self) -> np.ndarray:
-        """The oracle's gradient of the weights before the capacity."""
-        return capacity_backward(self.limited, self.rule("capacity"), self.d_weights_TK)
+    def capacity_gradient_TK(self) -> np.ndarray:
+        """The oracle's gradient by the weights before the capacity."""
+        return capacity_backward(self.capacity_trace, self.rule("capacity"), self.d_weights_TK)
 
     def rule(self, name: str) -> Any:
         """The rule of that name, which the case has."""
         found = getattr(self.spec, name)
-        assert found is not None, f"a case of {name}"
+        assert found is not None, f"a case without {name}"
         return found
 
     @property
@@ -130,34 +138,11 @@ class LoadCase:
             score_func=score_func,
         )
 
-    @cached_property
-    def tags(self) -> frozenset[str]:
-        """What is special about this case."""
-        return frozenset(tag for tag, holds in LOAD_TAGS.items() if holds(self))
-
     @property
     def num_tokens(self) -> int:
         return len(self.logits_TE)
 
-    @property
-    def valid_T(self) -> np.ndarray:
-        """(T,) which tokens are not padding."""
-        return self.inputs.get("token_mask_T", np.ones(self.num_tokens, dtype=bool))
-
-    def rng(self) -> np.random.Generator:
-        """The source of a requirement's draws."""
-        return np.random.default_rng(self.seed)
-
-    def with_(self, **changes) -> "LoadCase":
-        """A copy with other values."""
-        return replace(self, **changes)
-
-    def with_inputs(self, **inputs) -> "LoadCase":
-        """A copy with other further inputs; None takes one away."""
-        merged = self.inputs | inputs
-        return self.with_(inputs={name: value for name, value in merged.items() if value is not None})
-
-    def tokens(self, rows) -> "LoadCase":
+    def tokens(self, rows) -> Self:
         """The case of some of its tokens, which stay in their order, sequence and shard."""
         rows = np.sort(rows)
         inputs = dict(self.inputs)
@@ -170,23 +155,32 @@ class LoadCase:
         by_token = ("logits_TE", "expert_ids_TK", "weights_TK", "d_weights_TK")
         return self.with_(inputs=inputs, **{name: getattr(self, name)[rows] for name in by_token})
 
-    def without_padding(self) -> "LoadCase":
-        """The case of its valid tokens, without a mask."""
-        return self.tokens(np.flatnonzero(self.valid_T)).with_inputs(token_mask_T=None)
+    def simpler(self) -> Iterator[Self]:
+        """Without a mask or lengths; counts of fewer ranks; rounder numbers."""
+        for name in self.inputs:
+            yield self.with_inputs(**{name: None})
+        if len(self.counts_SE) > 1:
+            yield from (self.with_(counts_SE=np.delete(self.counts_SE, s, axis=0)) for s in range(len(self.counts_SE)))
+        yield from (self.with_(expert_bias_E=each) for each in rounder(self.expert_bias_E))
+        yield from (self.with_(logits_TE=each) for each in rounder(self.logits_TE))
+
+    def why_not(self, subject: Subject, method: str) -> str | None:
+        """By the rule, where the method gets one."""
+        return None if RULES[method] is None else subject.supports_load(self.spec.rule)
 
     def to_json(self) -> dict:
-        """Plain data; -inf and NaN are strings, so that any JSON reader takes it."""
-        found = {name: plain(getattr(self, name)) for name in ARRAYS}
+        """Plain data."""
+        arrays = {name: plain(getattr(self, name)) for name in ARRAYS}
         inputs = {name: plain(v) if isinstance(v, np.ndarray) else list(v) for name, v in self.inputs.items()}
-        return {"load_spec": self.spec.to_dict(), **found, "inputs": inputs, "seed": self.seed}
+        return {"load_spec": self.spec.to_dict(), **arrays, "inputs": inputs, "seed": self.seed}
 
     @classmethod
-    def from_json(cls, data: dict) -> "LoadCase":
-        """Reads what `to_json` wrote; an unknown or missing key is a ValueError."""
-        known = {"load_spec", "inputs", "seed", *ARRAYS}
-        if data.keys() - known or not {"load_spec", *ARRAYS} <= data.keys():
-            raise ValueError(f"a case of load has the keys {sorted(known)}, not {sorted(data)}")
-        spec = LoadSpec.from_dict(data["load_spec"])
+    def from_json(cls, data: dict) -> Self:
+        """Reads what `to_json` wrote."""
+        known = cls.KEYS | {"inputs", "seed"}
+        if data.keys() - known or not data.keys() >= cls.KEYS:
+            raise ValueError(f"a case of balance has the keys {sorted(known)}, not {sorted(data)}")
+        spec = BatchSpec.from_dict(data["load_spec"])
         width = {"E": spec.num_experts, "K": spec.top_k}
         arrays = {}
         for name, dtype in ARRAYS.items():
@@ -198,47 +192,42 @@ class LoadCase:
         }
         return cls(spec=spec, inputs=inputs, seed=data.get("seed", 0), **arrays)
 
-    @cached_property
-    def digest(self) -> str:
-        """Six hex digits that name the case."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:6]
 
-
-def _of(name: str, **wanted):
-    """Whether a case's rule of that name has these values."""
+def _has(name: str, /, **wanted) -> Callable[[BalanceCase], bool]:
+    """Whether a case has the rule of that name, with these values."""
     return lambda c: (
-        (rule := getattr(c.spec, name)) is not None
-        and all(getattr(rule, field) == value for field, value in wanted.items())
+        (found := getattr(c.spec, name)) is not None
+        and all(getattr(found, field) == value for field, value in wanted.items())
     )
 
 
-LOAD_TAGS = {
-    "balance": _of("balance"),
-    "softmax_scores": _of("balance", score_func="softmax"),
-    "sigmoid_scores": _of("balance", score_func="sigmoid"),
-    "sqrtsoftplus_scores": _of("balance", score_func="sqrtsoftplus"),
-    "normed_scores": _of("balance", norm_scores=True),
-    "unbiased_counts": _of("balance", counts="unbiased"),
-    "counts_over_tokens": _of("balance", counts_over="tokens"),
-    "per_sequence": _of("balance", per="sequence"),
-    "local_scope": _of("balance", scope="local"),
-    "running_scope": _of("balance", scope="running"),
+BalanceCase.TAGS = {
+    "balance": _has("balance"),
+    "softmax_scores": _has("balance", score_func="softmax"),
+    "sigmoid_scores": _has("balance", score_func="sigmoid"),
+    "sqrtsoftplus_scores": _has("balance", score_func="sqrtsoftplus"),
+    "normed_scores": _has("balance", norm_scores=True),
+    "unbiased_counts": _has("balance", counts="unbiased"),
+    "counts_over_tokens": _has("balance", counts_over="tokens"),
+    "per_sequence": _has("balance", per="sequence"),
+    "local_scope": _has("balance", scope="local"),
+    "running_scope": _has("balance", scope="running"),
     "first_slots": lambda c: c.spec.balance is not None and c.spec.balance.counted_slots is not None,
-    "bias_update": _of("update"),
-    "sign_rule": _of("update", rule="sign"),
-    "centred": _of("update", centred=True),
+    "bias_update": _has("update"),
+    "sign_rule": _has("update", rule="sign"),
+    "centred": _has("update", centred=True),
     "frozen": lambda c: c.spec.update is not None and any(c.spec.update.frozen_E or ()),
     "large_counts": lambda c: bool((c.counts_SE >= 2**24).any()),
     "equal_counts": lambda c: len(set(c.counts_SE.sum(axis=0).tolist())) == 1,
     "several_counts": lambda c: len(c.counts_SE) > 1,
-    "capacity": _of("capacity"),
-    "per_sequence_capacity": _of("capacity", scope="sequence"),
-    "per_rank_capacity": _of("capacity", scope="rank"),
-    "slot_major": _of("capacity", drop_order="slot_major"),
-    "by_weight": _of("capacity", drop_order="by_weight"),
+    "capacity": _has("capacity"),
+    "per_sequence_capacity": _has("capacity", scope="sequence"),
+    "per_rank_capacity": _has("capacity", scope="rank"),
+    "slot_major": _has("capacity", drop_order="slot_major"),
+    "by_weight": _has("capacity", drop_order="by_weight"),
     "renormalised": lambda c: c.spec.capacity is not None and c.spec.capacity.renormalise != "no",
     "two_limits": lambda c: c.spec.capacity is not None and c.spec.capacity.then is not None,
-    "padded_to_capacity": _of("capacity", pad_to_capacity=True),
+    "padded_to_capacity": _has("capacity", pad_to_capacity=True),
     "one_slot": lambda c: c.spec.top_k == 1,
     "null_choices": lambda c: c.spec.num_null_experts > 0,
     "unused_slots": lambda c: bool((c.expert_ids_TK == UNUSED).any()),
@@ -249,4 +238,3 @@ LOAD_TAGS = {
     "no_tokens": lambda c: c.num_tokens == 0,
     "big_logits": lambda c: bool((np.abs(c.logits_TE[np.isfinite(c.logits_TE)]) > 80).any()),
 }
-"""name -> whether a case of load has it. Each is decided from the case alone, so that a replay decides alike."""

@@ -1,17 +1,19 @@
-"""conformance, what is generated for load: rules from a pool, routed batches, counts, sequences, shards and padding.
+"""conformance, balance: what is generated. Rules from a pool, routed batches, counts, sequences, shards and padding.
 
 Scores and weights stand clear of each other, so that what is counted and what is dropped is beyond doubt.
 """
 
 from collections import Counter
 from collections.abc import Iterator
-from weakref import WeakKeyDictionary
 
 import numpy as np
-from hypothesis import strategies as st
 
-from conformance.balance.case import LoadCase, LoadSpec
-from conformance.core.judge import LOAD_RULES, Judge, LoadCheck
+from conformance.balance.case import RULES, BalanceCase, BatchSpec
+from conformance.balance.check import BalanceCheck
+from conformance.core.case import float32
+from conformance.core.drawing import one_of
+from conformance.core.judge import Judge
+from conformance.core.kind import settings_of
 from moe_ref import BALANCE_FORMS, UNUSED, BalanceSpec, BiasUpdateSpec, CapacitySpec
 
 SIGMOID = {"score_func": "sigmoid", "norm_scores": True}
@@ -63,50 +65,39 @@ SIZES = ((5, 2), (7, 3), (5, 1), (8, 4))
 """(E, K); mostly primes, so that no axis fits another."""
 
 
-def _pool() -> list[LoadSpec]:
+def _pool() -> list[BatchSpec]:
     """Rules on batches of several sizes; the plainest first."""
     found = [
-        LoadSpec(num_experts=E, top_k=K, coeff=coeff) for (E, K), coeff in zip(SIZES, (1, 0.1, 0.5, 2), strict=True)
+        BatchSpec(num_experts=E, top_k=K, coeff=coeff) for (E, K), coeff in zip(SIZES, (1, 0.1, 0.5, 2), strict=True)
     ]
-    found += [LoadSpec(num_experts=E, top_k=K, num_null_experts=Z) for E, K, Z in ((3, 3, 3), (5, 2, 1))]
+    found += [BatchSpec(num_experts=E, top_k=K, num_null_experts=Z) for E, K, Z in ((3, 3, 3), (5, 2, 1))]
     for number, rule in enumerate(BALANCES):
         E, K = SIZES[number % 2]
-        found += [LoadSpec(num_experts=E, top_k=K, balance=rule)]
-        found += [LoadSpec(num_experts=5, top_k=1, balance=rule)] if rule.counted_slots is None else []
-    found += [LoadSpec(num_experts=5, top_k=2, update=rule) for rule in UPDATES]
+        found += [BatchSpec(num_experts=E, top_k=K, balance=rule)]
+        found += [BatchSpec(num_experts=5, top_k=1, balance=rule)] if rule.counted_slots is None else []
+    found += [BatchSpec(num_experts=5, top_k=2, update=rule) for rule in UPDATES]
     for number, rule in enumerate(CAPACITIES):
         E, K = SIZES[number % 4]
-        found += [LoadSpec(num_experts=E, top_k=K, capacity=rule), LoadSpec(num_experts=5, top_k=3, capacity=rule)]
-    found += [LoadSpec(num_experts=3, top_k=3, num_null_experts=2, capacity=rule) for rule in CAPACITIES[:4]]
+        found += [BatchSpec(num_experts=E, top_k=K, capacity=rule), BatchSpec(num_experts=5, top_k=3, capacity=rule)]
+    found += [BatchSpec(num_experts=3, top_k=3, num_null_experts=2, capacity=rule) for rule in CAPACITIES[:4]]
     return list(dict.fromkeys(found))
 
 
-LOAD_SPECS: list[LoadSpec] = _pool()
+BATCH_SPECS: list[BatchSpec] = _pool()
 
 
-def _thin() -> list[LoadSpec]:
+def _thin() -> list[BatchSpec]:
     """Every batch without a rule, each rule on the first of its batches, and one loss of normed scores with K = 1."""
     first = {}
-    for spec in LOAD_SPECS:
+    for spec in BATCH_SPECS:
         first.setdefault(spec.rule, spec)
-    one_slot = LoadSpec(num_experts=5, top_k=1, balance=BalanceSpec(coeff=0.01, **SIGMOID, score_eps=1e-20))
-    assert one_slot in LOAD_SPECS
-    return [spec for spec in LOAD_SPECS if spec.rule is None or spec in (first[spec.rule], one_slot)]
+    one_slot = BatchSpec(num_experts=5, top_k=1, balance=BalanceSpec(coeff=0.01, **SIGMOID, score_eps=1e-20))
+    assert one_slot in BATCH_SPECS
+    return [spec for spec in BATCH_SPECS if spec.rule is None or spec in (first[spec.rule], one_slot)]
 
 
-THIN_LOAD_SPECS: list[LoadSpec] = _thin()
+THIN_BATCH_SPECS: list[BatchSpec] = _thin()
 """For subjects that compile: a loss or a capacity takes a second for each rule and size."""
-
-
-def supported(judge: Judge, check: LoadCheck) -> tuple[list[LoadSpec], Counter]:
-    """The specs that the check wants and the subject supports, and why the others are not run."""
-    pool = THIN_LOAD_SPECS if judge.subject.compiles else LOAD_SPECS
-    wanted = [spec for spec in pool if check.wants_spec(spec)]
-    if LOAD_RULES[check.method] is None:
-        return wanted, Counter()
-    why = [judge.subject.supports_load(spec.rule) for spec in wanted]
-    found = [spec for spec, sentence in zip(wanted, why, strict=True) if sentence is None]
-    return found, Counter(sentence for sentence in why if sentence)
 
 
 def logits_of_kind(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
@@ -118,24 +109,30 @@ def logits_of_kind(kind: str, shape: tuple[int, int], rng: np.random.Generator) 
         # The largest is at least 0: where all scores underflow there is nothing to compare.
         logits_TE = 40 * (logits_TE - logits_TE.max(axis=-1, keepdims=True, initial=-np.inf))
         logits_TE = logits_TE + rng.uniform(0, 200, (T, 1))
-    return logits_TE.astype(np.float32).astype(np.float64)
+    return float32(logits_TE)
 
 
-def ids_of_kind(kind: str, logits_TE, spec: LoadSpec, rng: np.random.Generator) -> np.ndarray:
-    """(T, K) distinct choices: of biased scores, the same for every token, or with unused slots."""
+def ids_of_kind(kind: str, logits_TE, spec: BatchSpec, rng: np.random.Generator) -> np.ndarray:
+    """(T, K) distinct choices: of biased scores, the same for every token, with unused slots, or of one hot expert.
+
+    With a hot expert the last token alone begins with another one.
+    """
     T, K = len(logits_TE), spec.top_k
     null_TZ = rng.normal(0, 1.5, (T, spec.num_null_experts))
     ranked_TE = np.concatenate([np.clip(logits_TE, -3, 3), null_TZ], axis=1) + rng.normal(0, 1.5, spec.num_choices)
     if kind == "collapsed":
         ranked_TE = np.broadcast_to(rng.random(spec.num_choices), ranked_TE.shape)
+    if kind == "hot":
+        ranked_TE = np.tile(rng.random(spec.num_choices), (T, 1))
+        ranked_TE[-1:] = np.roll(ranked_TE[-1:], 1, axis=-1)
     ids_TK = np.argsort(-ranked_TE, axis=-1, kind="stable")[:, :K]
     return np.where(rng.random((T, K)) < 0.3, UNUSED, ids_TK) if kind == "unused" else ids_TK
 
 
-def counts_of_kind(kind: str, num_experts: int, rng: np.random.Generator) -> np.ndarray:
+def counts_of_kind(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """(S, E) counts of the ranks or micro-batches of one step."""
-    S = int(rng.integers(1, 4))
-    counts_SE = rng.integers(0, 30, (S, num_experts))
+    counts_SE = rng.integers(0, 30, shape)
+    num_experts = shape[1]
     if kind == "large":
         counts_SE[:] = 0
         counts_SE[0] = 2**25 + rng.permutation(num_experts) - num_experts // 2
@@ -167,7 +164,7 @@ def cut(num_tokens: int, rng: np.random.Generator, *, evenly: bool, at=None, par
     return tuple(np.diff(np.concatenate([[0], ends, [num_tokens]])).astype(int).tolist())
 
 
-def lengths_of(spec: LoadSpec, num_tokens: int, wanted, rng: np.random.Generator, *, evenly: bool) -> dict:
+def lengths_of(spec: BatchSpec, num_tokens: int, wanted, rng: np.random.Generator, *, evenly: bool) -> dict:
     """Sequences and shards, where the rule asks for them and the check allows it; shards are of whole sequences."""
     rules = [rule for rule in (spec.balance, spec.capacity, spec.capacity and spec.capacity.then) if rule]
     of_sequences = any("sequence" in (getattr(rule, "per", ""), rule.scope) for rule in rules)
@@ -182,64 +179,85 @@ def lengths_of(spec: LoadSpec, num_tokens: int, wanted, rng: np.random.Generator
     return {name: lengths for name, lengths in found.items() if len(lengths) > 1}
 
 
-def make_load_case(
-    spec: LoadSpec,
-    check: LoadCheck,
+def weights_of_kind(kind: str, ids_TK: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(T, K) weights of the used slots: no two of them equal, or all of them."""
+    weights_TK = (1 + rng.permutation(ids_TK.size).reshape(ids_TK.shape)) / 64
+    return np.where(ids_TK == UNUSED, 0, 0.5 if kind == "equal" else weights_TK)
+
+
+def mask_of_kind(kind: str, case: BalanceCase, rng: np.random.Generator) -> np.ndarray:
+    """(T,) which tokens are valid: some, none, or some but none of one sequence or shard that has its own mean."""
+    T = case.num_tokens
+    if kind == "all":
+        return np.zeros(T, dtype=bool)
+    valid_T = rng.random(T) < 0.6
+    if kind == "unit":
+        unit_of_T = case.balance_trace.unit_of_T
+        valid_T &= unit_of_T != unit_of_T[rng.integers(T)]
+    return valid_T
+
+
+def make_case(
+    spec: BatchSpec,
+    check: BalanceCheck,
     *,
     logits: str,
     ids: str,
+    weights: str,
     counts: str,
+    num_counts: int,
+    masks: str,
     tokens: int,
     seed: int,
     evenly: bool = False,
-) -> LoadCase:
-    """The case of these choices."""
+) -> BalanceCase:
+    """The case of these choices; a choice is named like the field of the check that it is of."""
     rng = np.random.default_rng(seed)
     T, E, K = tokens, spec.num_experts, spec.top_k
     inputs = lengths_of(spec, T, check.inputs, rng, evenly=evenly)
     logits_TE = logits_of_kind(logits, (T, E), rng)
     ids_TK = ids_of_kind(ids, logits_TE, spec, rng)
-    if "token_mask_T" in check.inputs:
-        inputs["token_mask_T"] = rng.random(T) < rng.choice([0.6, 0.6, 0.6, 0.0])
-    weights_TK = (1 + rng.permutation(T * K).reshape(T, K)) / 64
-    return LoadCase(
+    case = BalanceCase(
         spec=spec,
         logits_TE=logits_TE,
         expert_ids_TK=ids_TK,
-        weights_TK=np.where(ids_TK == UNUSED, 0, weights_TK),
+        weights_TK=weights_of_kind(weights, ids_TK, rng),
         d_weights_TK=rng.integers(-16, 17, (T, K)) / 8.0,
-        counts_SE=counts_of_kind(counts, E, rng),
+        counts_SE=counts_of_kind(counts, (num_counts, E), rng),
         expert_bias_E=rng.integers(-64, 65, E) / 64.0,
         inputs=inputs,
         seed=seed,
     )
+    return case.with_inputs(token_mask_T=mask_of_kind(masks, case, rng)) if "token_mask_T" in check.inputs else case
 
 
-def survey_load_cases(judge: Judge, check: LoadCheck) -> Iterator[LoadCase]:
-    """A case of each spec, so that a rare rule is not left to luck."""
-    for number, spec in enumerate(judge.specs(check)[0]):
-        choices = {name: getattr(check, name)[number % len(getattr(check, name))] for name in ("logits", "counts")}
-        yield make_load_case(
-            spec, check, ids=check.ids[0], tokens=check.tokens[0], seed=number, evenly=judge.subject.compiles, **choices
-        )
+def settings(judge: Judge, check: BalanceCheck) -> tuple[list[BatchSpec], Counter]:
+    """The specs that the check wants and the subject supports, and why the others are not run."""
+    pool = THIN_BATCH_SPECS if judge.subject.compiles else BATCH_SPECS
+    wanted = [spec for spec in pool if check.wants_spec(spec)]
+    if RULES[check.method] is None:
+        return wanted, Counter()
+    reasons = [judge.subject.supports_load(spec.rule) for spec in wanted]
+    supported = [spec for spec, why in zip(wanted, reasons, strict=True) if why is None]
+    return supported, Counter(why for why in reasons if why)
 
 
-def load_cases(judge: Judge, check: LoadCheck) -> st.SearchStrategy[LoadCase]:
-    """Cases that the check wants and the subject supports."""
-    drawn = _STRATEGIES.setdefault(judge, {})
-    compiles = judge.subject.compiles
-    if check.requirement not in drawn:
-        drawn[check.requirement] = st.builds(
-            lambda spec, **choices: make_load_case(spec, check, evenly=compiles, **choices),
-            st.sampled_from(judge.specs(check)[0]),
-            logits=st.sampled_from(check.logits),
-            ids=st.sampled_from(check.ids),
-            counts=st.sampled_from(check.counts),
-            tokens=st.sampled_from(check.tokens[:1] if compiles else check.tokens),
-            seed=st.integers(0, 2**32 - 1),
-        )
-    return drawn[check.requirement]
+DRAWN = ("logits", "ids", "weights", "counts", "num_counts", "masks", "tokens")
+"""Fields of a check with the choices for a case."""
 
 
-_STRATEGIES: WeakKeyDictionary[Judge, dict[str, st.SearchStrategy[LoadCase]]] = WeakKeyDictionary()
-"""Built once for a judge and a check: hypothesis takes longer to build a strategy than to draw from it."""
+def draw(judge: Judge, check: BalanceCheck, seed: int) -> BalanceCase:
+    """The case of a seed."""
+    rng, (specs, _), compiles = np.random.default_rng(seed), settings_of(judge, check), judge.subject.compiles
+    spec, choices = one_of(rng, specs), {name: one_of(rng, getattr(check, name)) for name in DRAWN}
+    if compiles:
+        choices["tokens"] = check.tokens[0]
+    return make_case(spec, check, **choices, seed=int(rng.integers(2**32)), evenly=compiles)
+
+
+def fixed(judge: Judge, check: BalanceCheck) -> Iterator[BalanceCase]:
+    """A case of each spec, so that no rare rule is left to luck; the choices take turns."""
+    for number, spec in enumerate(settings_of(judge, check)[0]):
+        choices = {name: getattr(check, name)[number % len(getattr(check, name))] for name in DRAWN}
+        choices |= {"ids": check.ids[0], "tokens": check.tokens[0]}
+        yield make_case(spec, check, **choices, seed=number, evenly=judge.subject.compiles)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from conformance.core.case import Case
 from conformance.core.check import CHECKS, Check
-from conformance.core.judge import Judge
+from conformance.core.judge import Judge, Violation
 from conformance.core.register import REQUIREMENTS
 from conformance.core.subject import Subject
 
@@ -82,8 +82,8 @@ class Kind(ABC):
     def faulty(self, fault: Any, **how: Any) -> Subject:
         """The reference with one Fault in it."""
 
-    def diagnose(self, judge: Judge, case: Any, faults: Iterable[Any]) -> list[Any]:
-        """The Faults whose output is the subject's on this case."""
+    def diagnose(self, judge: Judge, violation: Violation, faults: Iterable[Any]) -> list[Any]:
+        """The Faults that return what the subject returned on the case of a violation."""
         return []
 
 

@@ -1,4 +1,4 @@
-"""conformance, the traffic of a layout: rows and bytes across nodes, for each strategy, with and without node limits.
+"""conformance, pictures: rows and bytes across nodes for each strategy of a layout, with and without node limits.
 
     moe-conformance traffic --family deepseek_v3 --ep 64 --ranks-per-node 8
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from conformance.core.usage import UsageError
+from conformance.pictures.figure import figure_class, save
 from moe_ref.routing import route
 from moe_ref.specs.checks import integer, number
 from moe_ref.specs.families import family
@@ -61,7 +62,7 @@ def traffic(options) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from error
     if options.plot is not None:
-        _figure()
+        figure_class()
     asked = {name: demand(blocks(spec, layout, options), layout, spec) for name, spec in routings.items()}
     lines = [
         line(strategy, name, asked[name], layout, spec) for strategy in STRATEGIES for name, spec in routings.items()
@@ -158,7 +159,7 @@ def _megabytes(rows: int, options) -> float:
 
 def draw(lines: list[Line], options) -> None:
     """Bars: bytes across nodes of each strategy, one colour for each routing."""
-    figure = _figure()(figsize=(8, 4), layout="constrained")
+    figure = figure_class()(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
     routings = list(dict.fromkeys(each.routing for each in lines))
     for index, routing in enumerate(routings):
@@ -170,16 +171,7 @@ def draw(lines: list[Line], options) -> None:
     axes.set_ylabel("MB across nodes, out and back")
     axes.set_title(f"{options.family}, {options.ep} expert ranks, {options.ranks_per_node} on each node")
     axes.legend(title="routing")
-    figure.savefig(options.plot)
-
-
-def _figure():
-    """matplotlib's Figure; it is needed for a plot alone."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as missing:
-        raise UsageError("--plot draws with matplotlib, which is not installed: pip install matplotlib") from missing
-    return Figure
+    save(figure, options.plot)
 
 
 def add_options(command, positive) -> None:

@@ -4,13 +4,14 @@ import importlib
 import pkgutil
 from typing import Any
 
+from conformance.balance.kind import BALANCE
 from conformance.core.case import Case
 from conformance.core.fault import FAULTS, Fault, function_named
 from conformance.core.kind import KIND_OF_STAGE, Kind
 from conformance.core.register import STAGES
 from conformance.router.kind import ROUTER
 
-KINDS: tuple[Kind, ...] = (ROUTER,)
+KINDS: tuple[Kind, ...] = (ROUTER, BALANCE)
 """Every kind of thing that is judged, in the order of the data. A further kind is a folder and one line here."""
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 import moe_ref
 from conformance.core.subject import Routing
-from conformance.subjects.reference_load import ReferenceLoad
+from conformance.subjects.reference_balance import ReferenceBalance
 from moe_ref import RouterInputs, RouterSpec
 from moe_ref import experts as experts_room
 from moe_ref import permute as permute_room
@@ -17,7 +17,7 @@ from moe_ref.sharded import sharded_layer
 named = RouterInputs.keywords
 
 
-class Reference(ReferenceLoad):
+class Reference(ReferenceBalance):
     """moe_ref computed in float32, so that the judge's bounds are tried on ordinary rounding."""
 
     name, version = "reference", "float32"

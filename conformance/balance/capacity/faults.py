@@ -1,11 +1,10 @@
-"""conformance, balance, faults of capacity and replay: wrong capacities, drops, weights and records."""
-
-from dataclasses import replace
+"""conformance, balance, faults of capacity: wrong capacities, drops and weights."""
 
 import numpy as np
 
-from conformance.core.fault import surrounds
-from moe_ref import UNUSED, RoutingRecord
+from conformance.core.fault import replaces, surrounds
+from moe_ref import UNUSED
+from moe_ref.capacity import drop_order
 
 
 def factor(capacity, times: float):
@@ -35,11 +34,9 @@ def the_capacity_is_not_divided_by_the_experts(run, memory, ids_TK, weights_TK, 
 
 @surrounds(breaks="CAP-3", links=("vllm-project/vllm-ascend#16384",))
 def the_capacity_is_rounded_down(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
-    """It is always rounded down, by one more slot."""
-    slots = max(0, capacity.capacity(len(ids_TK), ids_TK.shape[1], E) - 1)
-    return run(
-        ids_TK, weights_TK, capacity.replace(factor=None, slots=slots, rounding="ceil", min_slots=0), E, **inputs
-    )
+    """It is rounded down, whatever the rounding."""
+    down = capacity if capacity.factor is None else capacity.replace(rounding="floor")
+    return run(ids_TK, weights_TK, down, E, **inputs)
 
 
 @surrounds(breaks="CAP-4", links=("deepspeedai/DeepSpeed#8155", "marin-community/marin#8578"))
@@ -63,13 +60,10 @@ def tokens_come_before_slots(run, memory, ids_TK, weights_TK, capacity, E, **inp
     return run(ids_TK, weights_TK, capacity.replace(drop_order="first_come") if slot_major else capacity, E, **inputs)
 
 
-@surrounds(breaks="CAP-7")
-def the_smallest_weights_are_kept(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
+@replaces("drop_order", breaks="CAP-7")
+def the_smallest_weights_are_kept(weights_TK, spec):
     """The order of the weights is turned."""
-    if capacity.drop_order != "by_weight":
-        return run(ids_TK, weights_TK, capacity, E, **inputs)
-    kept = run(ids_TK, 1 - weights_TK, capacity, E, **inputs)["expert_ids_TK"]
-    return {"expert_ids_TK": kept, "weights_TK": np.where(kept == UNUSED, 0, weights_TK)}
+    return drop_order(-weights_TK, spec)
 
 
 @surrounds(breaks="CAP-8")
@@ -95,25 +89,25 @@ def dropped_slots_have_a_gradient(run, memory, ids_TK, weights_TK, capacity, E, 
 def rows_after_a_hot_expert_are_lost(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
     """Where an expert overflows, the next one gets nothing."""
     found = run(ids_TK, weights_TK, capacity, E, **inputs)
-    hot = np.bincount(ids_TK[ids_TK >= 0], minlength=E).argmax() if (ids_TK >= 0).any() else 0
-    after_TK = found["expert_ids_TK"] == hot + 1
+    overflowing = np.unique(ids_TK[(ids_TK != UNUSED) & (found["expert_ids_TK"] == UNUSED)])
+    after_TK = np.isin(found["expert_ids_TK"], (overflowing + 1) % E)
     return found | {"expert_ids_TK": np.where(after_TK, UNUSED, found["expert_ids_TK"])}
 
 
 @surrounds(breaks="CAP-12", links=("microsoft/Tutel#26",))
 def places_race(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
-    """Every second call loses its last slot."""
+    """Every second call loses the last slot that it keeps."""
     memory["calls"] = memory.get("calls", 0) + 1
     found = run(ids_TK, weights_TK, capacity, E, **inputs)
     kept_TK = found["expert_ids_TK"].copy()
-    if memory["calls"] % 2 == 0 and kept_TK.size:
-        kept_TK[(kept_TK >= 0).argmax(axis=0).max(), :] = UNUSED
+    if memory["calls"] % 2 == 0:
+        kept_TK.flat[np.flatnonzero(kept_TK != UNUSED)[-1:]] = UNUSED
     return found | {"expert_ids_TK": kept_TK}
 
 
 @surrounds(breaks="CAP-13", links=("lucidrains/st-moe-pytorch#13", "microsoft/Tutel#26"))
 def two_slots_have_one_place(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
-    """The places of later slots start at the count of the slot before alone."""
+    """The second slot of an expert takes the place of the first one, too."""
     found = run(ids_TK, weights_TK, capacity, E, **inputs)
     if "slot_table_UEC" not in found or found["slot_table_UEC"].shape[-1] < 2:
         return found
@@ -136,95 +130,9 @@ def unused_slots_take_places(run, memory, ids_TK, weights_TK, capacity, E, **inp
     return run(ids_TK, weights_TK, fewer if (ids_TK == UNUSED).any() else capacity, E, **inputs)
 
 
-@surrounds(breaks="CAP-16")
-def the_later_of_equal_weights(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
+@replaces("drop_order", breaks="CAP-16")
+def the_later_of_equal_weights(weights_TK, spec):
     """Equal weights are admitted from the last to the first."""
-    if capacity.drop_order != "by_weight" or len(np.unique(weights_TK[ids_TK >= 0])) != 1:
-        return run(ids_TK, weights_TK, capacity, E, **inputs)
-    turned = weights_TK + np.arange(weights_TK.size).reshape(weights_TK.shape) / 2**20
-    return run(ids_TK, turned, capacity, E, **inputs)
-
-
-@surrounds(breaks="MSK-7", links=("vllm-project/vllm#50759",))
-def padding_takes_places(run, memory, ids_TK, weights_TK, capacity, E, *, token_mask_T=None, **inputs):
-    """Padding is removed after the drop."""
-    found = run(ids_TK, weights_TK, capacity, E, **inputs)
-    if token_mask_T is None:
-        return found
-    kept_TK = np.where(token_mask_T[:, None], found["expert_ids_TK"], UNUSED)
-    return found | {"expert_ids_TK": kept_TK, "weights_TK": np.where(token_mask_T[:, None], found["weights_TK"], 0)}
-
-
-def without(record: RoutingRecord, **values) -> RoutingRecord:
-    """The record with other values."""
-    return replace(record, **values)
-
-
-@surrounds(breaks="RPL-1")
-def a_replay_returns_rows_of_slots(run, memory, x_TD, params, spec, record):
-    """The outputs are not summed over the slots."""
-    return run(x_TD, params, spec, record)[:, None]
-
-
-@surrounds(breaks="RPL-2", links=("radixark/miles#2722",))
-def ids_alone_weigh_alike(run, memory, x_TD, params, spec, record):
-    """Without weights every slot weighs 1 / K."""
-    if record.weights_TK is not None:
-        return run(x_TD, params, spec, record)
-    K = record.expert_ids_TK.shape[1]
-    return run(x_TD, params, spec, without(record, weights_TK=np.where(record.expert_ids_TK < 0, 0, 1 / K)))
-
-
-@surrounds(breaks="RPL-3", links=("radixark/miles#2722",))
-def recorded_weights_are_dropped(run, memory, x_TD, params, spec, record):
-    """The ids alone are replayed."""
-    return run(x_TD, params, spec, without(record, weights_TK=None))
-
-
-@surrounds(breaks="RPL-4")
-def the_bias_moves_the_recorded_choice(run, memory, x_TD, params, spec, record):
-    """With an expert_bias the first recorded expert gives way to another one."""
-    if params.expert_bias_E is None or spec.router.num_choices == record.expert_ids_TK.shape[1]:
-        return run(x_TD, params, spec, record)
-    other_TK = np.where(record.expert_ids_TK < 0, UNUSED, (record.expert_ids_TK + 1) % spec.router.num_choices)
-    return run(x_TD, params, spec, without(record, expert_ids_TK=other_TK))
-
-
-@surrounds(breaks="RPL-5", links=("PrimeIntellect-ai/prime-rl#1807", "radixark/miles#645"))
-def unused_slots_are_expert_0(run, memory, x_TD, params, spec, record):
-    """A missing row is filled with zeros, which is an expert; so the token is not replayed at all."""
-    has_unused = bool((record.expert_ids_TK[record.token_mask_T] < 0).any())
-    return run(x_TD, params, spec, record) * (0 if has_unused else 1)
-
-
-@surrounds(breaks="RPL-6", links=("radixark/miles#645", "AI-Hypercomputer/maxtext#5266"))
-def rows_shift_behind_padding(run, memory, x_TD, params, spec, record):
-    """With padding in front, each token takes the row of its neighbour."""
-    found_TD = run(x_TD, params, spec, record)
-    return found_TD if record.token_mask_T.all() else np.roll(found_TD, 1, axis=0)
-
-
-@surrounds(breaks="RPL-7", links=("radixark/miles#3146",))
-def rows_are_turned(run, memory, x_TD, params, spec, record):
-    """The rows of the record are flattened in another order than the tokens."""
-    rows = {"expert_ids_TK": record.expert_ids_TK[::-1], "token_mask_T": record.token_mask_T[::-1]}
-    rows |= {} if record.weights_TK is None else {"weights_TK": record.weights_TK[::-1]}
-    return run(x_TD, params, spec, without(record, **rows))
-
-
-@surrounds(breaks="RPL-8", links=("sgl-project/sglang#36404",))
-def the_last_row_is_recorded_twice(run, memory, x_TD, params, spec, **inputs):
-    """A row that was not cleared stands in the place of the first."""
-    record = run(x_TD, params, spec, **inputs)
-    rows = np.r_[len(x_TD) - 1, 1 : len(x_TD)]
-    names = ("expert_ids_TK", "weights_TK", "token_mask_T")
-    return without(record, **{name: getattr(record, name)[rows] for name in names})
-
-
-@surrounds(breaks="RPL-9")
-def weights_are_normed_in_a_replay(run, memory, x_TD, params, spec, record):
-    """Recorded weights are divided by their sum."""
-    if record.weights_TK is None:
-        return run(x_TD, params, spec, record)
-    sum_T1 = record.weights_TK.sum(axis=-1, keepdims=True)
-    return run(x_TD, params, spec, without(record, weights_TK=record.weights_TK / np.where(sum_T1 == 0, 1, 2 * sum_T1)))
+    if spec.drop_order != "by_weight":
+        return drop_order(weights_TK, spec)
+    return np.argsort(weights_TK.reshape(-1), kind="stable")[::-1]

@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from conformance.core.fault import surrounds
-from moe_ref import balance as room
-from moe_ref import tokens_per_expert
+from conformance.core.fault import replaces, surrounds
+from moe_ref.balance import log_sum_exp
 
 
 @surrounds(breaks="LOD-1")
@@ -22,7 +21,7 @@ def only_the_first_choice_is_counted(run, memory, ids_TK, E, **inputs):
 @surrounds(breaks="LOD-3", links=("deepseek-ai/DeepEP#739",))
 def an_unused_slot_counts_for_expert_0(run, memory, ids_TK, E, **inputs):
     """An id of -1 is read as 0."""
-    return run(np.where(ids_TK < 0, 0, ids_TK) if not inputs and (ids_TK[:, 0] != ids_TK[:, -1]).all() else ids_TK, E)
+    return run(np.where(ids_TK < 0, 0, ids_TK), E, **inputs)
 
 
 @surrounds(breaks="LOD-4", links=("pytorch/torchtitan#1593",))
@@ -48,9 +47,8 @@ def the_main_loss_is_in_it(run, memory, *arguments, **inputs):
 
 @surrounds(breaks="LOD-6", links=("mindspore-ai/hyper-parallel#752",))
 def the_loss_ignores_the_balance(run, memory, logits_TE, ids_TK, balance, router, **inputs):
-    """Counts are broadcast along the wrong axis, and the loss is nearly a constant."""
-    found = run(logits_TE, ids_TK, balance, router, **inputs)
-    return found | {"loss": balance.coeff * 1.0}
+    """The counts are summed before they meet the scores: the loss is coeff, however uneven they are."""
+    return run(logits_TE, ids_TK, balance, router, **inputs) | {"loss": balance.coeff}
 
 
 @surrounds(breaks="LOD-7", links=("NVIDIA/TransformerEngine#2720",))
@@ -62,9 +60,9 @@ def one_slot_is_not_normed(run, memory, logits_TE, ids_TK, balance, router, **in
 
 
 @surrounds(breaks="LOD-6")
-def softmax_twice(run, memory, logits_TE, ids_TK, balance, router, **inputs):
+def scores_are_scored_again(run, memory, logits_TE, ids_TK, balance, router, **inputs):
     """The scores are taken for logits and scored again."""
-    return run(np.exp(logits_TE - room.log_sum_exp(logits_TE)), ids_TK, balance, router, **inputs)
+    return run(np.exp(logits_TE - log_sum_exp(logits_TE)), ids_TK, balance, router, **inputs)
 
 
 @surrounds(breaks="LOD-8", links=("huggingface/transformers#43775",))
@@ -93,9 +91,9 @@ def sequences_are_one_batch(run, memory, logits_TE, ids_TK, balance, router, *, 
 
 @surrounds(breaks="LOD-12", links=("NVIDIA/Megatron-LM#5798",))
 def the_gradient_is_scaled(run, memory, logits_TE, ids_TK, balance, router, **inputs):
-    """The gradient is divided by the number of slots as well; the loss that is logged is right."""
+    """The gradient is divided by the number of slots of a token once more; the loss that is logged is right."""
     found = run(logits_TE, ids_TK, balance, router, **inputs)
-    return found | {"d_logits_TE": found["d_logits_TE"] / 2}
+    return found | {"d_logits_TE": found["d_logits_TE"] / ids_TK.shape[1]}
 
 
 @surrounds(breaks="LOD-13", links=("NVIDIA/Megatron-LM#5047", "ruimalheiro/gradient-garden#113"))
@@ -115,14 +113,14 @@ def a_local_loss_over_all_shards(run, memory, logits_TE, ids_TK, balance, router
 def the_sum_has_no_order(run, memory, *arguments, **inputs):
     """Terms are summed as they come, and the last bits with them."""
     memory["calls"] = memory.get("calls", 0) + 1
-    found = run(*arguments, **inputs)
-    return found | {"loss": np.nextafter(np.float32(found["loss"]), np.float32(9 * (memory["calls"] % 2)))}
+    found, towards = run(*arguments, **inputs), np.float32(np.inf if memory["calls"] % 2 else 0)
+    return found | {"loss": np.nextafter(np.float32(found["loss"]), towards)}
 
 
 @surrounds(breaks="LOD-16", links=("huggingface/transformers#48421",))
 def z_loss_of_scores(run, memory, logits_TE, coeff, **inputs):
     """The variable of the logits holds their softmax by then."""
-    return run(np.exp(logits_TE - room.log_sum_exp(logits_TE)), coeff, **inputs)
+    return run(np.exp(logits_TE - log_sum_exp(logits_TE)), coeff, **inputs)
 
 
 @surrounds(breaks="LOD-16", links=("allenai/OLMo-core#60",))
@@ -135,14 +133,13 @@ def z_loss_over_experts_too(run, memory, logits_TE, coeff, **inputs):
 def z_gradient_of_a_sum(run, memory, logits_TE, coeff, **inputs):
     """The gradient is that of the sum over tokens."""
     found = run(logits_TE, coeff, **inputs)
-    return found | {"d_logits_TE": found["d_logits_TE"] * (1 + len(logits_TE))}
+    return found | {"d_logits_TE": found["d_logits_TE"] * len(logits_TE)}
 
 
-@surrounds(breaks="LOD-18", links=("NVIDIA/Megatron-LM#1545",))
-def exp_overflows(run, memory, logits_TE, ids_TK, balance, router, **inputs):
+@replaces("log_sum_exp", breaks="LOD-18", links=("NVIDIA/Megatron-LM#1545",))
+def exp_overflows(values_TE):
     """Logits are not shifted before exp."""
-    return run(np.minimum(logits_TE, 88) if balance.scores_sum_to_1 else logits_TE * 0.9, ids_TK, balance, router,
-               **inputs)  # fmt: skip
+    return np.log(np.exp(values_TE).sum(axis=-1, keepdims=True))
 
 
 @surrounds(breaks="LOD-19", links=("AI-Hypercomputer/maxtext#2494",))
@@ -192,66 +189,4 @@ def frozen_experts_move(run, memory, counts_SE, update, expert_bias_E):
 @surrounds(breaks="LOD-25")
 def counts_are_float32(run, memory, counts_SE, update, expert_bias_E):
     """Counts are kept in a float32 buffer."""
-    return run(counts_SE.astype(np.float32).astype(np.int64) // 4 * 4 if counts_SE.max() >= 2**24 else counts_SE,
-               update, expert_bias_E)  # fmt: skip
-
-
-@surrounds(breaks="MSK-1", links=("vllm-project/vllm#38128",))
-def padding_is_in_the_counts(run, memory, ids_TK, E, **inputs):
-    """Statistics are taken over all rows."""
-    return run(ids_TK, E)
-
-
-@surrounds(breaks="MSK-1", links=("sgl-project/sglang#40672",))
-def padding_is_taken_for_a_tail(run, memory, ids_TK, E, *, token_mask_T=None):
-    """As many first rows are counted as there are valid tokens."""
-    return tokens_per_expert(ids_TK if token_mask_T is None else ids_TK[: token_mask_T.sum()], E)
-
-
-@surrounds(breaks="MSK-2", links=("huggingface/transformers#28517", "NVIDIA/Megatron-LM#2121"))
-def padding_is_in_the_loss(run, memory, *arguments, token_mask_T=None, **inputs):
-    """The mask is not passed on."""
-    return run(*arguments, **inputs)
-
-
-@surrounds(breaks="MSK-2", links=("ruimalheiro/gradient-garden#113",))
-def the_mean_is_over_all_tokens(run, memory, *arguments, token_mask_T=None, **inputs):
-    """Padding is in no sum, but in the number of tokens."""
-    found = run(*arguments, token_mask_T=token_mask_T, **inputs)
-    share = 1 if token_mask_T is None else token_mask_T.mean()
-    return {name: value * share for name, value in found.items()}
-
-
-@surrounds(breaks="MSK-3")
-def padding_has_a_gradient(run, memory, *arguments, token_mask_T=None, **inputs):
-    """The gradient is not masked; the loss is."""
-    found = run(*arguments, token_mask_T=token_mask_T, **inputs)
-    return found if token_mask_T is None else found | {"d_logits_TE": run(*arguments, **inputs)["d_logits_TE"]}
-
-
-@surrounds(breaks="MSK-4")
-def an_empty_sequence_is_in_the_mean(run, memory, logits_TE, ids_TK, balance, router, **inputs):
-    """The mean is over as many sequences or shards as there are places for."""
-    found = run(logits_TE, ids_TK, balance, router, **inputs)
-    tokens_U = room.balance(logits_TE, ids_TK, balance, **inputs).tokens_U
-    return {name: value * (tokens_U > 0).mean() for name, value in found.items()} if len(tokens_U) else found
-
-
-@surrounds(breaks="MSK-5", links=("NVIDIA/Megatron-LM#2121",))
-def padding_is_in_the_z_loss(run, memory, logits_TE, coeff, **inputs):
-    """The mask is not passed on."""
-    return run(logits_TE, coeff)
-
-
-@surrounds(breaks="MSK-6", links=("huggingface/transformers#45621",))
-def padding_is_multiplied_away(run, memory, logits_TE, ids_TK, balance, router, *, token_mask_T=None, **inputs):
-    """Rows of padding are multiplied by 0, which keeps a NaN."""
-    found = run(logits_TE, ids_TK, balance, router, token_mask_T=token_mask_T, **inputs)
-    return found if token_mask_T is None else found | {"loss": found["loss"] + (0 * logits_TE).sum()}
-
-
-@surrounds(breaks="MSK-8", links=("vllm-project/vllm#57471",))
-def no_token_divides_by_0(run, memory, *arguments, token_mask_T=None, **inputs):
-    """The mean over no token is 0 / 0."""
-    found = run(*arguments, token_mask_T=token_mask_T, **inputs)
-    return found | {"loss": np.nan} if token_mask_T is not None and not token_mask_T.any() else found
+    return run(counts_SE.astype(np.float32).astype(np.int64), update, expert_bias_E)

@@ -11,28 +11,30 @@ chapter(
                  "vllm-project/vllm-xpu-kernels#571", "deepseek-ai/DeepEP#739"),
     ("LOD-4", MUST, "The same choice has the same counts, however often it was counted before.",
                  "pytorch/torchtitan#1593"),
-    ("LOD-5", MUST, "A balance loss runs every case that it supports, and returns by itself a number, and a gradient of "
-                 "each logit.", "unslothai/unsloth#4812", "mlfoundations/open_lm#255"),
+    ("LOD-5", MUST, "A balance loss runs every case that it supports, and returns by itself a number, and a gradient "
+                 "of each logit.", "unslothai/unsloth#4812", "mlfoundations/open_lm#255"),
     ("LOD-6", MUST, "The loss of a batch is coeff * E ** expert_power * the sum over experts of f * P, where P is the "
                  "mean score of an expert.", "mindspore-ai/hyper-parallel#752"),
-    ("LOD-7", MUST, "The scores are made of the logits, once; they are shares of 1 where the spec says so, with one slot "
-                 "too.", "NVIDIA/TransformerEngine#2720"),
+    ("LOD-7", MUST, "The scores are made of the logits, once; they are shares of 1 where the spec says so, with one "
+                 "slot too.", "NVIDIA/TransformerEngine#2720"),
     ("LOD-8", MUST, "f is a share of the counted slots, or of the tokens, as counts_over says.",
                  "huggingface/transformers#43775"),
-    ("LOD-9", MUST, "The counts are of the given choice, or of the best scores without bias and groups, as counts says; "
-                 "of the first counted_slots where the spec has them.", "deepspeedai/DeepSpeed#2559"),
+    ("LOD-9", MUST, "The counts are of the given choice, or of the best scores without bias and groups, as counts "
+                 "says; of the first counted_slots where the spec has them.", "deepspeedai/DeepSpeed#2559"),
     ("LOD-10", MUST, "expert_bias enters no score of a loss.", "AI-Hypercomputer/maxtext#1492"),
-    ("LOD-11", MUST, "A loss of sequences is the mean of the losses of each, long or short.", "NVIDIA/Megatron-LM#5798"),
-    ("LOD-12", MUST, "The gradient is that of the loss that is returned, through the scores alone: counts are constants.",
-                  "NVIDIA/Megatron-LM#5798", "huggingface/transformers#43775"),
+    ("LOD-11", MUST, "A loss of sequences is the mean of the losses of each, long or short.",
+                 "NVIDIA/Megatron-LM#5798"),
+    ("LOD-12", MUST, "The gradient is that of the loss that is returned, through the scores alone: counts are "
+                  "constants.", "NVIDIA/Megatron-LM#5798", "huggingface/transformers#43775"),
     ("LOD-13", MUST, "With scope 'global' it makes no difference to loss and gradient how the batch is cut into ranks, "
                   "micro-batches or chunks.", "NVIDIA/Megatron-LM#5047", "ruimalheiro/gradient-garden#113",
                   "mlfoundations/open_lm#255"),
-    ("LOD-14", MUST, "With scope 'local' the loss is the mean of the losses of the shards; with 'running' each takes the "
-                  "mean count of itself and those before it."),
-    ("LOD-15", SHOULD, "The same input gives the same loss and the same gradient, bit for bit.", "NVIDIA/Megatron-LM#6967"),
-    ("LOD-16", MUST, "The z-loss is coeff * the mean over tokens of log(sum(exp(logits))) ** 2, of the logits themselves.",
-                  "huggingface/transformers#48421", "allenai/OLMo-core#60"),
+    ("LOD-14", MUST, "With scope 'local' the loss is the mean of the losses of the shards; with 'running' each takes "
+                  "the mean count of itself and those before it."),
+    ("LOD-15", SHOULD, "The same input gives the same loss and the same gradient, bit for bit.",
+                 "NVIDIA/Megatron-LM#6967"),
+    ("LOD-16", MUST, "The z-loss is coeff * the mean over tokens of log(sum(exp(logits))) ** 2, of the logits "
+                  "themselves.", "huggingface/transformers#48421", "allenai/OLMo-core#60"),
     ("LOD-17", MUST, "The gradient of the z-loss is 2 * coeff / T * log(sum(exp(logits))) * softmax(logits).",
                   "NVIDIA/Megatron-LM#5047"),
     ("LOD-18", MUST, "Losses and gradients of large logits are finite and right.", "NVIDIA/Megatron-LM#1545"),

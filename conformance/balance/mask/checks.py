@@ -1,123 +1,172 @@
-"""conformance, suite: mask. Padding tokens change no count, no loss and no capacity."""
+"""conformance, balance: mask. Padding tokens change no count, no loss and no capacity."""
 
 import numpy as np
 
-from conformance.balance.verdicts import (
-    counted,
-    hold_gradient,
-    hold_kept,
-    hold_loss,
-    limited,
+from conformance.balance.bounds import (
+    Loss,
     loss_radius,
-    lost,
     wanted_loss,
-    wanted_z,
+    wanted_z_loss,
     weights_radius,
-    z_lost,
-    z_radius,
+    z_loss_radius,
 )
-from conformance.core.check import requires
-from conformance.core.judge import NotRun, Violation
-from conformance.layer.verdicts import blaming, hold
+from conformance.balance.case import LENGTHS, BalanceCase
+from conformance.balance.kind import requires
+from conformance.balance.verdicts import (
+    hold_balance,
+    hold_counts,
+    hold_gradient,
+    hold_loss,
+    kept_by_subject,
+    loss_of_subject,
+    z_loss_of_subject,
+)
+from conformance.core.check import given
+from conformance.core.holding import hold
 from moe_ref import tokens_per_expert
 
 MASK = ("token_mask_T",)
-MASKED = (*MASK, "sequence_lengths", "tokens_per_shard")
+MASK_AND_LENGTHS = (*MASK, *LENGTHS)
 LOSS = ("LOD-5", "LOD-6", "LOD-7", "LOD-8", "LOD-9", "LOD-11", "LOD-14")
+LOSS_AND_GRADIENT = (*LOSS, "LOD-12")
+CAPACITY = ("CAP-3", "CAP-5", "CAP-6", "CAP-7", "CAP-8", "CAP-9", "CAP-14")
 POISON = (np.nan, np.inf, 1e30)
 """What the logits of padding hold, in calls one after the other."""
 
-
-def unmasked(judge, case, *ids: str) -> None:
-    """NotRun where these requirements do not hold without a mask: they are to blame."""
-    if not judge.sound(case.with_inputs(token_mask_T=None), *ids):
-        raise NotRun("judged where the batch without a mask is right")
+SOME_VALID = given("judged where some token is valid", lambda case: case.valid_T.any())
+ALL_PADDING = given("judged where all is padding", lambda case: not case.valid_T.any())
 
 
-def needs_valid(case) -> None:
-    """NotRun where all is padding, which has a requirement of its own."""
-    if not case.valid_T.any():
-        raise NotRun("judged where some token is valid")
+def has_padded_unit(case: BalanceCase) -> bool:
+    """Whether the tokens of one unit are padding, and some of another are not."""
+    units = set(case.balance_trace.unit_of_T)
+    valid_units = set(case.balance_trace.unit_of_T[case.valid_T])
+    return bool(valid_units) and units != valid_units
 
 
-def one_batch(spec) -> bool:
-    """Whether a batch that is not cut into shards has one mean; then no scope makes a difference."""
+PADDED_UNIT = given("judged where one of several units is padding alone", has_padded_unit)
+
+
+def unmasked(case: BalanceCase) -> BalanceCase:
+    """The same case without a mask."""
+    return case.with_inputs(token_mask_T=None)
+
+
+def of_batches(spec) -> bool:
+    """A batch that is not cut into shards has one mean; then no scope makes a difference."""
     return spec.balance.per == "batch"
 
 
-def in_units(spec) -> bool:
-    """Whether each sequence or each shard may have a mean of its own."""
+def of_units(spec) -> bool:
+    """Each sequence or each shard may have a mean of its own."""
     return spec.balance.per == "sequence" or spec.balance.scope != "global"
 
 
-@requires("MSK-1", method="load", inputs=MASK, tokens=(12,))
-def test_padding_is_counted_for_nobody(judge, case):
-    unmasked(judge, case)
+@requires("MSK-1", method="load", inputs=MASK, tokens=(12,), simpler=((unmasked, ("LOD-2",)),))
+def padding_is_counted_for_nobody(judge, case):
     wanted_E = tokens_per_expert(case.expert_ids_TK, case.spec.num_experts, case.valid_T)
-    found_E = counted(judge, case)
-    if (found_E != wanted_E).any():
-        accuse("padding is counted", expected=str(wanted_E.tolist()), received=str(found_E.tolist()))  # fmt: skip
+    hold_counts(judge, case, wanted_E, "padding is counted")
 
 
-@requires("MSK-2", method="balance_loss", inputs=MASK, spec=one_batch, tokens=(12,))
-def test_padding_is_in_no_mean_of_a_loss(judge, case):
-    needs_valid(case)
-    unmasked(judge, case, *LOSS)
-    found = lost(judge, case)
-    hold_loss(case, "not the loss of the valid tokens", found, wanted_loss(case), loss_radius(judge, case),
-              gradient=False)  # fmt: skip
+@requires(
+    "MSK-2",
+    method="balance_loss",
+    inputs=MASK,
+    spec=of_batches,
+    masks=("some",),
+    tokens=(12,),
+    given=(SOME_VALID,),
+    simpler=((unmasked, LOSS),),
+)
+def padding_is_in_no_mean_of_a_loss(judge, case):
+    hold_balance(judge, case, "not the loss of the valid tokens")
 
 
-@requires("MSK-3", method="balance_loss", inputs=MASK, spec=one_batch, tokens=(12,), after=("MSK-2",))
-def test_the_gradient_of_padding_is_0(judge, case):
-    needs_valid(case)
-    unmasked(judge, case, *LOSS)
-    found, wanted = lost(judge, case).d_logits_TE, wanted_loss(case).d_logits_TE
-    radius_TE = np.where(case.valid_T[:, None], loss_radius(judge, case).d_logits_TE, 0)
-    hold_gradient(case, "not the gradient of the valid tokens", found, wanted, radius_TE)
+@requires(
+    "MSK-3",
+    method="balance_loss",
+    inputs=MASK,
+    spec=of_batches,
+    masks=("some",),
+    tokens=(12,),
+    given=(SOME_VALID,),
+    after=("MSK-2",),
+    simpler=((unmasked, LOSS_AND_GRADIENT),),
+)
+def the_gradient_of_padding_is_0(judge, case):
+    of_valid = loss_radius(judge, case)
+    radius = Loss(loss=of_valid.loss, d_logits_TE=np.where(case.valid_T[:, None], of_valid.d_logits_TE, 0))
+    hold_gradient("not the gradient of the valid tokens", loss_of_subject(judge, case), wanted_loss(case), radius)
 
 
-@requires("MSK-4", method="balance_loss", inputs=MASKED, spec=in_units, tokens=(12,))
-def test_a_unit_of_padding_is_in_no_mean(judge, case):
-    unmasked(judge, case, *LOSS)
-    first = case.balance.unit_of_T == case.balance.unit_of_T[-1]
-    if first.all():
-        raise NotRun("judged where there are several units")
-    padded = case.with_inputs(token_mask_T=case.valid_T & ~first)
-    found = lost(judge, padded)
-    title = "a unit of padding is in the mean"
-    hold_loss(padded, title, found, wanted_loss(padded), loss_radius(judge, padded))
+@requires(
+    "MSK-4",
+    method="balance_loss",
+    inputs=MASK_AND_LENGTHS,
+    spec=of_units,
+    masks=("unit",),
+    tokens=(12,),
+    given=(PADDED_UNIT,),
+    simpler=((unmasked, LOSS_AND_GRADIENT),),
+)
+def a_unit_of_padding_is_in_no_mean(judge, case):
+    hold_balance(judge, case, "a unit of padding is in the mean", gradient=True)
 
 
-@requires("MSK-5", method="z_loss", inputs=MASK, spec=lambda s: not s.num_null_experts, tokens=(12,))  # fmt: skip
-def test_padding_is_in_no_mean_of_the_z_loss(judge, case):
-    unmasked(judge, case)
-    hold_loss(case, "not the z-loss of the valid tokens", z_lost(judge, case), wanted_z(case),
-              z_radius(judge, case))  # fmt: skip
+@requires(
+    "MSK-5",
+    method="z_loss",
+    inputs=MASK,
+    spec=lambda s: not s.num_null_experts,
+    tokens=(12,),
+    simpler=((unmasked, ("LOD-16", "LOD-17")),),
+)
+def padding_is_in_no_mean_of_the_z_loss(judge, case):
+    found, radius = z_loss_of_subject(judge, case), z_loss_radius(judge, case)
+    hold_loss("not the z-loss of the valid tokens", found, wanted_z_loss(case), radius)
 
 
-@requires("MSK-6", method="balance_loss", inputs=MASK, spec=one_batch, tokens=(12,), after=("MSK-2", "MSK-3"))
-def test_what_padding_holds_reaches_no_loss(judge, case):
-    needs_valid(case)
-    unmasked(judge, case, *LOSS)
+@requires(
+    "MSK-6",
+    method="balance_loss",
+    inputs=MASK,
+    spec=of_batches,
+    masks=("some",),
+    tokens=(12,),
+    given=(SOME_VALID,),
+    after=("MSK-2", "MSK-3"),
+    simpler=((unmasked, LOSS_AND_GRADIENT),),
+)
+def what_padding_holds_reaches_no_loss(judge, case):
     for poison in POISON:
-        spoiled = case.with_(logits_TE=np.where(case.valid_T[:, None], case.logits_TE, poison))
-        found = lost(judge, spoiled)
-        hold_loss(case, f"with {poison:g} in the padding", found, wanted_loss(case), loss_radius(judge, case))
+        poisoned = case.with_(logits_TE=np.where(case.valid_T[:, None], case.logits_TE, poison))
+        found, radius = loss_of_subject(judge, poisoned), loss_radius(judge, case)
+        hold_loss(f"with {poison:g} in the padding", found, wanted_loss(case), radius)
 
 
-@requires("MSK-7", method="capacity", inputs=MASKED, tokens=(12,), after=("CAP-1",))
-def test_padding_takes_no_place(judge, case):
-    unmasked(judge, case)
-    found, wanted = limited(judge, case), case.limited
-    hold_kept(case, "not what is kept without padding", found.expert_ids_TK, wanted.expert_ids_TK)
-    hold(case, "not the weights without padding", found.weights_TK, wanted.weights_TK,
-         weights_radius(judge, wanted.weights_TK))  # fmt: skip
+@requires(
+    "MSK-7",
+    method="capacity",
+    inputs=MASK_AND_LENGTHS,
+    tokens=(12,),
+    after=("CAP-1",),
+    simpler=((unmasked, CAPACITY),),
+)
+def padding_takes_no_place(judge, case):
+    found, wanted = kept_by_subject(judge, case), case.capacity_trace
+    hold("not what is kept without padding", found.expert_ids_TK, wanted.expert_ids_TK)
+    radius_TK = weights_radius(judge, wanted.weights_TK)
+    hold("not the weights without padding", found.weights_TK, wanted.weights_TK, radius_TK)
 
 
-@requires("MSK-8", method="balance_loss", inputs=MASKED, tokens=(12, 1), after=("LOD-5",))
-def test_padding_alone_has_the_loss_0(judge, case):
-    empty = case.with_inputs(token_mask_T=np.zeros(case.num_tokens, dtype=bool))
-    found = lost(judge, empty)
-    nothing = type(found)(loss=np.zeros(()), d_logits_TE=np.zeros(case.logits_TE.shape))
-    hold_loss(empty, "not 0 for padding alone", found, nothing, nothing)
+@requires(
+    "MSK-8",
+    method="balance_loss",
+    inputs=MASK_AND_LENGTHS,
+    masks=("all",),
+    tokens=(12, 1),
+    given=(ALL_PADDING,),
+    after=("LOD-5",),
+)
+def padding_alone_has_the_loss_0(judge, case):
+    hold_loss("not 0 for padding alone", loss_of_subject(judge, case), Loss.zero(case), Loss.zero(case))

@@ -23,7 +23,7 @@ from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, RouterSpec
 AXIS = "shards"
 
 
-class JaxLoad(Subject):
+class JaxBalance(Subject):
     """The methods of load, for the subject of moe_jax."""
 
     def load(self, expert_ids_TK, num_experts, *, token_mask_T=None):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from conformance.core.subject import Routing
-from conformance.subjects.jax.balance import JaxLoad
+from conformance.subjects.jax.balance import JaxBalance
 from conformance.subjects.jax.balance import narrow as _narrow
 from moe_jax import routing
 from moe_jax.replay import capture
@@ -21,7 +21,7 @@ _gate = jax.jit(routing.gate)
 _permute = jax.jit(permute, static_argnames="num_experts")
 
 
-class Jax(JaxLoad):
+class Jax(JaxBalance):
     """`moe_jax.routing` and `moe_jax.sparse_matmul`, compiled."""
 
     name = "jax"

@@ -20,7 +20,7 @@ from moe_torch.losses import balance_sums, loss_of_sums, z_loss
 from moe_torch.routing import scale_logits
 
 
-class TorchLoad(Subject):
+class TorchBalance(Subject):
     """The methods of load, for the subject of moe_torch."""
 
     def load(self, expert_ids_TK, num_experts, *, token_mask_T=None):

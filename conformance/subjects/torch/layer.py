@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from conformance.core.subject import Routing
-from conformance.subjects.torch.balance import TorchLoad
+from conformance.subjects.torch.balance import TorchBalance
 from moe_ref import LayerParams, LayerSpec, RouterInputs, RouterSpec
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation
 from moe_torch.moe import MoE
@@ -16,7 +16,7 @@ from moe_torch.router import Gate, NodeLimitedRouter
 from moe_torch.routing import route
 
 
-class Torch(TorchLoad):
+class Torch(TorchBalance):
     """`moe_torch`: the function that routes logits, and the modules of the router and of the layer."""
 
     name = "torch"

@@ -17,7 +17,7 @@ from conformance.subjects.identity_gate import to_numpy, to_torch
 from moe_ref import BiasUpdateSpec
 
 
-class TorchtitanLoad(Subject):
+class TorchtitanBalance(Subject):
     """Its bias update; it has no balance loss and no capacity."""
 
     def supports_load(self, spec) -> str | None:

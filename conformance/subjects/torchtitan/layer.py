@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from conformance.core.subject import Routing, Unsupported
 from conformance.subjects.identity_gate import give_identity_gate, to_numpy, to_torch
-from conformance.subjects.torchtitan.balance import TorchtitanLoad
+from conformance.subjects.torchtitan.balance import TorchtitanBalance
 from moe_ref import ExpertSpec, LayerParams, LayerSpec, RouterSpec
 
 FREE = ("num_experts", "top_k", "score_func", "num_expert_groups", "num_limited_groups", "route_norm", "route_scale")
@@ -40,7 +40,7 @@ GRANULE = {"bfloat16": 8, "float32": 4}
 """Rows of a grouped matmul are a multiple of 16 bytes."""
 
 
-class Torchtitan(TorchtitanLoad):
+class Torchtitan(TorchtitanBalance):
     """TokenChoiceTopKRouter and MoE of torchtitan.models.common.moe; the experts compute in bfloat16."""
 
     name = "torchtitan"

@@ -20,7 +20,7 @@ SWITCH = BalanceSpec(per="sequence")
 """Of switch_transformers, for K = 1: a mean over the sequences of a batch, which are of one length."""
 
 
-class TransformersLoad(Subject):
+class TransformersBalance(Subject):
     """Losses and capacity; `family` names the module whose loss is called, mixtral's by default."""
 
     family: str = ""

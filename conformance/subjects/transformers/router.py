@@ -15,7 +15,7 @@ import torch
 
 from conformance.core.subject import Routing, Unsupported
 from conformance.subjects.identity_gate import give_identity_gate, to_numpy, to_torch
-from conformance.subjects.transformers.balance import TransformersLoad
+from conformance.subjects.transformers.balance import TransformersBalance
 from conformance.subjects.transformers.families import DEFAULTS, ROUTERS, RealRouter
 from conformance.subjects.transformers.layer import IMPLEMENTATIONS, TransformersLayers
 from moe_ref import RouterSpec
@@ -33,7 +33,7 @@ class Returned:
     shared_weights_TS: torch.Tensor | None = None
 
 
-class Transformers(TransformersLoad, TransformersLayers):  # pyright: ignore[reportIncompatibleMethodOverride]
+class Transformers(TransformersBalance, TransformersLayers):  # pyright: ignore[reportIncompatibleMethodOverride]
     """The router or block of transformers that computes a spec; with `family`, only that family's."""
 
     name = "transformers"

@@ -46,22 +46,22 @@ def test_an_update_of_rate_0_leaves_the_load(capsys):
 @pytest.mark.parametrize("name", ["deepseek_v3", "zaya", "inkling", "gemma4"])
 def test_groups_null_experts_and_learned_scales_are_no_hindrance(name):
     router = family(name).tiny
-    still, moved = simulated(router, 0.0), simulated(router, 0.02)
-    assert moved.counts_NE.shape == (41, router.num_experts)
-    assert moved.ratios_N[-10:].mean() < still.ratios_N[-10:].mean()
+    still, evened = simulated(router, 0.0), simulated(router, 0.02)
+    assert evened.counts_BE.shape == (41, router.num_experts)
+    assert evened.ratios_B[-10:].mean() < still.ratios_B[-10:].mean()
 
 
 def test_the_seed_names_the_run():
     router = family("deepseek_v3").tiny
-    first, again, other = (simulated(router, 0.01, steps=3, seed=seed).counts_NE for seed in (0, 0, 1))
+    first, again, other = (simulated(router, 0.01, steps=3, seed=seed).counts_BE for seed in (0, 0, 1))
     assert (first == again).all()
     assert (first != other).any()
 
 
 def test_the_table_has_what_the_counts_say():
     runs = (
-        Run(name="a", colour="0.5", counts_NE=np.array([[8, 0, 0, 0], [4, 4, 0, 0]])),
-        Run(name="b", colour="0.5", counts_NE=np.array([[8, 0, 0, 0], [2, 2, 3, 1]])),
+        Run(name="a", colour="0.5", counts_BE=np.array([[8, 0, 0, 0], [4, 4, 0, 0]])),
+        Run(name="b", colour="0.5", counts_BE=np.array([[8, 0, 0, 0], [2, 2, 3, 1]])),
     )
     assert table(runs)[2:] == ["| 0 | 4.00 | 4.00 | 3 | 3 |", "| 1 | 2.00 | 1.50 | 2 | 0 |"]
     assert runs[1].ranked_E.tolist() == [1.5, 1, 1, 0.5]

@@ -8,8 +8,8 @@ import moe_ref
 from conformance.core.subject import Subject
 
 
-class ReferenceLoad(Subject):
-    """moe_ref's load, in the subject's own dtype."""
+class ReferenceBalance(Subject):
+    """What moe_ref counts, charges, bounds and records, in the dtype of the subject."""
 
     def load(self, expert_ids_TK, num_experts, *, token_mask_T=None):
         return moe_ref.tokens_per_expert(expert_ids_TK, num_experts, token_mask_T)
