@@ -8,9 +8,10 @@ from conformance.core.case import Case
 from conformance.core.fault import FAULTS, Fault
 from conformance.core.kind import Kind
 from conformance.core.register import REQUIREMENTS, STAGES
+from conformance.layer.kind import LAYER
 from conformance.router.kind import ROUTER
 
-KINDS: tuple[Kind, ...] = (ROUTER,)
+KINDS: tuple[Kind, ...] = (ROUTER, LAYER)
 """Every kind of thing that is judged, in the order of the data. A further kind is a folder and one line here."""
 
 
