@@ -1,4 +1,4 @@
-"""conformance, balls: numbers with a radius that follows every rounding, through sums, products and one expert.
+"""conformance, layer: balls. Numbers with a radius that follows every rounding, through sums, products and one expert.
 
 Radii are made of the absolute values of what is summed, so that they scale with each row and each expert; their
 constants are counts of roundings, worst case.

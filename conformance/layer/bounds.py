@@ -1,8 +1,9 @@
-"""conformance, bounds of layers: how far rounding can take each number of a layer and of its gradients.
+"""conformance, layer: its bounds. How far rounding can take each number of a layer and of its gradients.
 
 Legend: T tokens, K top_k, D model dim, E choices, S shared experts.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -10,7 +11,8 @@ import numpy as np
 from conformance.core.rounding import EPSILON
 from conformance.layer.balls import LIBRARY, Ball, FeedForwardBall, exact, feed_forward, feed_forward_backward, narrower
 from conformance.layer.case import LayerCase
-from conformance.router.bounds import ROUNDINGS, weight_error
+from conformance.router.bounds import ROUNDINGS, choice_error, unlimited_choice, weight_error
+from conformance.router.case import RouterCase
 from moe_ref import UNUSED, LayerParams
 from moe_ref.experts import identity_slots, sigmoid
 from moe_ref.specs.params import FeedForward
@@ -96,7 +98,7 @@ def gate(case: LayerCase, dtype: str) -> Ball:
     return logits_TE if case.params.gate_bias_E is None else logits_TE + exact(case.params.gate_bias_E, dtype)
 
 
-def rows_of_experts(case: LayerCase):
+def rows_of_experts(case: LayerCase) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(expert, tokens of its rows, slots of its rows) of each expert that has rows."""
     permutation = case.reference.permutation
     for expert_id in np.flatnonzero(permutation.tokens_per_expert_E):
@@ -206,7 +208,9 @@ def gradients(case: LayerCase, dtype: str, expert_dtype: str) -> dict[str, Ball]
     return stacked
 
 
-def router_gradients(case: LayerCase, ball: LayerBall, d_weights_TK: Ball, d_shared_weights_TS: Ball) -> dict:
+def router_gradients(
+    case: LayerCase, ball: LayerBall, d_weights_TK: Ball, d_shared_weights_TS: Ball
+) -> dict[str, Ball]:
     """The bounds of the gradients of the logits, and of the learned scale where there is one.
 
     Of any one logit a weight is no steeper than its own size. So one number for a token bounds the errors of its
@@ -252,3 +256,38 @@ def _routed_name(name: str) -> str:
     """w_up_DF of one expert is w_up_EDF of all."""
     stem, _, suffix = name.rpartition("_")
     return f"{stem}_E{suffix}"
+
+
+# the choice of experts
+
+
+def stable_T(case: LayerCase, dtype: str) -> np.ndarray:
+    """(T,) whether the choice of experts is the same for all choice scores within the error of a dtype.
+
+    A token for which it is not is not judged: with other experts its whole output is another.
+    """
+    spec, router = case.spec.router, case.router_case
+    if spec.selector != "top_k" or case.num_tokens == 0:
+        return np.ones(case.num_tokens, dtype=bool)
+    trace = router.reference
+    from_logits_T1 = 2 * spec.logit_scale * gate(case, dtype).radius.max(axis=-1, keepdims=True)
+    from_logits_TE = from_logits_T1 * (1 if spec.select_by == "logit" else trace.scores_TE)
+    error_TE = choice_error(router, dtype) + from_logits_TE
+    chosen_TE = np.zeros(error_TE.shape, dtype=bool)
+    np.put_along_axis(chosen_TE, np.maximum(trace.expert_ids_TK, 0), True, axis=-1)
+    choice_TE = trace.scores_for_choice_TE
+    worst_in_T = np.where(chosen_TE, choice_TE - error_TE, np.inf).min(axis=-1)
+    best_out_T = np.where(chosen_TE, -np.inf, choice_TE + error_TE).max(axis=-1)
+    return (worst_in_T > best_out_T) & _stable_groups_T(router, error_TE, dtype) | ~case.valid_T
+
+
+def _stable_groups_T(router: RouterCase, error_TE: np.ndarray, dtype: str) -> np.ndarray:
+    spec, T = router.spec, router.num_tokens
+    if spec.num_expert_groups is None or spec.num_limited_groups == spec.num_expert_groups:
+        return np.ones(T, dtype=bool)
+    choice_TGP = unlimited_choice(router).reshape(T, spec.num_expert_groups, -1)
+    scores_TG = np.sort(choice_TGP, axis=-1)[:, :, -spec.group_score_k :].sum(axis=-1)
+    slack_T = spec.group_score_k * (error_TE.max(axis=-1) + EPSILON[dtype] * np.abs(choice_TGP).max(axis=(1, 2)))
+    in_order_TG = -np.sort(-scores_TG, axis=-1)
+    L = spec.num_limited_groups
+    return in_order_TG[:, L - 1] - in_order_TG[:, L] > 2 * slack_T

@@ -1,20 +1,26 @@
-"""conformance, what is generated for whole layers: specs from a bounded pool, parameters, tokens, further inputs.
+"""conformance, layer: what is generated. Specs from a bounded pool, parameters, tokens, further inputs.
 
 Tokens whose choice of experts hangs on rounding are drawn again, since another choice changes the whole output.
+
+Legend: T tokens, D model dim, E choices, K top_k.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
-from hypothesis import strategies as st
 
-from conformance.core.judge import Judge, LayerCheck
+from conformance.core.case import float32
+from conformance.core.drawing import covering, one_of
+from conformance.core.judge import Judge
+from conformance.core.kind import settings_of
+from conformance.layer.bounds import stable_T
 from conformance.layer.case import LayerCase
-from conformance.layer.verdicts import stable_T
-from moe_ref import UNUSED, ExpertSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec
+from conformance.layer.check import LayerCheck
+from conformance.router.draw import inputs_of as inputs_of_router
+from moe_ref import ExpertSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec
 from moe_ref.specs.families import tiny
 
 GRID = 2.0**-7
@@ -120,7 +126,7 @@ def _mixed() -> list[LayerSpec]:
 
 
 def _pool() -> list[LayerSpec]:
-    """Simple specs first: shrinking goes towards the front."""
+    """Each part alone, whole public models, and mixtures."""
     found = [LayerSpec(router=router, experts=EXPERTS[0]) for router in ROUTERS]
     found += [LayerSpec(router=ROUTERS[i % 4], experts=each) for i, each in enumerate(EXPERTS[1:])]
     found += [LayerSpec(router=ROUTERS[i % 4], experts=EXPERTS[0], shared=each) for i, each in enumerate(SHARED)]
@@ -150,17 +156,6 @@ def _thin() -> list[LayerSpec]:
 
 THIN_LAYER_SPECS: list[LayerSpec] = _thin()
 """For subjects that compile: a layer and its gradients take seconds for each spec and number of tokens."""
-
-
-def thinned(specs: list[LayerSpec]) -> list[LayerSpec]:
-    """Few specs of which one has each fact that some spec has."""
-    facts_of = {spec: facts(spec) for spec in specs}
-    missing, kept = set().union(*facts_of.values()), []
-    while missing:
-        best = max(specs, key=lambda spec: len(facts_of[spec] & missing))
-        kept.append(best)
-        missing -= facts_of[best]
-    return sorted(kept, key=specs.index)
 
 
 def facts(spec: LayerSpec) -> set:
@@ -216,35 +211,28 @@ def params_of_kind(spec: LayerSpec, bias: str, rng: np.random.Generator) -> Laye
     return LayerParams(**values)
 
 
-def layer_inputs(spec: RouterSpec, num_tokens: int, wanted: tuple[str, ...], rng: np.random.Generator) -> dict:
-    """The further inputs that the spec needs, and those that the check wants."""
-    T, E, K = num_tokens, spec.num_choices, spec.top_k
-    inputs = {}
-    if spec.selector == "table":
-        inputs["table_VK"] = np.argsort(rng.random((11, E)))[:, :K]
-        inputs["token_ids_T"] = rng.integers(0, 11, T)
-    if spec.selector == "given":
-        ids_TK = np.argsort(rng.random((T, E)))[:, :K]
-        inputs["given_ids_TK"] = np.where(rng.random((T, K)) < 0.2, UNUSED, ids_TK)
+def inputs_of(spec: RouterSpec, num_tokens: int, wanted: tuple[str, ...], rng: np.random.Generator) -> dict:
+    """The further inputs that the spec needs, and those that the check wants; a learned scale is a parameter here."""
+    inputs = inputs_of_router(spec.replace(learned_scale="none"), num_tokens, (), rng)
     if "token_mask_T" in wanted:
-        inputs["token_mask_T"] = rng.random(T) < rng.choice([0.6, 0.6, 0.0])  # sometimes all is padding
+        inputs["token_mask_T"] = rng.random(num_tokens) < rng.choice([0.6, 0.6, 0.0])  # sometimes all is padding
     return inputs
 
 
-def make_layer_case(spec: LayerSpec, check: LayerCheck, *, x: str, bias: str, tokens: int, seed: int) -> LayerCase:
+def make_case(spec: LayerSpec, check: LayerCheck, *, x: str, bias: str, tokens: int, seed: int) -> LayerCase:
     """The case of these choices."""
     rng = np.random.default_rng(seed)
     size = {"normal": 1.0, "large": 8.0, "small": 0.02}[x]
 
     def draw(n: int) -> np.ndarray:
-        return (size * rng.normal(size=(n, spec.experts.dim))).astype(np.float32).astype(np.float64)
+        return float32(size * rng.normal(size=(n, spec.experts.dim)))
 
     case = LayerCase(
         spec=spec,
         params=params_of_kind(spec, bias, rng),
         x_TD=draw(tokens),
-        d_output_TD=rng.normal(size=(tokens, spec.experts.dim)).astype(np.float32).astype(np.float64),
-        inputs=layer_inputs(spec.router, tokens, check.inputs, rng),
+        d_output_TD=float32(rng.normal(size=(tokens, spec.experts.dim))),
+        inputs=inputs_of(spec.router, tokens, check.inputs, rng),
         seed=seed,
     )
     for _ in range(DRAWS):
@@ -255,27 +243,31 @@ def make_layer_case(spec: LayerSpec, check: LayerCheck, *, x: str, bias: str, to
     return case
 
 
-def survey_cases(judge: Judge, check: LayerCheck) -> Iterator[LayerCase]:
+def pool(judge: Judge) -> list[LayerSpec]:
+    """The specs that a subject is tried on."""
+    return THIN_LAYER_SPECS if judge.subject.compiles else LAYER_SPECS
+
+
+def settings(judge: Judge, check: LayerCheck) -> tuple[list[LayerSpec], Counter]:
+    """The specs that the check wants and the subject supports, each fact about as often as any other."""
+    wanted = [spec for spec in pool(judge) if check.spec(spec)]
+    reasons = [judge.subject.supports_layer(spec) for spec in wanted]
+    supported = [spec for spec, why in zip(wanted, reasons, strict=True) if why is None]
+    return evenly(supported), Counter(why for why in reasons if why)
+
+
+def draw(judge: Judge, check: LayerCheck, seed: int) -> LayerCase:
+    """The case of a seed."""
+    rng, (specs, _) = np.random.default_rng(seed), settings_of(judge, check)
+    sizes = check.tokens[:1] if judge.subject.compiles else check.tokens
+    spec, x, bias, tokens = (one_of(rng, each) for each in (specs, check.x, check.bias, sizes))
+    return make_case(spec, check, x=x, bias=bias, tokens=tokens, seed=int(rng.integers(2**32)))
+
+
+def fixed(judge: Judge, check: LayerCheck) -> Iterator[LayerCase]:
     """A case for each fact that holds for some spec, so that a rare one is not left to luck."""
-    for number, spec in enumerate(thinned(judge.specs(check)[0])):
+    supported = set(settings_of(judge, check)[0])
+    specs = [spec for spec in pool(judge) if spec in supported]
+    for number, spec in enumerate(sorted(covering(specs, facts), key=specs.index)):
         x, bias = check.x[number % len(check.x)], check.bias[number % len(check.bias)]
-        yield make_layer_case(spec, check, x=x, bias=bias, tokens=check.tokens[0], seed=number)
-
-
-def layer_cases(judge: Judge, check: LayerCheck) -> st.SearchStrategy[LayerCase]:
-    """Cases that the check wants and the subject supports."""
-    drawn = _STRATEGIES.setdefault(judge, {})
-    if check.requirement not in drawn:
-        drawn[check.requirement] = st.builds(
-            lambda spec, **choices: make_layer_case(spec, check, **choices),
-            st.sampled_from(evenly(judge.specs(check)[0])),
-            x=st.sampled_from(check.x),
-            bias=st.sampled_from(check.bias),
-            tokens=st.sampled_from(check.tokens[:1] if judge.subject.compiles else check.tokens),
-            seed=st.integers(0, 2**32 - 1),
-        )
-    return drawn[check.requirement]
-
-
-_STRATEGIES: WeakKeyDictionary[Judge, dict[str, st.SearchStrategy[LayerCase]]] = WeakKeyDictionary()
-"""Built once for a judge and a check: hypothesis takes longer to build a strategy than to draw from it."""
+        yield make_case(spec, check, x=x, bias=bias, tokens=check.tokens[0], seed=number)

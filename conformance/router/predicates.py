@@ -81,7 +81,7 @@ def respecified(case: RouterCase, **changes) -> RouterCase:
 def selects_right(judge: Judge, case: RouterCase) -> bool:
     """The experts of many other tokens are the best of their groups, and the best of all where there are no groups."""
     dropping = case.spec.replace(mask_fill=-np.inf, weights_from="scores")
-    ungrouped = dropping.replace(num_expert_groups=None, num_limited_groups=None, group_score_k=2)
+    ungrouped = dropping.without_groups()
     for each in (dropping, ungrouped):
         if judge.subject.supports(each) is None:
             try:

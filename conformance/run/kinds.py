@@ -9,9 +9,10 @@ from conformance.core.case import Case
 from conformance.core.fault import FAULTS, Fault, function_named
 from conformance.core.kind import KIND_OF_STAGE, Kind
 from conformance.core.register import STAGES
+from conformance.layer.kind import LAYER
 from conformance.router.kind import ROUTER
 
-KINDS: tuple[Kind, ...] = (ROUTER, BALANCE)
+KINDS: tuple[Kind, ...] = (ROUTER, LAYER, BALANCE)
 """Every kind of thing that is judged, in the order of the data. A further kind is a folder and one line here."""
 
 

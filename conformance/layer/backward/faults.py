@@ -1,9 +1,14 @@
-"""conformance, layer, faults of the backward pass: wrong gradients of a right layer."""
+"""conformance, layer, faults of the backward pass: wrong gradients of a right layer.
+
+Legend: T tokens, K top_k, D model dim, F expert hidden dim, E experts, N used slots, R rows of one expert,
+S shared experts.
+"""
 
 import numpy as np
 
 from conformance.core.fault import replaces, surrounds
-from conformance.layer.combine.faults import with_router
+from conformance.layer.faulty import with_router
+from conformance.layer.predicates import MATRICES
 from moe_ref.backward.layer import (
     activation_slope,
     combine_backward,
@@ -16,8 +21,6 @@ from moe_ref.backward.layer import (
     weigh_inputs_backward,
 )
 from moe_ref.backward.routing import normalise_backward, route_backward, scale_weights_backward
-
-IDLE = ("w_up_EDF", "w_gate_EDF", "w_down_EFD")
 
 
 @surrounds(breaks="BWD-1", links=("jax-ml/jax#26915",))
@@ -82,7 +85,7 @@ def the_mean_over_the_rows(d_rows_ND, trace, tokens_per_expert_E, params, spec):
     """The gradients of an expert are means over its rows."""
     d_inputs_ND, grads = experts_backward(d_rows_ND, trace, tokens_per_expert_E, params, spec)
     sizes = np.maximum(tokens_per_expert_E, 1).astype(d_rows_ND.dtype)[:, None, None]
-    return d_inputs_ND, grads | {name: grads[name] / sizes for name in IDLE if grads[name] is not None}
+    return d_inputs_ND, grads | {name: grads[name] / sizes for name in MATRICES if grads[name] is not None}
 
 
 @replaces("activation_slope", breaks="BWD-3")
@@ -202,7 +205,7 @@ def an_idle_expert_keeps_its_last_gradient(run, memory, *arguments, **inputs):
         return before[name] if name in before and before[name].shape == grad.shape else grad
 
     found = run(*arguments, **inputs)
-    kept = {name: only_idle(found[name], last(found[name], name)) for name in IDLE if name in found}
+    kept = {name: only_idle(found[name], last(found[name], name)) for name in MATRICES if name in found}
     memory.update(found)
     return found | kept
 
@@ -210,7 +213,7 @@ def an_idle_expert_keeps_its_last_gradient(run, memory, *arguments, **inputs):
 def idle_experts(run, arguments, inputs, change) -> dict:
     """The gradients, those of experts without rows changed."""
     found = run(*arguments, **inputs)
-    return found | {name: only_idle(found[name], change(found[name])) for name in IDLE if name in found}
+    return found | {name: only_idle(found[name], change(found[name])) for name in MATRICES if name in found}
 
 
 def only_idle(grad, changed) -> np.ndarray:

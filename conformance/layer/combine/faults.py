@@ -1,14 +1,12 @@
-"""conformance, layer, faults of combine: wrong sums of right rows."""
+"""conformance, layer, faults of combine: wrong sums of right rows.
+
+Legend: T tokens, K top_k, D model dim, N used slots.
+"""
 
 import numpy as np
 
-from conformance.core.fault import rounded
-from conformance.core.fault import surrounds
-
-
-def with_router(spec, **changes):
-    """The layer with other fields of its router."""
-    return spec.replace(router=spec.router.replace(**changes))
+from conformance.core.fault import rounded, surrounds
+from conformance.layer.faulty import with_router
 
 
 @surrounds(breaks="CMB-1")

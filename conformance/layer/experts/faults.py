@@ -1,32 +1,16 @@
-"""conformance, layer, faults of the experts: wrong rows from right rows."""
+"""conformance, layer, faults of the experts: wrong rows from right rows.
+
+Legend: R rows, N of them used, D model dim, F expert hidden dim, E experts.
+"""
 
 from dataclasses import replace
 
 import numpy as np
 
-from conformance.core.fault import rounded
-from conformance.core.fault import replaces, surrounds
+from conformance.core.fault import replaces, rounded, surrounds
+from conformance.layer.faulty import with_experts
 from moe_ref import WeightLayout
-from moe_ref.experts import activated, activation, clamped_up, feed_forward, project
-from moe_ref.experts import hide as clean_hide
-
-
-def with_params(change):
-    """A method that runs on changed parameters: change(params, spec) -> fields."""
-
-    def around(run, memory, rows_RD, counts_E, params, spec):
-        return run(rows_RD, counts_E, replace(params, **change(params, spec)), spec)
-
-    return around
-
-
-def with_experts(**changes):
-    """A method that runs as if fields of the ExpertSpec were others."""
-
-    def around(run, memory, rows_RD, counts_E, params, spec):
-        return run(rows_RD, counts_E, params, spec.replace(experts=spec.experts.replace(**changes)))
-
-    return around
+from moe_ref.experts import activated, activation, clamped_up, feed_forward, hide, project
 
 
 @surrounds(breaks="EXP-1")
@@ -62,7 +46,7 @@ def weights_of_the_next_expert(run, memory, rows_RD, counts_E, params, spec):
 @replaces("hide", breaks="EXP-2")
 def up_is_activated_too(gate_RF, up_RF, spec):
     """The activation applies to the up half as well."""
-    return clean_hide(gate_RF, up_RF if gate_RF is None else activation(up_RF, spec), spec)
+    return hide(gate_RF, up_RF if gate_RF is None else activation(up_RF, spec), spec)
 
 
 @replaces("activation", breaks="EXP-2")
@@ -81,7 +65,7 @@ def relu_is_not_squared(z_RF, spec):
 @replaces("hide", breaks="EXP-2", links=("Dao-AILab/sonic-moe#63",))
 def a_tile_of_the_activation_is_off(gate_RF, up_RF, spec):
     """One column of the activation in four is off by a thousandth."""
-    hidden_RF = clean_hide(gate_RF, up_RF, spec)
+    hidden_RF = hide(gate_RF, up_RF, spec)
     return hidden_RF * np.where(np.arange(hidden_RF.shape[1]) % 4 == 3, 1.001, 1).astype(hidden_RF.dtype)
 
 
@@ -109,21 +93,21 @@ def experts_in_bfloat16(run, memory, rows_RD, counts_E, params, spec):
 
 
 @surrounds(breaks="EXP-3", links=("deepseek-ai/DeepGEMM#87",))
-def alpha_ignored(run, memory, *arguments):
+def alpha_ignored(run, memory, rows_RD, counts_E, params, spec):
     """The activation is plain silu, whatever alpha is."""
-    return with_experts(alpha=1.0)(run, memory, *arguments)
+    return run(rows_RD, counts_E, params, with_experts(spec, alpha=1.0))
 
 
 @surrounds(breaks="EXP-3", links=("deepseek-ai/DeepGEMM#87",))
-def up_offset_ignored(run, memory, *arguments):
+def up_offset_ignored(run, memory, rows_RD, counts_E, params, spec):
     """Nothing is added to the up half."""
-    return with_experts(up_offset=0.0)(run, memory, *arguments)
+    return run(rows_RD, counts_E, params, with_experts(spec, up_offset=0.0))
 
 
 @surrounds(breaks="EXP-3", links=("sgl-project/sglang#39939",))
-def clamp_ignored(run, memory, *arguments):
+def clamp_ignored(run, memory, rows_RD, counts_E, params, spec):
     """Nothing is clamped."""
-    return with_experts(clamp=None, clamp_at="before")(run, memory, *arguments)
+    return run(rows_RD, counts_E, params, with_experts(spec, clamp=None, clamp_at="before"))
 
 
 @replaces("activated", breaks="EXP-3")
@@ -159,51 +143,45 @@ def the_clamp_is_on_the_other_side_of_the_activation(z_RF, spec):
 def a_single_row_is_plain(run, memory, rows_RD, counts_E, params, spec):
     """A single row takes a path that knows neither alpha nor clamp."""
     if len(rows_RD) == 1:
-        return with_experts(alpha=1.0, clamp=None, clamp_at="before")(run, memory, rows_RD, counts_E, params, spec)
+        spec = with_experts(spec, alpha=1.0, clamp=None, clamp_at="before")
     return run(rows_RD, counts_E, params, spec)
 
 
-def some_bias(params, **changes):
-    """The changed biases, where there are any."""
-    return changes if params.b_up_EF is not None else {}
+def with_biases(params, **changes):
+    """Parameters with changed biases, where there are any: each of `changes` makes a bias of the one that is there."""
+    if params.b_down_ED is None:
+        return params
+    return replace(params, **{name: change(getattr(params, name)) for name, change in changes.items()})
 
 
 @surrounds(breaks="EXP-4")
-def down_bias_missing(run, memory, *arguments):
+def down_bias_missing(run, memory, rows_RD, counts_E, params, spec):
     """The down projection has no bias."""
-    return with_params(lambda p, _: some_bias(p, b_down_ED=0 * p.b_down_ED) if p.b_up_EF is not None else {})(
-        run, memory, *arguments
-    )
+    return run(rows_RD, counts_E, with_biases(params, b_down_ED=np.zeros_like), spec)
 
 
 @surrounds(breaks="EXP-4")
-def down_bias_twice(run, memory, *arguments):
+def down_bias_twice(run, memory, rows_RD, counts_E, params, spec):
     """The bias of the down projection is added on each of two ranks."""
-    return with_params(lambda p, _: {} if p.b_down_ED is None else {"b_down_ED": 2 * p.b_down_ED})(
-        run, memory, *arguments
-    )
+    return run(rows_RD, counts_E, with_biases(params, b_down_ED=lambda b_ED: 2 * b_ED), spec)
 
 
 @surrounds(breaks="EXP-4")
-def biases_of_the_next_expert(run, memory, *arguments):
+def biases_of_the_next_expert(run, memory, rows_RD, counts_E, params, spec):
     """Every row gets the up bias of the next expert."""
-    return with_params(lambda p, _: {} if p.b_up_EF is None else {"b_up_EF": np.roll(p.b_up_EF, -1, axis=0)})(
-        run, memory, *arguments
-    )
+    return run(rows_RD, counts_E, with_biases(params, b_up_EF=lambda b_EF: np.roll(b_EF, -1, axis=0)), spec)
 
 
 @surrounds(breaks="EXP-4")
-def one_bias_for_all_experts(run, memory, *arguments):
+def one_bias_for_all_experts(run, memory, rows_RD, counts_E, params, spec):
     """The down bias of the first expert is broadcast to all."""
-    return with_params(lambda p, _: {} if p.b_down_ED is None else {"b_down_ED": 0 * p.b_down_ED + p.b_down_ED[0]})(
-        run, memory, *arguments
-    )
+    return run(rows_RD, counts_E, with_biases(params, b_down_ED=lambda b_ED: 0 * b_ED + b_ED[0]), spec)
 
 
 @surrounds(breaks="EXP-5", links=("huggingface/transformers#47031", "vllm-project/tpu-inference#2683"))
-def square_matrices_transposed(run, memory, *arguments):
+def square_matrices_transposed(run, memory, rows_RD, counts_E, params, spec):
     """A matrix is transposed unless its shape says that it must not be."""
-    return with_params(lambda p, _: {"w_down_EFD": turned_if_square(p.w_down_EFD)})(run, memory, *arguments)
+    return run(rows_RD, counts_E, replace(params, w_down_EFD=turned_if_square(params.w_down_EFD)), spec)
 
 
 @surrounds(breaks="EXP-5", links=("huggingface/transformers#47031", "vllm-project/vllm#47874"))
@@ -217,7 +195,7 @@ def square_fused_matrix_transposed(run, memory, rows_RD, counts_E, params, spec)
     return run(rows_RD, counts_E, replace(params, w_gate_EDF=w_gate, w_up_EDF=w_up), spec)
 
 
-def turned_if_square(w) -> np.ndarray:
+def turned_if_square(w: np.ndarray) -> np.ndarray:
     return np.swapaxes(w, 1, 2) if w.shape[1] == w.shape[2] else w
 
 
@@ -286,17 +264,16 @@ def zero_rows_are_refused(run, memory, rows_RD, counts_E, params, spec):
 
 
 @surrounds(breaks="EXP-10", links=("vllm-project/vllm-ascend#16806", "aws-neuron/neuronx-distributed-inference#35"))
-def large_experts_saturate(run, memory, *arguments):
+def large_experts_saturate(run, memory, rows_RD, counts_E, params, spec):
     """Weights past the range of the common scale saturate."""
-    return with_params(lambda p, _: {"w_up_EDF": np.clip(p.w_up_EDF, -6, 6)})(run, memory, *arguments)
+    return run(rows_RD, counts_E, replace(params, w_up_EDF=np.clip(params.w_up_EDF, -6, 6)), spec)
 
 
 @surrounds(breaks="EXP-10", links=("vllm-project/vllm-ascend#16806",))
-def small_experts_vanish(run, memory, *arguments):
+def small_experts_vanish(run, memory, rows_RD, counts_E, params, spec):
     """Weights below the smallest step of the common scale are 0."""
-    return with_params(lambda p, _: {"w_up_EDF": np.where(np.abs(p.w_up_EDF) < 2.0**-8, 0, p.w_up_EDF)})(
-        run, memory, *arguments
-    )
+    w_up_EDF = np.where(np.abs(params.w_up_EDF) < 2.0**-8, 0, params.w_up_EDF)
+    return run(rows_RD, counts_E, replace(params, w_up_EDF=w_up_EDF), spec)
 
 
 @replaces("feed_forward", breaks="EXP-2")

@@ -1,11 +1,14 @@
-"""conformance, layer, faults of whole layers: what goes wrong between right stages."""
+"""conformance, layer, faults of whole layers: what goes wrong between right stages.
+
+Legend: T tokens, K top_k, D model dim, S shared experts.
+"""
 
 from dataclasses import replace
 
 import numpy as np
 
-from conformance.core.fault import replaces, surrounds
-from conformance.layer.combine.faults import with_router
+from conformance.core.fault import patched, replaces, surrounds
+from conformance.layer.faulty import with_experts, with_router
 from moe_ref import LayerSpec, RoutingTrace
 from moe_ref.experts import combine, fill_slots, join, run_shared, share_weights, weigh_inputs
 from moe_ref.routing import gate, route
@@ -78,7 +81,7 @@ def a_layer_of_zero_tokens_is_refused(run, memory, x_TD, params, spec, **inputs)
 def a_single_token_takes_another_path(run, memory, x_TD, params, spec, **inputs):
     """A single token takes a path whose activation has another alpha."""
     if len(x_TD) == 1 and spec.experts.activation == "silu":
-        spec = spec.replace(experts=spec.experts.replace(alpha=1.3))
+        spec = with_experts(spec, alpha=1.3)
     return run(x_TD, params, spec, **inputs)
 
 
@@ -136,8 +139,7 @@ def padding_is_taken_for_a_suffix(run, memory, x_TD, params, spec, *, token_mask
     if token_mask_T is None:
         return run(x_TD, params, spec, **inputs)
     first_T = np.arange(len(x_TD)) < token_mask_T.sum()
-    found_TD = run(x_TD, params, spec, token_mask_T=first_T & token_mask_T, **inputs)
-    return found_TD
+    return run(x_TD, params, spec, token_mask_T=first_T & token_mask_T, **inputs)
 
 
 @surrounds(breaks="LAY-7")
@@ -262,7 +264,6 @@ def skipped_experts_return_their_input(run, memory, x_TD, params, spec, **inputs
 @surrounds(breaks="LAY-13")
 def a_null_expert_is_the_last_expert(run, memory, x_TD, params, spec, **inputs):
     """The id of a null expert is cut to that of the last expert."""
-    from conformance.faults.layer_fault import patched
 
     def cut(logits_TE, router, **more) -> RoutingTrace:
         found = route(logits_TE, router, **more)

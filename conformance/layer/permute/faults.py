@@ -1,4 +1,7 @@
-"""conformance, layer, faults of permute: wrong rows and counts."""
+"""conformance, layer, faults of permute: wrong rows and counts.
+
+Legend: T tokens, K top_k, E experts, N used slots.
+"""
 
 import numpy as np
 

@@ -1,29 +1,45 @@
-"""conformance, suite: replay. A recorded choice of experts is forced on a layer."""
+"""conformance, layer: replay. A recorded choice of experts is forced on a layer.
+
+Legend: T tokens, D model dim, K top_k.
+"""
 
 import numpy as np
 
-from conformance.core.check import requires
-from conformance.core.judge import NotRun, Violation
-from conformance.layer import bounds as layer_bounds
+from conformance.core.holding import hold
+from conformance.core.judge import Judge, accuse
+from conformance.layer import bounds
 from conformance.layer.balls import narrower
-from conformance.layer.verdicts import blaming, dtypes, hold, judged_T, output
-from moe_ref import UNUSED, RoutingRecord, capture, replay_layer
+from conformance.layer.case import LayerCase
+from conformance.layer.kind import requires
+from conformance.layer.verdicts import array_of, dtypes, judged_T, output_of_subject
+from moe_ref import UNUSED, LayerSpec, RoutingRecord, capture, replay_layer
+from moe_ref.layer import LayerTrace
 
-FORM = ("EXP-2", "EXP-3", "EXP-4", "CMB-2", "RPL-1")
+FORWARD = ("EXP-2", "EXP-3", "EXP-4", "CMB-2", "RPL-1")
+"""Where one of these fails on the same case, the replay fails too, and is not the one to blame."""
+FLOAT32_WEIGHT = 2e-7
+"""Relative error of a weight that a record holds in float32, and a little."""
 
 
-def replayable(spec) -> bool:
+def replayable(spec: LayerSpec) -> bool:
     """Routers whose weights follow from the chosen ids."""
     r = spec.router
     return r.selector in ("top_k", "given") and r.weights_from == "scores" and not r.num_scored_shared_experts
 
 
-def weighted_by(spec) -> bool:
+def recordable(spec: LayerSpec) -> bool:
+    """Those of them that choose by themselves."""
+    return replayable(spec) and spec.router.selector == "top_k"
+
+
+def weighs_apart(spec: LayerSpec) -> bool:
     """Weights that differ from token to token."""
     return replayable(spec) and not (spec.router.top_k == 1 and spec.router.route_norm)
 
 
-def record_of(case, *, weights: bool, unused: float = 0.0, mask_T=None) -> RoutingRecord:
+def any_record(
+    case: LayerCase, *, weights: bool, unused: float = 0.0, mask_T: np.ndarray | None = None
+) -> RoutingRecord:
     """Any choice for each token, unlike its own one, with weights that no router would give."""
     rng, router, T = case.rng(), case.spec.router, case.num_tokens
     ids_TK = np.argsort(rng.random((T, router.num_choices)), axis=-1)[:, : router.top_k]
@@ -39,113 +55,13 @@ def record_of(case, *, weights: bool, unused: float = 0.0, mask_T=None) -> Routi
     )
 
 
-def replayed(judge, case, record) -> np.ndarray:
+def replay_of_subject(judge: Judge, case: LayerCase, record: RoutingRecord) -> np.ndarray:
     """The subject's (T, D) output of a replay."""
     given = (case.x_TD.astype(np.float32), case.params.astype(np.float32), case.spec, record)
-    found = np.asarray(judge.call(case, "replay", *given), dtype=np.float64)
-    if found.shape != case.x_TD.shape:
-        accuse("output of another shape", expected=str(case.x_TD.shape), received=str(found.shape))
-    return found
+    return array_of(judge.call(case, "replay", *given), case.x_TD.shape)
 
 
-def forced(case, record):
-    """The reference's trace of a replay."""
-    return replay_layer(record, case.x_TD, case.params, case.spec, with_weights=record.weights_TK is not None)
-
-
-def radius_of(judge, case, record) -> np.ndarray:
-    """(T, D) how far rounding can take an output: as in a layer with the recorded choice given."""
-    trace = forced(case, record)
-    bare = case.spec.router.given()
-    given = {"given_ids_TK": record.expert_ids_TK.astype(np.int64), "token_mask_T": record.token_mask_T}
-    layer = case.with_(spec=case.spec.replace(router=bare), inputs=given).with_params(expert_bias_E=None)
-    radius_TD = layer_bounds.layer(layer, *dtypes(judge)).output_TD.radius
-    own = layer.reference.routing.weights_TK
-    largest_T = np.abs(own).max(axis=-1, initial=0)
-    ratio_T = np.abs(trace.routing.weights_TK).max(axis=-1, initial=0) / np.maximum(largest_T, 1e-6)
-    return radius_TD * np.maximum(1, 4 * ratio_T)[:, None] ** 2
-
-
-def hold_replay(judge, case, record, title: str) -> None:
-    """The output is that of the reference with this record."""
-    found_TD = replayed(judge, case, record)
-    hold(case, title, found_TD, forced(case, record).output_TD, radius_of(judge, case, record))
-
-
-@requires("RPL-1", method="replay", spec=replayable, tokens=(7, 1, 0))
-def test_a_replay_returns_one_output_for_each_token(judge, case):
-    replayed(judge, case, record_of(case, weights=False))
-
-
-@requires("RPL-2", method="replay", spec=weighted_by, bias=("none",), after=(*FORM, "RPL-4"))
-def test_ids_alone_take_this_routers_weights(judge, case):
-    hold_replay(judge, case, record_of(case, weights=False), "not this router's weights")
-
-
-@requires("RPL-3", method="replay", spec=replayable, bias=("none",), after=FORM)
-def test_recorded_weights_are_taken_as_they_are(judge, case):
-    hold_replay(judge, case, record_of(case, weights=True), "not the recorded weights")
-
-
-@requires("RPL-4", method="replay", spec=replayable, bias=("mixed", "crowded"), after=FORM)
-def test_the_recorded_experts_are_taken(judge, case):
-    # With one weight for all, only the choice of experts makes a difference.
-    record = record_of(case, weights=True)
-    ones_TK = np.ones_like(record.weights_TK)
-    hold_replay(judge, case, replace_weights(record, ones_TK), "not the recorded experts")
-
-
-def replace_weights(record, weights_TK) -> RoutingRecord:
-    """The record with other weights."""
-    return RoutingRecord.from_arrays(record.to_arrays() | {"weights_TK": weights_TK}, record.spec)
-
-
-@requires("RPL-5", method="replay", spec=replayable, after=(*FORM, "RPL-3", "RPL-4"), tokens=(7,))
-def test_an_unused_slot_adds_nothing(judge, case):
-    for weights in (False, True):
-        hold_replay(judge, case, record_of(case, weights=weights, unused=0.4), "with unused slots")
-
-
-@requires("RPL-6", method="replay", spec=replayable, after=(*FORM, "RPL-3", "RPL-4"), tokens=(7,))
-def test_padding_of_a_record_has_the_output_0(judge, case):
-    mask_T = case.rng().random(case.num_tokens) < 0.6
-    mask_T[0], mask_T[-1] = False, True
-    record = record_of(case, weights=True, mask_T=mask_T)
-    found_TD, wanted_TD = replayed(judge, case, record), forced(case, record).output_TD
-    radius_TD = np.where(mask_T[:, None], radius_of(judge, case, record), 0)
-    hold(case, "with padding in the record", found_TD, wanted_TD, radius_TD)
-
-
-@requires("RPL-7", method="replay", spec=replayable, after=FORM, tokens=(7,))
-def test_each_token_takes_its_own_row(judge, case):
-    record, order = record_of(case, weights=True), case.rng().permutation(case.num_tokens)
-    plain_TD = replayed(judge, case, record)
-    rows = {name: v[order] for name, v in record.to_arrays().items() if v is not None and name != "sequence_starts_B"}
-    turned = RoutingRecord.from_arrays(record.to_arrays() | rows, record.spec)
-    found_TD = replayed(judge, case.with_(x_TD=case.x_TD[order], inputs={}), turned)
-    radius_TD = 2 * radius_of(judge, case, record)
-    back_TD = np.empty_like(found_TD)
-    back_TD[order] = found_TD
-    hold(case, "another output in another order", back_TD, plain_TD, radius_TD)
-    hold(case, "not its own row", plain_TD, forced(case, record).output_TD, radius_TD)
-
-
-@requires("RPL-8", method="record", spec=lambda s: replayable(s) and s.router.selector == "top_k",
-          inputs=("token_mask_T",), tokens=(7,))  # fmt: skip
-def test_a_record_holds_the_choice_and_its_weights(judge, case):
-    found, wanted = recorded(judge, case), capture(case.reference.routing, case.spec.router)
-    clear_T = judged_T(judge, case)
-    order = [np.argsort(r.expert_ids_TK, axis=-1, kind="stable") for r in (found, wanted)]
-    ids = [np.take_along_axis(r.expert_ids_TK, o, -1) for r, o in zip((found, wanted), order, strict=True)]
-    nothing = np.zeros(ids[0].shape)
-    hold(case, "not the experts of the run", ids[0], ids[1], nothing, rows=clear_T)
-    weights = [np.take_along_axis(r.weights_TK, o, -1) for r, o in zip((found, wanted), order, strict=True)]
-    ball = layer_bounds.layer(case, *dtypes(judge)).weights_TK
-    radius_TK = 4 * ball.radius.max(axis=-1, keepdims=True) + 2e-7 * np.abs(weights[1])
-    hold(case, "not the weights of the run", weights[0], weights[1], radius_TK, rows=clear_T)
-
-
-def recorded(judge, case):
+def record_of_subject(judge: Judge, case: LayerCase) -> RoutingRecord:
     """The subject's record of its run, with weights."""
     given = (case.x_TD.astype(np.float32), case.params.astype(np.float32), case.spec)
     found = judge.call(case, "record", *given, **case.inputs)
@@ -153,20 +69,110 @@ def recorded(judge, case):
         accuse("no record with weights", expected="RoutingRecord", received=type(found).__name__)
     shape = (case.num_tokens, case.spec.router.top_k)
     if found.expert_ids_TK.shape != shape:
-        accuse("a record of another shape", expected=str(shape), received=str(found.expert_ids_TK.shape))  # fmt: skip
+        accuse("a record of another shape", expected=shape, received=found.expert_ids_TK.shape)
     return found
 
 
-@requires("RPL-9", method="record", spec=lambda s: replayable(s) and s.router.selector == "top_k", tokens=(7,),
-          after=("RPL-8",))  # fmt: skip
-def test_a_recorded_run_is_replayed(judge, case):
-    judge.needs("replay")
-    if "layer" not in judge.capabilities:
-        raise NotRun("layer() is not defined")
-    record = recorded(judge, case)
+def reference_of(case: LayerCase, record: RoutingRecord) -> LayerTrace:
+    """The reference's trace of a replay."""
+    return replay_layer(record, case.x_TD, case.params, case.spec, with_weights=record.weights_TK is not None)
+
+
+def radius_of_replay(judge: Judge, case: LayerCase, record: RoutingRecord) -> np.ndarray:
+    """(T, D) how far rounding can take an output: as in a layer with the recorded choice given."""
+    trace = reference_of(case, record)
+    bare = case.spec.router.given()
+    given = {"given_ids_TK": record.expert_ids_TK.astype(np.int64), "token_mask_T": record.token_mask_T}
+    layer = case.with_(spec=case.spec.replace(router=bare), inputs=given).with_params(expert_bias_E=None)
+    radius_TD = bounds.layer(layer, *dtypes(judge)).output_TD.radius
+    own = layer.reference.routing.weights_TK
+    largest_T = np.abs(own).max(axis=-1, initial=0)
+    ratio_T = np.abs(trace.routing.weights_TK).max(axis=-1, initial=0) / np.maximum(largest_T, 1e-6)
+    return radius_TD * np.maximum(1, 4 * ratio_T)[:, None] ** 2
+
+
+def hold_replay(judge: Judge, case: LayerCase, record: RoutingRecord, title: str) -> None:
+    """The output is that of the reference with this record."""
+    found_TD = replay_of_subject(judge, case, record)
+    hold(title, found_TD, reference_of(case, record).output_TD, radius_of_replay(judge, case, record))
+
+
+def with_weights(record: RoutingRecord, weights_TK: np.ndarray) -> RoutingRecord:
+    """The record with other weights."""
+    return RoutingRecord.from_arrays(record.to_arrays() | {"weights_TK": weights_TK}, record.spec)
+
+
+@requires("RPL-1", method="replay", spec=replayable, tokens=(7, 1, 0))
+def a_replay_returns_one_output_for_each_token(judge, case):
+    replay_of_subject(judge, case, any_record(case, weights=False))
+
+
+@requires("RPL-2", method="replay", spec=weighs_apart, bias=("none",), after=(*FORWARD, "RPL-4"))
+def ids_alone_take_this_routers_weights(judge, case):
+    hold_replay(judge, case, any_record(case, weights=False), "not this router's weights")
+
+
+@requires("RPL-3", method="replay", spec=replayable, bias=("none",), after=FORWARD)
+def recorded_weights_are_taken_as_they_are(judge, case):
+    hold_replay(judge, case, any_record(case, weights=True), "not the recorded weights")
+
+
+@requires("RPL-4", method="replay", spec=replayable, bias=("mixed", "crowded"), after=FORWARD)
+def the_recorded_experts_are_taken(judge, case):
+    # With one weight for all, only the choice of experts makes a difference.
+    record = any_record(case, weights=True)
+    ones_TK = np.ones_like(record.weights_TK)
+    hold_replay(judge, case, with_weights(record, ones_TK), "not the recorded experts")
+
+
+@requires("RPL-5", method="replay", spec=replayable, after=(*FORWARD, "RPL-3", "RPL-4"), tokens=(7,))
+def an_unused_slot_adds_nothing(judge, case):
+    for weights in (False, True):
+        hold_replay(judge, case, any_record(case, weights=weights, unused=0.4), "with unused slots")
+
+
+@requires("RPL-6", method="replay", spec=replayable, after=(*FORWARD, "RPL-3", "RPL-4"), tokens=(7,))
+def padding_of_a_record_has_the_output_0(judge, case):
+    mask_T = case.rng().random(case.num_tokens) < 0.6
+    mask_T[0], mask_T[-1] = False, True
+    record = any_record(case, weights=True, mask_T=mask_T)
+    found_TD, wanted_TD = replay_of_subject(judge, case, record), reference_of(case, record).output_TD
+    radius_TD = np.where(mask_T[:, None], radius_of_replay(judge, case, record), 0)
+    hold("with padding in the record", found_TD, wanted_TD, radius_TD)
+
+
+@requires("RPL-7", method="replay", spec=replayable, after=FORWARD, tokens=(7,))
+def each_token_takes_its_own_row(judge, case):
+    record, order = any_record(case, weights=True), case.rng().permutation(case.num_tokens)
+    plain_TD = replay_of_subject(judge, case, record)
+    rows = {name: v[order] for name, v in record.to_arrays().items() if v is not None and name != "sequence_starts_B"}
+    reordered = RoutingRecord.from_arrays(record.to_arrays() | rows, record.spec)
+    found_TD = replay_of_subject(judge, case.with_(x_TD=case.x_TD[order], inputs={}), reordered)
+    radius_TD = 2 * radius_of_replay(judge, case, record)
+    back_TD = np.empty_like(found_TD)
+    back_TD[order] = found_TD
+    hold("another output in another order", back_TD, plain_TD, radius_TD)
+    hold("not its own row", plain_TD, reference_of(case, record).output_TD, radius_TD)
+
+
+@requires("RPL-8", method="record", spec=recordable, inputs=("token_mask_T",), tokens=(7,))
+def a_record_holds_the_choice_and_its_weights(judge, case):
+    found, wanted = record_of_subject(judge, case), capture(case.reference.routing, case.spec.router)
+    clear_T = judged_T(judge, case)
+    order = [np.argsort(r.expert_ids_TK, axis=-1, kind="stable") for r in (found, wanted)]
+    ids = [np.take_along_axis(r.expert_ids_TK, o, -1) for r, o in zip((found, wanted), order, strict=True)]
+    hold("not the experts of the run", ids[0], ids[1], rows=clear_T)
+    weights = [np.take_along_axis(r.weights_TK, o, -1) for r, o in zip((found, wanted), order, strict=True)]
+    ball = bounds.layer(case, *dtypes(judge)).weights_TK
+    radius_TK = 4 * ball.radius.max(axis=-1, keepdims=True) + FLOAT32_WEIGHT * np.abs(weights[1])
+    hold("not the weights of the run", weights[0], weights[1], radius_TK, rows=clear_T)
+
+
+@requires("RPL-9", method="record", spec=recordable, tokens=(7,), after=("RPL-8",))
+def a_recorded_run_is_replayed(judge, case):
+    record = record_of_subject(judge, case)
     again = RoutingRecord.from_arrays(record.to_arrays(), record.spec)
-    found_TD, wanted_TD = replayed(judge, case, again), output(judge, case)
+    found_TD, wanted_TD = replay_of_subject(judge, case, again), output_of_subject(judge, case)
     # A record holds float32 weights, however wide the run was.
     narrow = (narrower(dtype, "float32") for dtype in dtypes(judge))
-    radius_TD = 4 * layer_bounds.layer(case, *narrow).output_TD.radius
-    hold(case, "another output than in the run", found_TD, wanted_TD, radius_TD)
+    hold("another output than in the run", found_TD, wanted_TD, 4 * bounds.layer(case, *narrow).output_TD.radius)

@@ -11,8 +11,8 @@ chapter(
                  "radixark/miles#2722"),
     ("RPL-4", MUST, "The experts of a replay are the recorded ones, whatever the logits and expert_bias.",
                  "radixark/miles#3146"),
-    ("RPL-5", MUST, "An unused slot of a record adds nothing, and changes no other slot's choice.", "radixark/miles#645",
-                 "PrimeIntellect-ai/prime-rl#1807"),
+    ("RPL-5", MUST, "An unused slot of a record adds nothing, and changes no other slot's choice.",
+                 "radixark/miles#645", "PrimeIntellect-ai/prime-rl#1807"),
     ("RPL-6", MUST, "Padding of a record has the output 0, and the tokens beside it, also after it, are replayed as "
                  "recorded.", "radixark/miles#645", "AI-Hypercomputer/maxtext#5266"),
     ("RPL-7", MUST, "Each token takes its own row of the record: tokens and rows in another order give the outputs in "

@@ -1,0 +1,18 @@
+"""conformance, layer: its check, with the kinds of data that its cases are made of."""
+
+from dataclasses import dataclass
+
+from conformance.core.check import Check
+from conformance.layer.case import LayerCase
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCheck(Check):
+    """A requirement of a stage past the router, or of the whole layer; its cases are LayerCases."""
+
+    case = LayerCase
+
+    x: tuple[str, ...] = ("normal",)
+    """Kinds of tokens."""
+    bias: tuple[str, ...] = ("none", "mixed", "crowded")
+    """Kinds of expert_bias; a crowded one leaves experts without tokens."""

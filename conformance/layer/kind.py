@@ -1,0 +1,44 @@
+"""conformance, the kind layer: from tokens and parameters to outputs and gradients, stage by stage and whole."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from conformance.core.fault import Fault
+from conformance.core.judge import Judge
+from conformance.core.kind import Kind
+from conformance.core.subject import Subject
+from conformance.layer import draw, page
+from conformance.layer.case import LayerCase
+from conformance.layer.check import LayerCheck
+from conformance.layer.faulty import faulty_layer
+
+
+class LayerKind(Kind):
+    """What experts make of tokens, on one rank."""
+
+    name = "layer"
+    stages = ("permute", "experts", "combine", "layer", "backward", "replay")
+    check = LayerCheck
+    cost = 4
+
+    def settings(self, judge: Judge, check: LayerCheck):
+        return draw.settings(judge, check)
+
+    def draw(self, judge: Judge, check: LayerCheck, seed: int) -> LayerCase:
+        return draw.draw(judge, check, seed)
+
+    def fixed(self, judge: Judge, check: LayerCheck) -> Iterable[LayerCase]:
+        return draw.fixed(judge, check)
+
+    def rows_of_page(self, case: LayerCase, token: int | None) -> list[tuple[str, str]]:
+        return page.rows_of_page(case, token)
+
+    def side_by_side(self, judge: Judge, case: LayerCase, most_tokens: int = 4) -> str:
+        return page.side_by_side(judge, case, most_tokens)
+
+    def faulty(self, fault: Fault, **how: Any) -> Subject:
+        return faulty_layer(fault, **how)
+
+
+LAYER = LayerKind()
+requires = LAYER.requires

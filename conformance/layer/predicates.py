@@ -1,0 +1,60 @@
+"""conformance, layer: what its chapters share. Simpler neighbours, conditions, names of parameters."""
+
+from dataclasses import fields, replace
+
+import numpy as np
+
+from conformance.core.check import Condition
+from conformance.core.judge import Judge
+from conformance.layer.bounds import stable_T
+from conformance.layer.case import LayerCase
+from moe_ref import LayerParams, LayerSpec
+
+PARTS = ("EXP-2", "EXP-3", "EXP-4", "EXP-5", "CMB-2", "CMB-3", "CMB-5", "CMB-7", "LAY-1")
+"""Where one of these fails on the same case, the layer fails too, and is not the one to blame."""
+POISON = (np.nan, 1e30, np.nan)
+"""What rows hold that nobody reads, in calls one after the other."""
+
+MATRICES = ("w_up_EDF", "w_gate_EDF", "w_down_EFD")
+BIASES = ("b_up_EF", "b_gate_EF", "b_down_ED")
+ROUTER = ("gate_ED", "gate_bias_E", "learned_scale")
+SHARED = ("shared_w_up_SDF", "shared_w_gate_SDF", "shared_w_down_SFD", "shared_token_gate_D")
+
+
+def by_token(spec: LayerSpec) -> bool:
+    """Selectors that look at the token alone, not at its place."""
+    return spec.router.selector != "round_robin"
+
+
+def _choice_is_clear(judge: Judge, case: LayerCase) -> bool:
+    return bool(stable_T(case, judge.subject.compute_dtype).all())
+
+
+CHOICE_IS_CLEAR = Condition(sentence="judged where every choice is beyond doubt", holds=_choice_is_clear)
+"""Elsewhere rounding may change a choice, and with it every gradient."""
+
+
+# neighbours
+
+
+def without_shared(case: LayerCase) -> LayerCase:
+    """The same layer without its shared experts."""
+    names = (f.name for f in fields(LayerParams) if f.name.startswith("shared_"))
+    return case.with_(spec=case.spec.replace(shared=None), params=replace(case.params, **dict.fromkeys(names)))
+
+
+def routed_alone(case: LayerCase) -> LayerCase | None:
+    """The same layer without its shared experts, where it has some and the router does not score them."""
+    if case.spec.router.num_scored_shared_experts or case.spec.shared is None:
+        return None
+    return without_shared(case)
+
+
+def unmasked(case: LayerCase) -> LayerCase:
+    """The same tokens, none of them padding."""
+    return case.with_inputs(token_mask_T=None)
+
+
+def poisoned(case: LayerCase, poison: float) -> LayerCase:
+    """The same with this in every padding row."""
+    return case.with_(x_TD=np.where(case.valid_T[:, None], case.x_TD, poison))
