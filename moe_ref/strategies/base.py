@@ -6,6 +6,7 @@ Legend: T tokens, K top_k, E experts, e experts on this rank, S ranks of a rank 
 R rows worked on.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -82,7 +83,7 @@ class Links(NamedTuple):
     """And back."""
 
 
-class Strategy:
+class Strategy(ABC):
     """One way in which rows reach their experts and come back. A file of this folder has one, and says which."""
 
     name: str
@@ -92,6 +93,7 @@ class Strategy:
         """What a layout knows of it."""
         return STRATEGY_FACTS[self.name]
 
+    @abstractmethod
     def plan(
         self, ids_by_source: Sequence[np.ndarray], layout: ShardLayout, router: RouterSpec, group: int
     ) -> list[RankPlan]:
@@ -101,15 +103,14 @@ class Strategy:
             ids_by_source: for each token shard of the group (T, K) expert ids, checked.
             group: the number of the rank group.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def exact_links(self, plans: Sequence[RankPlan], layout: ShardLayout) -> Links:
         """What travels, from the plans of the ranks of one rank group, in their order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def counted_links(self, asked: Demand, layout: ShardLayout, router: RouterSpec) -> Links:
         """The same, from counts alone."""
-        raise NotImplementedError
 
     def num_partials(self, layout: ShardLayout) -> int:
         """The routed output of a token is the sum of so many partial sums; 1 where its rows come back as they went."""

@@ -46,7 +46,7 @@ def test_its_counts_are_those_of_the_plan(strategy):
     assert list(routings) == ["any experts", "2 of 4 groups"]
     for name, spec in routings.items():
         ids_by_shard = [ids for _, ids in blocks(spec, layout, options)]
-        if strategy == "replicated":
+        if STRATEGIES[strategy].facts.shares_tokens:
             ids_by_shard = [np.concatenate(ids_by_shard[8 * group : 8 * group + 8]) for group in range(2)]
         mesh = layout.replace(strategy=strategy)
         plans = plan(ids_by_shard, mesh, spec)

@@ -9,7 +9,7 @@ import pytest
 from test_parallel import CASES, DEEPSEEK, POISONS, SAME, case, check_whole
 
 from moe_jax.parallel import Stages, make_mesh, param_specs, place, split, stage_specs, unplace
-from moe_jax.parallel.exchange import plan
+from moe_jax.parallel.exchange import EXCHANGES, plan
 from moe_jax.parallel.stages import BY_RANK, HIDDEN, ROWS, P
 from moe_ref.backward.layer import layer_backward
 from moe_ref.dispatch import plan as reference_plan
@@ -101,7 +101,7 @@ def test_every_stage_has_specs_and_every_parameter_a_place(name):
     assert jax.tree.structure(param_specs(params, spec, layout)) == jax.tree.structure(params)
 
 
-@pytest.mark.parametrize("strategy", ["all_to_all", "ragged_all_to_all", "ring_of_experts", "replicated"])
+@pytest.mark.parametrize("strategy", EXCHANGES)
 def test_sizes_and_offsets_are_those_of_the_reference(strategy):
     tested = ShardLayout(data=2, expert=4, strategy=strategy, placement=TAILED.placement)
     rng = np.random.default_rng(6)
@@ -122,7 +122,7 @@ def test_sizes_and_offsets_are_those_of_the_reference(strategy):
             np.testing.assert_array_equal(getattr(found, name), np.concatenate([getattr(p, name) for p in expected]))
 
 
-@pytest.mark.parametrize("strategy", ["all_to_all", "ragged_all_to_all", "ring_of_experts", "replicated"])
+@pytest.mark.parametrize("strategy", EXCHANGES)
 def test_no_tokens_are_planned_without_waiting_for_any(strategy):
     empty = ShardLayout(expert=4, strategy=strategy)
     stage = split(Stages(DEEPSEEK, empty), LayerParams.init(DEEPSEEK), make_mesh(empty))("plan")

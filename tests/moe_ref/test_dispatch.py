@@ -26,6 +26,7 @@ def random_case(strategy, seed):
     num_experts = expert * int(rng.integers(1, 4))
     router = RouterSpec(num_experts=num_experts, top_k=int(rng.integers(1, min(4, num_experts) + 1)),
                         num_null_experts=int(rng.integers(0, 3)))  # fmt: skip
+    has_buffer = STRATEGIES[strategy].facts.has_buffer
     layout = ShardLayout(
         data=data,
         fsdp=fsdp,
@@ -34,7 +35,7 @@ def random_case(strategy, seed):
         strategy=strategy,
         placement=tuple(rng.permutation(num_experts)) if rng.random() < 0.5 else None,
         ranks_per_node=int(rng.choice([n for n in range(1, expert + 1) if expert % n == 0])),
-        buffer_factor=float(rng.choice([0.3, 1.0, 1.2])) if strategy == "ragged_all_to_all" and seed % 3 else None,
+        buffer_factor=float(rng.choice([0.3, 1.0, 1.2])) if has_buffer and seed % 3 else None,
     )
     tokens = rng.choice([0, 1, 2, 3, 5, 7], layout.num_token_shards)
     return layout, router, [ids_of(rng, T, router) for T in tokens]
@@ -53,7 +54,7 @@ def wanted_at(e, group, layout, router, ids_by_shard):
         for slot, expert_id in enumerate(ids_TK.reshape(-1)):
             if 0 <= expert_id < router.num_experts and layout.owner_of(expert_id, router.num_experts) == e:
                 place = layout.place_of(expert_id, router.num_experts)
-                found.append((e if layout.strategy == "replicated" else source, place, slot))
+                found.append((e if layout.facts.shares_tokens else source, place, slot))
     return sorted(found)
 
 
@@ -62,7 +63,7 @@ def check_laws(plans, layout, router, ids_by_shard):
     assert [(p.group, p.e) for p in plans] == list(product(range(layout.num_rank_groups), range(layout.expert)))
     for group, ranks in enumerate(groups(plans, layout)):
         check_exchange(ranks)
-        if layout.strategy == "node_dedup":
+        if layout.facts.by_node:
             check_crossing([p.across for p in ranks], layout, group, router, ids_by_shard)
         for p in ranks:
             check_rows(p, layout, router, ids_by_shard)
@@ -116,7 +117,7 @@ def check_rows(p, layout, router, ids_by_shard):
     assert places == sorted(places)
     first = p.e * router.num_experts // layout.expert
     assert p.group_sizes_e.tolist() == [places.count(first + i) for i in range(router.num_experts // layout.expert)]
-    if layout.strategy != "node_dedup":
+    if not layout.facts.by_node:
         # Rows of one expert are in the order of source and slot.
         by_place = sorted((place, source, slot) for source, place, slot in admitted)
         assert p.order_R2.tolist() == [[source, slot] for _, source, slot in by_place]
@@ -142,7 +143,7 @@ def test_arrival_says_where_each_row_lies_in_what_came(strategy, seed):
     layout, router, ids_by_shard = random_case(strategy, 100 + seed)
     for group, ranks in enumerate(groups(plan(ids_by_shard, layout, router), layout)):
         for p, buffer in zip(ranks, delivered(ranks), strict=True):
-            if layout.strategy == "replicated":
+            if layout.facts.shares_tokens:
                 tokens = p.order_R2[:, 1] // router.top_k
                 np.testing.assert_array_equal(p.arrival_R, tokens)
             elif layout.strategy == "ring_of_experts":
@@ -170,10 +171,10 @@ def test_every_assignment_of_a_few_tokens_to_a_few_experts_obeys_the_laws(
 ):
     """All of them: for one expert per rank or two, one or two slots, two and three ranks, with and without a buffer."""
     router = RouterSpec(num_experts=num_experts, top_k=top_k, num_null_experts=num_null)
-    shards = (sum(tokens),) if strategy == "replicated" else tokens
+    shards = (sum(tokens),) if STRATEGIES[strategy].facts.shares_tokens else tokens
     layout = ShardLayout(expert=len(tokens), strategy=strategy, ranks_per_node=1)
     layouts = [layout]
-    if strategy == "ragged_all_to_all":
+    if layout.facts.has_buffer:
         layouts = [layout, layout.replace(buffer_factor=0.5)]
     ends = np.cumsum(shards)[:-1]
     for chosen in product(assignments(top_k, router.num_choices), repeat=sum(tokens)):
