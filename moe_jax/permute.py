@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax.arrays import column, take, wide_dtype
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +93,7 @@ def dispatch(x_TD, metadata: RouteMetadata) -> jax.Array:
     Returns:
         rows_RD: (R, D), in the order of `metadata.slot_of_row_R`.
     """
-    return _take(x_TD, metadata.token_of_row_R)
+    return take(x_TD, metadata.token_of_row_R)
 
 
 def _dispatch_forward(x_TD, metadata: RouteMetadata):
@@ -128,16 +130,16 @@ def _unpermute_forward(rows_RD, metadata: RouteMetadata, weights_TK):
 def _unpermute_backward(residuals, d_output_TD):
     rows_RD, metadata, weights_TK = residuals
     own_R1 = metadata.has_expert_R[:, None]
-    d_gathered_RD = jnp.where(own_R1, _take(d_output_TD, metadata.token_of_row_R), 0)
+    d_gathered_RD = jnp.where(own_R1, take(d_output_TD, metadata.token_of_row_R), 0)
     if weights_TK is None:
         return d_gathered_RD, None, None
-    weight_R1 = _take(weights_TK.reshape(-1), metadata.slot_of_row_R)[:, None]
+    weight_R1 = take(weights_TK.reshape(-1), metadata.slot_of_row_R)[:, None]
     d_rows_RD = jnp.where(own_R1, d_gathered_RD * weight_R1, 0).astype(rows_RD.dtype)
-    dtype = _sum_dtype(rows_RD.dtype, weights_TK.dtype)
+    dtype = wide_dtype(rows_RD.dtype, weights_TK.dtype)
     products_RD = jnp.where(own_R1, rows_RD, 0).astype(dtype) * d_gathered_RD.astype(dtype)
-    d_weights_TK = jnp.where(
-        metadata.has_expert_TK, _take(products_RD.sum(axis=-1), metadata.row_of_slot_TK), 0
-    ).astype(weights_TK.dtype)
+    d_weights_TK = jnp.where(metadata.has_expert_TK, take(products_RD.sum(axis=-1), metadata.row_of_slot_TK), 0).astype(
+        weights_TK.dtype
+    )
     return d_rows_RD, None, d_weights_TK
 
 
@@ -148,26 +150,11 @@ def _sum_of_slots(rows_RD, metadata: RouteMetadata, weights_TK) -> jax.Array:
     """One gather per slot, which the compiler fuses with the sum: no (T, K, D) array."""
     T, K = metadata.row_of_slot_TK.shape
     dtypes = [rows_RD.dtype] if weights_TK is None else [rows_RD.dtype, weights_TK.dtype]
-    dtype = _sum_dtype(*dtypes)
+    dtype = wide_dtype(*dtypes)
     output_TD = jnp.zeros((T, *rows_RD.shape[1:]), dtype)
     for slot in range(K):
         # Selected, not multiplied by a weight of 0: the tail may hold NaN.
-        own_T1 = _column(metadata.has_expert_TK[:, slot], rows_RD.ndim)
-        rows_TD = jnp.where(own_T1, _take(rows_RD, metadata.row_of_slot_TK[:, slot]), 0).astype(dtype)
+        own_T1 = column(metadata.has_expert_TK[:, slot], rows_RD.ndim)
+        rows_TD = jnp.where(own_T1, take(rows_RD, metadata.row_of_slot_TK[:, slot]), 0).astype(dtype)
         output_TD += rows_TD if weights_TK is None else rows_TD * weights_TK[:, slot, None].astype(dtype)
     return output_TD
-
-
-def _take(values, places) -> jax.Array:
-    """values[places], without a bounds check: places come from a permutation."""
-    return jnp.asarray(values).at[places].get(mode="promise_in_bounds")
-
-
-def _column(values_T, ndim: int) -> jax.Array:
-    """The values along the first of ndim axes."""
-    return values_T.reshape(-1, *[1] * (ndim - 1))
-
-
-def _sum_dtype(*dtypes):
-    """Sums are in float64 where an operand is, else in float32."""
-    return jnp.float64 if jnp.float64 in dtypes else jnp.float32

@@ -72,7 +72,7 @@ class RankPlan(Exchange):
 
 
 def plan(expert_ids_by_shard, layout: ShardLayout, spec: RouterSpec | LayerSpec) -> list[RankPlan]:
-    """What every rank sends, receives and works on, for ranks (data, fsdp, expert) in their order.
+    """What every rank sends, receives and works on, for ranks (data, fsdp, expert) in their order. [DSP-2 .. DSP-6]
 
     Args:
         expert_ids_by_shard: for each token shard (T, K) integers: expert ids, null experts, or -1 in unused slots. The
@@ -144,7 +144,7 @@ def plan_all_to_all(ids_by_source, layout: ShardLayout, router: RouterSpec, grou
 
 
 def plan_ragged_all_to_all(ids_by_source, layout: ShardLayout, router: RouterSpec, group: int) -> list[RankPlan]:
-    """As all_to_all, but a receiver admits rows while it has room: source by source, each in sending order."""
+    """As all_to_all, but a receiver admits rows while it has room, source by source in sending order. [DSP-11]"""
     num_tokens = sum(len(ids_TK) for ids_TK in ids_by_source)
     room = layout.buffer_rows(num_tokens, router.num_experts, router.top_k)
     return _plan_slots(ids_by_source, layout, router, group, room=room)
@@ -253,7 +253,7 @@ def fan_out(landed: list[Row], ids_by_source, at: int, receiver: int, layout: Sh
 
 
 def exchange(wanted: list[list[list[Row]]], room: int | None) -> tuple[list[Exchange], list[list[Row]]]:
-    """Every rank sends rows to every rank; a receiver admits sources in rank order, rows in sending order.
+    """Every rank sends rows to every rank; a receiver admits sources in rank order, rows in sending order. [DSP-3]
 
     Args:
         wanted: wanted[s][r] are the rows that s has for r.
@@ -285,7 +285,7 @@ def exchange(wanted: list[list[list[Row]]], room: int | None) -> tuple[list[Exch
 
 
 def sort_by_expert(received: list[Row], ids_by_source, experts: tuple[int, ...]):
-    """What arrived as slots, by expert; the rows of one expert stay in the order in which they arrived.
+    """What arrived as slots, by expert; the rows of one expert stay in the order in which they arrived. [DSP-6, DSP-7]
 
     Returns:
         the rows, where each was among those that arrived, and the number of each expert.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from unittest.mock import patch
 
 import numpy as np
@@ -13,11 +14,13 @@ from conformance.core.register import REQUIREMENTS
 from conformance.core.trial import accuse
 from conformance.layer.verdicts import FORM
 from conformance.subjects.reference import Reference
-from moe_ref import dispatch, experts, layer, permute, routing, sharded
+from moe_ref import dispatch, experts, layer, routing, sharded
 from moe_ref.backward import layer as gradient
 from moe_ref.backward import routing as gradient_routing
 from moe_ref.backward import sharded as gradient_sharded
 
+# `moe_ref.permute` is the function.
+permute = import_module("moe_ref.permute")
 ROOMS = (
     moe_ref, permute, experts, layer, gradient, gradient_routing, routing, dispatch, sharded, gradient_sharded,
 )  # fmt: skip

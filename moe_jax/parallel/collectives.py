@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax.arrays import column, take
+
 
 def ragged_all_to_all(
     operand, output, input_offsets_S, send_sizes_S, output_offsets_S, recv_sizes_S, *, axis_name: str
@@ -59,7 +61,7 @@ def _backward(axis_name: str, residuals, d_result):
         axis_name, d_result, jnp.zeros_like(operand), begins_S, recv_sizes_S, back_to_S, send_sizes_S
     )
     _, received_M = _source_of_row(begins_S, recv_sizes_S, len(d_result))
-    return d_operand, jnp.where(_column(received_M, d_result.ndim), 0, d_result), None, None, None, None
+    return d_operand, jnp.where(column(received_M, d_result.ndim), 0, d_result), None, None, None, None
 
 
 _ragged_all_to_all.defvjp(_forward, _backward)
@@ -79,13 +81,13 @@ def _in_blocks(axis_name: str, operand, output, input_offsets_S, send_sizes_S, o
     N, M = len(operand), len(output)
     C = min(N, M)
     places_SC = jnp.minimum(input_offsets_S[:, None] + lax.iota(jnp.int32, C), N - 1)
-    blocks = _take(operand, places_SC.reshape(-1))
+    blocks = take(operand, places_SC.reshape(-1))
     arrived = lax.all_to_all(blocks, axis_name, split_axis=0, concat_axis=0, tiled=True)
     begins_S = _begins(axis_name, output_offsets_S)
     source_M, received_M = _source_of_row(begins_S, recv_sizes_S, M)
     places_M = source_M * C + lax.iota(jnp.int32, M) - begins_S[source_M]
-    found = _take(arrived, jnp.where(received_M, places_M, 0))
-    return jnp.where(_column(received_M, output.ndim), found, output)
+    found = take(arrived, jnp.where(received_M, places_M, 0))
+    return jnp.where(column(received_M, output.ndim), found, output)
 
 
 def _begins(axis_name: str, offsets_S) -> jax.Array:
@@ -104,13 +106,3 @@ def vary(array, axes) -> jax.Array:
     """The array as one that varies over these mesh axes too; its gradient is the sum over those that are new."""
     missing = tuple(sorted(set(axes) - jax.typeof(array).mat.varying))
     return lax.pcast(array, missing, to="varying") if missing else array
-
-
-def _take(values, places) -> jax.Array:
-    """values[places], without a bounds check."""
-    return values.at[places].get(mode="promise_in_bounds")
-
-
-def _column(values_M, ndim: int) -> jax.Array:
-    """The values along the first of ndim axes."""
-    return values_M.reshape(-1, *[1] * (ndim - 1))

@@ -20,9 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_jax import permute as local
 from moe_jax.parallel.collectives import ragged_all_to_all, vary
 from moe_jax.permute import RouteMetadata
+from moe_jax.permute import dispatch as local_dispatch
+from moe_jax.permute import permute as local_permute
+from moe_jax.permute import unpermute as local_unpermute
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.router import RouterSpec
 
@@ -86,7 +88,7 @@ def plan(expert_ids_TK, layout: ShardLayout, router: RouterSpec) -> ShardMetadat
     if strategy == "replicated":
         here = _plan_here(vary(places_TK, ("expert",)), layout, router)
         return here if layout.strategy == "replicated" else _to_itself(here, layout, len(places_TK))
-    home = local.permute(places_TK, router.num_experts)
+    home = local_permute(places_TK, router.num_experts)
     sizes_SSe = lax.all_gather(home.group_sizes_E, "expert").reshape(layout.expert, layout.expert, -1)
     if strategy == "all_to_all":
         return _plan_blocks(home, sizes_SSe, layout, router)
@@ -134,7 +136,7 @@ def _plan_blocks(home: RouteMetadata, sizes_SSe, layout: ShardLayout, router: Ro
     block_begins_S = C * lax.iota(jnp.int32, S)
     return ShardMetadata(
         slots=slots,
-        rows=local.permute(expert_SC.reshape(-1, 1), router.num_experts // S),
+        rows=local_permute(expert_SC.reshape(-1, 1), router.num_experts // S),
         send_sizes_S=wanted_SS[me],
         recv_sizes_S=wanted_SS[:, me],
         input_offsets_S=block_begins_S,
@@ -170,7 +172,7 @@ def _plan_runs(home: RouteMetadata, sizes_SSe, layout: ShardLayout, router: Rout
     expert_A = jnp.where(flat_expert_A < S * e, flat_expert_A % e, e)
     return ShardMetadata(
         slots=slots,
-        rows=local.permute(expert_A[:, None], e),
+        rows=local_permute(expert_A[:, None], e),
         send_sizes_S=admitted_SS[me],
         recv_sizes_S=admitted_SS[:, me],
         input_offsets_S=input_offsets_S,
@@ -207,7 +209,7 @@ def _plan_here(places_TK, layout: ShardLayout, router: RouterSpec) -> ShardMetad
     """The rows of this rank's experts among tokens that are here."""
     e, S = router.num_experts // layout.expert, layout.expert
     local_TK = places_TK - e * lax.axis_index("expert")
-    found = local.permute(jnp.where((local_TK >= 0) & (local_TK < e), local_TK, -1), e)
+    found = local_permute(jnp.where((local_TK >= 0) & (local_TK < e), local_TK, -1), e)
     # Rows past the most that can be worked on are of the tail.
     R = len(places_TK) * slots_per_rank(layout, router)
     # What has an expert is said slot by slot: where all R rows are used, no row is left to point the others to.
@@ -247,8 +249,8 @@ def dispatch(
     if metadata.slots is None:
         if strategy == "ring_of_experts":
             x_TD, weights_TK = jax.tree.map(_gather_tokens, (x_TD, weights_TK))
-        return _weighed(local.dispatch(x_TD, metadata.rows), weights_TK, metadata.rows)
-    sent_RD = _weighed(local.dispatch(x_TD, metadata.slots), weights_TK, metadata.slots)
+        return _weighed(local_dispatch(x_TD, metadata.rows), weights_TK, metadata.rows)
+    sent_RD = _weighed(local_dispatch(x_TD, metadata.slots), weights_TK, metadata.slots)
     fill = jnp.asarray(buffer_fill, x_TD.dtype)
     if strategy == "all_to_all":
         sent_RD = jnp.where(metadata.slots.has_expert_R[:, None], sent_RD, fill)
@@ -263,7 +265,7 @@ def dispatch(
             metadata.recv_sizes_S,
             axis_name="expert",
         )
-    return local.dispatch(arrived_AD, metadata.rows)
+    return local_dispatch(arrived_AD, metadata.rows)
 
 
 def unpermute(
@@ -278,16 +280,16 @@ def unpermute(
     strategy = exchange_strategy(layout)
     if metadata.slots is None:
         if strategy == "replicated":
-            partial_TD = local.unpermute(rows_RD, metadata.rows, weights_TK)
+            partial_TD = local_unpermute(rows_RD, metadata.rows, weights_TK)
             # Where the expert axis has size 1 its tokens are its own.
             return lax.psum(partial_TD, "expert") if layout.strategy == "replicated" else partial_TD
         if weights_TK is not None:
             weights_TK = _gather_tokens(weights_TK)
-        partial_TD = local.unpermute(rows_RD, metadata.rows, weights_TK)
+        partial_TD = local_unpermute(rows_RD, metadata.rows, weights_TK)
         if len(partial_TD) == 0:
             return partial_TD
         return lax.psum_scatter(partial_TD, "expert", scatter_dimension=0, tiled=True)
-    done_AD = local.unpermute(rows_RD, metadata.rows)
+    done_AD = local_unpermute(rows_RD, metadata.rows)
     if strategy == "all_to_all":
         back_RD = lax.all_to_all(done_AD, "expert", split_axis=0, concat_axis=0, tiled=True)
     else:
@@ -300,7 +302,7 @@ def unpermute(
             metadata.send_sizes_S,
             axis_name="expert",
         )
-    return local.unpermute(back_RD, metadata.slots, weights_TK)
+    return local_unpermute(back_RD, metadata.slots, weights_TK)
 
 
 def _weighed(rows_RD, weights_TK, metadata: RouteMetadata):

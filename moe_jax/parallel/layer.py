@@ -2,8 +2,8 @@
 
     mesh: data x fsdp x expert x tensor, laid out by `moe_ref.ShardLayout`
 
-Every rank works on its own tokens and experts; how rows travel is in `parallel_exchange.py`, what a rank does in each
-stage in `parallel_stages.py`. shard_map checks that what is returned as replicated is: no check is switched off.
+Every rank works on its own tokens and experts; how rows travel is in `exchange.py`, what a rank does in each
+stage in `stages.py`. shard_map checks that what is returned as replicated is: no check is switched off.
 
 Legend: T tokens of all shards, D model dim, E experts, K top_k, S ranks (data, fsdp, expert).
 """
@@ -29,7 +29,6 @@ from moe_jax.parallel.stages import (
     join_columns,
     param_specs,
     split,
-    stage_specs,
     token_axes,
 )
 from moe_jax.sparse_matmul import RouteOutput, check_tokens
@@ -37,11 +36,6 @@ from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import LayerSpec
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.params import LayerParams
-
-__all__ = [
-    "ShardedOutput", "Stages", "make_mesh", "param_specs", "place", "shard", "sharded_sparse_matmul", "split",
-    "stage_specs", "unplace", "use_cpu_devices",
-]  # fmt: skip
 
 
 @jax.tree_util.register_dataclass

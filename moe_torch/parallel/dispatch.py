@@ -2,7 +2,7 @@
 
     AllToAllTokenDispatcher     each rank has its own tokens, and sends each slot to the rank that has its expert
     ReplicatedTokenDispatcher   all ranks have the same tokens; each works on the slots of its own experts
-    NodeDedupTokenDispatcher    a token crosses to a node once, then fans out inside it (`parallel_nodes.py`)
+    NodeDedupTokenDispatcher    a token crosses to a node once, then fans out inside it (`nodes.py`)
 
 A place is a position of an expert in the order of the ranks: rank e owns places e * E/S and on. Nothing here depends
 on how experts are placed but where rows go: each token's slots are added up in the order k = 0 .. K-1.
@@ -20,8 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation, TokenDispatcher
-from moe_torch.experts import GroupedExperts, uses_grouped_mm
-from moe_torch.moe import run_experts
+from moe_torch.experts import GroupedExperts, moves_rows, run_experts
 from moe_torch.parallel.collectives import NOT_SHARED, Parallel, Pending, Shared, exchange
 from moe_torch.parallel.rows import Rows
 
@@ -192,7 +191,7 @@ class AllToAllTokenDispatcher(ParallelTokenDispatcher):
 
 def run_on_arrival(experts: GroupedExperts, rows_RD: Tensor, arrived: Permutation) -> Tensor:
     """The experts' outputs in the order in which the rows arrived."""
-    if not uses_grouped_mm(rows_RD):
+    if not moves_rows(rows_RD):
         return experts.sum_of_slots(rows_RD, arrived, None)
     local = LocalTokenDispatcher(experts.num_experts)
     return local.unpermute(experts(local.dispatch(rows_RD, arrived), arrived.tokens_per_expert_E), arrived).squeeze(1)

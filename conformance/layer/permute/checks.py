@@ -6,7 +6,7 @@ from conformance.core.check import requires
 from conformance.core.judge import NotRun, Violation
 from conformance.layer.verdicts import permuted, unused_or_null
 from moe_ref import UNUSED
-from moe_ref import permute as reference
+from moe_ref.permute import permute as reference_permute
 
 MANY_EXPERTS, MANY_TOKENS = 520, 300
 """Past 256 and 512, where a warp, a byte or a bfloat16 ends; no multiple of a block."""
@@ -29,7 +29,7 @@ def with_unused(case, share: float) -> np.ndarray:
 
 def wanted(expert_ids_TK, num_experts: int):
     """The reference's permutation."""
-    return reference.permute(expert_ids_TK, num_experts)
+    return reference_permute(expert_ids_TK, num_experts)
 
 
 def hold_rows(case, expert_ids_TK, num_experts: int, order_N, id: str) -> None:
