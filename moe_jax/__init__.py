@@ -1,3 +1,66 @@
-"""moe_jax: the Mixture-of-Experts layer in JAX, equal to moe_ref and fast."""
+"""moe_jax: the Mixture-of-Experts layer in JAX, equal to moe_ref and fast.
 
-from moe_jax import pytrees as pytrees
+Start at `sparse_matmul`, or at `sharded_sparse_matmul` for a mesh of devices. To import this starts no JAX backend.
+"""
+
+from moe_jax import pytrees  # noqa: F401  # before anything is traced
+from moe_jax.balance import LoadStatistics, bias_update, load_statistics, tokens_per_expert
+from moe_jax.capacity import KeptSlots, apply_capacity, slot_table
+from moe_jax.dense_matmul import dense_matmul
+from moe_jax.grouped_matmul import grouped_matmul
+from moe_jax.losses import BalanceSums, balance_loss, balance_sums, loss_of_sums, z_loss
+from moe_jax.parallel.layer import (
+    ShardedOutput,
+    make_mesh,
+    param_specs,
+    place,
+    shard,
+    sharded_sparse_matmul,
+    unplace,
+    use_cpu_devices,
+)
+from moe_jax.permute import RouteMetadata, dispatch, permute, unpermute
+from moe_jax.replay import capture, replay_layer
+from moe_jax.routing import RoutingTrace, gate, route
+from moe_jax.sparse_matmul import RouteOutput, activate, gmm_down, gmm_up, limit, route_tokens, sparse_matmul
+
+__all__ = [
+    "BalanceSums",
+    "KeptSlots",
+    "LoadStatistics",
+    "RouteMetadata",
+    "RouteOutput",
+    "RoutingTrace",
+    "ShardedOutput",
+    "activate",
+    "apply_capacity",
+    "balance_loss",
+    "balance_sums",
+    "bias_update",
+    "capture",
+    "dense_matmul",
+    "dispatch",
+    "gate",
+    "gmm_down",
+    "gmm_up",
+    "grouped_matmul",
+    "limit",
+    "load_statistics",
+    "loss_of_sums",
+    "make_mesh",
+    "param_specs",
+    "permute",
+    "place",
+    "replay_layer",
+    "route",
+    "route_tokens",
+    "shard",
+    "sharded_sparse_matmul",
+    "slot_table",
+    "sparse_matmul",
+    "tokens_per_expert",
+    "unpermute",
+    "unplace",
+    "use_cpu_devices",
+    "z_loss",
+]

@@ -1,10 +1,10 @@
-"""moe_jax, load: how tokens spread over experts, and how the balancing bias answers an uneven spread.
+"""moe_jax, balance: how tokens spread over experts, and how the balancing bias answers an uneven spread.
 
     expert ids -> tokens_per_expert -> bias_update, load_statistics      (what an uneven spread costs: `losses.py`)
 
 All of it is pure: counts are returned and never kept, so that rematerialisation counts nothing twice. `axis_name` names
 the mesh axes over which the tokens of a batch are spread, inside `jax.shard_map`; with it a count is that of the whole
-batch, the same on every shard. What is computed is `moe_ref.load`.
+batch, the same on every shard. What is computed is `moe_ref.balance`.
 
 Legend: T tokens, E experts, K top_k, N = T * K slots, S ranks.
 """
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_jax.routing import compute_dtype
+from moe_jax.arrays import wide_dtype
 from moe_ref.specs.balance import BiasUpdateSpec
 
 
@@ -54,7 +54,7 @@ def sum_over(axis_name, values):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class LoadStatistics:
-    """How even a load is; the fields are those of `moe_ref.load.LoadStatistics`."""
+    """How even a load is; the fields are those of `moe_ref.LoadStatistics`."""
 
     total: jax.Array
     mean: jax.Array
@@ -121,7 +121,7 @@ def bias_update(counts_E, spec: BiasUpdateSpec, expert_bias_E, *, axis_name=None
     if frozen_E.shape != bias_E.shape[-1:]:
         raise ValueError(f"frozen_E has {len(frozen_E)} entries; there are {bias_E.shape[-1]} biases")
     free_E = ~frozen_E
-    dtype = compute_dtype(bias_E.dtype)
+    dtype = wide_dtype(bias_E.dtype)
 
     counts_E = sum_over(axis_name, counts_E)
     total_1 = jnp.where(free_E, counts_E, 0).sum(axis=-1, keepdims=True)
@@ -138,5 +138,5 @@ def bias_update(counts_E, spec: BiasUpdateSpec, expert_bias_E, *, axis_name=None
         step_E = excess_E * n / jnp.maximum(total_1, 1).astype(dtype)
     if spec.centred:
         step_E = step_E - jnp.where(free_E, step_E, 0).sum(axis=-1, keepdims=True) / n
-    moved_E = (bias_E.astype(dtype) + spec.rate * step_E).astype(bias_E.dtype)
-    return jnp.where(frozen_E, bias_E, moved_E)
+    new_bias_E = (bias_E.astype(dtype) + spec.rate * step_E).astype(bias_E.dtype)
+    return jnp.where(frozen_E, bias_E, new_bias_E)

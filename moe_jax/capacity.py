@@ -22,7 +22,7 @@ from moe_ref.specs.balance import CapacitySpec
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class Limited:
+class KeptSlots:
     """What is left of a choice."""
 
     expert_ids_TK: jax.Array
@@ -45,7 +45,7 @@ def apply_capacity(
     sequence_of_T=None,
     num_sequences: int = 1,
     axis_name=None,
-) -> Limited:
+) -> KeptSlots:
     """An expert keeps the first C slots of each unit, in drop order, and the others are dropped. [CAP-3 .. CAP-7]
 
     `pad_to_capacity` changes no value: `slot_table` has the padded form, on which `dense_matmul` always computes.
@@ -77,22 +77,22 @@ def apply_capacity(
         kept_TK, place_TK = (lax.dynamic_slice_in_dim(each, first, len(ids_TK)) for each in of_all)
     else:
         kept_TK, place_TK = _kept(*choice, spec, num_experts, num_units, all_valid=token_mask_T is None)
-    limited = Limited(
+    first = KeptSlots(
         expert_ids_TK=jnp.where(kept_TK, given_ids_TK, -1),
         weights_TK=_renormalise(given_TK, kept_TK, spec),
         dropped_TK=(given_ids_TK >= 0) & ~kept_TK,
         place_TK=place_TK,
     )
     if spec.then is None:
-        return limited
+        return first
     second = apply_capacity(
-        limited.expert_ids_TK, limited.weights_TK, spec.then, num_experts, token_mask_T=token_mask_T,
+        first.expert_ids_TK, first.weights_TK, spec.then, num_experts, token_mask_T=token_mask_T,
         sequence_of_T=sequence_of_T, num_sequences=num_sequences, axis_name=axis_name,
     )  # fmt: skip
-    return Limited(
+    return KeptSlots(
         expert_ids_TK=second.expert_ids_TK,
         weights_TK=second.weights_TK,
-        dropped_TK=limited.dropped_TK | second.dropped_TK,
+        dropped_TK=first.dropped_TK | second.dropped_TK,
         place_TK=second.place_TK,
     )
 
@@ -154,20 +154,20 @@ def most_slots(spec: CapacitySpec, num_tokens: int, top_k: int, num_experts: int
     return min(bound, num_tokens)
 
 
-def slot_table(limited: Limited, num_experts: int, num_places: int, *, unit_of_T=None, num_units: int = 1) -> jax.Array:
+def slot_table(kept: KeptSlots, num_experts: int, num_places: int, *, unit_of_T=None, num_units: int = 1) -> jax.Array:
     """(U, E, C) the flat slot number t * K + k at each place of each expert, -1 where it is empty. [CAP-13]
 
     Args:
         num_places: C, static; places beyond it are left off.
         unit_of_T: (T,) the unit (sequence or shard) of each token, in [0, num_units); None: all are one.
     """
-    T, K = limited.expert_ids_TK.shape
+    T, K = kept.expert_ids_TK.shape
     unit_T = jnp.zeros(T, jnp.int32) if unit_of_T is None else jnp.asarray(unit_of_T)
     # No place: past the end, which drops it. (-1 would be the last one.)
-    place_TK = jnp.where(limited.place_TK < 0, num_places, limited.place_TK)
+    place_TK = jnp.where(kept.place_TK < 0, num_places, kept.place_TK)
     table_UEC = jnp.full((num_units, num_experts, num_places), -1, jnp.int32)
     numbers_TK = lax.iota(jnp.int32, T * K).reshape(T, K)
-    return table_UEC.at[unit_T[:, None], limited.expert_ids_TK, place_TK].set(numbers_TK, mode="drop")
+    return table_UEC.at[unit_T[:, None], kept.expert_ids_TK, place_TK].set(numbers_TK, mode="drop")
 
 
 def slot_places(expert_ids_TK, num_experts: int) -> jax.Array:

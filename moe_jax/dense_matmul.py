@@ -14,7 +14,7 @@ from jax import lax
 from moe_jax import routing
 from moe_jax.capacity import most_slots, slot_places
 from moe_jax.experts import hide, join, keep_tokens, null_output
-from moe_jax.sparse_matmul import RouteOutput, check_tokens, limit, route
+from moe_jax.sparse_matmul import RouteOutput, check_tokens, limit, route_tokens
 from moe_ref.specs.balance import CapacitySpec
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import LayerSpec
@@ -43,7 +43,7 @@ def dense_matmul(
     check_tokens(x_TD, spec)
     clean_x_TD = keep_tokens(jnp.asarray(x_TD), token_mask_T)
     logits_TE = routing.gate(clean_x_TD, params.gate_ED, params.gate_bias_E)
-    decided, _ = route(
+    decided, _ = route_tokens(
         logits_TE,
         spec.router,
         expert_bias_E=params.expert_bias_E,

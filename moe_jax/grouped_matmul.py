@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax.arrays import wide_dtype
+
 BLOCK_SIZES = (8, 16, 24, 32, 48, 64, 80, 96, 128)
 """Rows of a block. A group is blocks of the last size, and one that is just large enough for the rest: a dot packs
 the whole matrix of its expert, so one dot with a few unused rows is faster than several without."""
@@ -185,7 +187,7 @@ def _rows_times_rows(rows_RD, rows_RF, group_sizes_E, out_dtype, precision):
             # It is the first block of the group: nothing to add to.
             return product(at, size, own_B1)
 
-        zero_DF = lax.full_like(rows_RD, 0, _sum_dtype(rows_RD.dtype, rows_RF.dtype), (D, F))
+        zero_DF = lax.full_like(rows_RD, 0, wide_dtype(rows_RD.dtype, rows_RF.dtype), (D, F))
         sum_DF = _over_blocks(groups.starts_E[expert_id], groups.sizes_E[expert_id], R, rest, full, zero_DF)
         return lax.dynamic_update_index_in_dim(out_EDF, _bits(sum_DF.astype(out_dtype)), expert_id, axis=0)
 
@@ -248,12 +250,7 @@ def _floats(array, dtype):
 
 def _loader(*dtypes) -> Callable:
     """From a slice of `_bits`, and the dtype it had, to the dtype of the sums."""
-    return lambda bits, dtype: _floats(bits, dtype).astype(_sum_dtype(*dtypes))
-
-
-def _sum_dtype(*dtypes):
-    """Sums are in float64 where an operand is, else in float32."""
-    return jnp.float64 if jnp.float64 in dtypes else jnp.float32
+    return lambda bits, dtype: _floats(bits, dtype).astype(wide_dtype(*dtypes))
 
 
 # --- ragged: GPU and TPU -------------------------------------------------------------------------------------------
@@ -263,7 +260,7 @@ def _ragged(rows_RD, kernel_EDF, group_sizes_E, *, options: Options):
     """The platform's ragged dot, between two masks: kernels leave rows of the tail unwritten."""
     groups = _groups(group_sizes_E, rows_RD.shape[0])
     own_R1 = (lax.iota(jnp.int32, rows_RD.shape[0]) < groups.sizes_E.sum())[:, None]
-    sum_dtype = _sum_dtype(rows_RD.dtype, kernel_EDF.dtype)
+    sum_dtype = wide_dtype(rows_RD.dtype, kernel_EDF.dtype)
     rows_RF = _ragged_dot()(
         jnp.where(own_R1, rows_RD, 0),
         kernel_EDF,

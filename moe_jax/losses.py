@@ -13,13 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from moe_jax.arrays import wide_dtype
 from moe_jax.balance import count, sum_over
-from moe_jax.routing import compute_dtype, score, softmax, top_k
+from moe_jax.routing import SMALL_LOGIT, score, softmax, top_k
 from moe_ref.specs.balance import BalanceSpec
 from moe_ref.specs.router import RouterSpec
-
-SMALL_LOGIT = -40.0
-"""Below it, log(1 + exp(z)) is exp(z) to the last bit of float64."""
 
 
 @jax.tree_util.register_dataclass
@@ -186,5 +184,5 @@ def _masked(logits_TE, token_mask_T) -> jax.Array:
     logits_TE = jnp.asarray(logits_TE)
     if logits_TE.ndim != 2 or not jnp.issubdtype(logits_TE.dtype, jnp.floating):
         raise ValueError(f"logits_TE is {logits_TE.dtype}{list(logits_TE.shape)}; it is floats of 2 axes")
-    wide_TE = logits_TE.astype(compute_dtype(logits_TE.dtype))
+    wide_TE = logits_TE.astype(wide_dtype(logits_TE.dtype))
     return wide_TE if token_mask_T is None else jnp.where(jnp.asarray(token_mask_T)[:, None], wide_TE, 0)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax.arrays import column, take, wide_dtype
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +135,7 @@ def _unpermute_backward(residuals, d_output_TD):
         return d_gathered_RD, None, None
     weight_R1 = take(weights_TK.reshape(-1), metadata.slot_of_row_R)[:, None]
     d_rows_RD = jnp.where(own_R1, d_gathered_RD * weight_R1, 0).astype(rows_RD.dtype)
-    dtype = _sum_dtype(rows_RD.dtype, weights_TK.dtype)
+    dtype = wide_dtype(rows_RD.dtype, weights_TK.dtype)
     products_RD = jnp.where(own_R1, rows_RD, 0).astype(dtype) * d_gathered_RD.astype(dtype)
     d_weights_TK = jnp.where(metadata.has_expert_TK, take(products_RD.sum(axis=-1), metadata.row_of_slot_TK), 0).astype(
         weights_TK.dtype
@@ -148,7 +150,7 @@ def _sum_of_slots(rows_RD, metadata: RouteMetadata, weights_TK) -> jax.Array:
     """One gather per slot, which the compiler fuses with the sum: no (T, K, D) array."""
     T, K = metadata.row_of_slot_TK.shape
     dtypes = [rows_RD.dtype] if weights_TK is None else [rows_RD.dtype, weights_TK.dtype]
-    dtype = _sum_dtype(*dtypes)
+    dtype = wide_dtype(*dtypes)
     output_TD = jnp.zeros((T, *rows_RD.shape[1:]), dtype)
     for slot in range(K):
         # Selected, not multiplied by a weight of 0: the tail may hold NaN.
@@ -156,18 +158,3 @@ def _sum_of_slots(rows_RD, metadata: RouteMetadata, weights_TK) -> jax.Array:
         rows_TD = jnp.where(own_T1, take(rows_RD, metadata.row_of_slot_TK[:, slot]), 0).astype(dtype)
         output_TD += rows_TD if weights_TK is None else rows_TD * weights_TK[:, slot, None].astype(dtype)
     return output_TD
-
-
-def take(values: jax.Array, places: jax.Array) -> jax.Array:
-    """values[places], without a bounds check: places are known to be in bounds."""
-    return jnp.asarray(values).at[places].get(mode="promise_in_bounds")
-
-
-def column(values_T: jax.Array, ndim: int) -> jax.Array:
-    """The values along the first of ndim axes."""
-    return values_T.reshape(-1, *[1] * (ndim - 1))
-
-
-def _sum_dtype(*dtypes):
-    """Sums are in float64 where an operand is, else in float32."""
-    return jnp.float64 if jnp.float64 in dtypes else jnp.float32

@@ -1,7 +1,7 @@
 """moe_jax, replay: the choice of one run is recorded, and forced on another, here or in another framework.
 
     output_TD, decided = sparse_matmul(x_TD, params, spec)
-    record = capture(decided, spec.router)                       # save_records, load_records: moe_ref.record
+    record = capture(decided, spec.router)                       # save_records, load_records: moe_ref
     again_TD, _ = replay_layer(x_TD, params, spec, record)       # ids alone: the weights are this router's
     again_TD, _ = replay_layer(x_TD, params, spec, record, with_weights=True)
 
@@ -32,17 +32,12 @@ def capture(
         token_mask_T: (T,) bools, False where a token is padding.
         sequence_lengths: of consecutive sequences; None: one.
     """
-    ids_TK = np.asarray(decided.expert_ids_TK)
-    T = len(ids_TK)
-    lengths_B = np.array([T] if sequence_lengths is None else sequence_lengths, dtype=np.int64)
-    if lengths_B.sum() != T:
-        raise ValueError(f"sequence_lengths sums to {lengths_B.sum()}; there are {T} tokens")
-    return RoutingRecord(
-        expert_ids_TK=ids_TK,
-        weights_TK=np.asarray(decided.weights_TK, dtype=np.float32),
-        token_mask_T=np.ones(T, dtype=bool) if token_mask_T is None else np.asarray(token_mask_T),
-        sequence_starts_B=lengths_B.cumsum() - lengths_B,
-        spec=spec,
+    return RoutingRecord.of_choice(
+        np.asarray(decided.expert_ids_TK),
+        np.asarray(decided.weights_TK, dtype=np.float32),
+        spec,
+        token_mask_T=None if token_mask_T is None else np.asarray(token_mask_T),
+        sequence_lengths=sequence_lengths,
     )
 
 

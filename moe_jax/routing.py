@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax.arrays import wide_dtype
 from moe_jax.top_k import top_k
 from moe_ref.specs.checks import shape_and_kind
 from moe_ref.specs.ids import UNUSED
@@ -19,7 +20,7 @@ from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.router import RouterSpec
 
 SMALL_LOGIT = -40.0
-"""Below it, sqrt(log(1 + exp(z))) equals exp(z / 2) to the last bit of float64."""
+"""Below it, log(1 + exp(z)) is exp(z) to the last bit of float64."""
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +60,7 @@ def gate(x_TD, gate_ED, gate_bias_E=None) -> jax.Array:
     """
     x_TD = _array("x_TD", x_TD, (None, None), "float")
     gate_ED = _array("gate_ED", gate_ED, (None, x_TD.shape[1]), "float")
-    dtype = compute_dtype(jnp.promote_types(x_TD.dtype, gate_ED.dtype))
+    dtype = wide_dtype(jnp.promote_types(x_TD.dtype, gate_ED.dtype))
     # HIGHEST: the default multiplies in bfloat16 on TPU and in TF32 on GPU, which changes choices.
     logits_TE = jnp.einsum("td,ed->te", x_TD, gate_ED, precision=lax.Precision.HIGHEST, preferred_element_type=dtype)
     if gate_bias_E is None:
@@ -94,7 +95,7 @@ def route(
         ValueError: wrong shapes or dtypes, an input that the spec lacks, or one that it does not read.
     """
     logits_TE = _array("logits_TE", logits_TE, (None, spec.num_logits), "float")
-    T, E, dtype = logits_TE.shape[0], spec.num_choices, compute_dtype(logits_TE.dtype)
+    T, E, dtype = logits_TE.shape[0], spec.num_choices, wide_dtype(logits_TE.dtype)
     bias_E = _bias(expert_bias_E, spec, dtype)
     scale = _learned_scale(learned_scale, spec, dtype)
     valid_T1 = _mask(token_mask_T, T)[:, None]
@@ -246,7 +247,7 @@ def weigh(scaled_logits_TE, scores_TE, expert_ids_TK, group_ids_TL, spec: Router
 
 
 def banded_weights(scaled_logits_TE, expert_ids_TK, spec: RouterSpec):
-    """sparsemixer: slot j is weighted by a softmax over the band below the best remaining expert. [SEL-13, WGT-12]
+    """sparsemixer: slot j is weighted by a softmax over the band below the best remaining expert. [SEL-13, WGT-15]
 
     The band holds the remaining experts whose distance to the best is at most 2 * mixer_eps of the larger of
     |logit| and the best. Weights of a token need not sum to 1. Source: arXiv:2409.12136.
@@ -301,11 +302,6 @@ def scale_weights(weights_TK, expert_ids_TK, learned_scale, spec: RouterSpec):
     if spec.null_kind == "skip":
         return jnp.where(expert_ids_TK >= spec.num_experts, 0, scaled_TK)
     return scaled_TK
-
-
-def compute_dtype(dtype):
-    """Routing is computed in float32, or in float64 where that is what comes in."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def _array(field: str, value, shape: tuple[int | None, ...], kind: str) -> jax.Array:

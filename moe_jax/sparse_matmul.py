@@ -26,11 +26,6 @@ from moe_ref.specs.layer import ExpertSpec, LayerSpec
 from moe_ref.specs.params import LayerParams
 from moe_ref.specs.router import RouterSpec
 
-__all__ = [
-    "RouteMetadata", "RouteOutput", "activate", "dispatch", "gmm_down", "gmm_up", "limit", "permute", "route",
-    "sparse_matmul", "unpermute",
-]  # fmt: skip
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +65,7 @@ def sparse_matmul(
 
     Args:
         x_TD: (T, D) tokens.
-        params: a pytree of arrays; init and layouts are in `moe_ref.weights`.
+        params: a pytree of arrays; init and layouts are in `moe_ref.LayerParams`.
         spec: static.
         token_mask_T: (T,) bools; a padding token (False) is not read, and its output is 0, shared experts included.
         inputs: what the selector reads, as in `moe_jax.route`.
@@ -86,7 +81,7 @@ def sparse_matmul(
     check_tokens(x_TD, spec)
     clean_x_TD = keep_tokens(jnp.asarray(x_TD), token_mask_T)
     logits_TE = routing.gate(clean_x_TD, params.gate_ED, params.gate_bias_E)
-    decided, metadata = route(
+    decided, metadata = route_tokens(
         logits_TE,
         spec.router,
         expert_bias_E=params.expert_bias_E,
@@ -110,7 +105,7 @@ def sparse_matmul(
     return keep_tokens(output_TD, token_mask_T), decided
 
 
-def route(logits_TE, spec: RouterSpec, **inputs) -> tuple[RouteOutput, RouteMetadata]:
+def route_tokens(logits_TE, spec: RouterSpec, **inputs) -> tuple[RouteOutput, RouteMetadata]:
     """The experts of each token, their weights, and where the rows go; `inputs` are those of `routing.route`."""
     trace = routing.route(logits_TE, spec, **inputs)
     decided = RouteOutput(
@@ -128,9 +123,9 @@ def limit(
     decided: RouteOutput, capacity: CapacitySpec, num_experts: int, **inputs
 ) -> tuple[RouteOutput, RouteMetadata]:
     """What is left of a choice, and where those rows go; `inputs` are those of `apply_capacity`."""
-    limited = apply_capacity(decided.expert_ids_TK, decided.weights_TK, capacity, num_experts, **inputs)
-    kept = replace(decided, expert_ids_TK=limited.expert_ids_TK, weights_TK=limited.weights_TK)
-    return kept, permute(limited.expert_ids_TK, num_experts)
+    slots = apply_capacity(decided.expert_ids_TK, decided.weights_TK, capacity, num_experts, **inputs)
+    kept = replace(decided, expert_ids_TK=slots.expert_ids_TK, weights_TK=slots.weights_TK)
+    return kept, permute(slots.expert_ids_TK, num_experts)
 
 
 def gmm_up(rows_RD, w_gate_EDF, w_up_EDF, metadata: RouteMetadata, **options) -> tuple[jax.Array | None, jax.Array]:

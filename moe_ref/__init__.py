@@ -1,7 +1,7 @@
 """moe_ref: the reference. It says what a Mixture-of-Experts layer computes, in NumPy and float64."""
 
 from moe_ref.backward.balance import balance_layers_backward, balance_loss_backward, capacity_backward, z_loss_backward
-from moe_ref.backward.layer import layer_backward
+from moe_ref.backward.layer import LayerGradients, layer_backward
 from moe_ref.backward.sharded import ShardedGradients, sharded_backward
 from moe_ref.balance import (
     BalanceTrace,
@@ -16,7 +16,9 @@ from moe_ref.balance import (
 )
 from moe_ref.capacity import CapacityTrace, apply_capacity
 from moe_ref.dispatch import plan, plan_chunks
-from moe_ref.layer import moe_layer
+from moe_ref.experts import combine, run_experts
+from moe_ref.layer import LayerTrace, moe_layer
+from moe_ref.permute import Permutation, permute, unpermute
 from moe_ref.replay import capture, replay, replay_layer
 from moe_ref.routing import RoutingTrace, gate, route
 from moe_ref.sharded import ShardedTrace, sharded_layer
@@ -42,9 +44,12 @@ __all__ = [
     "CapacitySpec",
     "CapacityTrace",
     "ExpertSpec",
+    "LayerGradients",
     "LayerParams",
     "LayerSpec",
+    "LayerTrace",
     "LoadStatistics",
+    "Permutation",
     "RankPlan",
     "RouterInputs",
     "RouterSpec",
@@ -64,20 +69,24 @@ __all__ = [
     "bias_update",
     "capacity_backward",
     "capture",
+    "combine",
     "gate",
     "layer_backward",
     "load_records",
     "load_statistics",
     "moe_layer",
+    "permute",
     "plan",
     "plan_chunks",
     "replay",
     "replay_layer",
     "route",
+    "run_experts",
     "save_records",
     "sharded_backward",
     "sharded_layer",
     "tokens_per_expert",
+    "unpermute",
     "z_loss",
     "z_loss_backward",
 ]

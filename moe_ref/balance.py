@@ -1,10 +1,10 @@
-"""moe_ref, load: how tokens spread over experts, what an uneven spread costs, and how the bias answers it.
+"""moe_ref, balance: how tokens spread over experts, what an uneven spread costs, and how the bias answers it.
 
     expert ids -> tokens_per_expert -> balance_loss, bias_update, load_statistics;   logits -> z_loss
 
 A padding token is in no count, no mean and no sum. A batch that is spread over ranks, micro-batches or chunks is given
 here as one array of all its tokens; `tokens_per_shard` says how it was cut, and only a scope other than 'global' asks.
-Gradients are in `gradient_load.py`.
+Gradients are in `backward/balance.py`.
 
 Legend: T tokens, E choices (experts, then null experts), K top_k, U units (batches or sequences), S shards.
 """

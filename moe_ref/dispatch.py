@@ -21,7 +21,7 @@ from moe_ref.strategies.base import RankPlan
 def plan(
     expert_ids_by_shard: Sequence[np.ndarray], layout: ShardLayout, spec: RouterSpec | LayerSpec
 ) -> list[RankPlan]:
-    """What every rank sends, receives and works on, for ranks (data, fsdp, expert) in their order.
+    """What every rank sends, receives and works on, for ranks (data, fsdp, expert) in their order. [DSP-2 .. DSP-6]
 
     Args:
         expert_ids_by_shard: for each token shard (T, K) integers: expert ids, null experts, or -1 in unused slots. The

@@ -28,7 +28,7 @@ class FeedForwardTrace:
 
 
 def feed_forward(input_RD, weights: FeedForward, spec: ExpertSpec) -> FeedForwardTrace:
-    """An expert is a down projection of act(gate) * up, or of act(up) where it is not gated."""
+    """An expert is a down projection of act(gate) * up, or of act(up) where it is not gated. [EXP-2]"""
     gate_RF = None if weights.w_gate_DF is None else project(input_RD, weights.w_gate_DF, weights.b_gate_F)
     up_RF = project(input_RD, weights.w_up_DF, weights.b_up_F)
     hidden_RF = hide(gate_RF, up_RF, spec)
@@ -37,19 +37,19 @@ def feed_forward(input_RD, weights: FeedForward, spec: ExpertSpec) -> FeedForwar
 
 
 def project(rows, w_in_out, b_out=None):
-    """A projection is rows @ w, plus its bias."""
+    """A projection is rows @ w, plus its bias. [EXP-4]"""
     return rows @ w_in_out if b_out is None else rows @ w_in_out + b_out
 
 
 def hide(gate_RF, up_RF, spec: ExpertSpec):
-    """The activation applies to the gate half alone; the clamps stand where the spec says."""
+    """The activation applies to the gate half alone; the clamps stand where the spec says. [EXP-2, EXP-3]"""
     if gate_RF is None:
         return activated(up_RF, spec)
     return activated(gate_RF, spec) * clamped_up(up_RF, spec)
 
 
 def activated(z_RF, spec: ExpertSpec):
-    """The activation's input is clamped from above before it, or its output after it."""
+    """The activation's input is clamped from above before it, or its output after it. [EXP-3]"""
     limit = np.inf if spec.clamp is None else spec.clamp
     if spec.clamp_at == "before":
         return activation(np.minimum(z_RF, limit), spec)
@@ -57,7 +57,7 @@ def activated(z_RF, spec: ExpertSpec):
 
 
 def clamped_up(up_RF, spec: ExpertSpec):
-    """The up half is clamped on both sides, then offset."""
+    """The up half is clamped on both sides, then offset. [EXP-3]"""
     limit = np.inf if spec.clamp is None else spec.clamp
     return np.clip(up_RF, -limit, limit) + spec.up_offset
 
@@ -92,7 +92,7 @@ def gelu_argument(z):
 
 
 def run_experts(rows_ND, tokens_per_expert_E, params: LayerParams, spec: ExpertSpec) -> FeedForwardTrace:
-    """Each expert works on its own rows alone, one expert after the other.
+    """Each expert works on its own rows alone, one expert after the other. [EXP-2, EXP-6, EXP-8]
 
     Rows are sorted by expert; the trace has all rows in that order. An expert without tokens works on zero rows.
     """
@@ -110,13 +110,13 @@ def run_experts(rows_ND, tokens_per_expert_E, params: LayerParams, spec: ExpertS
 
 
 def weigh_inputs(x_TD, weights_TK, spec: RouterSpec) -> np.ndarray:
-    """A slot's input is its token, times the slot's weight where the weight is on the input."""
+    """A slot's input is its token, times the slot's weight where the weight is on the input. [LAY-12]"""
     inputs_TKD = np.repeat(x_TD[:, None, :], spec.top_k, axis=1)
     return inputs_TKD * weights_TK[:, :, None] if spec.weight_on == "input" else inputs_TKD
 
 
 def fill_slots(expert_rows_ND, order_N, slot_inputs_TKD, expert_ids_TK, spec: RouterSpec) -> np.ndarray:
-    """A slot's output is its row of the experts, or its own input for an identity null expert, or 0."""
+    """A slot's output is its row of the experts, or its own input for an identity null expert, or 0. [CMB-3, LAY-13]"""
     T, K, _ = slot_inputs_TKD.shape
     slot_outputs_TKD = unpermute(expert_rows_ND, order_N, K, T)
     return np.where(identity_slots(expert_ids_TK, spec)[:, :, None], slot_inputs_TKD, slot_outputs_TKD)
@@ -128,7 +128,7 @@ def identity_slots(expert_ids_TK, spec: RouterSpec) -> np.ndarray:
 
 
 def combine(slot_outputs_TKD, weights_TK, spec: RouterSpec) -> np.ndarray:
-    """The routed output is the weighted sum of a token's slots, in slot order, times output_scale.
+    """The routed output is the weighted sum of a token's slots, in slot order, times output_scale. [CMB-2, CMB-5]
 
     A weight that is on the input is not applied again.
     """
@@ -140,7 +140,7 @@ def combine(slot_outputs_TKD, weights_TK, spec: RouterSpec) -> np.ndarray:
 
 
 def share_weights(x_TD, shared_weights_TS, params: LayerParams, spec: LayerSpec) -> np.ndarray:
-    """The factor of each shared expert: the router's weight, the sigmoid of a token's own logit, or 1."""
+    """The factor of each shared expert: the router's weight, the sigmoid of a token's own logit, or 1. [LAY-10]"""
     if shared_weights_TS is not None:
         return shared_weights_TS
     if params.shared_token_gate_D is not None:
@@ -149,7 +149,7 @@ def share_weights(x_TD, shared_weights_TS, params: LayerParams, spec: LayerSpec)
 
 
 def run_shared(x_TD, params: LayerParams, spec: LayerSpec) -> tuple[FeedForwardTrace, ...]:
-    """Each shared expert works on every token."""
+    """Each shared expert works on every token. [LAY-8]"""
     if spec.shared_experts is None:
         return ()
     return tuple(
@@ -158,8 +158,16 @@ def run_shared(x_TD, params: LayerParams, spec: LayerSpec) -> tuple[FeedForwardT
     )
 
 
+def sum_shared(shared_experts: tuple[FeedForwardTrace, ...], factors_TS: np.ndarray, x_TD: np.ndarray) -> np.ndarray:
+    """The shared output is the sum of the shared experts' outputs, each times its factor; 0 without any. [LAY-8]"""
+    shared_TD = np.zeros_like(x_TD)
+    for shared_id, shared in enumerate(shared_experts):
+        shared_TD = shared_TD + factors_TS[:, shared_id, None] * shared.output_RD
+    return shared_TD
+
+
 def join(routed_TD, shared_TD, spec: LayerSpec) -> np.ndarray:
-    """The layer's output is the sum, or the average, of routed and shared output."""
+    """The layer's output is the sum, or the average, of routed and shared output. [LAY-2, LAY-9, LAY-11]"""
     if spec.shared is None:
         return routed_TD
     joined_TD = routed_TD + shared_TD

@@ -21,6 +21,7 @@ from moe_ref.experts import (
     run_experts,
     run_shared,
     share_weights,
+    sum_shared,
     weigh_inputs,
 )
 from moe_ref.permute import Permutation, dispatch, permute
@@ -73,7 +74,7 @@ def moe_layer(
     tokens_per_shard=None,
     dtype: DTypeLike = np.float64,
 ) -> LayerTrace:
-    """One MoE layer, every stage in order; the trace keeps all of them.
+    """One MoE layer, every stage in order; the trace keeps all of them. [LAY-2, LAY-6, LAY-7]
 
     Args:
         x_TD: (T, D) tokens; T may be 0.
@@ -105,13 +106,13 @@ def moe_layer(
         token_mask_T=mask_T,
         dtype=dtype,
     )
-    ids_TK, weights_TK, limited = routing.expert_ids_TK, routing.weights_TK, None
+    ids_TK, weights_TK, kept = routing.expert_ids_TK, routing.weights_TK, None
     if capacity is not None:
-        limited = apply_capacity(
+        kept = apply_capacity(
             ids_TK, weights_TK, capacity, spec.router.num_experts, token_mask_T=mask_T,
             sequence_lengths=sequence_lengths, tokens_per_shard=tokens_per_shard,
         )  # fmt: skip
-        ids_TK, weights_TK = limited.expert_ids_TK, limited.weights_TK
+        ids_TK, weights_TK = kept.expert_ids_TK, kept.weights_TK
     permutation = permute(ids_TK, spec.router.num_experts)
     slot_inputs_TKD = weigh_inputs(x_TD, weights_TK, spec.router)
     rows_ND = dispatch(slot_inputs_TKD, permutation.order_N)
@@ -121,16 +122,14 @@ def moe_layer(
 
     shared_factors_TS = np.where(mask_T[:, None], share_weights(x_TD, routing.shared_weights_TS, params, spec), 0)
     shared_experts = run_shared(x_TD, params, spec)
-    shared_TD = np.zeros_like(x_TD)
-    for shared_id, shared in enumerate(shared_experts):
-        shared_TD = shared_TD + shared_factors_TS[:, shared_id, None] * shared.output_RD
+    shared_TD = sum_shared(shared_experts, shared_factors_TS, x_TD)
     output_TD = join(routed_TD, shared_TD, spec)
 
     return LayerTrace(
         x_TD=x_TD,
         token_mask_T=mask_T,
         routing=routing,
-        capacity=limited,
+        capacity=kept,
         expert_ids_TK=ids_TK,
         weights_TK=weights_TK,
         permutation=permutation,

@@ -26,7 +26,7 @@ class Permutation:
 
 
 def permute(expert_ids_TK, num_experts: int) -> Permutation:
-    """Rows are sorted by expert id, and stay in the order of the tokens within an expert.
+    """Rows are sorted by expert id, and stay in the order of the tokens within an expert. [PRM-2 .. PRM-6]
 
     Unused slots (-1) and null experts (num_experts and above) are no rows, so N may be less than T * K.
     """
@@ -52,7 +52,7 @@ def dispatch(slot_inputs_TKD, order_N) -> np.ndarray:
 
 
 def unpermute(rows_ND, order_N, top_k: int, num_tokens: int) -> np.ndarray:
-    """Each row returns to its slot; a slot that is no row is 0."""
+    """Each row returns to its slot; a slot that is no row is 0. [CMB-3]"""
     slots = np.zeros((num_tokens * top_k, rows_ND.shape[1]), rows_ND.dtype)
     slots[order_N] = rows_ND
     return slots.reshape(num_tokens, top_k, rows_ND.shape[1])

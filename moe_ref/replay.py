@@ -9,34 +9,31 @@ router it is forced on, or ids with weights.
 Legend: T tokens, K top_k.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import DTypeLike
 
+from moe_ref.capacity import CapacityTrace
 from moe_ref.layer import LayerTrace, moe_layer
 from moe_ref.routing import RoutingTrace, route
-from moe_ref.specs.checks import mask_array, require
 from moe_ref.specs.layer import LayerSpec
 from moe_ref.specs.params import LayerParams
 from moe_ref.specs.record import RoutingRecord
 from moe_ref.specs.router import RouterSpec
 
 
-def capture(routing: RoutingTrace, spec: RouterSpec, *, token_mask_T=None, sequence_lengths=None) -> RoutingRecord:
+def capture(
+    routing: RoutingTrace | CapacityTrace, spec: RouterSpec, *, token_mask_T: np.ndarray | None = None,
+    sequence_lengths: Sequence[int] | None = None,
+) -> RoutingRecord:  # fmt: skip
     """A record holds what a router chose, in slot order, with float32 weights. [RPL-8]
 
     `routing` is a RoutingTrace or a CapacityTrace, or anything with expert_ids_TK and weights_TK.
     """
-    T = len(routing.expert_ids_TK)
-    lengths = np.asarray([T] if sequence_lengths is None else sequence_lengths, dtype=np.int64)
-    require(int(lengths.sum()) == T, f"sequence_lengths sums to {int(lengths.sum())}; there are {T} tokens")
-    return RoutingRecord(
-        expert_ids_TK=routing.expert_ids_TK,
-        weights_TK=routing.weights_TK,
-        token_mask_T=mask_array(token_mask_T, T),
-        sequence_starts_B=np.cumsum(lengths) - lengths,
-        spec=spec,
+    return RoutingRecord.of_choice(
+        routing.expert_ids_TK, routing.weights_TK, spec, token_mask_T=token_mask_T, sequence_lengths=sequence_lengths
     )
 
 

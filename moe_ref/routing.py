@@ -126,7 +126,7 @@ def select(scores_for_choice_TE, spec: RouterSpec):
 
 
 def sparsemixer(scaled_logits_TE, spec: RouterSpec):
-    """Slot j takes the best remaining expert, weighted by a softmax over the band below it. [SEL-13, WGT-12]
+    """Slot j takes the best remaining expert, weighted by a softmax over the band below it. [SEL-13, WGT-15]
 
     The band holds the remaining experts whose distance to the best is at most 2 * mixer_eps of the larger of
     |logit| and the best. Weights of a token need not sum to 1. Source: arXiv:2409.12136, phimoe in transformers.
@@ -187,13 +187,18 @@ def normalise(raw_weights_TK, shared_scores_TS, spec: RouterSpec):
     if not spec.route_norm:
         return raw_weights_TK, shared_scores_TS
     in_norm = np.concatenate([raw_weights_TK, shared_scores_TS], axis=-1) if spec.norm_with_shared else raw_weights_TK
-    # The largest is factored out so that no power over- or underflows.
-    largest_T1 = np.maximum(in_norm.max(axis=-1, keepdims=True, initial=0), np.finfo(in_norm.dtype).tiny)
-    norm_T1 = largest_T1 * ((in_norm / largest_T1) ** spec.norm_p).sum(axis=-1, keepdims=True) ** (1 / spec.norm_p)
-    divisor_T1 = norm_T1 + spec.norm_eps if spec.norm_form == "add_eps" else np.maximum(norm_T1, spec.norm_eps)
+    divisor_T1, _ = divisor_of(in_norm, spec)
     divisor_T1 = np.where(divisor_T1 == 0, 1, divisor_T1)
     shared_TS = shared_scores_TS / divisor_T1 if spec.norm_with_shared else shared_scores_TS
     return raw_weights_TK / divisor_T1, shared_TS
+
+
+def divisor_of(in_norm: np.ndarray, spec: RouterSpec) -> tuple[np.ndarray, np.ndarray]:
+    """What a token's weights are divided by, 0 included, and their norm; (T, 1) each."""
+    # The largest is factored out so that no power over- or underflows.
+    largest_T1 = np.maximum(in_norm.max(axis=-1, keepdims=True, initial=0), np.finfo(in_norm.dtype).tiny)
+    norm_T1 = largest_T1 * ((in_norm / largest_T1) ** spec.norm_p).sum(axis=-1, keepdims=True) ** (1 / spec.norm_p)
+    return (norm_T1 + spec.norm_eps if spec.norm_form == "add_eps" else np.maximum(norm_T1, spec.norm_eps)), norm_T1
 
 
 def scale_weights(weights_TK, expert_ids_TK, learned_scale, spec: RouterSpec):

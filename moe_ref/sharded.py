@@ -29,6 +29,7 @@ from moe_ref.experts import (
     project,
     run_shared,
     share_weights,
+    sum_shared,
     weigh_inputs,
 )
 from moe_ref.holdings import gather
@@ -126,7 +127,7 @@ def sharded_layer(
     inputs: RouterInputs = NO_INPUTS,
     dtype: DTypeLike = np.float64,
 ) -> ShardedTrace:
-    """One layer over the ranks of a layout; each stage for all ranks, then the next.
+    """One layer over the ranks of a layout; each stage for all ranks, then the next. [LYT-2]
 
     Args:
         x_by_shard: for each token shard its (T, D) tokens.
@@ -175,7 +176,7 @@ def sharded_layer(
 def start(
     given_x_TD: np.ndarray, token_mask_T: np.ndarray | None, params: LayerParams, spec: LayerSpec, inputs: RouterInputs
 ) -> ShardStart:
-    """A token chooses its experts on its own rank; tensor ranks, and replicated ones, choose the same."""
+    """A token chooses its experts on its own rank; tensor ranks, and replicated ones, choose the same. [LYT-2]"""
     mask_T, dtype = mask_array(token_mask_T, len(given_x_TD)), given_x_TD.dtype
     x_TD = np.where(mask_T[:, None], given_x_TD, 0)
     routing = route(
@@ -273,7 +274,7 @@ def finish(
     spec: LayerSpec,
     layout: ShardLayout,
 ) -> ShardTrace:
-    """Rows come back to their slots, and a token's slots are summed: inside each partial sum, then over them."""
+    """Rows come back to their slots, and a token's slots are summed: in each partial sum, then over them. [LYT-13]"""
     strategy = STRATEGIES[layout.strategy]
     T, K, _ = begun.slot_inputs_TKD.shape
     ids_TK, weights_TK = begun.routing.expert_ids_TK, begun.routing.weights_TK
@@ -295,9 +296,7 @@ def finish(
     factors_TS = share_weights(begun.x_TD, begun.routing.shared_weights_TS, params, spec)
     factors_TS = np.where(begun.token_mask_T[:, None], factors_TS, 0)
     shared_experts = run_shared(begun.x_TD, params, spec)
-    shared_TD = np.zeros_like(begun.x_TD)
-    for shared_id, shared in enumerate(shared_experts):
-        shared_TD = shared_TD + factors_TS[:, shared_id, None] * shared.output_RD
+    shared_TD = sum_shared(shared_experts, factors_TS, begun.x_TD)
     return ShardTrace(
         **vars(begun),
         slot_outputs_TKD=slot_outputs_TKD,

@@ -1,9 +1,9 @@
-"""moe_torch, load: how tokens spread over experts, and how the balancing bias answers an uneven spread.
+"""moe_torch, balance: how tokens spread over experts, and how the balancing bias answers an uneven spread.
 
     expert ids -> tokens_per_expert -> bias_update, load_statistics      (what an uneven spread costs: `losses.py`)
 
 `group` is the process group over which the tokens of a batch are spread; with it a count is that of the whole batch.
-None is this process alone. What is computed is `moe_ref.load`; the step that moves `expert_bias` in training is in
+None is this process alone. What is computed is `moe_ref.balance`; the step that moves `expert_bias` in training is in
 `bias_hook.py`. Nothing here reads the device.
 
 Legend: T tokens, E experts, K top_k, N = T * K slots, S ranks.
@@ -68,7 +68,7 @@ def add_counts(total_E: Tensor, counts_E: Tensor) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadStatistics:
-    """How even a load is; the fields are those of `moe_ref.load.LoadStatistics`, as tensors."""
+    """How even a load is; the fields are those of `moe_ref.LoadStatistics`, as tensors."""
 
     total: Tensor
     mean: Tensor
@@ -145,5 +145,5 @@ def bias_update(counts_E: Tensor, spec: BiasUpdateSpec, expert_bias_E: Tensor) -
         step_E = excess_E.to(dtype) / total_1.clamp(min=1)
     if spec.centred:
         step_E = step_E - step_E.masked_fill(frozen_E, 0).sum(-1, keepdim=True) / n
-    moved_E = (expert_bias_E.to(dtype) + spec.rate * step_E).to(expert_bias_E.dtype)
-    return torch.where(frozen_E, expert_bias_E, moved_E)
+    new_bias_E = (expert_bias_E.to(dtype) + spec.rate * step_E).to(expert_bias_E.dtype)
+    return torch.where(frozen_E, expert_bias_E, new_bias_E)

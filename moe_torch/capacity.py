@@ -18,7 +18,7 @@ from moe_ref.specs.balance import CapacitySpec
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limited:
+class KeptSlots:
     """What is left of a choice."""
 
     expert_ids_TK: Tensor
@@ -41,7 +41,7 @@ def apply_capacity(
     sequence_of_T: Tensor | None = None,
     num_sequences: int = 1,
     group: dist.ProcessGroup | None = None,
-) -> Limited:
+) -> KeptSlots:
     """An expert keeps the first C slots of each unit, in drop order, and the others are dropped. [CAP-3 .. CAP-7]
 
     `pad_to_capacity` changes no value: `slot_table` has the padded form.
@@ -79,7 +79,7 @@ def apply_capacity(
             sequence_of_T=sequence_of_T, num_sequences=num_sequences, group=group,
         )  # fmt: skip
         kept_ids_TK, kept_weights_TK, place_TK = second.expert_ids_TK, second.weights_TK, second.place_TK
-    return Limited(
+    return KeptSlots(
         expert_ids_TK=kept_ids_TK,
         weights_TK=kept_weights_TK,
         dropped_TK=used_TK & (kept_ids_TK < 0),
@@ -126,7 +126,7 @@ def _kept_of_group(ids_TK, weights_TK, valid_T, unit_of_T, spec: CapacitySpec, n
 
 
 def slot_table(
-    limited: Limited, num_experts: int, num_places: int, *, unit_of_T: Tensor | None = None, num_units: int = 1
+    kept: KeptSlots, num_experts: int, num_places: int, *, unit_of_T: Tensor | None = None, num_units: int = 1
 ) -> Tensor:
     """(U, E, C) the flat slot number t * K + k at each place of each expert, -1 where it is empty. [CAP-13]
 
@@ -134,7 +134,7 @@ def slot_table(
         num_places: C; places beyond it are left off.
         unit_of_T: (T,) the unit (sequence or rank) of each token, in [0, num_units); None: all are one.
     """
-    ids_TK, place_TK, size = limited.expert_ids_TK, limited.place_TK, num_units * num_experts * num_places
+    ids_TK, place_TK, size = kept.expert_ids_TK, kept.place_TK, num_units * num_experts * num_places
     unit_T = torch.zeros_like(ids_TK[:, 0]) if unit_of_T is None else unit_of_T
     cells_TK = (unit_T[:, None] * num_experts + ids_TK) * num_places + place_TK
     # Into a cell of their own: to select slots would ask the device for their number.

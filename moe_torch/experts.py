@@ -1,6 +1,6 @@
 """moe_torch, experts: every expert works on its own rows, on grouped matmuls or on a loop that stays in cache.
 
-Which of the two is decided in `uses_grouped_mm`, and nowhere else. On an accelerator a grouped matmul takes the group
+Which of the two is decided in `uses_grouped_mm`. On an accelerator a grouped matmul takes the group
 sizes where they are, so that nothing waits for the host. A CPU has no grouped kernel: there, tensors of all rows cost
 more than the moving of rows does, and a loop that gathers, computes and puts away a few rows at a time is ahead.
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_ref.specs.layer import ExpertSpec
-from moe_torch.dispatcher import Permutation, weighted_sum
+from moe_torch.dispatcher import LocalTokenDispatcher, Permutation, weighted_sum
 
 CHUNK_ROWS = 512
 """Rows of one expert that the loop works on at a time: few enough for the cache, enough for the matmul."""
@@ -26,6 +26,11 @@ CHUNK_TOKENS = 512
 def uses_grouped_mm(rows: Tensor) -> bool:
     """Whether experts run on grouped matmuls; else on the loop, which takes every device and dtype."""
     return rows.device.type != "cpu" and rows.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def moves_rows(rows: Tensor) -> bool:
+    """Whether rows go to their experts and back as tensors of all rows; else the loop gathers and adds them up."""
+    return uses_grouped_mm(rows)
 
 
 class Activation(NamedTuple):
@@ -180,6 +185,23 @@ class GroupedExperts(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w1_EFD.dtype
         weights = (self.w1_EFD, self.w2_EDF, self.w3_EFD, self.b1_EF, self.b2_ED, self.b3_EF)
         return x.to(dtype), tuple(None if w is None else w.to(dtype) for w in weights)
+
+
+def run_experts(
+    experts: GroupedExperts,
+    dispatcher: LocalTokenDispatcher,
+    x_TD: Tensor,
+    permutation: Permutation,
+    weights_TK: Tensor,
+    *,
+    on_input: bool,
+) -> Tensor:
+    """dispatch, experts and combine of the slots whose experts are here."""
+    if not on_input and not moves_rows(x_TD):
+        return experts.sum_of_slots(x_TD, permutation, weights_TK)
+    rows_ND = dispatcher.dispatch(x_TD, permutation, weights_TK if on_input else None)
+    counts_E = permutation.tokens_per_expert_E[: experts.num_experts]
+    return dispatcher.combine(experts(rows_ND, counts_E), permutation, None if on_input else weights_TK)
 
 
 def _grouped(x_RD: Tensor, tokens_per_expert_E: Tensor, weights, act: Activation) -> Tensor:

@@ -21,8 +21,8 @@ from moe_ref.specs.params import LayerParams
 from moe_ref.specs.router import RouterSpec
 from moe_torch.balance import add_counts, tokens_per_expert
 from moe_torch.capacity import apply_capacity
-from moe_torch.dispatcher import LocalTokenDispatcher, Permutation, TokenDispatcher
-from moe_torch.experts import Activation, GroupedExperts, hide, uses_grouped_mm
+from moe_torch.dispatcher import LocalTokenDispatcher, TokenDispatcher
+from moe_torch.experts import Activation, GroupedExperts, hide, run_experts
 from moe_torch.router import Gate, NodeLimitedRouter
 from moe_torch.routing import Routing
 
@@ -54,23 +54,6 @@ class SharedExperts(nn.Module):
             hidden_TSF = hidden_TF.unflatten(1, (self.num_experts, -1))
             hidden_TF = (hidden_TSF * factors_TS[:, :, None]).to(hidden_TF.dtype).flatten(1)
         return self.w2(hidden_TF)
-
-
-def run_experts(
-    experts: GroupedExperts,
-    dispatcher: LocalTokenDispatcher,
-    x_TD: Tensor,
-    permutation: Permutation,
-    weights_TK: Tensor,
-    *,
-    on_input: bool,
-) -> Tensor:
-    """dispatch, experts and combine of the slots whose experts are here."""
-    if not on_input and not uses_grouped_mm(x_TD):
-        return experts.sum_of_slots(x_TD, permutation, weights_TK)
-    rows_ND = dispatcher.dispatch(x_TD, permutation, weights_TK if on_input else None)
-    counts_E = permutation.tokens_per_expert_E[: experts.num_experts]
-    return dispatcher.combine(experts(rows_ND, counts_E), permutation, None if on_input else weights_TK)
 
 
 class MoE(nn.Module):
@@ -184,7 +167,7 @@ class MoE(nn.Module):
         """What is left of a choice."""
         ids_TK, lengths_B = routing.expert_ids_TK, torch.tensor(sequence_lengths, dtype=torch.int64)
         numbers_B = torch.arange(len(lengths_B))
-        limited = apply_capacity(
+        kept = apply_capacity(
             ids_TK,
             routing.weights_TK,
             capacity,
@@ -194,7 +177,7 @@ class MoE(nn.Module):
             num_sequences=len(lengths_B),
             group=self.capacity_group,
         )
-        return replace(routing, expert_ids_TK=limited.expert_ids_TK, weights_TK=limited.weights_TK)
+        return replace(routing, expert_ids_TK=kept.expert_ids_TK, weights_TK=kept.weights_TK)
 
     def run_experts(self, x_TD: Tensor, permutation, weights_TK: Tensor) -> Tensor:
         """dispatch, experts and combine; the weight is on the output, or on the input."""
@@ -219,7 +202,7 @@ class MoE(nn.Module):
         return joined_TD / 2 if self.spec.shared.combine == "average" else joined_TD
 
     @torch.no_grad()
-    def load(self, params: LayerParams) -> None:
+    def load_params(self, params: LayerParams) -> None:
         """Takes over the parameters of moe_ref, in its canonical layout; the dtype stays this layer's.
 
         Raises:

@@ -1,7 +1,7 @@
 """moe_torch, replay: the choice of one run is recorded, and forced on another, here or in another framework.
 
     output, routing = layer.forward_and_routing(x)
-    record = capture(routing, layer.spec.router)                 # save_records, load_records: moe_ref.record
+    record = capture(routing, layer.spec.router)                 # save_records, load_records: moe_ref
     again = replay_layer(other_layer, x, record)                 # ids alone: the weights are the other router's
     again = replay_layer(other_layer, x, record, with_weights=True)
 
@@ -34,18 +34,12 @@ def capture(
         token_mask: bools, False where a token is padding.
         sequence_lengths: of consecutive sequences; None: one.
     """
-    T = len(routing.expert_ids_TK)
-    lengths = [T] if sequence_lengths is None else list(sequence_lengths)
-    if sum(lengths) != T:
-        raise ValueError(f"sequence_lengths sums to {sum(lengths)}; there are {T} tokens")
-    ends_B = torch.tensor(lengths, dtype=torch.int64).cumsum(0)
-    mask_T = torch.ones(T, dtype=torch.bool) if token_mask is None else token_mask.flatten()
-    return RoutingRecord(
-        expert_ids_TK=routing.expert_ids_TK.int().cpu().numpy(),
-        weights_TK=routing.weights_TK.detach().float().cpu().numpy(),
-        token_mask_T=mask_T.cpu().numpy(),
-        sequence_starts_B=(ends_B - torch.tensor(lengths, dtype=torch.int64)).numpy(),
-        spec=spec,
+    return RoutingRecord.of_choice(
+        routing.expert_ids_TK.int().cpu().numpy(),
+        routing.weights_TK.detach().float().cpu().numpy(),
+        spec,
+        token_mask_T=None if token_mask is None else token_mask.flatten().cpu().numpy(),
+        sequence_lengths=sequence_lengths,
     )
 
 

@@ -12,12 +12,13 @@ from moe_torch.routing import Routing, route
 class Gate(nn.Linear):
     """The logits are x @ weight.T, plus the learned gate bias, in float32 at least. [GAT-1, GAT-2]"""
 
-    def forward(self, input: Tensor) -> Tensor:
-        dtype = torch.promote_types(torch.promote_types(input.dtype, self.weight.dtype), torch.float32)
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # nn.Linear calls it by the name of a builtin
+        """(..., num_logits) logits of (..., D) tokens."""
+        dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
         bias_E = None if self.bias is None else self.bias.to(dtype)
         # Autocast would take the product back to bfloat16, which flips choices (NVIDIA-NeMo/Automodel#3650).
-        with torch.autocast(input.device.type, enabled=False):
-            return F.linear(input.to(dtype), self.weight.to(dtype), bias_E)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype), bias_E)
 
 
 class NodeLimitedRouter(nn.Module):

@@ -194,7 +194,7 @@ def _top_k_of_keys(scores_TE: Tensor, k: int) -> Tensor:
 
 
 def sparsemixer(scaled_logits_TE: Tensor, spec: RouterSpec) -> tuple[Tensor, Tensor]:
-    """Slot j takes the best remaining expert, weighted by a softmax over the band below it. [SEL-13, WGT-12]
+    """Slot j takes the best remaining expert, weighted by a softmax over the band below it. [SEL-13, WGT-15]
 
     Source: arXiv:2409.12136. The band is a constant of the gradient.
     """

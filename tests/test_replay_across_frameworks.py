@@ -61,7 +61,7 @@ def case(spec: LayerSpec, seed: int = 0):
 
 def record_in_torch(x_TD, params: LayerParams, spec: LayerSpec):
     moe = MoE(spec, capacity=CAPACITY)
-    moe.load(params)
+    moe.load_params(params)
     with torch.no_grad():
         output, routing = moe.forward_and_routing(torch.tensor(x_TD), torch.tensor(MASK))
     record = moe_torch.replay.capture(routing, spec.router, token_mask=torch.tensor(MASK), sequence_lengths=LENGTHS)
@@ -100,7 +100,7 @@ def test_recorded_in_torch_and_replayed_in_jax_the_outputs_are_the_same(name, tm
         np.testing.assert_array_equal(forced.expert_ids_TK, record.expert_ids_TK)
         np.testing.assert_allclose(forced_TD, expected.output_TD, **CLOSE)
     in_torch = MoE(spec, capacity=CAPACITY)  # which does not drop again
-    in_torch.load(trainer)
+    in_torch.load_params(trainer)
     forced = moe_torch.replay.replay_layer(in_torch, torch.tensor(x_TD), loaded).detach()
     np.testing.assert_allclose(forced, expected.output_TD, **CLOSE)
 
@@ -118,7 +118,7 @@ def test_gradients_of_a_replay_are_the_reference_s(with_weights):
     assert (np.abs(expected.params.gate_ED).max() == 0) == with_weights
 
     moe = MoE(spec, dtype=torch.float64)
-    moe.load(trainer)
+    moe.load_params(trainer)
     x = torch.tensor(x_TD, dtype=torch.float64, requires_grad=True)
     moe_torch.replay.replay_layer(moe, x, record, with_weights=with_weights).backward(torch.tensor(d_output_TD))
     with jax.enable_x64(True):
@@ -138,7 +138,7 @@ def test_a_record_of_jax_replays_in_torch():
     output_TD, decided = jax.jit(partial(sparse_matmul, spec=spec, token_mask_T=MASK))(x_TD, narrow(sampler))
     record = moe_jax.replay.capture(decided, spec.router, token_mask_T=MASK, sequence_lengths=LENGTHS)
     moe = MoE(spec)
-    moe.load(sampler)
+    moe.load_params(sampler)
     again = moe_torch.replay.replay_layer(moe, torch.tensor(x_TD), record, with_weights=True)
     np.testing.assert_allclose(again.detach(), output_TD, **CLOSE)
 
@@ -170,12 +170,13 @@ def test_sequence_lengths_of_a_record_sum_to_its_tokens():
     spec = LAYERS["deepseek_v3"]
     x_TD, sampler, _ = case(spec)
     moe = MoE(spec)
-    moe.load(sampler)
-    _, routing = moe.forward_and_routing(torch.tensor(x_TD), torch.tensor(MASK))
+    moe.load_params(sampler)
+    with torch.no_grad():
+        _, routing = moe.forward_and_routing(torch.tensor(x_TD), torch.tensor(MASK))
     with pytest.raises(ValueError, match="sequence_lengths sums to 5; there are 14 tokens"):
         moe_torch.replay.capture(routing, spec.router, sequence_lengths=(5,))
     with pytest.raises(ValueError, match="sequence_lengths sums to 5; there are 14 tokens"):
-        moe_jax.replay.capture(routing, spec.router, sequence_lengths=(5,))  # of a routing it reads ids first
+        moe_jax.replay.capture(routing, spec.router, sequence_lengths=(5,))
 
 
 @pytest.mark.parametrize("route", [moe_jax.routing.route, moe_torch.routing.route])

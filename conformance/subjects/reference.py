@@ -9,9 +9,9 @@ from conformance.core.subject import Routing
 from conformance.subjects.reference_balance import ReferenceBalance
 from moe_ref import RouterInputs, RouterSpec
 from moe_ref import experts as experts_room
-from moe_ref import permute as permute_room
 from moe_ref.backward.sharded import sharded_backward
 from moe_ref.dispatch import plan
+from moe_ref.permute import permute, unpermute
 from moe_ref.sharded import sharded_layer
 
 named = RouterInputs.keywords
@@ -41,7 +41,7 @@ class Reference(ReferenceBalance):
         RouterSpec.from_dict(fields)
 
     def permute(self, expert_ids_TK, num_experts):
-        found = permute_room.permute(expert_ids_TK, num_experts)
+        found = permute(expert_ids_TK, num_experts)
         return found.order_N, found.tokens_per_expert_E
 
     def experts(self, rows_RD, tokens_per_expert_E, params, spec):
@@ -53,7 +53,7 @@ class Reference(ReferenceBalance):
 
     def combine(self, rows_ND, order_N, weights_TK, spec):
         T, K = weights_TK.shape
-        slots_TKD = permute_room.unpermute(rows_ND.astype(self.compute_dtype), order_N, K, T)
+        slots_TKD = unpermute(rows_ND.astype(self.compute_dtype), order_N, K, T)
         return experts_room.combine(slots_TKD, weights_TK.astype(self.compute_dtype), spec.router)
 
     def layer(self, x_TD, params, spec, **inputs):

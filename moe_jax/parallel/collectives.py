@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax.permute import column, take
+from moe_jax.arrays import column, take
 
 
 def ragged_all_to_all(

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from moe_jax import routing, sparse_matmul
+from moe_jax import routing
 from moe_jax.balance import tokens_per_expert
 from moe_jax.experts import null_output, shared_output
 from moe_jax.parallel import exchange
 from moe_jax.parallel.collectives import vary
 from moe_jax.parallel.strategies import ShardMetadata
-from moe_jax.sparse_matmul import RouteOutput
+from moe_jax.sparse_matmul import RouteOutput, activate, gmm_down, gmm_up, route_tokens
 from moe_ref.specs.inputs import BY_TOKEN, RouterInputs
 from moe_ref.specs.layer import LayerSpec
 from moe_ref.specs.layout import AXES, ShardLayout
@@ -126,7 +126,7 @@ class Stages:
         if router.selector == "random" and inputs.seed is not None:
             inputs = replace(inputs, seed=jax.random.fold_in(inputs.seed, number))
         logits_TE = routing.gate(x_TD, self._whole("gate_ED", params), params.gate_bias_E)
-        return sparse_matmul.route(
+        return route_tokens(
             logits_TE, router, expert_bias_E=params.expert_bias_E, learned_scale=params.learned_scale,
             token_mask_T=token_mask_T, inputs=inputs,
         )[0]  # fmt: skip
@@ -161,13 +161,13 @@ class Stages:
         if self.layout.num_emb_chunks > 1:
             # Parts are summed before they are rounded to the dtype of the tokens.
             options["preferred_element_type"] = jnp.promote_types(rows_RD.dtype, jnp.float32)
-        return sparse_matmul.gmm_up(rows_RD, w_gate_EDF, w_up_EDF, metadata.rows, **options)
+        return gmm_up(rows_RD, w_gate_EDF, w_up_EDF, metadata.rows, **options)
 
     def activate(
         self, gate_RF: jax.Array | None, up_RF: jax.Array, params: LayerParams, metadata: ShardMetadata, *, dtype: Any
     ) -> jax.Array:
         """Biases and activation, on this rank's slice of F; in the dtype of the tokens."""
-        return sparse_matmul.activate(gate_RF, up_RF, params, metadata.rows, self.spec.experts).astype(dtype)
+        return activate(gate_RF, up_RF, params, metadata.rows, self.spec.experts).astype(dtype)
 
     def gmm_down(
         self, hidden_RF: jax.Array, params: LayerParams, metadata: ShardMetadata, *, chunk: int = 0
@@ -177,7 +177,7 @@ class Stages:
         if b_down_ED is not None:
             b_down_ED = jnp.where(lax.axis_index("tensor") == 0, vary(b_down_ED, AXES), 0)
         w_down_EFD = self._whole("w_down_EFD", params, chunk)
-        return sparse_matmul.gmm_down(hidden_RF, w_down_EFD, b_down_ED, metadata.rows, **self.options)
+        return gmm_down(hidden_RF, w_down_EFD, b_down_ED, metadata.rows, **self.options)
 
     def unpermute(
         self, rows_RD: jax.Array, decided: RouteOutput, metadata: ShardMetadata, buffer_fill: jax.Array

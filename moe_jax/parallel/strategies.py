@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import permute as local
+from moe_jax.arrays import take
 from moe_jax.parallel.collectives import ragged_all_to_all, vary
-from moe_jax.permute import RouteMetadata, take
+from moe_jax.permute import RouteMetadata
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.router import RouterSpec
 

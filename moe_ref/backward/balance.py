@@ -34,7 +34,7 @@ def balance_layers_backward(
     logits_by_layer, expert_ids_by_layer, spec: BalanceSpec, *, token_mask_T=None, sequence_lengths=None,
     tokens_per_shard=None, dtype: DTypeLike = np.float64,
 ) -> list[np.ndarray]:  # fmt: skip
-    """The gradient of the summed `balance_layers` with respect to the logits of each layer."""
+    """The gradient of the summed `balance_layers` with respect to the logits of each layer. [LOD-12]"""
     lengths = {"sequence_lengths": sequence_lengths, "tokens_per_shard": tokens_per_shard}
     if spec.over_layers == "separate":
         return [

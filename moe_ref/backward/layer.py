@@ -3,7 +3,7 @@
     join -> shared | combine -> fill_slots -> experts -> dispatch -> weigh_inputs (-> capacity) -> routing -> gate
 
 Each function takes the gradients of what a stage returned (d_*) and gives those of what it took. Nothing here comes
-from a framework; the tests check it by finite differences. Routing is in `gradient_routing.py`, with what it holds
+from a framework; the tests check it by finite differences. Routing is in `routing.py`, with what it holds
 constant. At a kink: relu has slope 0 at 0; a clamp passes the gradient of a value that is exactly at its limit.
 
 Legend: T tokens, D model dim, K top_k, N rows, R rows of one expert, F expert hidden dim, E experts, S shared experts.
@@ -50,7 +50,7 @@ class LayerGradients:
 def layer_backward(
     trace: LayerTrace, params: LayerParams, spec: LayerSpec, d_output_TD, *, capacity: CapacitySpec | None = None
 ) -> LayerGradients:
-    """The gradient of sum(d_output_TD * output_TD); the choice of experts is a constant of it.
+    """The gradient of sum(d_output_TD * output_TD); the choice of experts is a constant of it. [BWD-2, BWD-7, BWD-9]
 
     Args:
         trace: what `moe_layer` returned for these params and this spec.
@@ -107,7 +107,7 @@ def layer_backward(
 
 
 def join_backward(d_output_TD, spec: LayerSpec):
-    """Routed and shared output get the whole gradient each, or half of it where they are averaged."""
+    """Routed and shared output get the whole gradient each, or half of it where they are averaged. [LAY-11]"""
     if spec.shared is None:
         return d_output_TD, np.zeros_like(d_output_TD)
     d_each_TD = d_output_TD / 2 if spec.shared.combine == "average" else d_output_TD
@@ -135,7 +135,7 @@ def fill_slots_backward(d_slot_outputs_TKD, order_N, expert_ids_TK, spec: Router
 def experts_backward(
     d_rows_ND, trace: FeedForwardTrace, tokens_per_expert_E, params: LayerParams, spec: ExpertSpec
 ) -> tuple[np.ndarray, dict]:
-    """Each expert's weights get the gradients of its own rows; an expert without rows gets exactly 0.
+    """Each expert's weights get the gradients of its own rows, exactly 0 without rows. [BWD-3, BWD-4, BWD-6]
 
     Returns:
         d_inputs_ND, and the gradients of the expert parameters by name.
@@ -159,7 +159,7 @@ def experts_backward(
 
 
 def feed_forward_backward(d_output_RD, trace: FeedForwardTrace, weights: FeedForward, spec: ExpertSpec):
-    """One expert backwards: the gradients of its input and of its weights."""
+    """One expert backwards: the gradients of its input and of its weights. [BWD-3]"""
     d_hidden_RF, d_w_down_FD, d_b_down_D = project_backward(
         d_output_RD, trace.hidden_RF, weights.w_down_FD, weights.b_down_D
     )
@@ -182,7 +182,7 @@ def feed_forward_backward(d_output_RD, trace: FeedForwardTrace, weights: FeedFor
 
 
 def project_backward(d_rows, rows, w_in_out, b_out):
-    """rows @ w + b backwards: gradients of the rows, of w, and of b (None without one)."""
+    """rows @ w + b backwards: gradients of the rows, of w, and of b (None without one). [BWD-4]"""
     return d_rows @ w_in_out.T, rows.T @ d_rows, None if b_out is None else d_rows.sum(axis=0)
 
 
@@ -226,7 +226,7 @@ def weigh_inputs_backward(d_slot_inputs_TKD, x_TD, weights_TK, spec: RouterSpec)
 
 
 def shared_backward(d_shared_TD, x_TD, factors_TS, shared_experts, params: LayerParams, spec: LayerSpec):
-    """shared = sum of factor * expert(x): gradients of the tokens, of the factors, and of the parameters by name."""
+    """shared = sum of factor * expert(x): gradients of the tokens, the factors, and the parameters by name. [BWD-10]"""
     d_x_TD = np.zeros_like(x_TD)
     d_factors_TS = np.zeros_like(factors_TS)
     if spec.shared_experts is None:

@@ -16,7 +16,18 @@ Legend: T tokens, D model dim, E choices, K top_k, S router-scored shared expert
 import numpy as np
 
 from moe_ref.experts import sigmoid
-from moe_ref.routing import UNUSED, RoutingTrace, factor_of, gather, kept_experts, normalise, score, softmax, weigh
+from moe_ref.routing import (
+    RoutingTrace,
+    divisor_of,
+    factor_of,
+    gather,
+    kept_experts,
+    normalise,
+    score,
+    softmax,
+    weigh,
+)
+from moe_ref.specs.ids import UNUSED
 from moe_ref.specs.router import RouterSpec
 
 
@@ -29,7 +40,7 @@ def route_backward(
     *,
     token_mask_T=None,
 ):
-    """Gradients of the logits and of the learned scale, from those of the weights.
+    """Gradients of the logits and of the learned scale, from those of the weights. [BWD-5]
 
     Args:
         routing: the trace of `route`.
@@ -115,7 +126,7 @@ def scale_weights_backward(d_weights_TK, d_shared_TS, normed_TK, normed_shared_T
 
 
 def normalise_backward(d_normed_TK, d_normed_shared_TS, raw_TK, shared_scores_TS, spec: RouterSpec):
-    """normed_i = raw_i / divisor, and the divisor depends on every weight in the norm."""
+    """normed_i = raw_i / divisor, and the divisor depends on every weight in the norm. [BWD-8]"""
     if not spec.route_norm:
         return d_normed_TK, d_normed_shared_TS
     K = raw_TK.shape[1]
@@ -131,13 +142,6 @@ def normalise_backward(d_normed_TK, d_normed_shared_TS, raw_TK, shared_scores_TS
     d_raw = (d_normed - pull_T1 * divisor_slopes(raw, norm_T1, spec)) / safe_divisor_T1
     d_raw = np.where(zero_T1, 0, d_raw)
     return d_raw[:, :K], d_raw[:, K:] if spec.norm_with_shared else d_normed_shared_TS
-
-
-def divisor_of(raw, spec: RouterSpec):
-    """What a token's weights are divided by, 0 included, and their norm."""
-    largest_T1 = np.maximum(raw.max(axis=-1, keepdims=True, initial=0), np.finfo(raw.dtype).tiny)
-    norm_T1 = largest_T1 * ((raw / largest_T1) ** spec.norm_p).sum(axis=-1, keepdims=True) ** (1 / spec.norm_p)
-    return (norm_T1 + spec.norm_eps if spec.norm_form == "add_eps" else np.maximum(norm_T1, spec.norm_eps)), norm_T1
 
 
 def divisor_slopes(raw, norm_T1, spec: RouterSpec):
@@ -208,5 +212,5 @@ def scale_logits_backward(d_scaled_TE, scaled_logits_TE, spec: RouterSpec):
 
 
 def gate_backward(d_logits_TE, x_TD, gate_ED):
-    """Gradients of the tokens, the gate weights and the gate bias."""
+    """Gradients of the tokens, the gate weights and the gate bias. [BWD-5]"""
     return d_logits_TE @ gate_ED, d_logits_TE.T @ x_TD, d_logits_TE.sum(axis=0)

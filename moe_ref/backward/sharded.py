@@ -44,7 +44,7 @@ class ShardedGradients:
 def sharded_backward(
     trace: ShardedTrace, params: LayerParams, spec: LayerSpec, d_output_by_shard: Sequence[np.ndarray]
 ) -> ShardedGradients:
-    """The gradient of the sum over all shards of sum(d_output_TD * output_TD); the choice is a constant of it.
+    """The gradient of sum(d_output_TD * output_TD) over all shards; the choice is a constant. [LYT-19 .. LYT-23]
 
     Args:
         trace: what `sharded_layer` returned for these params and this spec.

@@ -7,13 +7,14 @@ Legend: T tokens, K top_k, B sequences.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from moe_ref.specs.checks import array, entries, require
+from moe_ref.specs.checks import array, entries, mask_array, require
 from moe_ref.specs.ids import UNUSED, ids_array
 from moe_ref.specs.inputs import RouterInputs
 from moe_ref.specs.router import RouterSpec
@@ -97,6 +98,29 @@ class RoutingRecord:
                 arrays[name] = np.full((room.sum(), *rows.shape[1:]), fill, rows.dtype)
                 arrays[name][own_T] = rows
         return cls.from_arrays(arrays | {"sequence_starts_B": starts_B}, records[0].spec)
+
+    @classmethod
+    def of_choice(
+        cls, expert_ids_TK: np.ndarray, weights_TK: np.ndarray | None, spec: RouterSpec, *,
+        token_mask_T: np.ndarray | None = None, sequence_lengths: Sequence[int] | None = None,
+    ) -> "RoutingRecord":  # fmt: skip
+        """The record of a choice, final weights included, by the router of that spec. [RPL-8]
+
+        Args:
+            token_mask_T: False where a token is padding; None: all are valid.
+            sequence_lengths: of consecutive sequences; None: one.
+        """
+        T = len(expert_ids_TK)
+        lengths_B = np.asarray([T] if sequence_lengths is None else sequence_lengths, dtype=np.int64)
+        total = int(lengths_B.sum())
+        require(total == T, f"sequence_lengths sums to {total}; there are {T} tokens")
+        return cls(
+            expert_ids_TK=expert_ids_TK,
+            weights_TK=weights_TK,
+            token_mask_T=mask_array(token_mask_T, T),
+            sequence_starts_B=np.cumsum(lengths_B) - lengths_B,
+            spec=spec,
+        )
 
     def inputs(self, spec: RouterSpec, *, with_weights: bool = False) -> tuple[RouterInputs, np.ndarray]:
         """What a router with as many choices reads to replay this record (`RouterSpec.given`), and the token mask.

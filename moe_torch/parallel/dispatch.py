@@ -22,8 +22,7 @@ from torch import Tensor
 from moe_ref.specs.layout import even_pieces
 from moe_ref.specs.router import RouterSpec
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation, TokenDispatcher
-from moe_torch.experts import GroupedExperts, uses_grouped_mm
-from moe_torch.moe import run_experts
+from moe_torch.experts import GroupedExperts, moves_rows, run_experts
 from moe_torch.parallel.collectives import NOT_SHARED, Parallel, Pending, Shared, exchange
 from moe_torch.parallel.rows import Rows
 
@@ -230,7 +229,7 @@ class AllToAllTokenDispatcher(ParallelTokenDispatcher):
 
 def run_on_arrival(experts: GroupedExperts, rows_RD: Tensor, arrived: Permutation) -> Tensor:
     """The experts' outputs in the order in which the rows arrived."""
-    if not uses_grouped_mm(rows_RD):
+    if not moves_rows(rows_RD):
         return experts.sum_of_slots(rows_RD, arrived, None)
     local = LocalTokenDispatcher(experts.num_experts)
     return local.unpermute(experts(local.dispatch(rows_RD, arrived), arrived.tokens_per_expert_E), arrived).squeeze(1)

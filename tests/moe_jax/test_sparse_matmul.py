@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import moe_ref.permute as reference
 from moe_jax.dense_matmul import dense_matmul
 from moe_jax.experts import hide
 from moe_jax.permute import dispatch, permute, unpermute
-from moe_jax.sparse_matmul import gmm_down, gmm_up, route, sparse_matmul
+from moe_jax.sparse_matmul import gmm_down, gmm_up, route_tokens, sparse_matmul
 from moe_ref.backward.layer import hide_backward, layer_backward
 from moe_ref.experts import hide as reference_hide
 from moe_ref.layer import moe_layer
+from moe_ref.permute import dispatch as reference_dispatch
+from moe_ref.permute import permute as reference_permute
+from moe_ref.permute import unpermute as reference_unpermute
 from moe_ref.specs.inputs import RouterInputs
 from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
 from moe_ref.specs.params import LayerParams
@@ -168,7 +170,7 @@ NUM_EXPERTS = 5  # the ids beyond are null experts, or none
 
 
 def test_rows_are_in_the_order_of_the_reference():
-    metadata, expected = permute(IDS_TK, NUM_EXPERTS), reference.permute(IDS_TK, NUM_EXPERTS)
+    metadata, expected = permute(IDS_TK, NUM_EXPERTS), reference_permute(IDS_TK, NUM_EXPERTS)
     rows = len(expected.order_N)
     np.testing.assert_array_equal(metadata.group_sizes_E, expected.tokens_per_expert_E)
     np.testing.assert_array_equal(metadata.slot_of_row_R[:rows], expected.order_N)
@@ -183,7 +185,7 @@ def test_rows_are_in_the_order_of_the_reference():
 def test_many_rows_and_experts_are_sorted_as_few_are():
     # 2 ** 16 rows times 2 ** 16 + 1 ids: the packed sort would overflow.
     ids_TK = np.random.default_rng(0).integers(-1, 2**16, (2**15, 2))
-    metadata, expected = permute(ids_TK, 2**16), reference.permute(ids_TK, 2**16)
+    metadata, expected = permute(ids_TK, 2**16), reference_permute(ids_TK, 2**16)
     np.testing.assert_array_equal(metadata.slot_of_row_R[: len(expected.order_N)], expected.order_N)
     np.testing.assert_array_equal(metadata.group_sizes_E, expected.tokens_per_expert_E)
 
@@ -200,7 +202,7 @@ def move_both_ways(x_TD, rows_RD, weights_TK, d_rows_RD, d_output_TD):
 def test_dispatch_and_unpermute_move_rows_and_gradients_as_the_reference_does(weighted):
     rng = np.random.default_rng(0)
     (num_tokens, K), width = IDS_TK.shape, 3
-    order_N = reference.permute(IDS_TK, NUM_EXPERTS).order_N
+    order_N = reference_permute(IDS_TK, NUM_EXPERTS).order_N
     rows_RD, d_rows_RD = rng.standard_normal((2, num_tokens * K, width))
     x_TD, d_output_TD = rng.standard_normal((2, num_tokens, width))
     weights_TK = rng.standard_normal(IDS_TK.shape) if weighted else None
@@ -213,13 +215,13 @@ def test_dispatch_and_unpermute_move_rows_and_gradients_as_the_reference_does(we
     dispatched_RD, d_x_TD, output_TD, d_own_RD, d_weights_TK = moved
 
     slots_TKD = np.repeat(x_TD[:, None], K, axis=1)
-    np.testing.assert_array_equal(dispatched_RD[: len(order_N)], reference.dispatch(slots_TKD, order_N))
-    d_slots_TKD = reference.unpermute(d_rows_RD[: len(order_N)], order_N, K, num_tokens)
+    np.testing.assert_array_equal(dispatched_RD[: len(order_N)], reference_dispatch(slots_TKD, order_N))
+    d_slots_TKD = reference_unpermute(d_rows_RD[: len(order_N)], order_N, K, num_tokens)
     np.testing.assert_allclose(d_x_TD, d_slots_TKD.sum(axis=1), **SAME)
-    slot_outputs_TKD = reference.unpermute(own_rows_ND, order_N, K, num_tokens)
+    slot_outputs_TKD = reference_unpermute(own_rows_ND, order_N, K, num_tokens)
     np.testing.assert_allclose(output_TD, (factors_TK1 * slot_outputs_TKD).sum(axis=1), **SAME)
     d_slot_outputs_TKD = factors_TK1 * d_output_TD[:, None]
-    np.testing.assert_allclose(d_own_RD[: len(order_N)], reference.dispatch(d_slot_outputs_TKD, order_N), **SAME)
+    np.testing.assert_allclose(d_own_RD[: len(order_N)], reference_dispatch(d_slot_outputs_TKD, order_N), **SAME)
     np.testing.assert_array_equal(d_own_RD[len(order_N) :], 0)
     if weighted:
         np.testing.assert_allclose(d_weights_TK, (slot_outputs_TKD * d_output_TD[:, None]).sum(axis=-1), **SAME)
@@ -260,7 +262,9 @@ def test_a_value_at_its_limit_passes_the_gradient(spec):
 
 def test_routing_never_sees_the_tokens():
     spec = RouterSpec(num_experts=4, top_k=2)
-    decided, metadata = jax.eval_shape(lambda logits: route(logits, spec), jax.ShapeDtypeStruct((T, 4), jnp.float32))
+    decided, metadata = jax.eval_shape(
+        lambda logits: route_tokens(logits, spec), jax.ShapeDtypeStruct((T, 4), jnp.float32)
+    )
     assert decided.weights_TK.shape == (T, 2)
     assert {leaf.size for leaf in jax.tree.leaves(metadata)} == {4, 2 * T}
 

@@ -13,8 +13,8 @@ from moe_ref import (
     ExpertSpec,
     LayerSpec,
     RouterSpec,
-    SharedSpec,
     ShardLayout,
+    SharedSpec,
 )
 
 ROUTER, EXPERTS = RouterSpec(num_experts=8, top_k=2), ExpertSpec(dim=4, hidden_dim=8)

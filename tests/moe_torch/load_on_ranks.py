@@ -91,7 +91,7 @@ def sharded_layer(spec: LayerSpec, params, capacity: CapacitySpec, update: BiasU
     """A layer over two ranks of data by two of experts: this rank's output, and the biases after a step."""
     group = dist.group.WORLD
     moe = MoE(spec, capacity=capacity, capacity_group=group, dtype=torch.float64)
-    moe.load(params)
+    moe.load_params(params)
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "expert"))
     parallelize(moe, mesh, ShardLayout(data=2, expert=2))
     hook = BiasHook(moe, update, group=group)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from conformance.subjects.torch.sharded import mesh_of, parallel_layer
 from moe_ref import LayerParams, LayerSpec
 from moe_ref.specs.layout import ShardLayout
-from moe_torch import moe as moe_module
+from moe_torch import experts as experts_module
 from moe_torch.moe import MoE
 from moe_torch.parallel import dispatch as parallel_dispatch
 from moe_torch.parallel.collectives import recorded
@@ -26,12 +26,12 @@ def own(by_shard: list, layout: ShardLayout, dtype: torch.dtype = torch.float32)
 @contextmanager
 def grouped_matmuls():
     """The path of accelerators: rows of all experts side by side."""
-    before = moe_module.uses_grouped_mm
-    moe_module.uses_grouped_mm = parallel_dispatch.uses_grouped_mm = lambda rows: True
+    before = experts_module.moves_rows
+    experts_module.moves_rows = parallel_dispatch.moves_rows = lambda rows: True
     try:
         yield
     finally:
-        moe_module.uses_grouped_mm = parallel_dispatch.uses_grouped_mm = before
+        experts_module.moves_rows = parallel_dispatch.moves_rows = before
 
 
 def train(moe: MoE, x_TD: torch.Tensor, call: Callable | None = None) -> dict[str, np.ndarray]:
@@ -80,7 +80,7 @@ def sent_on_rank(params, spec: LayerSpec, layout: ShardLayout, x_by_shard) -> li
 def parameters_on_rank(params: LayerParams, spec: LayerSpec, layout: ShardLayout) -> tuple[dict, dict, dict]:
     """Parameters of the whole layer, those that are put together again, and how many numbers of each are stored."""
     whole = MoE(spec)
-    whole.load(params)
+    whole.load_params(params)
     moe = parallel_layer(params, spec, layout)
     stored = {
         name: (p.to_local() if isinstance(p, torch.distributed.tensor.DTensor) else p).numel()
@@ -153,7 +153,7 @@ def part_of_a_mesh_on_rank(params, spec: LayerSpec, x_by_shard: list) -> tuple[n
     """The output on the expert axis of a mesh with pipeline stages, and the error of node_dedup there."""
     stages = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipeline", "expert"))
     whole = MoE(spec)
-    whole.load(params)
+    whole.load_params(params)
     layout = ShardLayout(expert=2, ranks_per_node=1)
     moe = parallelize(whole, stages["expert"], layout)
     output_TD = moe(torch.tensor(x_by_shard[stages.get_local_rank("expert")]))

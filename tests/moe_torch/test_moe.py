@@ -14,7 +14,6 @@ from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
 from moe_ref.specs.params import LayerParams
 from moe_ref.specs.router import RouterSpec
 from moe_torch import experts as experts_module
-from moe_torch import moe as moe_module
 from moe_torch.moe import MoE
 
 T, D, F = 23, 10, 6
@@ -102,7 +101,7 @@ def rounded(values, dtype: torch.dtype) -> Any:
 
 def layer(spec: LayerSpec, params: LayerParams, dtype: torch.dtype = torch.float64) -> MoE:
     moe = MoE(spec, dtype=dtype)
-    moe.load(params)
+    moe.load_params(params)
     return moe
 
 
@@ -189,7 +188,7 @@ def test_the_layer_and_its_gradients_are_the_reference(name):
 @pytest.mark.parametrize("name", LAYERS)
 def test_rows_that_are_dispatched_and_combined_give_the_same(name, monkeypatch):
     # The way of an accelerator and of expert parallelism; only the matmul behind it stays a loop.
-    monkeypatch.setattr(moe_module, "uses_grouped_mm", lambda rows: True)
+    monkeypatch.setattr(experts_module, "moves_rows", lambda rows: True)
     judge(LAYERS[name])
 
 
@@ -219,8 +218,8 @@ def test_padding_tokens_are_not_read_whatever_they_hold(name):
 @pytest.mark.parametrize("grouped", [False, True], ids=["loop", "grouped_mm"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_row_is_within_the_bound_of_its_dtype(name, grouped, dtype, monkeypatch):
-    for module in (moe_module, experts_module) if grouped else ():
-        monkeypatch.setattr(module, "uses_grouped_mm", lambda rows: True)
+    if grouped:
+        monkeypatch.setattr(experts_module, "uses_grouped_mm", lambda rows: True)
     # A stride of 16 bytes is what a grouped matmul asks for.
     spec = LAYERS[name].replace(experts=LAYERS[name].experts.replace(dim=16, hidden_dim=24))
     params = LayerParams.init(spec, seed=4)
@@ -248,7 +247,7 @@ def test_every_row_is_within_the_bound_of_its_dtype(name, grouped, dtype, monkey
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e300])
 @pytest.mark.parametrize("way", ["loop", "rows"])
 def test_a_token_that_is_not_finite_reaches_no_other(bad, way, monkeypatch):
-    monkeypatch.setattr(moe_module, "uses_grouped_mm", lambda rows: way == "rows")
+    monkeypatch.setattr(experts_module, "moves_rows", lambda rows: way == "rows")
     spec = LAYERS["deepseek_v3"]
     moe = layer(spec, LayerParams.init(spec, seed=2))
     clean = tokens()
@@ -319,7 +318,7 @@ def test_a_state_dict_carries_the_whole_layer(name):
 def test_loading_names_the_parameter_that_does_not_fit():
     moe = MoE(LAYERS["gpt_oss"])
     with pytest.raises(ValueError, match="b_up_EF"):
-        moe.load(LayerParams.init(LAYERS["plain"].replace(gate_bias=True, router=LAYERS["gpt_oss"].router)))
+        moe.load_params(LayerParams.init(LAYERS["plain"].replace(gate_bias=True, router=LAYERS["gpt_oss"].router)))
 
 
 def test_given_ids_are_replayed():

@@ -122,7 +122,7 @@ def test_a_layer_with_a_capacity_is_the_reference_s(name):
     assert trace.capacity.dropped_TK.any()
 
     moe = MoE(LAYER, capacity=spec, dtype=torch.float64)
-    moe.load(params)
+    moe.load_params(params)
     x = torch.tensor(x_TD, requires_grad=True)
     output, routing = moe.forward_and_routing(x.view(B, L, D), torch.tensor(mask_T).view(B, L))
     output.view(-1, D).backward(torch.tensor(d_output_TD))
@@ -143,7 +143,7 @@ def test_sequences_of_a_packed_batch_are_named_by_their_lengths():
     params = LayerParams.init(LAYER, 0)
     trace = moe_ref.moe_layer(x_TD, params, LAYER, capacity=spec, sequence_lengths=lengths)
     moe = MoE(LAYER, capacity=spec, dtype=torch.float64)
-    moe.load(params)
+    moe.load_params(params)
     np.testing.assert_allclose(moe(torch.tensor(x_TD), sequence_lengths=lengths).detach(), trace.output_TD, **SAME)
 
 
@@ -152,7 +152,7 @@ def test_a_capacity_that_all_fit_in_changes_nothing():
     params = LayerParams.init(LAYER, 0)
     layers = [MoE(LAYER, dtype=torch.float64), MoE(LAYER, capacity=CapacitySpec(factor=100.0), dtype=torch.float64)]
     for layer in layers:
-        layer.load(params)
+        layer.load_params(params)
     np.testing.assert_array_equal(layers[0](x).detach(), layers[1](x).detach())
 
 
@@ -160,7 +160,7 @@ def test_padding_that_is_appended_changes_no_output():
     # Padding takes no place, and makes none.
     x = torch.randn(9, D, dtype=torch.float64)
     moe = MoE(LAYER, capacity=replace(SPECS["two levels"], factor=0.6), dtype=torch.float64)
-    moe.load(LayerParams.init(LAYER, 0))
+    moe.load_params(LayerParams.init(LAYER, 0))
     padded = torch.cat([torch.full((4, D), torch.nan, dtype=torch.float64), x])
     mask = torch.arange(13) >= 4
     np.testing.assert_array_equal(moe(padded, mask)[4:].detach(), moe(x).detach())

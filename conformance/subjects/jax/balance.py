@@ -15,7 +15,7 @@ import numpy as np
 
 from conformance.core.subject import Subject
 from moe_jax.balance import bias_update, tokens_per_expert
-from moe_jax.capacity import Limited, apply_capacity, slot_table
+from moe_jax.capacity import KeptSlots, apply_capacity, slot_table
 from moe_jax.losses import balance_loss, balance_sums, loss_of_sums, z_loss
 from moe_jax.routing import scale_logits
 from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, RouterSpec
@@ -167,7 +167,7 @@ def _capacity(
             take(values, rows_ST) for values in (ids_TK, weights_TK, token_mask_T, sequence_of_T)
         )
         kept_weights, limited = jax.vmap(of_shard, axis_name=AXIS)(ids, weights, rows_ST >= 0, valid, sequences)
-        whole: Limited = jax.tree.map(lambda values: put_back(values, rows_ST), limited)
+        whole: KeptSlots = jax.tree.map(lambda values: put_back(values, rows_ST), limited)
         return put_back(kept_weights, rows_ST), whole
 
     _, pull, limited = jax.vjp(forward, weights_TK, has_aux=True)

@@ -15,7 +15,7 @@ import torch
 from conformance.core.subject import Subject
 from conformance.subjects.identity_gate import to_torch
 from moe_torch.balance import bias_update, tokens_per_expert
-from moe_torch.capacity import Limited, apply_capacity, capacities, slot_table
+from moe_torch.capacity import KeptSlots, apply_capacity, capacities, slot_table
 from moe_torch.losses import balance_sums, loss_of_sums, z_loss
 from moe_torch.routing import scale_logits
 
@@ -108,7 +108,9 @@ class TorchBalance(Subject):
                 )
                 for own in shards
             ]
-            whole = Limited(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Limited)})
+            whole = KeptSlots(
+                **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(KeptSlots)}
+            )
             ids_TK, kept_TK, last, limit = whole.expert_ids_TK, whole.weights_TK, limit, limit.then
         found = {"expert_ids_TK": ids_TK.numpy(), "weights_TK": kept_TK.detach().numpy()}
         if whole is not None and last.pad_to_capacity:

@@ -125,7 +125,7 @@ def _built(spec: LayerSpec) -> MoE:
 def _loaded(params: LayerParams, spec: LayerSpec) -> MoE:
     """The layer of a spec with these parameters."""
     moe = _built(spec)
-    moe.load(params)
+    moe.load_params(params)
     return moe
 
 

@@ -80,7 +80,7 @@ def parallel_layer(params: LayerParams | None, spec: LayerSpec, layout: ShardLay
     """This rank's part of a layer."""
     moe = MoE(spec).eval()
     if params is not None:
-        moe.load(params)
+        moe.load_params(params)
     return parallelize(moe, mesh_of(layout.data, layout.fsdp, layout.expert, layout.tensor), layout)
 
 
