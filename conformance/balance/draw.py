@@ -1,6 +1,8 @@
 """conformance, balance: what is generated. Rules from a pool, routed batches, counts, sequences, shards and padding.
 
 Scores and weights stand clear of each other, so that what is counted and what is dropped is beyond doubt.
+
+Legend: T tokens, E experts, K top_k, S ranks or micro-batches of one step, Z null experts.
 """
 
 from collections import Counter
@@ -112,7 +114,7 @@ def logits_of_kind(kind: str, shape: tuple[int, int], rng: np.random.Generator) 
     return float32(logits_TE)
 
 
-def ids_of_kind(kind: str, logits_TE, spec: BatchSpec, rng: np.random.Generator) -> np.ndarray:
+def ids_of_kind(kind: str, logits_TE: np.ndarray, spec: BatchSpec, rng: np.random.Generator) -> np.ndarray:
     """(T, K) distinct choices: of biased scores, the same for every token, with unused slots, or of one hot expert.
 
     With a hot expert the last token alone begins with another one.
@@ -148,10 +150,22 @@ def counts_of_kind(kind: str, shape: tuple[int, int], rng: np.random.Generator) 
     return np.zeros_like(counts_SE) if kind == "zero" else counts_SE
 
 
-def cut(num_tokens: int, rng: np.random.Generator, *, evenly: bool, at=None, parts: int = 2) -> tuple[int, ...]:
-    """Lengths of consecutive parts of T tokens; sometimes one is empty. `at`: the only places where it may cut.
+def cut(
+    num_tokens: int,
+    rng: np.random.Generator,
+    *,
+    evenly: bool,
+    at: tuple[int, ...] | None = None,
+    parts: int = 2,
+) -> tuple[int, ...]:
+    """Lengths of consecutive parts of T tokens; sometimes one is empty.
 
-    Cut evenly there are one or `parts` of them: each other number is one more program to compile.
+    Args:
+        num_tokens: T.
+        rng: of the places where it is cut.
+        evenly: into one part, or into `parts` equal ones; each other number is one more program to compile.
+        at: lengths of parts of which none is cut again; None: any place may be cut.
+        parts: where it is cut evenly.
     """
     if at is not None:
         ends = np.cumsum(at)[:-1]
@@ -164,7 +178,9 @@ def cut(num_tokens: int, rng: np.random.Generator, *, evenly: bool, at=None, par
     return tuple(np.diff(np.concatenate([[0], ends, [num_tokens]])).astype(int).tolist())
 
 
-def lengths_of(spec: BatchSpec, num_tokens: int, wanted, rng: np.random.Generator, *, evenly: bool) -> dict:
+def lengths_of(
+    spec: BatchSpec, num_tokens: int, wanted: tuple[str, ...], rng: np.random.Generator, *, evenly: bool
+) -> dict[str, tuple[int, ...]]:
     """Sequences and shards, where the rule asks for them and the check allows it; shards are of whole sequences."""
     rules = [rule for rule in (spec.balance, spec.capacity, spec.capacity and spec.capacity.then) if rule]
     of_sequences = any("sequence" in (getattr(rule, "per", ""), rule.scope) for rule in rules)

@@ -40,7 +40,7 @@ class BalanceKind(Kind):
         return faulty(Reference(**how), fault)
 
     def diagnose(self, judge: Judge, violation: Violation, faults: Iterable[Fault]) -> list[Fault]:
-        return explaining(judge, violation, faults)
+        return explaining(judge, violation, faults, self.faulty)
 
 
 BALANCE = BalanceKind()

@@ -1,6 +1,6 @@
 """conformance, diagnosis: which known fault returns what a subject returned, in the calls that a check makes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, is_dataclass
 from functools import wraps
@@ -12,7 +12,8 @@ import numpy as np
 from conformance.core.check import CHECKS, Check
 from conformance.core.fault import Fault
 from conformance.core.judge import Crash, Judge, NotRun, Violation
-from conformance.core.rounding import EPSILON
+from conformance.core.rounding import EPSILON, TINY
+from conformance.core.subject import Subject
 
 ROUNDINGS = 2**6
 """Granted to a number, of the largest one of its array: the reference of a fault and the subject are both rounded."""
@@ -28,8 +29,19 @@ class Call:
     inputs: dict[str, Any]
     result: Any
 
+    def repeats(self, method: Callable, tolerance: float, floor: float) -> bool:
+        """Whether another method returns the same."""
+        arguments, inputs = deepcopy((self.arguments, self.inputs))
+        try:
+            with np.errstate(all="ignore"):
+                return same(method(*arguments, **inputs), self.result, tolerance, floor)
+        except Exception:  # whatever a fault runs into in this call, it does not return the same
+            return False
 
-def explaining(judge: Judge, violation: Violation, faults: Iterable[Fault]) -> list[Fault]:
+
+def explaining(
+    judge: Judge, violation: Violation, faults: Iterable[Fault], subject_with: Callable[[Fault], Subject]
+) -> list[Fault]:
     """The faults that return what the subject returned, in every call that the check makes on the violation's case.
 
     Those that break its own requirement come first. None, where the clean reference returns the same, or where the
@@ -39,15 +51,21 @@ def explaining(judge: Judge, violation: Violation, faults: Iterable[Fault]) -> l
         judge: of the subject.
         violation: with a case.
         faults: that may explain it; those of other methods do not.
+        subject_with: the reference in float32 with a fault in it, whose memory is empty.
     """
     check = CHECKS[violation.requirement]
     clean = Fault(name="none", summary="The reference as it is.", requirement=check.requirement)
     dtypes = ("float32", judge.subject.compute_dtype, judge.subject.expert_dtype)
-    error = min(MOST_ERROR, ROUNDINGS * max(EPSILON[dtype] for dtype in dtypes))
-    calls = calls_of(judge, check, violation.case)
-    if not calls or _returns(clean, calls, error):
+    tolerance = min(MOST_ERROR, ROUNDINGS * max(EPSILON[dtype] for dtype in dtypes))
+    floor, calls = max(TINY[dtype] for dtype in dtypes), calls_of(judge, check, violation.case)
+
+    def returns_the_same(fault: Fault) -> bool:
+        method = getattr(subject_with(fault), check.method)
+        return all(call.repeats(method, tolerance, floor) for call in calls)
+
+    if not calls or returns_the_same(clean):
         return []
-    found = [fault for fault in faults if fault.method == check.method and _returns(fault, calls, error)]
+    found = [fault for fault in faults if fault.method == check.method and returns_the_same(fault)]
     return sorted(found, key=lambda fault: fault.requirement != violation.requirement)
 
 
@@ -75,40 +93,31 @@ def calls_of(judge: Judge, check: Check, case: Any) -> list[Call]:
     return calls
 
 
-def _returns(fault: Fault, calls: list[Call], error: float) -> bool:
-    """Whether the reference with a fault in it returns the same in each of the calls."""
-    method = getattr(fault.kind.faulty(fault), fault.method)
-    try:
-        with np.errstate(all="ignore"):
-            return all(
-                same(method(*deepcopy(call.arguments), **deepcopy(call.inputs)), call.result, error) for call in calls
-            )
-    except Exception:  # whatever a fault runs into in these calls, it does not return the same
-        return False
-
-
-def same(wanted: Any, found: Any, error: float) -> bool:
+def same(found: Any, wanted: Any, tolerance: float, floor: float) -> bool:
     """Whether two results are the same: whole numbers and bools exactly, others but for rounding.
 
     Args:
-        wanted, found: arrays, numbers, None; dicts, of which the names that both have are compared; dataclasses; lists.
-        error: granted to a number, as a part of the largest finite one of its array.
+        found, wanted: arrays, numbers, None; mappings, of which the names that both have are compared; dataclasses;
+            lists.
+        tolerance: granted to a number, as a part of the largest finite one of its array.
+        floor: granted to each number besides.
     """
-    if is_dataclass(wanted) and is_dataclass(found):
-        wanted, found = vars(wanted), vars(found)
-    if isinstance(wanted, Mapping) and isinstance(found, Mapping):
-        names = wanted.keys() & found.keys()
-        return bool(names) and all(same(wanted[name], found[name], error) for name in names)
-    if isinstance(wanted, (list, tuple)) and isinstance(found, (list, tuple)):
-        return len(wanted) == len(found) and all(same(*pair, error) for pair in zip(wanted, found, strict=True))
-    wanted, found = np.asarray(wanted), np.asarray(found)
-    if wanted.shape != found.shape:
+    if is_dataclass(found) and is_dataclass(wanted):
+        found, wanted = vars(found), vars(wanted)
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        names = found.keys() & wanted.keys()
+        return bool(names) and all(same(found[name], wanted[name], tolerance, floor) for name in names)
+    if isinstance(found, (list, tuple)) and isinstance(wanted, (list, tuple)):
+        pairs = zip(found, wanted, strict=False)
+        return len(found) == len(wanted) and all(same(*pair, tolerance, floor) for pair in pairs)
+    found, wanted = np.asarray(found), np.asarray(wanted)
+    if found.shape != wanted.shape:
         return False
-    if wanted.dtype.kind in "biuOUS" and found.dtype.kind in "biuOUS":
-        return bool((wanted == found).all())
+    if found.dtype.kind in "biuOUS" and wanted.dtype.kind in "biuOUS":
+        return bool((found == wanted).all())
     try:
-        wanted, found = wanted.astype(np.float64), found.astype(np.float64)
+        found, wanted = found.astype(np.float64), wanted.astype(np.float64)
     except (TypeError, ValueError):  # a number, and something that is none
         return False
-    largest = np.abs(wanted[np.isfinite(wanted)]).max(initial=0)
-    return bool(np.isclose(found, wanted, rtol=error, atol=error * largest, equal_nan=True).all())
+    radius = floor + tolerance * np.abs(wanted[np.isfinite(wanted)]).max(initial=0)
+    return bool(np.isclose(found, wanted, rtol=tolerance, atol=radius, equal_nan=True).all())

@@ -5,7 +5,7 @@ import pytest
 
 from conformance.balance.kind import BALANCE
 from conformance.core.check import CHECKS
-from conformance.core.diagnosis import calls_of, explaining, same
+from conformance.core.diagnosis import calls_of, same
 from conformance.core.judge import Crash, Judge, Violation
 from conformance.core.trial import accusations
 from conformance.run.kinds import load_faults
@@ -44,19 +44,19 @@ def judged(subject: Reference) -> tuple[Judge, Violation]:
 
 def test_the_fault_that_returns_the_same_is_named():
     judge, violation = judged(Sleeping())
-    assert [fault.name for fault in explaining(judge, violation, FAULTS)] == ["the-bias-never-moves"]
+    assert [fault.name for fault in BALANCE.diagnose(judge, violation, FAULTS)] == ["the-bias-never-moves"]
 
 
 @pytest.mark.parametrize("subject", [Strange, Raising], ids=lambda subject: subject.__name__)
 def test_what_no_fault_returns_is_not_named(subject):
     judge, violation = judged(subject())
     assert isinstance(violation, Crash) == (subject is Raising)
-    assert explaining(judge, violation, FAULTS) == []
+    assert BALANCE.diagnose(judge, violation, FAULTS) == []
 
 
 def test_what_the_clean_reference_returns_too_is_not_named():
     _, violation = judged(Sleeping())
-    assert explaining(Judge(Reference()), violation, FAULTS) == []
+    assert BALANCE.diagnose(Judge(Reference()), violation, FAULTS) == []
 
 
 def test_a_diagnosis_leaves_the_subject_and_the_ledger_as_they_were():
@@ -85,7 +85,7 @@ def test_a_diagnosis_leaves_the_subject_and_the_ledger_as_they_were():
     (None, np.ones(()), False),
 ])  # fmt: skip
 def test_results_are_the_same_but_for_rounding(wanted, found, alike):
-    assert same(wanted, found, 2.0**-16) is alike
+    assert same(found, wanted, 2.0**-16, 0.0) is alike
 
 
 def test_records_are_compared_field_by_field():
@@ -98,5 +98,5 @@ def test_records_are_compared_field_by_field():
             spec=RouterSpec(num_experts=2, top_k=1),
         )
 
-    assert same(record(0), record(0), 0.0)
-    assert not same(record(0), record(1), 0.0)
+    assert same(record(0), record(0), 0.0, 0.0)
+    assert not same(record(0), record(1), 0.0, 0.0)
