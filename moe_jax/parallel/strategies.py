@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax import permute as local
 from moe_jax.arrays import take
 from moe_jax.parallel.collectives import ragged_all_to_all, vary
 from moe_jax.permute import RouteMetadata
+from moe_jax.permute import dispatch as local_dispatch
+from moe_jax.permute import permute as local_permute
+from moe_jax.permute import unpermute as local_unpermute
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.router import RouterSpec
 
@@ -88,7 +90,7 @@ class _OfSlots(Exchange):
     """The row of each slot travels to the rank of its expert, and the same row comes back."""
 
     def plan(self, places_TK: jax.Array, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
-        home = local.permute(places_TK, router.num_experts)
+        home = local_permute(places_TK, router.num_experts)
         sizes_SSe = lax.all_gather(home.group_sizes_E, "expert").reshape(layout.expert, layout.expert, -1)
         return self.plan_rows(home, sizes_SSe, layout, router)
 
@@ -110,15 +112,15 @@ class _OfSlots(Exchange):
         self, x_TD: jax.Array, weights_TK: jax.Array | None, metadata: ShardMetadata, fill: jax.Array
     ) -> jax.Array:
         assert metadata.slots is not None
-        sent_RD = _weighed(local.dispatch(x_TD, metadata.slots), weights_TK, metadata.slots)
-        return local.dispatch(self.send(sent_RD, metadata, fill), metadata.rows)
+        sent_RD = _weighed(local_dispatch(x_TD, metadata.slots), weights_TK, metadata.slots)
+        return local_dispatch(self.send(sent_RD, metadata, fill), metadata.rows)
 
     def unpermute(
         self, rows_RD: jax.Array, weights_TK: jax.Array | None, metadata: ShardMetadata, fill: jax.Array
     ) -> jax.Array:
         assert metadata.slots is not None
-        back_RD = self.bring_back(local.unpermute(rows_RD, metadata.rows), metadata, fill)
-        return local.unpermute(back_RD, metadata.slots, weights_TK)
+        back_RD = self.bring_back(local_unpermute(rows_RD, metadata.rows), metadata, fill)
+        return local_unpermute(back_RD, metadata.slots, weights_TK)
 
 
 class Blocks(_OfSlots):
@@ -152,7 +154,7 @@ class Blocks(_OfSlots):
         block_begins_S = C * lax.iota(jnp.int32, S)
         return ShardMetadata(
             slots=slots,
-            rows=local.permute(expert_SC.reshape(-1, 1), router.num_experts // S),
+            rows=local_permute(expert_SC.reshape(-1, 1), router.num_experts // S),
             send_sizes_S=wanted_SS[me],
             recv_sizes_S=wanted_SS[:, me],
             input_offsets_S=block_begins_S,
@@ -200,7 +202,7 @@ class Runs(_OfSlots):
         expert_A = jnp.where(flat_expert_A < S * e, flat_expert_A % e, e)
         return ShardMetadata(
             slots=slots,
-            rows=local.permute(expert_A[:, None], e),
+            rows=local_permute(expert_A[:, None], e),
             send_sizes_S=admitted_SS[me],
             recv_sizes_S=admitted_SS[:, me],
             input_offsets_S=input_offsets_S,
@@ -250,12 +252,12 @@ class Ring(Exchange):
         self, x_TD: jax.Array, weights_TK: jax.Array | None, metadata: ShardMetadata, fill: jax.Array
     ) -> jax.Array:
         x_TD, weights_TK = jax.tree.map(_gather_tokens, (x_TD, weights_TK))
-        return _weighed(local.dispatch(x_TD, metadata.rows), weights_TK, metadata.rows)
+        return _weighed(local_dispatch(x_TD, metadata.rows), weights_TK, metadata.rows)
 
     def unpermute(
         self, rows_RD: jax.Array, weights_TK: jax.Array | None, metadata: ShardMetadata, fill: jax.Array
     ) -> jax.Array:
-        partial_TD = local.unpermute(rows_RD, metadata.rows, jax.tree.map(_gather_tokens, weights_TK))
+        partial_TD = local_unpermute(rows_RD, metadata.rows, jax.tree.map(_gather_tokens, weights_TK))
         if len(partial_TD) == 0:
             return partial_TD
         return lax.psum_scatter(partial_TD, "expert", scatter_dimension=0, tiled=True)
@@ -270,12 +272,12 @@ class Replicated(Exchange):
     def dispatch(
         self, x_TD: jax.Array, weights_TK: jax.Array | None, metadata: ShardMetadata, fill: jax.Array
     ) -> jax.Array:
-        return _weighed(local.dispatch(x_TD, metadata.rows), weights_TK, metadata.rows)
+        return _weighed(local_dispatch(x_TD, metadata.rows), weights_TK, metadata.rows)
 
     def unpermute(
         self, rows_RD: jax.Array, weights_TK: jax.Array | None, metadata: ShardMetadata, fill: jax.Array
     ) -> jax.Array:
-        return lax.psum(local.unpermute(rows_RD, metadata.rows, weights_TK), "expert")
+        return lax.psum(local_unpermute(rows_RD, metadata.rows, weights_TK), "expert")
 
 
 class Alone(Replicated):
@@ -295,7 +297,7 @@ class Alone(Replicated):
     def unpermute(
         self, rows_RD: jax.Array, weights_TK: jax.Array | None, metadata: ShardMetadata, fill: jax.Array
     ) -> jax.Array:
-        return local.unpermute(rows_RD, metadata.rows, weights_TK)
+        return local_unpermute(rows_RD, metadata.rows, weights_TK)
 
 
 def slots_per_rank(layout: ShardLayout, router: RouterSpec) -> int:
@@ -316,7 +318,7 @@ def _plan_here(places_TK, layout: ShardLayout, router: RouterSpec) -> ShardMetad
     """The rows of this rank's experts among tokens that are here."""
     e, S = router.num_experts // layout.expert, layout.expert
     local_TK = places_TK - e * lax.axis_index("expert")
-    found = local.permute(jnp.where((local_TK >= 0) & (local_TK < e), local_TK, -1), e)
+    found = local_permute(jnp.where((local_TK >= 0) & (local_TK < e), local_TK, -1), e)
     # Rows past the most that can be worked on are of the tail.
     R = len(places_TK) * slots_per_rank(layout, router)
     # What has an expert is said slot by slot: where all R rows are used, no row is left to point the others to.
