@@ -15,7 +15,7 @@ from conformance.core.subject import Subject
 
 if TYPE_CHECKING:
     from conformance.core.fault import Fault
-    from conformance.core.judge import Judge
+    from conformance.core.judge import Judge, Violation
 
 
 class Kind(ABC):
@@ -85,6 +85,6 @@ class Kind(ABC):
     def faulty(self, fault: "Fault", **how: Any) -> Subject:
         """The reference with one fault in it."""
 
-    def diagnose(self, judge: "Judge", case: Any, faults: Iterable["Fault"]) -> list["Fault"]:
-        """The faults whose output is the subject's on this case."""
+    def diagnose(self, judge: "Judge", violation: "Violation", faults: Iterable["Fault"]) -> list["Fault"]:
+        """The faults whose output is the subject's on the case of a violation."""
         return []

@@ -41,8 +41,9 @@ class RouterKind(Kind):
     def faulty(self, fault: Fault, **how: Any) -> FaultyRouter:
         return FaultyRouter(fault, **how)
 
-    def diagnose(self, judge: Judge, case: RouterCase, faults: Iterable[Fault]) -> list[Fault]:
-        if "nan_logits" in case.tags:
+    def diagnose(self, judge: Judge, violation: Violation, faults: Iterable[Fault]) -> list[Fault]:
+        case = violation.case
+        if not isinstance(case, RouterCase) or "nan_logits" in case.tags:
             return []
         try:
             seen = observe(judge, case)

@@ -57,7 +57,7 @@ def diagnoses(judge: Judge, violation: Violation) -> list[Fault]:
         return []
     kind = CHECKS[violation.requirement].kind
     faults = [fault for fault in load_faults().values() if fault.kind is kind]
-    return kind.diagnose(judge, violation.case, faults)[:MOST_DIAGNOSES]
+    return kind.diagnose(judge, violation, faults)[:MOST_DIAGNOSES]
 
 
 def stale(judge: Judge) -> list[dict]:
