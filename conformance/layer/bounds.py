@@ -1,6 +1,6 @@
 """conformance, layer: its bounds. How far rounding can take each number of a layer and of its gradients.
 
-Legend: T tokens, K top_k, D model dim, E choices, S shared experts.
+Legend: T tokens, K top_k, D model dim, E choices, S shared experts, G groups, P experts of a group, L groups kept.
 """
 
 from collections.abc import Iterator
@@ -283,11 +283,11 @@ def stable_T(case: LayerCase, dtype: str) -> np.ndarray:
 
 def _stable_groups_T(router: RouterCase, error_TE: np.ndarray, dtype: str) -> np.ndarray:
     spec, T = router.spec, router.num_tokens
-    if spec.num_expert_groups is None or spec.num_limited_groups == spec.num_expert_groups:
+    G, L = spec.num_expert_groups, spec.num_limited_groups
+    if G is None or L is None or L == G:
         return np.ones(T, dtype=bool)
-    choice_TGP = unlimited_choice(router).reshape(T, spec.num_expert_groups, -1)
+    choice_TGP = unlimited_choice(router).reshape(T, G, -1)
     scores_TG = np.sort(choice_TGP, axis=-1)[:, :, -spec.group_score_k :].sum(axis=-1)
     slack_T = spec.group_score_k * (error_TE.max(axis=-1) + EPSILON[dtype] * np.abs(choice_TGP).max(axis=(1, 2)))
     in_order_TG = -np.sort(-scores_TG, axis=-1)
-    L = spec.num_limited_groups
     return in_order_TG[:, L - 1] - in_order_TG[:, L] > 2 * slack_T

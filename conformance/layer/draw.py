@@ -260,8 +260,8 @@ def draw(judge: Judge, check: LayerCheck, seed: int) -> LayerCase:
     """The case of a seed."""
     rng, (specs, _) = np.random.default_rng(seed), settings_of(judge, check)
     sizes = check.tokens[:1] if judge.subject.compiles else check.tokens
-    spec, x, bias, tokens = (one_of(rng, each) for each in (specs, check.x, check.bias, sizes))
-    return make_case(spec, check, x=x, bias=bias, tokens=tokens, seed=int(rng.integers(2**32)))
+    spec, x, bias = one_of(rng, specs), one_of(rng, check.x), one_of(rng, check.bias)
+    return make_case(spec, check, x=x, bias=bias, tokens=one_of(rng, sizes), seed=int(rng.integers(2**32)))
 
 
 def fixed(judge: Judge, check: LayerCheck) -> Iterator[LayerCase]:

@@ -3,14 +3,15 @@
 from collections.abc import Iterable
 from typing import Any
 
-from conformance.core.fault import Fault
-from conformance.core.judge import Judge
+from conformance.core.diagnosis import explaining
+from conformance.core.fault import Fault, faulty
+from conformance.core.judge import Judge, Violation
 from conformance.core.kind import Kind
 from conformance.core.subject import Subject
 from conformance.layer import draw, page
 from conformance.layer.case import LayerCase
 from conformance.layer.check import LayerCheck
-from conformance.layer.faulty import faulty_layer
+from conformance.subjects.reference import Reference
 
 
 class LayerKind(Kind):
@@ -37,7 +38,10 @@ class LayerKind(Kind):
         return page.side_by_side(judge, case, most_tokens)
 
     def faulty(self, fault: Fault, **how: Any) -> Subject:
-        return faulty_layer(fault, **how)
+        return faulty(Reference(**how), fault)
+
+    def diagnose(self, judge: Judge, violation: Violation, faults: Iterable[Fault]) -> list[Fault]:
+        return explaining(judge, violation, faults, self.faulty)
 
 
 LAYER = LayerKind()

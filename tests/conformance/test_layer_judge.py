@@ -6,27 +6,37 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from conformance.core.judge import CHECKS, Judge, LayerCheck, Violation
-from conformance.core.register import REQUIREMENTS
+from conformance.core.check import CHECKS
+from conformance.core.diagnosis import same
+from conformance.core.fault import first_killer
+from conformance.core.judge import Judge
+from conformance.core.register import of_stage
 from conformance.core.shrink import shrink
 from conformance.core.subject import Subject
-from conformance.core.trial import accuse, load_suite
-from conformance.layer import bounds as layer_bounds
-from conformance.layer.case import LayerCase, case_from_json
-from conformance.layer.draw import LAYER_SPECS, THIN_LAYER_SPECS, make_layer_case
-from conformance.layer.verdicts import FORM, stable_T, wanted_gradients
+from conformance.core.trial import accusations
+from conformance.layer import bounds
+from conformance.layer.bounds import stable_T
+from conformance.layer.case import LayerCase
+from conformance.layer.check import LayerCheck
+from conformance.layer.draw import LAYER_SPECS, THIN_LAYER_SPECS, facts, make_case
+from conformance.layer.kind import LAYER
+from conformance.layer.verdicts import wanted_gradients
+from conformance.run.conclude import diagnoses
 from conformance.run.deviations import read_case, write_case
-from conformance.run.report import failure_page, side_by_side
+from conformance.run.kinds import case_of_json, load_faults
+from conformance.run.report import failure_page
 from conformance.subjects.reference import Reference
 from moe_ref import RouterInputs, moe_layer
 
-STAGES = ("permute", "experts", "combine", "layer", "backward")
-IDS = [id for id, requirement in REQUIREMENTS.items() if requirement.stage in STAGES]
-CHECK = LayerCheck(requirement="LAY-2", run=lambda judge, case: None, method="layer", inputs=("token_mask_T",))
+IDS = of_stage(*LAYER.stages)
+FAULTS = {name: fault for name, fault in load_faults().items() if fault.kind is LAYER}
+CHECK = LayerCheck(
+    requirement="LAY-2", run=lambda judge, case: None, kind=LAYER, method="layer", inputs=("token_mask_T",)
+)
 
 
 def a_case(spec, seed: int = 0, **choices) -> LayerCase:
-    return make_layer_case(spec, CHECK, **({"x": "normal", "bias": "mixed", "tokens": 7, "seed": seed} | choices))
+    return make_case(spec, CHECK, **({"x": "normal", "bias": "mixed", "tokens": 7, "seed": seed} | choices))
 
 
 class Float64(Reference):
@@ -78,15 +88,14 @@ INNOCENT = (Reference, Float64, Backwards, Bfloat16)
 @pytest.mark.parametrize("subject", INNOCENT, ids=lambda subject: subject.__name__)
 def test_what_is_right_is_not_accused(subject):
     judge = Judge(subject())
-    accused = accuse(judge, seed=0, examples=12, ids=IDS)
-    assert {id: (str(v), v.expected, v.received) for id, v in accused.items()} == {}
-    assert {id for id in IDS if judge.ledger[id].judged == 0} == set()
+    accused = accusations(judge, seed=0, examples=48, of=IDS)
+    assert {name: (str(v), v.expected, v.received) for name, v in accused.items()} == {}
+    assert {name for name in IDS if judge.ledger[name].judged == 0} == set()
 
 
-def test_every_requirement_of_these_stages_has_a_check():
-    load_suite()
-    assert {id for id in IDS if not isinstance(CHECKS[id], LayerCheck)} == set()
-    assert set(FORM.values()) <= set(IDS)
+def test_every_requirement_of_these_stages_has_a_check_and_a_fault():
+    assert {name for name in IDS if not isinstance(CHECKS[name], LayerCheck)} == set()
+    assert {fault.requirement for fault in FAULTS.values()} == set(IDS)
 
 
 def test_a_subject_without_layers_is_unsupported_and_not_ok():
@@ -94,16 +103,16 @@ def test_a_subject_without_layers_is_unsupported_and_not_ok():
         """Defines nothing."""
 
     judge = Judge(Empty())
-    assert accuse(judge, seed=0, examples=3, ids=IDS) == {}
-    assert {judge.ledger[id].status("MUST") for id in IDS} == {"unsupported"}
+    assert accusations(judge, examples=3, of=IDS) == {}
+    assert {judge.ledger[name].status("MUST") for name in IDS} == {"unsupported"}
 
 
 @pytest.mark.parametrize("x", ["normal", "large", "small"])
 def test_balls_are_centred_on_the_reference_and_hold_what_float32_gives(x):
     for number, spec in enumerate(LAYER_SPECS):
         case = a_case(spec, seed=number, x=x)
-        ball = layer_bounds.layer(case, "float32", "float32")
-        grads = layer_bounds.gradients(case, "float32", "float32")
+        ball = bounds.layer(case, "float32", "float32")
+        grads = bounds.gradients(case, "float32", "float32")
         np.testing.assert_allclose(ball.output_TD.centre, case.reference.output_TD, rtol=1e-9, atol=1e-9)
         wanted = wanted_gradients(case)
         assert grads.keys() == wanted.keys()
@@ -131,23 +140,33 @@ def test_a_choice_that_rounding_can_change_is_not_stable():
 
 
 def test_every_check_finds_specs_in_both_pools():
-    load_suite()
-    for id in IDS:
+    for name in IDS:
         for pool in (LAYER_SPECS, THIN_LAYER_SPECS):
-            assert any(CHECKS[id].spec(spec) for spec in pool), id
+            assert any(CHECKS[name].spec(spec) for spec in pool), name
     assert len(THIN_LAYER_SPECS) < len(LAYER_SPECS) / 2
+
+
+def test_the_fixed_cases_have_every_fact_of_the_specs():
+    wanted = set().union(*(facts(spec) for spec in LAYER_SPECS))
+    assert set().union(*(facts(case.spec) for case in LAYER.fixed(Judge(Reference()), CHECK))) == wanted
+
+
+def test_a_seed_draws_the_same_case_again():
+    judge = Judge(Reference())
+    drawn = [LAYER.draw(judge, CHECK, seed) for seed in (3, 3, 4)]
+    assert drawn[0].digest == drawn[1].digest != drawn[2].digest
 
 
 @pytest.mark.parametrize("number", [0, 2, 11, 17, 18, 60])
 def test_a_case_is_the_same_after_json(number, tmp_path):
     case = a_case(LAYER_SPECS[number], seed=number)
-    again = case_from_json(json.loads(json.dumps(case.to_json())))
+    again = case_of_json(json.loads(json.dumps(case.to_json())))
     assert isinstance(again, LayerCase)
     assert again.digest == case.digest
     assert again.spec == case.spec
     np.testing.assert_array_equal(again.reference.output_TD, case.reference.output_TD)
-    id, read = read_case(write_case(tmp_path, "LAY-2", case, "nobody"))
-    assert (id, read.digest) == ("LAY-2", case.digest)
+    name, read = read_case(write_case(tmp_path, "LAY-2", case, "nobody"))
+    assert (name, read.digest) == ("LAY-2", case.digest)
     assert read.tags == case.tags
 
 
@@ -155,7 +174,7 @@ def test_a_case_with_an_unknown_parameter_is_refused():
     data = a_case(LAYER_SPECS[0]).to_json()
     data["params"]["w_sideways"] = [1.0]
     with pytest.raises(ValueError, match="w_sideways"):
-        case_from_json(data)
+        case_of_json(data)
 
 
 class NoClamp(Reference):
@@ -178,17 +197,21 @@ class NoShared(Reference):
         return super().layer(x_TD, replace(params, shared_w_down_SFD=zero), spec, **inputs)
 
 
-@pytest.mark.parametrize(("subject", "id"), [(NoClamp, "EXP-3"), (NoShared, "LAY-8")])
-def test_a_failure_shrinks_to_one_token_and_reads_like_a_page(subject, id):
+@pytest.mark.parametrize(
+    ("subject", "name", "fault"),
+    [(NoClamp, "EXP-3", "clamp-ignored"), (NoShared, "LAY-8", "shared-experts-left-out")],
+)
+def test_a_failure_shrinks_to_one_token_and_reads_like_a_page(subject, name, fault):
     judge = Judge(subject())
-    violation = shrink(judge, accuse(judge, seed=0, examples=60, ids=[id])[id])
+    violation = shrink(judge, accusations(judge, of=[name])[name])
     case = violation.case
     assert isinstance(case, LayerCase)
     assert case.num_tokens == 1
-    page = failure_page(judge, violation)
-    for part in (id, "expected", "received", "router", "experts", "weights[0]", "tags", f"replay {id}-{case.digest}"):
+    page = failure_page(judge, violation, diagnoses(judge, violation))
+    for part in (name, "expected", "received", "router", "experts", "weights[0]", "tags", f"{name}-{case.digest}"):
         assert part in page
-    shown = side_by_side(judge, case)
+    assert f"looks like  {fault}: {FAULTS[fault].summary}" in page.replace("looks like     ", "looks like  ")
+    shown = LAYER.side_by_side(judge, case)
     assert "output_TD" in shown
     assert judge.name in shown
 
@@ -210,9 +233,32 @@ class WrongRouter(Reference):
 
 def test_a_wrong_router_is_accused_and_not_the_layer():
     judge = Judge(WrongRouter())
-    assert accuse(judge, seed=0, examples=30, ids=["LAY-2"]) == {}
+    assert accusations(judge, of=["LAY-2"]) == {}
     assert judge.ledger["LAY-2"].not_run["judged where the subject's router is right"] > 0
-    assert "WGT-1" in accuse(judge, seed=0, examples=30, ids=["WGT-1"])
+    assert "WGT-1" in accusations(judge, of=["WGT-1"])
+
+
+def test_wrong_experts_are_accused_in_place_of_the_layer():
+    class WrongExperts(NoClamp):
+        """Forgets the clamp in its layers too."""
+
+        def layer(self, x_TD, params, spec, **inputs):
+            plain = spec.replace(experts=spec.experts.replace(clamp=None, clamp_at="before"))
+            return super().layer(x_TD, params, plain, **inputs)
+
+    assert set(accusations(Judge(WrongExperts()), of=["LAY-2"])) == {"EXP-3"}
+
+
+def test_wrong_routed_experts_are_accused_in_place_of_shared_ones():
+    class Doubled(Reference):
+        """Twice the routed output."""
+
+        def layer(self, x_TD, params, spec, **inputs):
+            return super().layer(x_TD, replace(params, w_down_EFD=2 * params.w_down_EFD), spec, **inputs)
+
+    accused = accusations(Judge(Doubled()), of=["LAY-8"])
+    assert "LAY-2" in accused
+    assert accused.keys() <= {"LAY-2", "LAY-12", "LAY-13"}
 
 
 def test_an_error_on_a_variation_is_blamed_on_what_varies():
@@ -225,7 +271,60 @@ def test_an_error_on_a_variation_is_blamed_on_what_varies():
             return super().experts(rows_RD, tokens_per_expert_E, params, spec)
 
     judge = Judge(Fragile())
-    (violation,) = accuse(judge, seed=0, examples=5, ids=["EXP-9"]).values()
-    assert isinstance(violation, Violation)
+    (violation,) = accusations(judge, examples=5, of=["EXP-9"]).values()
     assert violation.requirement == "EXP-9"
     assert "RuntimeError: empty" in violation.received
+
+
+@pytest.mark.parametrize("name", ["memory-of-the-last-call-is-read", "the-other-gelu", "an-idle-expert-gets-nan"])
+def test_a_fault_of_one_method_is_accused_by_no_other_stage(name):
+    fault = FAULTS[name]
+    others = [each for each in IDS if CHECKS[each].method != fault.method]
+    assert accusations(Judge(LAYER.faulty(fault)), examples=40, of=others) == {}
+
+
+# the diagnosis
+
+
+@pytest.mark.parametrize("name", ["rows-stay-in-token-order", "up-is-activated-too", "output-scale-twice",
+                                  "the-weight-is-on-both-sides", "the-norm-is-detached", "counts-not-cleared",
+                                  "recorded-weights-are-dropped"])  # fmt: skip
+def test_the_diagnosis_names_the_fault(name):
+    fault = FAULTS[name]
+    violation = first_killer(fault)
+    assert violation is not None
+    found = diagnoses(Judge(LAYER.faulty(fault)), violation)
+    assert fault in found
+    assert len(found) <= 3
+
+
+def test_what_no_fault_does_has_no_diagnosis():
+    class Strange(Reference):
+        """Adds a number that nobody else adds."""
+
+        def layer(self, x_TD, params, spec, **inputs):
+            return super().layer(x_TD, params, spec, **inputs) + 0.0123
+
+    judge = Judge(Strange())
+    (violation,) = accusations(judge, of=["LAY-2"]).values()
+    assert diagnoses(judge, violation) == []
+
+
+def test_an_error_has_no_diagnosis():
+    fault = FAULTS["a-layer-of-zero-tokens-is-refused"]
+    violation = first_killer(fault)
+    assert violation is not None
+    assert diagnoses(Judge(LAYER.faulty(fault)), violation) == []
+
+
+def test_results_are_the_same_but_for_rounding():
+    array = np.array([1.0, np.nan, np.inf, 1e-9])
+    near = np.array([1.0 + 1e-7, np.nan, np.inf, 0.0])
+    assert same({"a": [array]}, {"a": [near]}, 1e-6, 1e-30)
+    assert not same({"a": [array]}, {"a": [near * 1.001]}, 1e-6, 1e-30)
+    assert not same({"a": array}, {"b": array}, 1e-6, 1e-30)
+    assert not same([array], [array, array], 1e-6, 1e-30)
+    assert not same(array, array[:2], 1e-6, 1e-30)
+    assert same((np.arange(3), 1), (np.arange(3, dtype=np.int32), 1), 1e-6, 1e-30)
+    assert not same(np.arange(3), np.arange(3) + 1, 1.0, 1.0)
+    assert not same(np.arange(3), np.arange(3.0), 1.0, 1.0)

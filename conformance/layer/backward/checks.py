@@ -145,7 +145,8 @@ def the_gradients_of_a_batch_are_the_sums_of_its_parts(judge, case):
     parts = [gradients_of_subject(judge, case.tokens(np.array([t]))) for t in range(2)]
     balls = bounds.gradients(case, *dtypes(judge))
     for name in wanted_gradients(case):
-        sum_of_parts = sum(part[name] for part in parts) if name != "x_TD" else np.concatenate([p[name] for p in parts])
+        each = np.stack([part[name] for part in parts])
+        sum_of_parts = each.sum(axis=0) if name != "x_TD" else np.concatenate(each)
         title = "not the sum of two single tokens"
         hold_parameter(title, name, whole[name], sum_of_parts, 3 * balls[name].radius)
 

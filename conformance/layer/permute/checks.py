@@ -68,7 +68,7 @@ def hold_sorted(expert_ids_TK: np.ndarray, order_N: np.ndarray) -> None:
 
 def hold_counts(expert_ids_TK: np.ndarray, num_experts: int, counts_E: np.ndarray) -> None:
     """The counts are the reference's."""
-    wanted_E = permute.permute(expert_ids_TK, num_experts).tokens_per_expert_E
+    wanted_E = permute(expert_ids_TK, num_experts).tokens_per_expert_E
     for expert in np.flatnonzero(counts_E != wanted_E).tolist():
         accuse(
             f"expert {expert} has {wanted_E[expert]} rows, not {counts_E[expert]}",
@@ -122,7 +122,7 @@ def counts_are_exact(judge, case):
 def rows_of_an_expert_are_in_token_order(judge, case):
     ids_TK, E = any_ids(case), case.spec.router.num_experts
     order_N, _ = permutation_of_subject(judge, case, ids_TK, E)
-    wanted_N = permute.permute(ids_TK, E).order_N
+    wanted_N = permute(ids_TK, E).order_N
     if len(order_N) == len(wanted_N) and (order_N != wanted_N).any():
         row = int(np.flatnonzero(order_N != wanted_N)[0])
         accuse(f"row {row} is slot {order_N[row]}", expected=shown(wanted_N.tolist()), received=shown(order_N.tolist()))
