@@ -166,7 +166,8 @@ class BalanceCase(Case):
 
     def why_not(self, subject: Subject, method: str) -> str | None:
         """By the rule, where the method gets one."""
-        return None if RULES[method] is None else subject.supports_load(self.spec.rule)
+        rule = self.spec.rule
+        return None if RULES[method] is None or rule is None else subject.supports_load(rule)
 
     def to_json(self) -> dict:
         """Plain data."""

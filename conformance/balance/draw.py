@@ -253,7 +253,7 @@ def settings(judge: Judge, check: BalanceCheck) -> tuple[list[BatchSpec], Counte
     wanted = [spec for spec in pool if check.wants_spec(spec)]
     if RULES[check.method] is None:
         return wanted, Counter()
-    reasons = [judge.subject.supports_load(spec.rule) for spec in wanted]
+    reasons = [None if spec.rule is None else judge.subject.supports_load(spec.rule) for spec in wanted]
     supported = [spec for spec, why in zip(wanted, reasons, strict=True) if why is None]
     return supported, Counter(why for why in reasons if why)
 
