@@ -113,8 +113,9 @@ def same(found: Any, wanted: Any, tolerance: float, floor: float) -> bool:
     found, wanted = np.asarray(found), np.asarray(wanted)
     if found.shape != wanted.shape:
         return False
-    if found.dtype.kind in "biuOUS" and wanted.dtype.kind in "biuOUS":
-        return bool((found == wanted).all())
+    exact = [each.dtype.kind in "biuOUS" for each in (found, wanted)]
+    if any(exact):  # a count that became a fraction is another one
+        return all(exact) and bool((found == wanted).all())
     try:
         found, wanted = found.astype(np.float64), wanted.astype(np.float64)
     except (TypeError, ValueError):  # a number, and something that is none

@@ -30,9 +30,7 @@ from moe_ref import RouterInputs, moe_layer
 
 IDS = of_stage(*LAYER.stages)
 FAULTS = {name: fault for name, fault in load_faults().items() if fault.kind is LAYER}
-CHECK = LayerCheck(
-    requirement="LAY-2", run=lambda judge, case: None, kind=LAYER, method="layer", inputs=("token_mask_T",)
-)
+CHECK = LayerCheck(requirement="LAY-2", run=lambda judge, case: None, method="layer", inputs=("token_mask_T",))
 
 
 def a_case(spec, seed: int = 0, **choices) -> LayerCase:
