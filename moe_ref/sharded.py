@@ -255,10 +255,11 @@ def run_own_experts(
     )
 
 
-def project_in_pieces(rows_RD, w_DF, b_F, num_pieces: int):
+def project_in_pieces(rows_RD: np.ndarray, w_DF: np.ndarray, b_F: np.ndarray | None, num_pieces: int) -> np.ndarray:
     """A projection is the sum of those of the pieces of D, plus its bias once."""
     pieces = zip(np.split(rows_RD, num_pieces, axis=1), np.split(w_DF, num_pieces), strict=True)
-    total_RF = sum(project(piece_RD, piece_DF) for piece_RD, piece_DF in pieces)
+    projected = [project(piece_RD, piece_DF) for piece_RD, piece_DF in pieces]
+    total_RF = sum(projected[1:], start=projected[0])
     return total_RF if b_F is None else total_RF + b_F
 
 

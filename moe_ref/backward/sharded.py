@@ -5,6 +5,7 @@ Each rank adds its part to the gradient of what it computes with; the sum over a
 Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, R rows on this rank, S shared experts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -40,7 +41,9 @@ class ShardedGradients:
     """The sum, reduce-scattered over fsdp: in the shape of what each rank stores (`holdings.held`)."""
 
 
-def sharded_backward(trace: ShardedTrace, params: LayerParams, spec: LayerSpec, d_output_by_shard) -> ShardedGradients:
+def sharded_backward(
+    trace: ShardedTrace, params: LayerParams, spec: LayerSpec, d_output_by_shard: Sequence[np.ndarray]
+) -> ShardedGradients:
     """The gradient of sum(d_output_TD * output_TD) over all shards; the choice is a constant. [LYT-19 .. LYT-23]
 
     Args:
