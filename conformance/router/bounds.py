@@ -161,7 +161,7 @@ def expected_weights(case: RouterCase, expert_ids_TK) -> np.ndarray:
     else:
         scores_TE = trace.scores_TE
         assert scores_TE is not None
-        if spec.weights_from == "masked_scores":
+        if trace.group_ids_TL is not None and spec.weights_from == "masked_scores":
             scores_TE = np.where(kept_experts(trace.group_ids_TL, spec), scores_TE, 0)
         raw_TK = gather(scores_TE, expert_ids_TK)
     shared_TS = score(trace.scaled_logits_TE[:, E:], spec) if S else np.zeros((case.num_tokens, 0))

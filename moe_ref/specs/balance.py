@@ -106,7 +106,7 @@ class BalanceSpec(Spec):
         return self.norm_scores or self.score_func == "softmax"
 
     @classmethod
-    def of(cls, form: str, **changes) -> Self:
+    def of(cls, form: str, **changes: Any) -> Self:
         """The published loss of that name (`BALANCE_FORMS`), with other values for some fields."""
         one_of("form", form, tuple(BALANCE_FORMS))
         return cls(**BALANCE_FORMS[form] | changes)

@@ -6,7 +6,7 @@ A spec says *what* is computed, never how: frozen, validated data.
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -49,6 +49,6 @@ class Spec:
         """The fields that differ from their default, JSON-ready; `from_dict` reads it back."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
-    def replace(self, **changes) -> Self:
+    def replace(self, **changes: Any) -> Self:
         """A copy with other values, validated again."""
         return replace(self, **changes)
