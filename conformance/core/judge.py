@@ -11,6 +11,7 @@ import numpy as np
 
 from conformance.core.case import Case
 from conformance.core.check import CHECKS, Check
+from conformance.core.chosen import Chosen
 from conformance.core.register import REQUIREMENTS
 from conformance.core.rounding import EPSILON
 from conformance.core.subject import Subject, Unsupported, capabilities
@@ -95,8 +96,10 @@ class Entry:
 class Judge:
     """Judges one subject. The checks of the chapters get one of these."""
 
-    def __init__(self, subject: Subject, deviations=()):
+    def __init__(self, subject: Subject, deviations=(), chosen: Chosen | None = None):
         self.subject = subject
+        self.chosen = chosen
+        """What alone is judged; None: the pools of the kinds."""
         self.deviations = tuple(deviations)
         self.ledger = {name: Entry() for name in REQUIREMENTS}
         self.capabilities = capabilities(subject)

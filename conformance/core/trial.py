@@ -17,6 +17,7 @@ from conformance.core.register import REQUIREMENTS, SPEC_VERSION, stage_order
 
 DEFAULT_EXAMPLES = 60
 """Cases for each requirement of a kind whose cost is 1."""
+NOTHING_WANTED = "nothing that was chosen is of this requirement"
 BITS = 32
 """Of the seed of a case."""
 
@@ -79,6 +80,8 @@ def why_not(judge: Judge, check: Check) -> str | None:
         entry.reasons = Counter([f"{check.method}() is not defined"])
         return f"{check.method}() is not defined"
     found, entry.reasons = settings_of(judge, check)
+    if not found and not entry.reasons:
+        entry.reasons = Counter([NOTHING_WANTED])
     return None if found else "; ".join(entry.reasons)
 
 

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 import numpy as np
 
 from conformance.core.case import float32
+from conformance.core.chosen import pool_of, tokens_of
 from conformance.core.drawing import one_of
 from conformance.core.judge import Judge, cast
 from conformance.core.kind import settings_of
@@ -235,7 +236,8 @@ def make_case(spec: RouterSpec, check: RouterCheck, *, logits: str, bias: str, t
 
 def settings(judge: Judge, check: RouterCheck) -> tuple[list[RouterSpec], Counter]:
     """The specs that the check wants and the subject supports, each field changed about as often as any other."""
-    wanted = [spec for spec in (THIN_SPECS if judge.subject.compiles else SPECS) if check.spec(spec)]
+    pool = THIN_SPECS if judge.subject.compiles else SPECS
+    wanted = [spec for spec in pool_of(judge, RouterSpec, pool) if check.spec(spec)]
     reasons = [judge.subject.supports(spec) for spec in wanted]
     supported = [spec for spec, why in zip(wanted, reasons, strict=True) if why is None]
     return evenly(supported), Counter(why for why in reasons if why)
@@ -249,6 +251,6 @@ def draw(judge: Judge, check: RouterCheck, seed: int) -> RouterCase:
         check,
         logits=one_of(rng, check.logits),
         bias=one_of(rng, check.bias),
-        tokens=one_of(rng, check.tokens),
+        tokens=one_of(rng, tokens_of(judge, check.tokens)),
         seed=int(rng.integers(2**32)),
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from conformance.core.judge import Judge, NotRun, Violation
+from conformance.core.judge import Judge, NotRun
 from conformance.sharded.case import LayoutCase
 from moe_ref.dispatch import plan
 from moe_ref.strategies.base import RankPlan

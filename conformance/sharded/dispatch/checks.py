@@ -5,7 +5,6 @@ import pytest
 
 from conformance.core.check import requires
 from conformance.core.judge import LayoutCheck, NotRun, Violation
-from conformance.layer.verdicts import blaming
 from conformance.sharded.case import LayoutCase
 from conformance.sharded.draw import given_ids
 from conformance.sharded.plans import (

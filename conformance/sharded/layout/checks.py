@@ -7,7 +7,7 @@ import numpy as np
 from conformance.core.check import requires
 from conformance.core.judge import NotRun, Violation
 from conformance.layer.layer.checks import without_shared
-from conformance.layer.verdicts import blaming, excusing, hold, judged_T
+from conformance.layer.verdicts import excusing, hold, judged_T
 from conformance.sharded.case import LayoutCase
 from conformance.sharded.draw import another_layout
 from conformance.sharded.verdicts import (

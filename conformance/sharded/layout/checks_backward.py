@@ -5,7 +5,7 @@ import numpy as np
 from conformance.core.check import requires
 from conformance.core.judge import NotRun, Violation
 from conformance.layer.backward.checks import BIASES, MATRICES, ROUTER, SHARED
-from conformance.layer.verdicts import blaming, hold, hold_parameter, judged_T, wanted_gradients
+from conformance.layer.verdicts import hold, hold_parameter, judged_T, wanted_gradients
 from conformance.sharded.layout.checks import FILLED, SOME_EMPTY, has_chunks, is_wrong, lossless, relaid, small_buffer
 from conformance.sharded.verdicts import (
     POISON,
