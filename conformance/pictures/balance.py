@@ -104,7 +104,8 @@ def heading(router: RouterSpec, options: Namespace) -> str:
     """What was simulated."""
     return (
         f"{' '.join(options.family)}: {router.num_experts} experts, {router.top_k} of them for each token; "
-        f"bias updates: {options.steps}, of rate {options.rate:g}; {options.tokens} tokens before each; skew {options.skew:g}"
+        f"bias updates: {options.steps}, of rate {options.rate:g}; {options.tokens} tokens before each; "
+        f"skew {options.skew:g}"
     )
 
 
