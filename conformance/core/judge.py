@@ -224,7 +224,7 @@ class Judge:
     def violated(self, requirement: str, case: Case) -> Violation | None:
         """What the check of a requirement finds on a case of its kind, or of the kind that its kind is made of."""
         check = CHECKS[requirement]
-        part = case if isinstance(case, check.case) else case.part(check.case)
+        part = case.part(check.case)
         if part is None or check.method not in self.capabilities or not check.wants(part):
             return None
         try:

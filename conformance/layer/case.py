@@ -44,8 +44,8 @@ class LayerCase(Case):
         return layer_backward(self.reference, self.params, self.spec, self.d_output_TD)
 
     def part(self, kind: type[Case]) -> Case | None:
-        """Its router."""
-        return self.router_case if issubclass(RouterCase, kind) else None
+        """Its router besides."""
+        return self.router_case if kind is RouterCase else super().part(kind)
 
     @cached_property
     def router_case(self) -> RouterCase:

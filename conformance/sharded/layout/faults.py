@@ -1,10 +1,13 @@
-"""conformance, sharded, faults of sharded layers, forward: what goes wrong between devices, and not on one."""
+"""conformance, sharded, faults of sharded layers, forward: what goes wrong between devices, and not on one.
+
+Legend: T tokens, D model dim, E experts, K top_k, R rows on this rank.
+"""
 
 from dataclasses import replace
 
 import numpy as np
 
-from conformance.core.fault import replaces, surrounds
+from conformance.core.fault import patched, replaces, surrounds
 from conformance.sharded.layout.faults_tensor import tensor_ranks_keep_their_partial_sums
 from moe_ref.sharded import finish, project_in_pieces, work
 
@@ -27,7 +30,7 @@ def split(run, x_by_shard, params, spec, layout, **inputs):
         return found, [0 * output_TD for output_TD in found]
     alone = replace(params, shared_w_down_SFD=0 * params.shared_w_down_SFD)
     routed = run(x_by_shard, alone, spec, layout, **inputs)
-    return routed, [all_TD - routed_TD for all_TD, routed_TD in zip(found, routed, strict=True)]
+    return routed, [whole_TD - routed_TD for whole_TD, routed_TD in zip(found, routed, strict=True)]
 
 
 def joined(routed, shared):
@@ -65,7 +68,7 @@ def half_of_the_rows_are_copied(run, memory, x_by_shard, params, spec, layout, *
     kept_D = np.arange(spec.experts.dim) < spec.experts.dim // 2
     own = [run(x_by_shard, without_experts(params, others(layout, spec, rank)), spec, layout, **inputs)[rank]
            for rank in range(layout.num_ranks)]  # fmt: skip
-    return [np.where(kept_D, all_TD, own_TD) for all_TD, own_TD in zip(found, own, strict=True)]
+    return [np.where(kept_D, whole_TD, own_TD) for whole_TD, own_TD in zip(found, own, strict=True)]
 
 
 def others(layout, spec, rank: int) -> list[int]:
@@ -98,7 +101,7 @@ def a_replicated_expert_is_summed_twice(run, memory, x_by_shard, params, spec, l
     found = run(x_by_shard, params, spec, layout, **inputs)
     without = run(x_by_shard, without_experts(params, [0]), spec, layout, **inputs)
     times = layout.expert if layout.facts.shares_tokens else min(layout.expert, 2)
-    return [rest + times * (all_TD - rest) for all_TD, rest in zip(found, without, strict=True)]
+    return [rest + times * (whole_TD - rest) for whole_TD, rest in zip(found, without, strict=True)]
 
 
 @replaces("finish", breaks="LYT-31")
@@ -328,8 +331,6 @@ def a_moved_expert_is_not_loaded(run, memory, x_by_shard, params, spec, layout, 
 @surrounds(breaks="LYT-16", links=("vllm-project/vllm-ascend#971",))
 def tensor_ranks_without_expert_ranks_are_not_summed(run, memory, x_by_shard, params, spec, layout, **inputs):
     """With one rank on the expert axis nobody sums over the tensor axis."""
-    from conformance.faults.layer_fault import patched
-
     if layout.expert > 1:
         return run(x_by_shard, params, spec, layout, **inputs)
     with patched({"sum_over_tensor_ranks": tensor_ranks_keep_their_partial_sums}):

@@ -1,4 +1,7 @@
-"""conformance, sharded, faults of tensor ranks: partial sums that are not added, or added wrongly, and biases more than once."""
+"""conformance, sharded, faults of tensor ranks: partial sums that are not added or added wrongly, biases added twice.
+
+Legend: R rows on this rank, E experts, D model dim.
+"""
 
 from dataclasses import replace
 
