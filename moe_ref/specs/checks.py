@@ -52,7 +52,7 @@ def number(field: str, value: Any, *, low: float = -np.inf, above: float = -np.i
     )
 
 
-def _fits_float64(value: float) -> bool:
+def _fits_float64(value: Any) -> bool:
     try:
         return bool(np.isfinite(float(value)))
     except OverflowError:  # an integer beyond all floats
