@@ -101,6 +101,8 @@ class Judge:
         self.chosen = chosen
         """What alone is judged; None: the pools of the kinds."""
         self.deviations = tuple(deviations)
+        if not REQUIREMENTS:
+            raise RuntimeError("no requirement is registered: import conformance.run.kinds, which loads the chapters")
         self.ledger = {name: Entry() for name in REQUIREMENTS}
         self.capabilities = capabilities(subject)
         self.memory: dict[Any, Any] = {}

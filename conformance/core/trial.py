@@ -99,12 +99,12 @@ def survey(judge: Judge, check: Check) -> None:
         raise found
 
 
-def accusations(
+def accuse(
     judge: Judge,
     *,
     seed: int | None = None,
     examples: int = DEFAULT_EXAMPLES,
-    of: Iterable[str] | None = None,
+    ids: Iterable[str] | None = None,
     first: bool = False,
 ) -> dict[str, Violation]:
     """Violations of a subject, by requirement, earliest stage first, not shrunk.
@@ -113,10 +113,10 @@ def accusations(
         judge: of the subject.
         seed: of the generated cases; None: those of a run.
         examples: cases for each requirement.
-        of: requirements to judge; None: every one.
+        ids: requirements to judge; None: every one.
         first: stop at the first violation.
     """
-    for name in sorted(CHECKS, key=stage_order) if of is None else of:
+    for name in sorted(CHECKS, key=stage_order) if ids is None else ids:
         try:
             as_test(CHECKS[name], examples=examples, seed=seed)(judge)
         except Violation as violation:

@@ -8,7 +8,7 @@ import pytest
 from conformance.core.chosen import Chosen, chosen, router_of
 from conformance.core.judge import Judge
 from conformance.core.register import of_stage
-from conformance.core.trial import accusations
+from conformance.core.trial import accuse
 from conformance.core.usage import UsageError
 from conformance.run import kinds  # noqa: F401  (its chapters register)
 from conformance.subjects.reference import Reference
@@ -39,7 +39,7 @@ class Watched(Reference):
 def test_no_other_router_and_no_other_number_of_tokens_is_judged():
     subject = Watched()
     judge = Judge(subject, chosen=Chosen(specs=(ROUTER,), tokens=33))
-    assert accusations(judge, examples=6, of=["SEL-2", "WGT-2", "SCR-2"]) == {}
+    assert accuse(judge, examples=6, ids=["SEL-2", "WGT-2", "SCR-2"]) == {}
     assert subject.specs == {ROUTER}
     assert subject.sizes <= {33, 1}
     assert judge.ledger["SEL-2"].judged > 0
@@ -48,7 +48,7 @@ def test_no_other_router_and_no_other_number_of_tokens_is_judged():
 def test_a_layer_is_judged_with_its_router():
     subject = Watched()
     judge = Judge(subject, chosen=Chosen(specs=(ROUTER, LAYER)))
-    assert accusations(judge, examples=4, of=["SEL-2", *of_stage("layer")]) == {}
+    assert accuse(judge, examples=4, ids=["SEL-2", *of_stage("layer")]) == {}
     assert subject.specs == {ROUTER, LAYER}
 
 

@@ -9,7 +9,7 @@ from conformance.balance.kind import BALANCE
 from conformance.core.check import CHECKS
 from conformance.core.diagnosis import calls_of, same
 from conformance.core.judge import Crash, Judge, Violation
-from conformance.core.trial import accusations
+from conformance.core.trial import accuse
 from conformance.run.kinds import load_faults
 from conformance.subjects.reference import Reference
 from moe_ref import RouterSpec, RoutingRecord
@@ -46,7 +46,7 @@ class Raising(Reference):
 
 def judged(subject: Reference) -> tuple[Judge, Violation]:
     judge = Judge(subject)
-    return judge, accusations(judge, of=[BIAS])[BIAS]
+    return judge, accuse(judge, ids=[BIAS])[BIAS]
 
 
 @pytest.mark.parametrize("subject", [Sleeping, Frozen], ids=lambda subject: subject.__name__)
