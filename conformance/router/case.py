@@ -81,19 +81,21 @@ class RouterCase(Case):
             spec=spec,
             logits_TE=np.array(data["logits_TE"], dtype=np.float64).reshape(-1, spec.num_logits),
             expert_bias_E=None if bias is None else np.array(bias, dtype=np.float64),
-            inputs={name: input_of_json(name, value) for name, value in data.get("inputs", {}).items()},
+            inputs={name: input_of_json(name, value, spec) for name, value in data.get("inputs", {}).items()},
             dtype=data.get("dtype", "float32"),
             seed=data.get("seed", 0),
         )
 
 
-def input_of_json(name: str, value: Any):
+def input_of_json(name: str, value: Any, spec: RouterSpec) -> Any:
     """A further input of a router, read from plain data."""
     if name == "seed":
         return int(value)
     if name == "token_mask_T":
         return np.array(value, dtype=bool)
-    return np.array(value, dtype=np.int64 if name in INT_INPUTS else np.float64)
+    found = np.array(value, dtype=np.int64 if name in INT_INPUTS else np.float64)
+    # Of zero tokens the list does not say how many slots each would have.
+    return found.reshape(0, spec.top_k) if name.endswith("_TK") and not found.size else found
 
 
 def _choice_below_zero(case: RouterCase) -> bool:
