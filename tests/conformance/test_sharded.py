@@ -13,7 +13,7 @@ from conformance.core.judge import Judge, Violation
 from conformance.core.register import of_stage
 from conformance.core.shrink import shrink
 from conformance.core.subject import Subject
-from conformance.core.trial import accusations
+from conformance.core.trial import accuse
 from conformance.layer.case import LayerCase
 from conformance.router.case import RouterCase
 from conformance.run.conclude import diagnoses
@@ -99,7 +99,7 @@ NOT_JUDGED = {Compiled: {"LYT-7", "LYT-27"}}
 @pytest.mark.parametrize("subject", [Float64, Backwards, Compiled], ids=lambda subject: subject.__name__)
 def test_what_is_right_is_not_accused(subject):
     judge = Judge(subject())
-    accused = accusations(judge, seed=0, examples=4, of=REQUIREMENTS)
+    accused = accuse(judge, seed=0, examples=4, ids=REQUIREMENTS)
     wrong = {name: (str(v), v.expected, v.received) for name, v in accused.items()}
     assert set(wrong) == SHOULD.get(subject, set()), wrong
     assert {name for name in REQUIREMENTS if judge.ledger[name].judged == 0} == NOT_JUDGED.get(subject, set())
@@ -107,7 +107,7 @@ def test_what_is_right_is_not_accused(subject):
 
 def test_the_reference_is_judged_on_two_hundred_layouts_and_more():
     judge = Judge(Reference())
-    assert accusations(judge, seed=1, of=of_stage("dispatch")) == {}
+    assert accuse(judge, seed=1, ids=of_stage("dispatch")) == {}
     records = [record(judge, name, judge.ledger[name]) for name in REQUIREMENTS]
     layouts = {layout for each in records for layout in each["layouts"]}
     assert len(layouts) >= 200
@@ -119,7 +119,7 @@ def test_a_subject_without_layouts_is_unsupported_and_not_ok():
         """Defines nothing."""
 
     judge = Judge(Empty())
-    assert accusations(judge, examples=3, of=REQUIREMENTS) == {}
+    assert accuse(judge, examples=3, ids=REQUIREMENTS) == {}
     assert {judge.ledger[name].status("MUST") for name in REQUIREMENTS} == {"unsupported"}
     assert list(SHARDED.worlds(judge)) == []
 
@@ -262,7 +262,7 @@ def test_a_case_has_its_one_rank_layer_and_its_router():
 
 def accused(subject: Subject, *names: str) -> tuple[Judge, dict[str, Violation]]:
     judge = Judge(subject)
-    return judge, accusations(judge, of=names)
+    return judge, accuse(judge, ids=names)
 
 
 def test_every_fault_is_accused_by_its_own_requirement():
@@ -338,7 +338,7 @@ def shrunk(name: str) -> tuple[Judge, Violation]:
     """The judge of a fault, and the smallest case that breaks the fault's requirement."""
     judge = Judge(SHARDED.faulty(FAULTS[name]))
     requirement = FAULTS[name].requirement
-    return judge, shrink(judge, accusations(judge, of=[requirement])[requirement])
+    return judge, shrink(judge, accuse(judge, ids=[requirement])[requirement])
 
 
 SHOWN = ["the-placement-is-ignored", "tensor-ranks-keep-their-partial-sums", "tensor-ranks-count-the-gate-each"]
