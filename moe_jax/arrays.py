@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+AxisName = str | tuple[str, ...] | None
+"""Mesh axes of `jax.shard_map`; None: what is here alone."""
+
 
 def take(values: jax.Array, places: jax.Array) -> jax.Array:
     """values[places], without a bounds check: the places are known to exist."""

@@ -17,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_jax.arrays import wide_dtype
+from moe_jax.arrays import AxisName, wide_dtype
 from moe_ref.specs.balance import BiasUpdateSpec
 
 
-def tokens_per_expert(expert_ids_TK, num_experts: int, token_mask_T=None, *, axis_name=None) -> jax.Array:
+def tokens_per_expert(
+    expert_ids_TK: jax.Array, num_experts: int, token_mask_T: jax.Array | None = None, *, axis_name: AxisName = None
+) -> jax.Array:
     """The count of an expert is the number of slots of valid tokens that chose it. [LOD-2, LOD-3, MSK-1]
 
     Args:
@@ -39,15 +41,15 @@ def tokens_per_expert(expert_ids_TK, num_experts: int, token_mask_T=None, *, axi
     return sum_over(axis_name, count(ids_TK.reshape(-1), num_experts))
 
 
-def count(keys_N, num_keys: int) -> jax.Array:
+def count(keys_N: jax.Array, num_keys: int) -> jax.Array:
     """How often each key in [0, num_keys) occurs."""
     # A sort and a search: XLA for CPU adds one entry at a time into a histogram, and for GPU in no fixed order.
     edges = jnp.searchsorted(jnp.sort(keys_N), jnp.arange(num_keys + 1, dtype=jnp.int32), side="left")
     return jnp.diff(edges).astype(jnp.int32)
 
 
-def sum_over(axis_name, values):
-    """Summed over the mesh axes."""
+def sum_over(axis_name: AxisName, values: Any) -> Any:
+    """A tree of arrays, each summed over the mesh axes."""
     return values if axis_name is None else lax.psum(values, axis_name)
 
 
@@ -68,7 +70,9 @@ class LoadStatistics:
     """The busiest rank's rows in units of the mean over ranks: the smallest buffer factor that drops no row."""
 
 
-def load_statistics(counts_E, *, num_ranks: int = 1, placement: tuple[int, ...] | None = None) -> LoadStatistics:
+def load_statistics(
+    counts_E: jax.Array, *, num_ranks: int = 1, placement: tuple[int, ...] | None = None
+) -> LoadStatistics:
     """Statistics of a count; ranks own equal shares of the places, in order.
 
     Args:
@@ -101,7 +105,9 @@ def load_statistics(counts_E, *, num_ranks: int = 1, placement: tuple[int, ...] 
     )
 
 
-def bias_update(counts_E, spec: BiasUpdateSpec, expert_bias_E, *, axis_name=None) -> Any:
+def bias_update(
+    counts_E: jax.Array, spec: BiasUpdateSpec, expert_bias_E: jax.Array, *, axis_name: AxisName = None
+) -> Any:
     """An expert with less than the mean load gets a larger bias, one with more a smaller one. [LOD-19 .. LOD-24]
 
     Args:

@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
+from moe_jax.arrays import AxisName
 from moe_jax.permute import _stable_order
 from moe_ref.specs.balance import CapacitySpec
 
@@ -36,15 +38,15 @@ class KeptSlots:
 
 
 def apply_capacity(
-    expert_ids_TK,
-    weights_TK,
+    expert_ids_TK: jax.Array,
+    weights_TK: jax.Array,
     spec: CapacitySpec,
     num_experts: int,
     *,
-    token_mask_T=None,
-    sequence_of_T=None,
+    token_mask_T: jax.Array | None = None,
+    sequence_of_T: jax.Array | None = None,
     num_sequences: int = 1,
-    axis_name=None,
+    axis_name: AxisName = None,
 ) -> KeptSlots:
     """An expert keeps the first C slots of each unit, in drop order, and the others are dropped. [CAP-3 .. CAP-7]
 
@@ -154,7 +156,9 @@ def most_slots(spec: CapacitySpec, num_tokens: int, top_k: int, num_experts: int
     return min(bound, num_tokens)
 
 
-def slot_table(kept: KeptSlots, num_experts: int, num_places: int, *, unit_of_T=None, num_units: int = 1) -> jax.Array:
+def slot_table(
+    kept: KeptSlots, num_experts: int, num_places: int, *, unit_of_T: ArrayLike | None = None, num_units: int = 1
+) -> jax.Array:
     """(U, E, C) the flat slot number t * K + k at each place of each expert, -1 where it is empty. [CAP-13]
 
     Args:
@@ -170,7 +174,7 @@ def slot_table(kept: KeptSlots, num_experts: int, num_places: int, *, unit_of_T=
     return table_UEC.at[unit_T[:, None], kept.expert_ids_TK, place_TK].set(numbers_TK, mode="drop")
 
 
-def slot_places(expert_ids_TK, num_experts: int) -> jax.Array:
+def slot_places(expert_ids_TK: jax.Array, num_experts: int) -> jax.Array:
     """(T, K) the place of each slot among those of its expert, in the order of the tokens."""
     keys_TK = jnp.where((expert_ids_TK >= 0) & (expert_ids_TK < num_experts), expert_ids_TK, num_experts)
     return _places(keys_TK.reshape(-1), num_experts).reshape(keys_TK.shape)

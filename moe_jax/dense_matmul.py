@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax import routing
+from moe_jax.arrays import AxisName
 from moe_jax.capacity import most_slots, slot_places
 from moe_jax.experts import hide, join, keep_tokens, null_output
 from moe_jax.sparse_matmul import RouteOutput, check_tokens, limit, route_tokens
@@ -22,16 +23,16 @@ from moe_ref.specs.params import LayerParams
 
 
 def dense_matmul(
-    x_TD,
+    x_TD: jax.Array,
     params: LayerParams,
     spec: LayerSpec,
     *,
-    token_mask_T=None,
+    token_mask_T: jax.Array | None = None,
     inputs: RouterInputs = NO_INPUTS,
     capacity: CapacitySpec | None = None,
-    sequence_of_T=None,
+    sequence_of_T: jax.Array | None = None,
     num_sequences: int = 1,
-    axis_name=None,
+    axis_name: AxisName = None,
     precision: lax.PrecisionLike = None,
 ) -> tuple[jax.Array, RouteOutput]:
     """One MoE layer: every expert works on every token, and what was not routed is left out of the sum.

@@ -5,13 +5,14 @@ Legend: T tokens, D model dim, E experts, F expert hidden dim, K top_k, S shared
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
 from moe_ref.specs.params import LayerParams
 from moe_ref.specs.router import RouterSpec
 
 
-def hide(gate, up, spec: ExpertSpec) -> jax.Array:
+def hide(gate: jax.Array | None, up: jax.Array, spec: ExpertSpec) -> jax.Array:
     """The activation applies to the gate half alone, or to the up projection where there is no gate.
 
     Computed in float32 at least. At a kink: relu has slope 0 at 0; a clamp passes the gradient of a value at its limit.
@@ -55,7 +56,7 @@ def _activation(z, spec: ExpertSpec):
     return rectified if spec.activation == "relu" else jnp.square(rectified)
 
 
-def null_output(x_TD, expert_ids_TK, weights_TK, spec: RouterSpec):
+def null_output(x_TD: jax.Array, expert_ids_TK: jax.Array, weights_TK: jax.Array, spec: RouterSpec) -> jax.Array | int:
     """An identity null expert adds its weight times its input; a skipping one adds nothing."""
     if spec.num_null_experts == 0 or spec.null_kind == "skip":
         return 0
@@ -63,7 +64,14 @@ def null_output(x_TD, expert_ids_TK, weights_TK, spec: RouterSpec):
     return weight_T[:, None].astype(x_TD.dtype) * x_TD
 
 
-def shared_output(x_TD, shared_weights_TS, params: LayerParams, spec: LayerSpec, *, precision=None) -> jax.Array:
+def shared_output(
+    x_TD: jax.Array,
+    shared_weights_TS: jax.Array | None,
+    params: LayerParams,
+    spec: LayerSpec,
+    *,
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:
     """Each shared expert works on every token; its factor is the router's weight, a sigmoid of the token, or 1."""
     assert spec.shared_experts is not None
     assert params.shared_w_up_SDF is not None
@@ -85,7 +93,15 @@ def shared_output(x_TD, shared_weights_TS, params: LayerParams, spec: LayerSpec,
     return output_TD
 
 
-def join(routed_TD, x_TD, shared_weights_TS, params: LayerParams, spec: LayerSpec, *, precision=None) -> jax.Array:
+def join(
+    routed_TD: jax.Array,
+    x_TD: jax.Array,
+    shared_weights_TS: jax.Array | None,
+    params: LayerParams,
+    spec: LayerSpec,
+    *,
+    precision: lax.PrecisionLike = None,
+) -> jax.Array:
     """The layer's output is the sum, or the average, of routed and shared output."""
     if spec.shared is None:
         return routed_TD
@@ -93,7 +109,7 @@ def join(routed_TD, x_TD, shared_weights_TS, params: LayerParams, spec: LayerSpe
     return joined_TD / 2 if spec.shared.combine == "average" else joined_TD
 
 
-def keep_tokens(values_TD, token_mask_T) -> jax.Array:
+def keep_tokens(values_TD: jax.Array, token_mask_T: jax.Array | None) -> jax.Array:
     """Rows of padding tokens are 0, whatever they held, and so are their gradients."""
     # 0 * NaN is NaN: a padding row is replaced, not multiplied by a mask.
     return values_TD if token_mask_T is None else jnp.where(jnp.asarray(token_mask_T)[:, None], values_TD, 0)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
 from moe_jax.arrays import wide_dtype
 
@@ -43,12 +44,12 @@ class Options(NamedTuple):
 
 
 def grouped_matmul(
-    rows_RD,
-    kernel_EDF,
-    group_sizes_E,
+    rows_RD: ArrayLike,
+    kernel_EDF: ArrayLike,
+    group_sizes_E: ArrayLike,
     *,
     precision: lax.PrecisionLike = None,
-    preferred_element_type=None,
+    preferred_element_type: DTypeLike | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """Each row is multiplied by the matrix of its expert; rows of the tail are exactly 0.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_jax.arrays import wide_dtype
+from moe_jax.arrays import AxisName, wide_dtype
 from moe_jax.balance import count, sum_over
 from moe_jax.routing import SMALL_LOGIT, score, softmax, top_k
 from moe_ref.specs.balance import BalanceSpec
@@ -37,16 +37,16 @@ class BalanceSums:
 
 
 def balance_loss(
-    logits_TE,
-    expert_ids_TK,
+    logits_TE: jax.Array,
+    expert_ids_TK: jax.Array,
     spec: BalanceSpec,
     *,
-    token_mask_T=None,
-    sequence_of_T=None,
+    token_mask_T: jax.Array | None = None,
+    sequence_of_T: jax.Array | None = None,
     num_sequences: int = 1,
     earlier: BalanceSums | None = None,
-    num_earlier=0,
-    axis_name=None,
+    num_earlier: int | jax.Array = 0,
+    axis_name: AxisName = None,
 ) -> jax.Array:
     """The balance loss of one layer. [LOD-6 .. LOD-14]
 
@@ -72,7 +72,13 @@ def balance_loss(
 
 
 def balance_sums(
-    logits_TE, expert_ids_TK, spec: BalanceSpec, *, token_mask_T=None, sequence_of_T=None, num_sequences: int = 1
+    logits_TE: jax.Array,
+    expert_ids_TK: jax.Array,
+    spec: BalanceSpec,
+    *,
+    token_mask_T: jax.Array | None = None,
+    sequence_of_T: jax.Array | None = None,
+    num_sequences: int = 1,
 ) -> BalanceSums:
     """Counts, summed scores and valid tokens of each unit of these tokens; arguments as in `balance_loss`."""
     logits_TE = _masked(logits_TE, token_mask_T)
@@ -100,7 +106,12 @@ def balance_sums(
 
 
 def loss_of_sums(
-    sums: BalanceSums, spec: BalanceSpec, *, earlier: BalanceSums | None = None, num_earlier=0, axis_name=None
+    sums: BalanceSums,
+    spec: BalanceSpec,
+    *,
+    earlier: BalanceSums | None = None,
+    num_earlier: int | jax.Array = 0,
+    axis_name: AxisName = None,
 ) -> jax.Array:
     """coeff * E ** expert_power * sum over experts of f * P, in the mean over the units with a valid token. [LOD-6]
 
@@ -130,7 +141,7 @@ def _mean_of_shards(loss, has_tokens, axis_name):
     return total / jnp.maximum(num_shards, 1)
 
 
-def balance_scores(logits_TE, spec: BalanceSpec) -> jax.Array:
+def balance_scores(logits_TE: jax.Array, spec: BalanceSpec) -> jax.Array:
     """Scores are a function of the logits, once: shares of their sum, or raw. [LOD-7]"""
     if not spec.scores_sum_to_1:
         return score(logits_TE, RouterSpec(num_experts=1, top_k=1, score_func=spec.score_func))
@@ -162,7 +173,14 @@ def _counted_ids(logits_TE, expert_ids_TK, top_k_of_spec: int, spec: BalanceSpec
     return jnp.where(jnp.isneginf(best_TK), -1, ids_TK)
 
 
-def z_loss(logits_TE, *, coeff: float = 1.0, scope: str = "global", token_mask_T=None, axis_name=None) -> jax.Array:
+def z_loss(
+    logits_TE: jax.Array,
+    *,
+    coeff: float = 1.0,
+    scope: str = "global",
+    token_mask_T: jax.Array | None = None,
+    axis_name: AxisName = None,
+) -> jax.Array:
     """The z-loss is coeff times the mean over valid tokens of log(sum(exp(logits))) ** 2. [LOD-16]
 
     Of raw logits, not of scores (huggingface/transformers#48421). Scope 'local': each shard's mean, then over shards.

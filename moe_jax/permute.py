@@ -50,7 +50,7 @@ class RouteMetadata:
         return jnp.searchsorted(ends_E, lax.iota(jnp.int32, self.slot_of_row_R.size), side="right").astype(jnp.int32)
 
 
-def permute(expert_ids_TK, num_experts: int) -> RouteMetadata:
+def permute(expert_ids_TK: jax.Array, num_experts: int) -> RouteMetadata:
     """Rows are sorted by expert id, and stay in the order of the tokens within an expert.
 
     Args:
@@ -85,7 +85,7 @@ def _stable_order(values_R, bound: int) -> jax.Array:
 
 
 @jax.custom_vjp
-def dispatch(x_TD, metadata: RouteMetadata) -> jax.Array:
+def dispatch(x_TD: jax.Array, metadata: RouteMetadata) -> jax.Array:
     """A row is the token of its slot; any (T, ...) array can be dispatched.
 
     Rows of the tail hold tokens too, and their gradient is not read.
@@ -109,7 +109,7 @@ dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
 @jax.custom_vjp
-def unpermute(rows_RD, metadata: RouteMetadata, weights_TK=None) -> jax.Array:
+def unpermute(rows_RD: jax.Array, metadata: RouteMetadata, weights_TK: jax.Array | None = None) -> jax.Array:
     """A token's output is the weighted sum of its slots' rows, in slot order; rows of the tail are 0 in it.
 
     Args:

@@ -10,6 +10,7 @@ Legend: T tokens, K top_k, B sequences.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +23,11 @@ from moe_ref.specs.router import RouterSpec
 
 
 def capture(
-    decided: RouteOutput, spec: RouterSpec, *, token_mask_T=None, sequence_lengths: Sequence[int] | None = None
+    decided: RouteOutput,
+    spec: RouterSpec,
+    *,
+    token_mask_T: jax.Array | None = None,
+    sequence_lengths: Sequence[int] | None = None,
 ) -> RoutingRecord:
     """A record holds what the experts worked on, in slot order, with float32 weights; it is on the host. [RPL-8]
 
@@ -42,14 +47,14 @@ def capture(
 
 
 def replay_layer(
-    x_TD,
+    x_TD: jax.Array,
     params: LayerParams,
     spec: LayerSpec,
     record: RoutingRecord,
     *,
     with_weights: bool = False,
     layer: Callable[..., tuple[jax.Array, RouteOutput]] = sparse_matmul,
-    **options,
+    **options: Any,
 ) -> tuple[jax.Array, RouteOutput]:
     """The layer with the recorded choice; its own router gives the weights, or the record does. [RPL-2, RPL-3]
 

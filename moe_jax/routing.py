@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from moe_jax.arrays import wide_dtype
 from moe_jax.top_k import top_k
@@ -45,7 +46,7 @@ class RoutingTrace:
     """As they came, in the dtype of routing; 0 for padding tokens."""
 
 
-def gate(x_TD, gate_ED, gate_bias_E=None) -> jax.Array:
+def gate(x_TD: ArrayLike, gate_ED: ArrayLike, gate_bias_E: ArrayLike | None = None) -> jax.Array:
     """The logits are x @ gate.T, plus the learned gate bias. [GAT-1, GAT-2]
 
     Products are summed in float32 at least, whatever the inputs' dtype and the platform's default precision.
@@ -69,13 +70,13 @@ def gate(x_TD, gate_ED, gate_bias_E=None) -> jax.Array:
 
 
 def route(
-    logits_TE,
+    logits_TE: jax.Array,
     spec: RouterSpec,
     *,
-    expert_bias_E=None,
-    learned_scale=None,
+    expert_bias_E: jax.Array | None = None,
+    learned_scale: jax.Array | None = None,
     inputs: RouterInputs = NO_INPUTS,
-    token_mask_T=None,
+    token_mask_T: jax.Array | None = None,
 ) -> RoutingTrace:
     """Every stage of routing in order; pure, and static in `spec` alone.
 
@@ -109,10 +110,10 @@ def route(
     scores_for_choice_TE = group_scores_TG = group_ids_TL = None
     if spec.selector == "top_k":
         scores_for_choice_TE = bias_choice(choices_TE, scores_TE, bias_E, spec)
-    if spec.num_expert_groups is not None:
+    if scores_for_choice_TE is not None and spec.num_expert_groups is not None:
         scores_for_choice_TE, group_scores_TG, group_ids_TL = limit_groups(scores_for_choice_TE, spec)
 
-    if spec.selector == "top_k":
+    if scores_for_choice_TE is not None:
         chosen_TK = select(scores_for_choice_TE, spec)
     elif spec.selector == "sparsemixer":
         chosen_TK = select(lax.stop_gradient(choices_TE), spec)
@@ -143,7 +144,7 @@ def route(
     )
 
 
-def scale_logits(logits_TE, spec: RouterSpec):
+def scale_logits(logits_TE: jax.Array, spec: RouterSpec) -> jax.Array:
     """Logits are scaled, then soft-capped, before they are scored or ranked. [SCR-5]"""
     scaled_TE = logits_TE * spec.logit_scale
     if spec.logit_softcap is None:
@@ -153,7 +154,7 @@ def scale_logits(logits_TE, spec: RouterSpec):
     return jnp.where(jnp.isneginf(scaled_TE), scaled_TE, capped_TE)
 
 
-def score(scaled_logits_TE, spec: RouterSpec):
+def score(scaled_logits_TE: jax.Array, spec: RouterSpec) -> jax.Array:
     """Scores are a function of the scaled logits alone; no bias enters them. [SCR-1, SCR-2, SCR-3]"""
     if spec.score_func == "softmax":
         return softmax(scaled_logits_TE)
@@ -165,7 +166,7 @@ def score(scaled_logits_TE, spec: RouterSpec):
     return jnp.where(small_TE, jnp.exp(jnp.where(small_TE, scaled_logits_TE, 0) / 2), large_TE)
 
 
-def softmax(logits_TE):
+def softmax(logits_TE: jax.Array) -> jax.Array:
     """Softmax over the last axis; -inf gives exactly 0, and so does a row of nothing else."""
     largest_T1 = lax.stop_gradient(logits_TE.max(axis=-1, keepdims=True, initial=-jnp.inf))
     # jax.nn.softmax gives NaN for a row of -inf.
@@ -174,14 +175,16 @@ def softmax(logits_TE):
     return exp_TE / jnp.where(sum_T1 == 0, 1, sum_T1)
 
 
-def bias_choice(scaled_logits_TE, scores_TE, expert_bias_E, spec: RouterSpec):
+def bias_choice(
+    scaled_logits_TE: jax.Array, scores_TE: jax.Array | None, expert_bias_E: jax.Array | None, spec: RouterSpec
+) -> jax.Array:
     """What is ranked: scores (or logits) plus expert_bias; a logit of -inf is never chosen. [SEL-4, SEL-9]"""
-    ranked_TE = scaled_logits_TE if spec.select_by == "logit" else scores_TE
+    ranked_TE = scaled_logits_TE if spec.select_by == "logit" or scores_TE is None else scores_TE
     biased_TE = ranked_TE if expert_bias_E is None else ranked_TE + expert_bias_E
     return lax.stop_gradient(jnp.where(jnp.isneginf(scaled_logits_TE), -jnp.inf, biased_TE))
 
 
-def limit_groups(biased_scores_TE, spec: RouterSpec):
+def limit_groups(biased_scores_TE: jax.Array, spec: RouterSpec) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Only the L groups with the best scores are kept; a group's score sums its best k choice scores. [GRP-1]
 
     Returns:
@@ -199,13 +202,13 @@ def limit_groups(biased_scores_TE, spec: RouterSpec):
     return scores_for_choice_TE, group_scores_TG, group_ids_TL
 
 
-def kept_experts(group_ids_TL, spec: RouterSpec):
+def kept_experts(group_ids_TL: jax.Array, spec: RouterSpec) -> jax.Array:
     """Whether each expert belongs to a kept group. Expert i belongs to group i // P. [GRP-2]"""
     kept_TG = (group_ids_TL[:, :, None] == jnp.arange(spec.num_expert_groups)).any(axis=1)
     return jnp.repeat(kept_TG, spec.experts_per_group, axis=1)
 
 
-def select(scores_for_choice_TE, spec: RouterSpec):
+def select(scores_for_choice_TE: jax.Array, spec: RouterSpec) -> jax.Array:
     """Each token selects the top_k choices with the best choice scores. [SEL-1, SEL-2, SEL-3]"""
     chosen_scores_TK, expert_ids_TK = top_k(scores_for_choice_TE, spec.top_k)
     return jnp.where(jnp.isneginf(chosen_scores_TK), UNUSED, expert_ids_TK)
@@ -230,23 +233,29 @@ def choose(num_tokens: int, spec: RouterSpec, inputs: RouterInputs) -> jax.Array
     return top_k(jax.random.uniform(inputs.seed, (T, spec.num_choices)), K)[1]
 
 
-def gather(values_TE, expert_ids_TK):
+def gather(values_TE: jax.Array, expert_ids_TK: jax.Array) -> jax.Array:
     """The values of the selected experts; an unused slot reads 0. [WGT-8, WGT-11]"""
     found_TK = jnp.take_along_axis(values_TE, jnp.maximum(expert_ids_TK, 0), axis=-1, mode="fill")
     return jnp.where(expert_ids_TK == UNUSED, 0, found_TK)
 
 
-def weigh(scaled_logits_TE, scores_TE, expert_ids_TK, group_ids_TL, spec: RouterSpec):
+def weigh(
+    scaled_logits_TE: jax.Array,
+    scores_TE: jax.Array | None,
+    expert_ids_TK: jax.Array,
+    group_ids_TL: jax.Array | None,
+    spec: RouterSpec,
+) -> jax.Array:
     """Weights are the selected scores, without any bias. [WGT-1, WGT-3]"""
-    if spec.score_over == "selected":
+    if scores_TE is None:
         chosen_logits_TK = gather(scaled_logits_TE, expert_ids_TK)
         return softmax(jnp.where(expert_ids_TK == UNUSED, -jnp.inf, chosen_logits_TK))
-    if spec.weights_from == "masked_scores":
+    if group_ids_TL is not None and spec.weights_from == "masked_scores":
         return gather(jnp.where(kept_experts(group_ids_TL, spec), scores_TE, 0), expert_ids_TK)
     return gather(scores_TE, expert_ids_TK)
 
 
-def banded_weights(scaled_logits_TE, expert_ids_TK, spec: RouterSpec):
+def banded_weights(scaled_logits_TE: jax.Array, expert_ids_TK: jax.Array, spec: RouterSpec) -> jax.Array:
     """sparsemixer: slot j is weighted by a softmax over the band below the best remaining expert. [SEL-13, WGT-15]
 
     The band holds the remaining experts whose distance to the best is at most 2 * mixer_eps of the larger of
@@ -265,7 +274,7 @@ def banded_weights(scaled_logits_TE, expert_ids_TK, spec: RouterSpec):
     return jnp.concatenate(slots, axis=-1)
 
 
-def normalise(raw_weights_TK, shared_scores_TS, spec: RouterSpec):
+def normalise(raw_weights_TK: jax.Array, shared_scores_TS: jax.Array, spec: RouterSpec) -> tuple[jax.Array, jax.Array]:
     """With route_norm a token's weights are divided by their norm; a norm of 0 leaves them 0. [WGT-2, WGT-6, WGT-7]"""
     if not spec.route_norm:
         return raw_weights_TK, shared_scores_TS
@@ -285,7 +294,7 @@ def normalise(raw_weights_TK, shared_scores_TS, spec: RouterSpec):
     return weights_TK, jnp.where(zero_T1, 0, shared_scores_TS / unit_T1 / divisor_T1)
 
 
-def p_norm(weights_TK, p: float):
+def p_norm(weights_TK: jax.Array, p: float) -> jax.Array:
     """(sum of w ** p) ** (1 / p) of each row; a weight of 0 has slope 0 in it unless p is 1."""
     if p == 1:
         return weights_TK.sum(axis=-1, keepdims=True)
@@ -295,9 +304,12 @@ def p_norm(weights_TK, p: float):
     return jnp.where(sum_T1 == 0, 1, sum_T1) ** (1 / p)
 
 
-def scale_weights(weights_TK, expert_ids_TK, learned_scale, spec: RouterSpec):
+def scale_weights(
+    weights_TK: jax.Array, expert_ids_TK: jax.Array, learned_scale: ArrayLike, spec: RouterSpec
+) -> jax.Array:
     """route_scale, then the learned scale, multiply the weights once; a skipped choice weighs 0. [WGT-4, WGT-9]"""
-    factor = learned_scale[jnp.maximum(expert_ids_TK, 0)] if spec.learned_scale == "per_expert" else learned_scale
+    per_expert = spec.learned_scale == "per_expert"
+    factor = jnp.asarray(learned_scale)[jnp.maximum(expert_ids_TK, 0)] if per_expert else learned_scale
     scaled_TK = weights_TK * spec.route_scale * factor
     if spec.null_kind == "skip":
         return jnp.where(expert_ids_TK >= spec.num_experts, 0, scaled_TK)

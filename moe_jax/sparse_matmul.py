@@ -10,12 +10,15 @@ Legend: T tokens, D model dim, E experts, F expert hidden dim, K top_k, R = T * 
 
 from dataclasses import dataclass, replace
 from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from moe_jax import routing
+from moe_jax.arrays import AxisName
 from moe_jax.capacity import apply_capacity
 from moe_jax.experts import hide, join, keep_tokens, null_output
 from moe_jax.grouped_matmul import grouped_matmul
@@ -46,16 +49,16 @@ class RouteOutput:
 
 
 def sparse_matmul(
-    x_TD,
+    x_TD: jax.Array,
     params: LayerParams,
     spec: LayerSpec,
     *,
-    token_mask_T=None,
+    token_mask_T: jax.Array | None = None,
     inputs: RouterInputs = NO_INPUTS,
     capacity: CapacitySpec | None = None,
-    sequence_of_T=None,
+    sequence_of_T: jax.Array | None = None,
     num_sequences: int = 1,
-    axis_name=None,
+    axis_name: AxisName = None,
     num_token_chunks: int = 1,
     num_emb_chunks: int = 1,
     precision: lax.PrecisionLike = None,
@@ -105,7 +108,7 @@ def sparse_matmul(
     return keep_tokens(output_TD, token_mask_T), decided
 
 
-def route_tokens(logits_TE, spec: RouterSpec, **inputs) -> tuple[RouteOutput, RouteMetadata]:
+def route_tokens(logits_TE: jax.Array, spec: RouterSpec, **inputs: Any) -> tuple[RouteOutput, RouteMetadata]:
     """The experts of each token, their weights, and where the rows go; `inputs` are those of `routing.route`."""
     trace = routing.route(logits_TE, spec, **inputs)
     decided = RouteOutput(
@@ -120,7 +123,7 @@ def route_tokens(logits_TE, spec: RouterSpec, **inputs) -> tuple[RouteOutput, Ro
 
 
 def limit(
-    decided: RouteOutput, capacity: CapacitySpec, num_experts: int, **inputs
+    decided: RouteOutput, capacity: CapacitySpec, num_experts: int, **inputs: Any
 ) -> tuple[RouteOutput, RouteMetadata]:
     """What is left of a choice, and where those rows go; `inputs` are those of `apply_capacity`."""
     slots = apply_capacity(decided.expert_ids_TK, decided.weights_TK, capacity, num_experts, **inputs)
@@ -128,7 +131,9 @@ def limit(
     return kept, permute(slots.expert_ids_TK, num_experts)
 
 
-def gmm_up(rows_RD, w_gate_EDF, w_up_EDF, metadata: RouteMetadata, **options) -> tuple[jax.Array | None, jax.Array]:
+def gmm_up(
+    rows_RD: jax.Array, w_gate_EDF: ArrayLike | None, w_up_EDF: ArrayLike, metadata: RouteMetadata, **options: Any
+) -> tuple[jax.Array | None, jax.Array]:
     """Rows times the gate and the up matrix of their expert; linear in the rows, so parts of D may be summed.
 
     Args:
@@ -144,27 +149,31 @@ def gmm_up(rows_RD, w_gate_EDF, w_up_EDF, metadata: RouteMetadata, **options) ->
     return gate_RF, grouped_matmul(rows_RD, w_up_EDF, metadata.group_sizes_E, **options)
 
 
-def activate(gate_RF, up_RF, params: LayerParams, metadata: RouteMetadata, spec: ExpertSpec) -> jax.Array:
+def activate(
+    gate_RF: jax.Array | None, up_RF: jax.Array, params: LayerParams, metadata: RouteMetadata, spec: ExpertSpec
+) -> jax.Array:
     """The biases join the finished projections, then the activation; returns hidden_RF."""
     biased_gate_RF = None if gate_RF is None else _add_bias(gate_RF, params.b_gate_EF, metadata)
     return hide(biased_gate_RF, _add_bias(up_RF, params.b_up_EF, metadata), spec)
 
 
-def gmm_down(hidden_RF, w_down_EFD, b_down_ED, metadata: RouteMetadata, **options) -> jax.Array:
+def gmm_down(
+    hidden_RF: jax.Array, w_down_EFD: ArrayLike, b_down_ED: ArrayLike | None, metadata: RouteMetadata, **options: Any
+) -> jax.Array:
     """Rows times the down matrix of their expert, plus its bias; rows of the tail are 0."""
     rows_RD = grouped_matmul(hidden_RF, w_down_EFD, metadata.group_sizes_E, **options)
     return _add_bias(rows_RD, b_down_ED, metadata)
 
 
 def run_experts(
-    x_TD,
+    x_TD: jax.Array,
     params: LayerParams,
     decided: RouteOutput,
     metadata: RouteMetadata,
     *,
     spec: LayerSpec,
     num_emb_chunks: int = 1,
-    **options,
+    **options: Any,
 ) -> jax.Array:
     """The routed output: dispatch, both projections, unpermute, and the null experts."""
     router, chunks = spec.router, _chunks(x_TD.shape[1], num_emb_chunks)
@@ -232,7 +241,7 @@ def _weight_of_row(weights_TK, metadata: RouteMetadata):
     return weights_TK.reshape(-1).at[metadata.slot_of_row_R].get(mode="promise_in_bounds", unique_indices=True)
 
 
-def check_tokens(x_TD, spec: LayerSpec) -> None:
+def check_tokens(x_TD: jax.Array, spec: LayerSpec) -> None:
     """x_TD is (T, D) floats of the spec's width."""
     shape, D = jnp.shape(x_TD), spec.experts.dim
     if len(shape) != 2 or shape[1] != D or not jnp.issubdtype(jnp.result_type(x_TD), jnp.floating):

@@ -1,7 +1,11 @@
 """moe_jax, top-k: the k largest of each row in the canonical order, fast on a CPU."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 MAX_ROUNDS = 16
 """Above this many, `top_k` leaves its rounds to lax.top_k: each round is code of its own."""
@@ -9,7 +13,7 @@ WIDE = 128
 """Above this many entries, `top_k` looks at chunks of them first."""
 
 
-def top_k(values_TN, k: int):
+def top_k(values_TN: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The k largest entries of each row and their ids, descending; ties go to the lower id. [SEL-5, SEL-6]
 
     -0.0 equals 0.0, and NaN is above all. Found by k rounds of integer maxima, which compilers vectorise. Of many
@@ -35,7 +39,7 @@ def chunk_size(num_entries: int) -> int:
     return chunk
 
 
-def keep_chunks(keys_TN, k: int, chunk: int):
+def keep_chunks(keys_TN: jax.Array, k: int, chunk: int) -> tuple[jax.Array, jax.Array]:
     """The entries of the k chunks of consecutive entries whose maxima are the largest, and their ids."""
     *lead, N = keys_TN.shape
     chunked_TBC = keys_TN.reshape(*lead, N // chunk, chunk)
@@ -46,7 +50,7 @@ def keep_chunks(keys_TN, k: int, chunk: int):
     return kept_TBC.reshape(*lead, k * chunk), ids_TBC.reshape(*lead, k * chunk)
 
 
-def rounds(keys_TN, ids_TN, k: int):
+def rounds(keys_TN: jax.Array, ids_TN: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The k largest keys of each row and their ids, one round for each; ties go to the lower id."""
     taken, no_id = jnp.iinfo(keys_TN.dtype).min, jnp.iinfo(jnp.int32).max
     left_TN, keys, ids = keys_TN, [], []
@@ -57,7 +61,7 @@ def rounds(keys_TN, ids_TN, k: int):
     return jnp.concatenate(keys, axis=-1), jnp.concatenate(ids, axis=-1)
 
 
-def fold(smaller_or_larger, array_TN):
+def fold(smaller_or_larger: Any, array_TN: jax.Array) -> jax.Array:
     """The minimum or maximum of each row, with that axis kept: halves are folded while they are long."""
     # XLA for CPU vectorises a fold; its reduction of a long row of integers runs one entry at a time.
     while array_TN.shape[-1] > 16 and array_TN.shape[-1] % 2 == 0:
@@ -66,12 +70,12 @@ def fold(smaller_or_larger, array_TN):
     return smaller_or_larger.reduce(array_TN, axis=-1, keepdims=True)
 
 
-def positions(values_TN):
+def positions(values_TN: jax.Array) -> jax.Array:
     """The position of each entry in its row."""
     return lax.broadcasted_iota(jnp.int32, values_TN.shape, values_TN.ndim - 1)
 
 
-def to_keys(values):
+def to_keys(values: jax.Array) -> jax.Array:
     """Integers in the order of the floats: -0.0 becomes that of 0.0, NaN the largest."""
     dtype = jnp.int64 if values.dtype == jnp.float64 else jnp.int32
     bits = lax.bitcast_convert_type(values, dtype)
@@ -80,7 +84,7 @@ def to_keys(values):
     return jnp.where(jnp.isnan(values), jnp.iinfo(dtype).max, keys)
 
 
-def to_values(keys, dtype):
+def to_values(keys: jax.Array, dtype: DTypeLike) -> jax.Array:
     """The floats that `to_keys` made integers of; NaN is NaN again."""
     bits = jnp.where(keys < 0, jnp.iinfo(keys.dtype).min - keys, keys)
     return lax.bitcast_convert_type(bits, dtype)

@@ -9,6 +9,7 @@ Gradients are in `backward/balance.py`.
 Legend: T tokens, E choices (experts, then null experts), K top_k, U units (batches or sequences), S shards.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,9 @@ from moe_ref.specs.ids import UNUSED, ids_array
 # counts
 
 
-def tokens_per_expert(expert_ids_TK, num_experts: int, token_mask_T=None) -> np.ndarray:
+def tokens_per_expert(
+    expert_ids_TK: np.ndarray, num_experts: int, token_mask_T: np.ndarray | None = None
+) -> np.ndarray:
     """The count of an expert is the number of slots of valid tokens that chose it. [LOD-2, LOD-3, MSK-1]
 
     Unused slots (-1) and null experts (num_experts and above) are not counted. The count of a whole batch is the sum of
@@ -55,7 +58,9 @@ class LoadStatistics:
     """The busiest rank's rows in units of the mean over ranks: the smallest buffer factor that drops no row."""
 
 
-def load_statistics(counts_E, *, num_ranks: int = 1, placement=None) -> LoadStatistics:
+def load_statistics(
+    counts_E: np.ndarray, *, num_ranks: int = 1, placement: Sequence[int] | None = None
+) -> LoadStatistics:
     """Statistics of a count; ranks own equal shares of the places, in order.
 
     Args:
@@ -115,13 +120,13 @@ class BalanceTrace:
 
 
 def balance(
-    logits_TE,
-    expert_ids_TK,
+    logits_TE: np.ndarray,
+    expert_ids_TK: np.ndarray,
     spec: BalanceSpec,
     *,
-    token_mask_T=None,
-    sequence_lengths=None,
-    tokens_per_shard=None,
+    token_mask_T: np.ndarray | None = None,
+    sequence_lengths: Sequence[int] | None = None,
+    tokens_per_shard: Sequence[int] | None = None,
     dtype: DTypeLike = np.float64,
 ) -> BalanceTrace:
     """The balance loss of one layer with every intermediate. [LOD-6, LOD-8, MSK-2]
@@ -172,15 +177,21 @@ def balance(
     )
 
 
-def balance_loss(logits_TE, expert_ids_TK, spec: BalanceSpec, **inputs: Any) -> float:
+def balance_loss(logits_TE: np.ndarray, expert_ids_TK: np.ndarray, spec: BalanceSpec, **inputs: Any) -> float:
     """The balance loss of one layer; arguments as in `balance`."""
     return balance(logits_TE, expert_ids_TK, spec, **inputs).loss
 
 
 def balance_layers(
-    logits_by_layer, expert_ids_by_layer, spec: BalanceSpec, *, token_mask_T=None, sequence_lengths=None,
-    tokens_per_shard=None, dtype: DTypeLike = np.float64,
-) -> list[BalanceTrace]:  # fmt: skip
+    logits_by_layer: Sequence[np.ndarray],
+    expert_ids_by_layer: Sequence[np.ndarray],
+    spec: BalanceSpec,
+    *,
+    token_mask_T: np.ndarray | None = None,
+    sequence_lengths: Sequence[int] | None = None,
+    tokens_per_shard: Sequence[int] | None = None,
+    dtype: DTypeLike = np.float64,
+) -> list[BalanceTrace]:
     """The balance loss of a model is the sum of these: one for each layer, or one of all layers' tokens together.
 
     Args:
@@ -199,13 +210,19 @@ def balance_layers(
     return [balance(pool_layers(logits_by_layer), pool_layers(expert_ids_by_layer), spec, dtype=dtype, **inputs)]
 
 
-def pool_layers(values_by_layer) -> np.ndarray:
+def pool_layers(values_by_layer: Sequence[np.ndarray]) -> np.ndarray:
     """The rows of a token in all layers follow each other, so that sequences and shards stay whole."""
     values_TLE = np.stack([np.asarray(values) for values in values_by_layer], axis=1)
     return values_TLE.reshape(-1, values_TLE.shape[-1])
 
 
-def pooled_inputs(num_layers: int, num_tokens: int, token_mask_T, sequence_lengths, tokens_per_shard) -> dict:
+def pooled_inputs(
+    num_layers: int,
+    num_tokens: int,
+    token_mask_T: np.ndarray | None,
+    sequence_lengths: Sequence[int] | None,
+    tokens_per_shard: Sequence[int] | None,
+) -> dict:
     """The mask and the lengths of pooled layers: every token is there once for each of them."""
     lengths = {"sequence_lengths": sequence_lengths, "tokens_per_shard": tokens_per_shard}
     return {"token_mask_T": np.repeat(mask_array(token_mask_T, num_tokens), num_layers)} | {
@@ -214,7 +231,7 @@ def pooled_inputs(num_layers: int, num_tokens: int, token_mask_T, sequence_lengt
     }
 
 
-def log_scores(logits_TE, spec: BalanceSpec):
+def log_scores(logits_TE: np.ndarray, spec: BalanceSpec) -> np.ndarray:
     """Logarithms of the scores before their norm: those of very negative logits keep their ratios. [LOD-18]"""
     if spec.score_func == "softmax":
         return logits_TE
@@ -225,7 +242,7 @@ def log_scores(logits_TE, spec: BalanceSpec):
     return 0.5 * np.where(small_TE, logits_TE, np.log(np.logaddexp(0, np.where(small_TE, 0, logits_TE))))
 
 
-def balance_scores(logits_TE, spec: BalanceSpec):
+def balance_scores(logits_TE: np.ndarray, spec: BalanceSpec) -> np.ndarray:
     """Scores are a function of the logits, once: shares of their sum, or raw. [LOD-7, LOD-10]"""
     logs_TE = log_scores(logits_TE, spec)
     if not spec.scores_sum_to_1:
@@ -236,13 +253,15 @@ def balance_scores(logits_TE, spec: BalanceSpec):
     return np.exp(logs_TE - sum_T1)
 
 
-def log_sum_exp(values_TE):
+def log_sum_exp(values_TE: np.ndarray) -> np.ndarray:
     """log(sum(exp)) over the last axis, without overflow; each row has an entry above -inf."""
     largest_T1 = values_TE.max(axis=-1, keepdims=True)
     return largest_T1 + np.log(np.exp(values_TE - largest_T1).sum(axis=-1, keepdims=True))
 
 
-def counted_ids(logits_TE, scores_TE, expert_ids_TK, slots: int, spec: BalanceSpec):
+def counted_ids(
+    logits_TE: np.ndarray, scores_TE: np.ndarray, expert_ids_TK: np.ndarray, slots: int, spec: BalanceSpec
+) -> np.ndarray:
     """The ids that are counted: the first slots of the choice, or of the top k of the scores. [LOD-9]"""
     if spec.counts == "routed":
         return expert_ids_TK[:, :slots]
@@ -253,7 +272,9 @@ def counted_ids(logits_TE, scores_TE, expert_ids_TK, slots: int, spec: BalanceSp
     return np.where(np.take_along_axis(never_TE, ids_TK, axis=-1), UNUSED, ids_TK)
 
 
-def units(num_tokens: int, spec: BalanceSpec, sequence_lengths, tokens_per_shard):
+def units(
+    num_tokens: int, spec: BalanceSpec, sequence_lengths: Sequence[int] | None, tokens_per_shard: Sequence[int] | None
+) -> tuple[np.ndarray, np.ndarray]:
     """The unit of each token, and the shard of each unit: sequences within shards, sequences, shards, or the batch.
 
     Only a scope other than 'global' looks at the shards, so nothing else can depend on them. [LOD-13, LOD-14]
@@ -270,7 +291,7 @@ def units(num_tokens: int, spec: BalanceSpec, sequence_lengths, tokens_per_shard
     return unit_of_T.reshape(-1), pairs_U2[:, 0]
 
 
-def unit_weights(tokens_U, shard_of_U):
+def unit_weights(tokens_U: np.ndarray, shard_of_U: np.ndarray) -> np.ndarray:
     """The mean over units of a shard, then over shards; one without a valid token is in no mean. [LOD-11, MSK-4]"""
     has_tokens_U = tokens_U > 0
     shards = np.unique(shard_of_U[has_tokens_U])
@@ -285,9 +306,14 @@ def unit_weights(tokens_U, shard_of_U):
 
 
 def z_loss(
-    logits_TE, *, coeff: float = 1.0, scope: str = "global", token_mask_T=None, tokens_per_shard=None,
+    logits_TE: np.ndarray,
+    *,
+    coeff: float = 1.0,
+    scope: str = "global",
+    token_mask_T: np.ndarray | None = None,
+    tokens_per_shard: Sequence[int] | None = None,
     dtype: DTypeLike = np.float64,
-) -> float:  # fmt: skip
+) -> float:
     """The z-loss is coeff times the mean over valid tokens of log(sum(exp(logits))) ** 2. [LOD-16, MSK-5]
 
     It reads the raw logits, not scores (huggingface/transformers#48421). Scope 'local' is the mean over shards of each
@@ -299,7 +325,7 @@ def z_loss(
     return float(coeff * (weights_T * log_sum_exp(logits_TE)[:, 0] ** 2).sum())
 
 
-def token_weights(valid_T, scope: str, tokens_per_shard):
+def token_weights(valid_T: np.ndarray, scope: str, tokens_per_shard: Sequence[int] | None) -> np.ndarray:
     """The share of each token in a mean over valid tokens: of the batch, or of its shard and then over shards."""
     one_of("scope", scope, ("global", "local"))
     shard_of_T = part_of_tokens("tokens_per_shard", tokens_per_shard, len(valid_T))
@@ -313,7 +339,7 @@ def token_weights(valid_T, scope: str, tokens_per_shard):
 # bias update
 
 
-def bias_update(counts_E, spec: BiasUpdateSpec, expert_bias_E) -> np.ndarray:
+def bias_update(counts_E: np.ndarray, spec: BiasUpdateSpec, expert_bias_E: np.ndarray) -> np.ndarray:
     """An expert with less than the mean load gets a larger bias, one with more a smaller one. [LOD-19 .. LOD-24]
 
     Args:
@@ -349,7 +375,9 @@ def bias_update(counts_E, spec: BiasUpdateSpec, expert_bias_E) -> np.ndarray:
 # inputs
 
 
-def masked_logits(logits_TE, token_mask_T, dtype: DTypeLike) -> tuple[np.ndarray, np.ndarray]:
+def masked_logits(
+    logits_TE: np.ndarray, token_mask_T: np.ndarray | None, dtype: DTypeLike
+) -> tuple[np.ndarray, np.ndarray]:
     """The logits, 0 where a token is padding (whatever it holds, NaN included, is not read), and the mask. [MSK-6]"""
     logits_TE = array("logits_TE", logits_TE, (None, None)).astype(dtype)
     valid_T = mask_array(token_mask_T, len(logits_TE))
@@ -361,11 +389,12 @@ def masked_logits(logits_TE, token_mask_T, dtype: DTypeLike) -> tuple[np.ndarray
     return logits_TE, valid_T
 
 
-def part_of_tokens(field: str, lengths, num_tokens: int) -> np.ndarray:
+def part_of_tokens(field: str, lengths: Sequence[int] | None, num_tokens: int) -> np.ndarray:
     """The part of each token, of consecutive parts with those lengths; without lengths there is one part."""
     if lengths is None:
         return np.zeros(num_tokens, dtype=np.int64)
-    lengths = array(field, np.asarray(lengths, dtype=np.int64) if len(lengths) == 0 else lengths, (None,), kind="int")
-    entries(field, lengths, lengths >= 0, "lengths are at least 0")
-    require(int(lengths.sum()) == num_tokens, f"{field} sums to {int(lengths.sum())}; there are {num_tokens} tokens")
-    return np.repeat(np.arange(len(lengths)), lengths)
+    # An empty list has no kind of its own.
+    sizes = array(field, np.asarray(lengths, dtype=np.int64) if len(lengths) == 0 else lengths, (None,), kind="int")
+    entries(field, sizes, sizes >= 0, "lengths are at least 0")
+    require(int(sizes.sum()) == num_tokens, f"{field} sums to {int(sizes.sum())}; there are {num_tokens} tokens")
+    return np.repeat(np.arange(len(sizes)), sizes)

@@ -8,6 +8,7 @@ Capacities, counts and orders are of valid tokens alone: padding takes no place 
 Legend: T tokens, K top_k, E experts, U units (batch, shards or sequences), C the largest capacity of a unit.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -49,14 +50,14 @@ class CapacityTrace:
 
 
 def apply_capacity(
-    expert_ids_TK,
-    weights_TK,
+    expert_ids_TK: np.ndarray,
+    weights_TK: np.ndarray,
     spec: CapacitySpec,
     num_experts: int,
     *,
-    token_mask_T=None,
-    sequence_lengths=None,
-    tokens_per_shard=None,
+    token_mask_T: np.ndarray | None = None,
+    sequence_lengths: Sequence[int] | None = None,
+    tokens_per_shard: Sequence[int] | None = None,
 ) -> CapacityTrace:
     """An expert keeps the first C slots of each unit, in drop order, and the others are dropped. [CAP-2, CAP-5, MSK-7]
 
@@ -122,7 +123,7 @@ def apply_capacity(
     return replace(second, first=trace, dropped_TK=trace.dropped_TK | second.dropped_TK)
 
 
-def drop_order(weights_TK, spec: CapacitySpec) -> np.ndarray:
+def drop_order(weights_TK: np.ndarray, spec: CapacitySpec) -> np.ndarray:
     """The flat slot numbers in the order in which slots are admitted. [CAP-6, CAP-7]"""
     T, K = weights_TK.shape
     numbers_TK = np.arange(T * K).reshape(T, K)
@@ -133,7 +134,7 @@ def drop_order(weights_TK, spec: CapacitySpec) -> np.ndarray:
     return numbers_TK.reshape(-1)
 
 
-def renormalise(given_TK, kept_TK, spec: CapacitySpec):
+def renormalise(given_TK: np.ndarray, kept_TK: np.ndarray, spec: CapacitySpec) -> np.ndarray:
     """Kept weights stay, or are divided by the sum of a token's weights, before or after the drop. [CAP-8, CAP-9]"""
     kept_weights_TK = np.where(kept_TK, given_TK, 0)
     if spec.renormalise == "no":
@@ -143,7 +144,7 @@ def renormalise(given_TK, kept_TK, spec: CapacitySpec):
     return spec.weight_sum * kept_weights_TK / np.where(sum_T1 == 0, 1, sum_T1)
 
 
-def counts_of_units(expert_ids_TK, unit_of_T, num_units: int, num_experts: int) -> np.ndarray:
+def counts_of_units(expert_ids_TK: np.ndarray, unit_of_T: np.ndarray, num_units: int, num_experts: int) -> np.ndarray:
     """Tokens per expert of each unit."""
     counts = [tokens_per_expert(expert_ids_TK[unit_of_T == unit], num_experts) for unit in range(num_units)]
     return np.array(counts, dtype=np.int64).reshape(num_units, num_experts)

@@ -7,6 +7,7 @@ A capacity, where there is one, stands between weigh and permute.
 Legend: T tokens, D model dim, E experts, K top_k, N rows, F expert hidden dim, S shared experts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,15 +64,15 @@ class LayerTrace:
 
 
 def moe_layer(
-    x_TD,
+    x_TD: np.ndarray,
     params: LayerParams,
     spec: LayerSpec,
     *,
-    token_mask_T=None,
+    token_mask_T: np.ndarray | None = None,
     inputs: RouterInputs = NO_INPUTS,
     capacity: CapacitySpec | None = None,
-    sequence_lengths=None,
-    tokens_per_shard=None,
+    sequence_lengths: Sequence[int] | None = None,
+    tokens_per_shard: Sequence[int] | None = None,
     dtype: DTypeLike = np.float64,
 ) -> LayerTrace:
     """One MoE layer, every stage in order; the trace keeps all of them. [LAY-2, LAY-6, LAY-7]

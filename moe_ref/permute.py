@@ -25,7 +25,7 @@ class Permutation:
     tokens_per_expert_E: np.ndarray
 
 
-def permute(expert_ids_TK, num_experts: int) -> Permutation:
+def permute(expert_ids_TK: np.ndarray, num_experts: int) -> Permutation:
     """Rows are sorted by expert id, and stay in the order of the tokens within an expert. [PRM-2 .. PRM-6]
 
     Unused slots (-1) and null experts (num_experts and above) are no rows, so N may be less than T * K.
@@ -45,13 +45,13 @@ def permute(expert_ids_TK, num_experts: int) -> Permutation:
     )
 
 
-def dispatch(slot_inputs_TKD, order_N) -> np.ndarray:
+def dispatch(slot_inputs_TKD: np.ndarray, order_N: np.ndarray) -> np.ndarray:
     """A row is the input of its slot."""
     T, K, D = slot_inputs_TKD.shape
     return slot_inputs_TKD.reshape(T * K, D)[order_N]
 
 
-def unpermute(rows_ND, order_N, top_k: int, num_tokens: int) -> np.ndarray:
+def unpermute(rows_ND: np.ndarray, order_N: np.ndarray, top_k: int, num_tokens: int) -> np.ndarray:
     """Each row returns to its slot; a slot that is no row is 0. [CMB-3]"""
     slots = np.zeros((num_tokens * top_k, rows_ND.shape[1]), rows_ND.dtype)
     slots[order_N] = rows_ND

@@ -25,9 +25,12 @@ from moe_ref.specs.router import RouterSpec
 
 
 def capture(
-    routing: RoutingTrace | CapacityTrace, spec: RouterSpec, *, token_mask_T: np.ndarray | None = None,
+    routing: RoutingTrace | CapacityTrace,
+    spec: RouterSpec,
+    *,
+    token_mask_T: np.ndarray | None = None,
     sequence_lengths: Sequence[int] | None = None,
-) -> RoutingRecord:  # fmt: skip
+) -> RoutingRecord:
     """A record holds what a router chose, in slot order, with float32 weights. [RPL-8]
 
     `routing` is a RoutingTrace or a CapacityTrace, or anything with expert_ids_TK and weights_TK.
@@ -38,9 +41,14 @@ def capture(
 
 
 def replay(
-    record: RoutingRecord, logits_TE, spec: RouterSpec, *, with_weights: bool = False, learned_scale=None,
+    record: RoutingRecord,
+    logits_TE: np.ndarray,
+    spec: RouterSpec,
+    *,
+    with_weights: bool = False,
+    learned_scale: np.ndarray | None = None,
     dtype: DTypeLike = np.float64,
-) -> RoutingTrace:  # fmt: skip
+) -> RoutingTrace:
     """The recorded choice on this router: its weights are those of these logits, or the recorded ones. [RPL-2 .. RPL-4]
 
     An unused slot stays unused. Recorded weights are constants: no gradient goes to the logits.
@@ -51,9 +59,14 @@ def replay(
 
 
 def replay_layer(
-    record: RoutingRecord, x_TD, params: LayerParams, spec: LayerSpec, *, with_weights: bool = False,
+    record: RoutingRecord,
+    x_TD: np.ndarray,
+    params: LayerParams,
+    spec: LayerSpec,
+    *,
+    with_weights: bool = False,
     dtype: DTypeLike = np.float64,
-) -> LayerTrace:  # fmt: skip
+) -> LayerTrace:
     """The layer with the recorded choice; expert_bias takes part in a choice alone, and is not asked. [RPL-4]"""
     inputs, mask_T = record.inputs(spec.router, with_weights=with_weights)
     forced = spec.replace(router=spec.router.given(with_weights=with_weights))

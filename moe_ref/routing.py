@@ -35,7 +35,9 @@ class RoutingTrace:
     """The weights were given with the ids: they are no function of the logits."""
 
 
-def gate(x_TD, gate_ED, gate_bias_E=None, *, dtype: DTypeLike = np.float64) -> np.ndarray:
+def gate(
+    x_TD: np.ndarray, gate_ED: np.ndarray, gate_bias_E: np.ndarray | None = None, *, dtype: DTypeLike = np.float64
+) -> np.ndarray:
     """The logits are x @ gate.T, plus the learned gate bias. [GAT-1, GAT-2]
 
     Args:
@@ -54,7 +56,7 @@ def gate(x_TD, gate_ED, gate_bias_E=None, *, dtype: DTypeLike = np.float64) -> n
     return logits_TE + array("gate_bias_E", gate_bias_E, (gate_ED.shape[0],)).astype(dtype)
 
 
-def scale_logits(logits_TE, spec: RouterSpec):
+def scale_logits(logits_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
     """Logits are scaled, then soft-capped, before they are scored or ranked. [SCR-5]"""
     scaled_TE = logits_TE * spec.logit_scale
     if spec.logit_softcap is None:
@@ -64,7 +66,7 @@ def scale_logits(logits_TE, spec: RouterSpec):
     return np.where(np.isneginf(scaled_TE), scaled_TE, capped_TE)
 
 
-def score(scaled_logits_TE, spec: RouterSpec):
+def score(scaled_logits_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
     """Scores are a function of the scaled logits alone; no bias enters them. [SCR-1, SCR-2, SCR-3]"""
     if spec.score_func == "softmax":
         return softmax(scaled_logits_TE)
@@ -73,7 +75,7 @@ def score(scaled_logits_TE, spec: RouterSpec):
     return np.sqrt(np.logaddexp(0, scaled_logits_TE))
 
 
-def softmax(logits_TE):
+def softmax(logits_TE: np.ndarray) -> np.ndarray:
     """Softmax over the last axis; -inf gives exactly 0, and so does a row of nothing else."""
     largest_T1 = logits_TE.max(axis=-1, keepdims=True, initial=-np.inf)
     exp_TE = np.exp(logits_TE - np.where(np.isneginf(largest_T1), 0, largest_T1))
@@ -81,13 +83,15 @@ def softmax(logits_TE):
     return exp_TE / np.where(sum_T1 == 0, 1, sum_T1)
 
 
-def bias_choice(scaled_logits_TE, scores_TE, expert_bias_E, spec: RouterSpec):
+def bias_choice(
+    scaled_logits_TE: np.ndarray, scores_TE: np.ndarray | None, expert_bias_E: np.ndarray, spec: RouterSpec
+) -> np.ndarray:
     """What is ranked: scores (or logits) plus expert_bias; a logit of -inf is never chosen. [SEL-4, SEL-9]"""
     ranked_TE = scaled_logits_TE if spec.select_by == "logit" else scores_TE
     return np.where(np.isneginf(scaled_logits_TE), -np.inf, ranked_TE + expert_bias_E)
 
 
-def limit_groups(biased_scores_TE, spec: RouterSpec):
+def limit_groups(biased_scores_TE: np.ndarray, spec: RouterSpec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Only the L groups with the best scores are kept; a group's score sums its best k choice scores. [GRP-1]
 
     Returns:
@@ -95,28 +99,29 @@ def limit_groups(biased_scores_TE, spec: RouterSpec):
         group_scores_TG: (T, G).
         group_ids_TL: (T, L) kept groups, best first; ties go to the lower group id.
     """
+    assert spec.num_expert_groups is not None
+    assert spec.num_limited_groups is not None
     grouped_TGP = biased_scores_TE.reshape(-1, spec.num_expert_groups, spec.experts_per_group)
     best_first_TGP = -np.sort(-grouped_TGP, axis=-1)
     group_scores_TG = best_first_TGP[:, :, : spec.group_score_k].sum(axis=-1)
-    assert spec.num_limited_groups is not None  # the spec has groups
     group_ids_TL = top_k(group_scores_TG, spec.num_limited_groups)
     # -inf, not 0: choice scores can be negative (huggingface/transformers#45440).
     scores_for_choice_TE = np.where(kept_experts(group_ids_TL, spec), biased_scores_TE, spec.mask_fill)
     return scores_for_choice_TE, group_scores_TG, group_ids_TL
 
 
-def kept_experts(group_ids_TL, spec: RouterSpec):
+def kept_experts(group_ids_TL: np.ndarray, spec: RouterSpec) -> np.ndarray:
     """Whether each expert belongs to a kept group. Expert i belongs to group i // P. [GRP-2]"""
     group_of_E = np.arange(spec.num_experts) // spec.experts_per_group
     return (group_ids_TL[:, :, None] == group_of_E).any(axis=1)
 
 
-def top_k(scores_TE, k: int):
+def top_k(scores_TE: np.ndarray, k: int) -> np.ndarray:
     """Ids of the k largest entries of each row, descending; ties go to the lower id. [SEL-5, SEL-6]"""
     return np.argsort(-scores_TE, axis=-1, kind="stable")[:, :k]
 
 
-def select(scores_for_choice_TE, spec: RouterSpec):
+def select(scores_for_choice_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
     """Each token selects the top_k choices with the best choice scores. [SEL-1, SEL-2, SEL-3]"""
     expert_ids_TK = top_k(scores_for_choice_TE, spec.top_k)
     chosen_TK = np.take_along_axis(scores_for_choice_TE, expert_ids_TK, axis=-1)
@@ -125,7 +130,7 @@ def select(scores_for_choice_TE, spec: RouterSpec):
     return expert_ids_TK
 
 
-def sparsemixer(scaled_logits_TE, spec: RouterSpec):
+def sparsemixer(scaled_logits_TE: np.ndarray, spec: RouterSpec) -> tuple[np.ndarray, np.ndarray]:
     """Slot j takes the best remaining expert, weighted by a softmax over the band below it. [SEL-13, WGT-15]
 
     The band holds the remaining experts whose distance to the best is at most 2 * mixer_eps of the larger of
@@ -169,20 +174,24 @@ def choose(
     return top_k(draws_TE, K)
 
 
-def gather(values_TE, expert_ids_TK):
+def gather(values_TE: np.ndarray, expert_ids_TK: np.ndarray) -> np.ndarray:
     """The values of the selected experts; an unused slot reads 0. [WGT-8, WGT-11]"""
     found_TK = np.take_along_axis(values_TE, np.maximum(expert_ids_TK, 0), axis=-1)
     return np.where(expert_ids_TK == UNUSED, 0, found_TK)
 
 
-def weigh(scaled_logits_TE, scores_TE, expert_ids_TK, spec: RouterSpec):
+def weigh(
+    scaled_logits_TE: np.ndarray, scores_TE: np.ndarray | None, expert_ids_TK: np.ndarray, spec: RouterSpec
+) -> np.ndarray:
     """Weights are the selected scores, without any bias. [WGT-1, WGT-3]"""
-    if spec.score_over == "all":
+    if scores_TE is not None:
         return gather(scores_TE, expert_ids_TK)
     return softmax(np.where(expert_ids_TK == UNUSED, -np.inf, gather(scaled_logits_TE, expert_ids_TK)))
 
 
-def normalise(raw_weights_TK, shared_scores_TS, spec: RouterSpec):
+def normalise(
+    raw_weights_TK: np.ndarray, shared_scores_TS: np.ndarray, spec: RouterSpec
+) -> tuple[np.ndarray, np.ndarray]:
     """With route_norm a token's weights are divided by their norm; a norm of 0 leaves them 0. [WGT-2, WGT-6, WGT-7]"""
     if not spec.route_norm:
         return raw_weights_TK, shared_scores_TS
@@ -201,7 +210,9 @@ def divisor_of(in_norm: np.ndarray, spec: RouterSpec) -> tuple[np.ndarray, np.nd
     return (norm_T1 + spec.norm_eps if spec.norm_form == "add_eps" else np.maximum(norm_T1, spec.norm_eps)), norm_T1
 
 
-def scale_weights(weights_TK, expert_ids_TK, learned_scale, spec: RouterSpec):
+def scale_weights(
+    weights_TK: np.ndarray, expert_ids_TK: np.ndarray, learned_scale: np.ndarray, spec: RouterSpec
+) -> np.ndarray:
     """route_scale, then the learned scale, multiply the weights once; a skipped choice weighs 0. [WGT-4, WGT-9]"""
     scaled_TK = weights_TK * spec.route_scale * factor_of(expert_ids_TK, learned_scale, spec)
     if spec.null_kind == "skip":
@@ -209,7 +220,7 @@ def scale_weights(weights_TK, expert_ids_TK, learned_scale, spec: RouterSpec):
     return scaled_TK
 
 
-def factor_of(expert_ids_TK, learned_scale, spec: RouterSpec):
+def factor_of(expert_ids_TK: np.ndarray, learned_scale: np.ndarray, spec: RouterSpec) -> np.ndarray:
     """The learned factor of each slot: of its expert, global, or 1."""
     if spec.learned_scale == "per_expert":
         return learned_scale[np.maximum(expert_ids_TK, 0)]
@@ -217,13 +228,13 @@ def factor_of(expert_ids_TK, learned_scale, spec: RouterSpec):
 
 
 def route(
-    logits_TE,
+    logits_TE: np.ndarray,
     spec: RouterSpec,
     *,
-    expert_bias_E=None,
-    learned_scale=None,
+    expert_bias_E: np.ndarray | None = None,
+    learned_scale: np.ndarray | None = None,
     inputs: RouterInputs = NO_INPUTS,
-    token_mask_T=None,
+    token_mask_T: np.ndarray | None = None,
     dtype: DTypeLike = np.float64,
 ) -> RoutingTrace:
     """Every stage of routing in order; the trace keeps all of them.
@@ -260,11 +271,11 @@ def route(
         scores_TE = score(choices_TE, spec)
     if spec.selector == "top_k":
         scores_for_choice_TE = bias_choice(choices_TE, scores_TE, expert_bias_E, spec)
-    if spec.num_expert_groups is not None:
+    if scores_for_choice_TE is not None and spec.num_expert_groups is not None:
         scores_for_choice_TE, group_scores_TG, group_ids_TL = limit_groups(scores_for_choice_TE, spec)
 
     weighed_TE = scores_TE
-    if scores_TE is not None and spec.weights_from == "masked_scores":
+    if scores_TE is not None and group_ids_TL is not None and spec.weights_from == "masked_scores":
         weighed_TE = np.where(kept_experts(group_ids_TL, spec), scores_TE, 0)
     if spec.selector == "sparsemixer":
         expert_ids_TK, raw_weights_TK = sparsemixer(choices_TE, spec)
@@ -290,7 +301,7 @@ def route(
     return give_weights(routing, inputs.given_weights_TK)
 
 
-def scale_shared(normed_shared_TS, learned_scale, spec: RouterSpec):
+def scale_shared(normed_shared_TS: np.ndarray, learned_scale: np.ndarray, spec: RouterSpec) -> np.ndarray:
     """Router-scored shared experts take route_scale and the global scale, like the selected ones. [WGT-13]"""
     return normed_shared_TS * spec.route_scale * (learned_scale if spec.learned_scale == "global" else 1)
 

@@ -5,6 +5,7 @@ A slot is one (token, k) pair with the flat number t * K + k. Nothing here reads
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,11 +31,11 @@ class Permutation:
 class TokenDispatcher:
     """What a layer asks of its dispatcher. One that moves rows between ranks runs the experts in between itself."""
 
-    def permute(self, expert_ids_TK: Tensor):
+    def permute(self, expert_ids_TK: Tensor) -> Any:
         """Where each slot goes; the result has `tokens_per_expert_E`, the slots of each choice on this rank."""
         raise NotImplementedError
 
-    def run(self, experts, x_TD: Tensor, permutation, weights_TK: Tensor, *, on_input: bool) -> Tensor:
+    def run(self, experts: Any, x_TD: Tensor, permutation: Any, weights_TK: Tensor, *, on_input: bool) -> Tensor:
         """dispatch, experts and combine; the weight is on the output, or on the input."""
         raise NotImplementedError
 

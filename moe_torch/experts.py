@@ -54,7 +54,9 @@ def hide(gate_RF: Tensor, up_RF: Tensor | None, act: Activation) -> Tensor:
     return activated_RF if up_RF is None else activated_RF * clamped_up(up_RF, act)
 
 
-def hide_backward(d_hidden_RF: Tensor, gate_RF: Tensor, up_RF: Tensor | None, act: Activation):
+def hide_backward(
+    d_hidden_RF: Tensor, gate_RF: Tensor, up_RF: Tensor | None, act: Activation
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The hidden values again, and the gradients of both halves.
 
     A clamp passes the gradient of a value exactly at its limit.

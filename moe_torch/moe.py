@@ -8,6 +8,7 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, S shared
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -179,7 +180,7 @@ class MoE(nn.Module):
         )
         return replace(routing, expert_ids_TK=kept.expert_ids_TK, weights_TK=kept.weights_TK)
 
-    def run_experts(self, x_TD: Tensor, permutation, weights_TK: Tensor) -> Tensor:
+    def run_experts(self, x_TD: Tensor, permutation: Any, weights_TK: Tensor) -> Tensor:
         """dispatch, experts and combine; the weight is on the output, or on the input."""
         on_input = self.spec.router.weight_on == "input"
         if isinstance(self.dispatcher, LocalTokenDispatcher):

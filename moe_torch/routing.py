@@ -86,7 +86,9 @@ def softmax(logits_TE: Tensor) -> Tensor:
     return exp_TE / exp_TE.sum(-1, keepdim=True).clamp(min=1)
 
 
-def bias_choice(scaled_logits_TE: Tensor, scores_TE: Tensor | None, expert_bias_E, spec: RouterSpec) -> Tensor:
+def bias_choice(
+    scaled_logits_TE: Tensor, scores_TE: Tensor | None, expert_bias_E: Tensor | None, spec: RouterSpec
+) -> Tensor:
     """What is ranked: scores (or logits) plus expert_bias; a logit of -inf is never chosen. [SEL-4, SEL-9]"""
     ranked_TE = scaled_logits_TE if spec.select_by == "logit" or scores_TE is None else scores_TE
     # The choice is a step function: nothing flows back through it. The sum is a copy even without a bias:
@@ -139,9 +141,11 @@ def kept_experts(group_ids_TL: Tensor, group_scores_TG: Tensor, biased_scores_TE
     return kept_TG.repeat_interleave(biased_scores_TE.shape[-1] // group_scores_TG.shape[-1], dim=-1)
 
 
-def select(biased_scores_TE: Tensor, group_scores_TG, group_ids_TL, spec: RouterSpec) -> Tensor:
+def select(
+    biased_scores_TE: Tensor, group_scores_TG: Tensor | None, group_ids_TL: Tensor | None, spec: RouterSpec
+) -> Tensor:
     """Each token selects the top_k choices with the best choice scores, none of them -inf. [SEL-1, SEL-2, SEL-3]"""
-    if group_ids_TL is None:
+    if group_ids_TL is None or group_scores_TG is None:
         return _fillable(top_k(biased_scores_TE, spec.top_k), biased_scores_TE)
     if spec.mask_fill != NEG_INF:
         kept_TE = kept_experts(group_ids_TL, group_scores_TG, biased_scores_TE)
@@ -239,7 +243,9 @@ def weigh(scaled_logits_TE: Tensor, scores_TE: Tensor | None, expert_ids_TK: Ten
     return softmax(torch.where(expert_ids_TK == UNUSED, NEG_INF, gather(scaled_logits_TE, expert_ids_TK)))
 
 
-def normalise(raw_weights_TK: Tensor, shared_scores_TS: Tensor | None, spec: RouterSpec):
+def normalise(
+    raw_weights_TK: Tensor, shared_scores_TS: Tensor | None, spec: RouterSpec
+) -> tuple[Tensor, Tensor | None]:
     """With route_norm a token's weights are divided by their norm; a norm of 0 leaves them 0. [WGT-2, WGT-6, WGT-7]"""
     if not spec.route_norm:
         return raw_weights_TK, shared_scores_TS
@@ -270,12 +276,12 @@ def norm(weights_TK: Tensor, p: float) -> Tensor:
     return torch.where(sum_T1 == 0, 0, largest_T1 * torch.where(sum_T1 == 0, 1, sum_T1) ** (1 / p))
 
 
-def scale_weights(weights_TK: Tensor, expert_ids_TK: Tensor, learned_scale, spec: RouterSpec) -> Tensor:
+def scale_weights(weights_TK: Tensor, expert_ids_TK: Tensor, learned_scale: Tensor | None, spec: RouterSpec) -> Tensor:
     """route_scale, then the learned scale, multiply the weights once; a skipped choice weighs 0. [WGT-4, WGT-9]"""
     scaled_TK = weights_TK if spec.route_scale == 1 else weights_TK * spec.route_scale
-    if spec.learned_scale == "per_expert":
+    if learned_scale is not None and spec.learned_scale == "per_expert":
         scaled_TK = scaled_TK * learned_scale.to(scaled_TK.dtype)[expert_ids_TK.clamp(min=0)]
-    elif spec.learned_scale == "global":
+    elif learned_scale is not None:
         scaled_TK = scaled_TK * learned_scale
     if spec.null_kind == "skip":
         return torch.where(expert_ids_TK >= spec.num_experts, 0, scaled_TK)
@@ -372,9 +378,10 @@ def route(
     )
 
 
-def scale_shared(normed_shared_TS: Tensor, learned_scale, spec: RouterSpec) -> Tensor:
+def scale_shared(normed_shared_TS: Tensor, learned_scale: Tensor | None, spec: RouterSpec) -> Tensor:
     """Router-scored shared experts take route_scale and the global scale, like the selected ones. [WGT-13]"""
-    return normed_shared_TS * spec.route_scale * (learned_scale if spec.learned_scale == "global" else 1)
+    scaled_TS = normed_shared_TS * spec.route_scale
+    return scaled_TS * learned_scale if learned_scale is not None and spec.learned_scale == "global" else scaled_TS
 
 
 def check_logits(

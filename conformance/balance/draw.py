@@ -13,6 +13,7 @@ import numpy as np
 from conformance.balance.case import RULES, BalanceCase, BatchSpec
 from conformance.balance.check import BalanceCheck
 from conformance.core.case import float32
+from conformance.core.chosen import pool_of
 from conformance.core.drawing import one_of
 from conformance.core.judge import Judge
 from conformance.core.kind import settings_of
@@ -249,7 +250,7 @@ def make_case(
 
 def settings(judge: Judge, check: BalanceCheck) -> tuple[list[BatchSpec], Counter]:
     """The specs that the check wants and the subject supports, and why the others are not run."""
-    pool = THIN_BATCH_SPECS if judge.subject.compiles else BATCH_SPECS
+    pool = pool_of(judge, BatchSpec, THIN_BATCH_SPECS if judge.subject.compiles else BATCH_SPECS)
     wanted = [spec for spec in pool if check.wants_spec(spec)]
     if RULES[check.method] is None:
         return wanted, Counter()

@@ -53,8 +53,8 @@ class Case(ABC):
         return None
 
     def part(self, kind: "type[Case]") -> "Case | None":
-        """The case of another kind that is a part of this one, as the router of a layer is; None where none is."""
-        return None
+        """What of this case is one of a kind: itself, or a part of it, as the router of a layer is; or None."""
+        return self if isinstance(self, kind) else None
 
     def rng(self) -> np.random.Generator:
         """The source of a requirement's draws."""

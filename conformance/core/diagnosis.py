@@ -1,17 +1,17 @@
 """conformance, diagnosis: which known fault returns what a subject returned, in the calls that a check makes."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, is_dataclass
-from functools import wraps
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 
+from conformance.core.case import Case
 from conformance.core.check import CHECKS, Check
 from conformance.core.fault import Fault
-from conformance.core.judge import Crash, Judge, NotRun, Violation
+from conformance.core.judge import Judge, NotRun, Violation
 from conformance.core.rounding import EPSILON, TINY
 from conformance.core.subject import Subject
 
@@ -25,18 +25,30 @@ MOST_ERROR = 2**-5
 class Call:
     """One call of a method of a subject."""
 
+    case: Case
     arguments: tuple
+    """As they were before the subject could write to them."""
     inputs: dict[str, Any]
     result: Any
 
-    def repeats(self, method: Callable, tolerance: float, floor: float) -> bool:
-        """Whether another method returns the same."""
-        arguments, inputs = deepcopy((self.arguments, self.inputs))
+
+class Recorder(Judge):
+    """A judge that keeps what a method of its subject is asked and returns."""
+
+    def __init__(self, subject: Subject, method: str):
+        super().__init__(subject)
+        self.method, self.calls, self.crashed = method, list[Call](), False
+
+    def call(self, case: Case, method: str, *arguments: Any, blame: str = "", **inputs: Any) -> Any:
+        given = deepcopy((arguments, inputs))
         try:
-            with np.errstate(all="ignore"):
-                return same(method(*arguments, **inputs), self.result, tolerance, floor)
-        except Exception:  # whatever a fault runs into in this call, it does not return the same
-            return False
+            result = super().call(case, method, *arguments, blame=blame, **inputs)
+        except Violation:
+            self.crashed = True
+            raise
+        if method == self.method:
+            self.calls.append(Call(case=case, arguments=given[0], inputs=given[1], result=deepcopy(result)))
+        return result
 
 
 def explaining(
@@ -60,8 +72,8 @@ def explaining(
     floor, calls = max(TINY[dtype] for dtype in dtypes), calls_of(judge, check, violation.case)
 
     def returns_the_same(fault: Fault) -> bool:
-        method = getattr(subject_with(fault), check.method)
-        return all(call.repeats(method, tolerance, floor) for call in calls)
+        other = Judge(subject_with(fault))
+        return all(repeats(call, other, check.method, tolerance, floor) for call in calls)
 
     if not calls or returns_the_same(clean):
         return []
@@ -71,53 +83,47 @@ def explaining(
 
 def calls_of(judge: Judge, check: Check, case: Any) -> list[Call]:
     """What the check asks the subject on a case, and what it gets; nothing where the subject raises an error."""
-    calls, method, entry = [], getattr(judge.subject, check.method), judge.ledger[check.requirement]
-    near_ties = entry.near_ties
+    recorder = Recorder(judge.subject, check.method)
+    with suppress(NotRun, Violation):
+        recorder.run(check, case)
+    return [] if recorder.crashed else recorder.calls
 
-    @wraps(method)
-    def recorded(*arguments, **inputs):
-        given = deepcopy((arguments, inputs))
-        result = method(*arguments, **inputs)
-        calls.append(Call(arguments=given[0], inputs=given[1], result=deepcopy(result)))
-        return result
 
-    with patch.object(judge.subject, check.method, recorded):
-        try:
-            judge.run(check, case)
-        except Crash:
-            return []
-        except (NotRun, Violation):
-            pass
-        finally:
-            entry.near_ties = near_ties
-    return calls
+def repeats(call: Call, judge: Judge, method: str, tolerance: float, floor: float) -> bool:
+    """Whether another subject returns the same in a call."""
+    arguments, inputs = deepcopy((call.arguments, call.inputs))
+    try:
+        return same(judge.call(call.case, method, *arguments, **inputs), call.result, tolerance, floor)
+    except (NotRun, Violation):  # whatever a fault runs into in this call, it does not return the same
+        return False
 
 
 def same(found: Any, wanted: Any, tolerance: float, floor: float) -> bool:
     """Whether two results are the same: whole numbers and bools exactly, others but for rounding.
 
     Args:
-        found, wanted: arrays, numbers, None; mappings, of which the names that both have are compared; dataclasses;
-            lists.
+        found, wanted: arrays, numbers, None; lists; dataclasses; mappings, of which `found` may have more names.
         tolerance: granted to a number, as a part of the largest finite one of its array.
         floor: granted to each number besides.
     """
     if is_dataclass(found) and is_dataclass(wanted):
         found, wanted = vars(found), vars(wanted)
     if isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        names = found.keys() & wanted.keys()
-        return bool(names) and all(same(found[name], wanted[name], tolerance, floor) for name in names)
+        return wanted.keys() <= found.keys() and all(
+            same(found[name], wanted[name], tolerance, floor) for name in wanted
+        )
     if isinstance(found, (list, tuple)) and isinstance(wanted, (list, tuple)):
         pairs = zip(found, wanted, strict=False)
         return len(found) == len(wanted) and all(same(*pair, tolerance, floor) for pair in pairs)
-    found, wanted = np.asarray(found), np.asarray(wanted)
-    if found.shape != wanted.shape:
-        return False
-    if found.dtype.kind in "biuOUS" and wanted.dtype.kind in "biuOUS":
-        return bool((found == wanted).all())
     try:
+        found, wanted = np.asarray(found), np.asarray(wanted)
+        if found.shape != wanted.shape:
+            return False
+        exact = [each.dtype.kind in "biuOUS" for each in (found, wanted)]
+        if any(exact):  # a count that became a fraction is another one
+            return all(exact) and bool((found == wanted).all())
         found, wanted = found.astype(np.float64), wanted.astype(np.float64)
-    except (TypeError, ValueError):  # a number, and something that is none
+    except (TypeError, ValueError):  # a number or an array, and something that is none
         return False
     radius = floor + tolerance * np.abs(wanted[np.isfinite(wanted)]).max(initial=0)
     return bool(np.isclose(found, wanted, rtol=tolerance, atol=radius, equal_nan=True).all())

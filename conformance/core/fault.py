@@ -20,7 +20,7 @@ from conformance.core.judge import Judge, Violation
 from conformance.core.kind import Kind, kind_of
 from conformance.core.register import REQUIREMENTS, of_stage, stage_order
 from conformance.core.subject import Subject
-from conformance.core.trial import DEFAULT_EXAMPLES, accusations
+from conformance.core.trial import DEFAULT_EXAMPLES, accuse
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -135,7 +135,7 @@ def killers(fault: Fault, *, seed: int | None = None, examples: int = DEFAULT_EX
         how: of `Kind.faulty`.
     """
     judge = Judge(fault.kind.faulty(fault, **how))
-    return accusations(judge, seed=seed, examples=examples, of=of_stage(*fault.kind.stages))
+    return accuse(judge, seed=seed, examples=examples, ids=of_stage(*fault.kind.stages))
 
 
 def first_killer(fault: Fault, *, seed: int | None = None, examples: int = DEFAULT_EXAMPLES, **how) -> Violation | None:
@@ -143,7 +143,7 @@ def first_killer(fault: Fault, *, seed: int | None = None, examples: int = DEFAU
     names = sorted(of_stage(*fault.stages), key=stage_order)
     names.sort(key=lambda name: name != fault.requirement)
     judge = Judge(fault.kind.faulty(fault, **how))
-    found = accusations(judge, seed=seed, examples=examples, of=names, first=True)
+    found = accuse(judge, seed=seed, examples=examples, ids=names, first=True)
     return next(iter(found.values()), None)
 
 

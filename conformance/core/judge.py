@@ -11,6 +11,7 @@ import numpy as np
 
 from conformance.core.case import Case
 from conformance.core.check import CHECKS, Check
+from conformance.core.chosen import Chosen
 from conformance.core.register import REQUIREMENTS
 from conformance.core.rounding import EPSILON
 from conformance.core.subject import Subject, Unsupported, capabilities
@@ -95,15 +96,21 @@ class Entry:
 class Judge:
     """Judges one subject. The checks of the chapters get one of these."""
 
-    def __init__(self, subject: Subject, deviations=()):
+    def __init__(self, subject: Subject, deviations=(), chosen: Chosen | None = None):
         self.subject = subject
+        self.chosen = chosen
+        """What alone is judged; None: the pools of the kinds."""
         self.deviations = tuple(deviations)
+        if not REQUIREMENTS:
+            raise RuntimeError("no requirement is registered: import conformance.run.kinds, which loads the chapters")
         self.ledger = {name: Entry() for name in REQUIREMENTS}
         self.capabilities = capabilities(subject)
         self.memory: dict[Any, Any] = {}
         """What a kind keeps of this subject between calls."""
         self.watch: Callable[[Check, Case], None] | None = None
         """Told of each case before the subject is called on it."""
+        self.handed: tuple[tuple, dict[str, Any]] = (), {}
+        """Arguments and inputs of the last call, the very arrays that the subject got."""
         self._running: list[Check] = []
         for dtype in (*subject.logit_dtypes, subject.compute_dtype, subject.expert_dtype):
             known = tuple(EPSILON)
@@ -135,6 +142,7 @@ class Judge:
             # **inputs names none: what is swallowed unread is not what the case asks for.
             if name not in parameters:
                 raise NotRun(f"{method}() has no parameter {name}")
+        self.handed = arguments, inputs
         try:
             # Poisoned rows overflow; that is for the checks to see, not for Python to warn of.
             with np.errstate(all="ignore"):
@@ -221,7 +229,7 @@ class Judge:
     def violated(self, requirement: str, case: Case) -> Violation | None:
         """What the check of a requirement finds on a case of its kind, or of the kind that its kind is made of."""
         check = CHECKS[requirement]
-        part = case if isinstance(case, check.case) else case.part(check.case)
+        part = case.part(check.case)
         if part is None or check.method not in self.capabilities or not check.wants(part):
             return None
         try:
@@ -262,7 +270,7 @@ def cast(array: np.ndarray, dtype: str) -> np.ndarray:
     return array.astype(dtype)
 
 
-def _as_given(value):
+def _as_given(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.astype(np.float32) if value.dtype == np.float64 else value.copy()
     return value

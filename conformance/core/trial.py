@@ -17,6 +17,7 @@ from conformance.core.register import REQUIREMENTS, SPEC_VERSION, stage_order
 
 DEFAULT_EXAMPLES = 60
 """Cases for each requirement of a kind whose cost is 1."""
+NOTHING_WANTED = "nothing that was chosen is of this requirement"
 BITS = 32
 """Of the seed of a case."""
 
@@ -79,6 +80,8 @@ def why_not(judge: Judge, check: Check) -> str | None:
         entry.reasons = Counter([f"{check.method}() is not defined"])
         return f"{check.method}() is not defined"
     found, entry.reasons = settings_of(judge, check)
+    if not found and not entry.reasons:
+        entry.reasons = Counter([NOTHING_WANTED])
     return None if found else "; ".join(entry.reasons)
 
 
@@ -96,12 +99,12 @@ def survey(judge: Judge, check: Check) -> None:
         raise found
 
 
-def accusations(
+def accuse(
     judge: Judge,
     *,
     seed: int | None = None,
     examples: int = DEFAULT_EXAMPLES,
-    of: Iterable[str] | None = None,
+    ids: Iterable[str] | None = None,
     first: bool = False,
 ) -> dict[str, Violation]:
     """Violations of a subject, by requirement, earliest stage first, not shrunk.
@@ -110,10 +113,10 @@ def accusations(
         judge: of the subject.
         seed: of the generated cases; None: those of a run.
         examples: cases for each requirement.
-        of: requirements to judge; None: every one.
+        ids: requirements to judge; None: every one.
         first: stop at the first violation.
     """
-    for name in sorted(CHECKS, key=stage_order) if of is None else of:
+    for name in sorted(CHECKS, key=stage_order) if ids is None else ids:
         try:
             as_test(CHECKS[name], examples=examples, seed=seed)(judge)
         except Violation as violation:

@@ -44,8 +44,8 @@ class LayerCase(Case):
         return layer_backward(self.reference, self.params, self.spec, self.d_output_TD)
 
     def part(self, kind: type[Case]) -> Case | None:
-        """Its router."""
-        return self.router_case if issubclass(RouterCase, kind) else None
+        """Its router besides."""
+        return self.router_case if kind is RouterCase else super().part(kind)
 
     @cached_property
     def router_case(self) -> RouterCase:
@@ -122,7 +122,7 @@ class LayerCase(Case):
             x_TD=np.array(data["x_TD"], dtype=np.float64).reshape(shape),
             params=params,
             d_output_TD=np.array(data["d_output_TD"], dtype=np.float64).reshape(shape),
-            inputs={name: input_of_json(name, value) for name, value in data.get("inputs", {}).items()},
+            inputs={name: input_of_json(name, value, spec.router) for name, value in data.get("inputs", {}).items()},
             seed=data.get("seed", 0),
         )
 

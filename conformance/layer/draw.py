@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from conformance.core.case import float32
+from conformance.core.chosen import pool_of, tokens_of
 from conformance.core.drawing import covering, one_of
 from conformance.core.judge import Judge
 from conformance.core.kind import settings_of
@@ -250,7 +251,7 @@ def pool(judge: Judge) -> list[LayerSpec]:
 
 def settings(judge: Judge, check: LayerCheck) -> tuple[list[LayerSpec], Counter]:
     """The specs that the check wants and the subject supports, each fact about as often as any other."""
-    wanted = [spec for spec in pool(judge) if check.spec(spec)]
+    wanted = [spec for spec in pool_of(judge, LayerSpec, pool(judge)) if check.spec(spec)]
     reasons = [judge.subject.supports_layer(spec) for spec in wanted]
     supported = [spec for spec, why in zip(wanted, reasons, strict=True) if why is None]
     return evenly(supported), Counter(why for why in reasons if why)
@@ -259,7 +260,7 @@ def settings(judge: Judge, check: LayerCheck) -> tuple[list[LayerSpec], Counter]
 def draw(judge: Judge, check: LayerCheck, seed: int) -> LayerCase:
     """The case of a seed."""
     rng, (specs, _) = np.random.default_rng(seed), settings_of(judge, check)
-    sizes = check.tokens[:1] if judge.subject.compiles else check.tokens
+    sizes = tokens_of(judge, check.tokens[:1] if judge.subject.compiles else check.tokens)
     spec, x, bias = one_of(rng, specs), one_of(rng, check.x), one_of(rng, check.bias)
     return make_case(spec, check, x=x, bias=bias, tokens=one_of(rng, sizes), seed=int(rng.integers(2**32)))
 
@@ -267,7 +268,7 @@ def draw(judge: Judge, check: LayerCheck, seed: int) -> LayerCase:
 def fixed(judge: Judge, check: LayerCheck) -> Iterator[LayerCase]:
     """A case for each fact that holds for some spec, so that a rare one is not left to luck."""
     supported = set(settings_of(judge, check)[0])
-    specs = [spec for spec in pool(judge) if spec in supported]
+    specs = [spec for spec in pool_of(judge, LayerSpec, pool(judge)) if spec in supported]
     for number, spec in enumerate(sorted(covering(specs, facts), key=specs.index)):
         x, bias = check.x[number % len(check.x)], check.bias[number % len(check.bias)]
-        yield make_case(spec, check, x=x, bias=bias, tokens=check.tokens[0], seed=number)
+        yield make_case(spec, check, x=x, bias=bias, tokens=tokens_of(judge, check.tokens)[0], seed=number)

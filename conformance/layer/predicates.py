@@ -1,6 +1,7 @@
 """conformance, layer: what its chapters share. Simpler neighbours, conditions, names of parameters."""
 
 from dataclasses import fields, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,6 +13,10 @@ from moe_ref import LayerParams, LayerSpec
 
 PARTS = ("EXP-2", "EXP-3", "EXP-4", "EXP-5", "CMB-2", "CMB-3", "CMB-5", "CMB-7", "LAY-1")
 """Where one of these fails on the same case, the layer fails too, and is not the one to blame."""
+WHOLE = ("LAY-2", "LAY-8", "LAY-9", "LAY-10", "LAY-11", "LAY-12", "LAY-13")
+"""What the output of a layer is; each layer has one of them."""
+GRADIENTS = ("BWD-2", "BWD-3", "BWD-4", "BWD-5", "BWD-8", "BWD-10")
+"""What its gradients are."""
 POISON = (np.nan, 1e30, np.nan)
 """What rows hold that nobody reads, in calls one after the other."""
 
@@ -34,27 +39,37 @@ CHOICE_IS_CLEAR = Condition(sentence="judged where every choice is beyond doubt"
 """Elsewhere rounding may change a choice, and with it every gradient."""
 
 
+def _leaves_an_expert_idle(judge: Judge, case: LayerCase) -> bool:
+    idle_E = case.reference.permutation.tokens_per_expert_E == 0
+    return bool(idle_E.any()) and CHOICE_IS_CLEAR.holds(judge, case)
+
+
+IDLE_EXPERT = Condition(sentence="judged where an expert is surely without tokens", holds=_leaves_an_expert_idle)
+
+
 # neighbours
 
+OfLayer = TypeVar("OfLayer", bound=LayerCase)
 
-def without_shared(case: LayerCase) -> LayerCase:
+
+def without_shared(case: OfLayer) -> OfLayer:
     """The same layer without its shared experts."""
     names = (f.name for f in fields(LayerParams) if f.name.startswith("shared_"))
     return case.with_(spec=case.spec.replace(shared=None), params=replace(case.params, **dict.fromkeys(names)))
 
 
-def routed_alone(case: LayerCase) -> LayerCase | None:
+def routed_alone(case: OfLayer) -> OfLayer | None:
     """The same layer without its shared experts, where it has some and the router does not score them."""
     if case.spec.router.num_scored_shared_experts or case.spec.shared is None:
         return None
     return without_shared(case)
 
 
-def unmasked(case: LayerCase) -> LayerCase:
+def unmasked(case: OfLayer) -> OfLayer:
     """The same tokens, none of them padding."""
     return case.with_inputs(token_mask_T=None)
 
 
-def poisoned(case: LayerCase, poison: float) -> LayerCase:
+def poisoned(case: OfLayer, poison: float) -> OfLayer:
     """The same with this in every padding row."""
     return case.with_(x_TD=np.where(case.valid_T[:, None], case.x_TD, poison))

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+from conformance.core.chosen import router_of
 from conformance.core.usage import UsageError
 from conformance.pictures.figure import figure_class, save
 from moe_ref.balance import bias_update, load_statistics, tokens_per_expert
 from moe_ref.routing import route
 from moe_ref.specs.balance import BiasUpdateSpec
 from moe_ref.specs.checks import integer, number, require
-from moe_ref.specs.families import family
 from moe_ref.specs.router import RouterSpec
 
 BLUE, ORANGE = "#0072B2", "#E69F00"
@@ -56,7 +56,7 @@ class Run:
 def load(options: Namespace) -> int:
     """The command: prints the table, and draws it where a file is named."""
     try:
-        router = family(options.family).router
+        router = router_of(options.family)
         require(
             router.selector == "top_k",
             f"selector is {router.selector!r}, which takes no bias; a load is evened where the selector is 'top_k'",
@@ -103,8 +103,9 @@ def neutral_scale(router: RouterSpec) -> np.ndarray | None:
 def heading(router: RouterSpec, options: Namespace) -> str:
     """What was simulated."""
     return (
-        f"{options.family}: {router.num_experts} experts, {router.top_k} of them for each token; bias updates: "
-        f"{options.steps}, of rate {options.rate:g}; {options.tokens} tokens before each; skew {options.skew:g}"
+        f"{' '.join(options.family)}: {router.num_experts} experts, {router.top_k} of them for each token; "
+        f"bias updates: {options.steps}, of rate {options.rate:g}; {options.tokens} tokens before each; "
+        f"skew {options.skew:g}"
     )
 
 
@@ -141,13 +142,15 @@ def draw(runs: tuple[Run, ...], router: RouterSpec, options: Namespace) -> None:
     at_end.set_ylim(bottom=0)
     at_end.set(title=f"Every expert after update {options.steps}", xlabel="experts, busiest first")
     figure.legend(*at_end.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.suptitle(f"{options.family}: E = {router.num_experts}, K = {router.top_k}, rate {options.rate:g}")
+    figure.suptitle(f"{' '.join(options.family)}: E = {router.num_experts}, K = {router.top_k}, rate {options.rate:g}")
     save(figure, options.plot, dpi=150)
 
 
 def add_options(command: ArgumentParser, positive: Callable[[str], int]) -> None:
     """The options of the command; `positive` reads an integer of at least 1."""
-    command.add_argument("family", metavar="FAMILY", help="whose router, such as deepseek_v3")
+    command.add_argument(
+        "family", nargs="+", metavar="FAMILY", help="whose router, such as deepseek_v3, or deepseek_v3 num_experts=384"
+    )
     for name, default, meaning in (
         ("--steps", 200, "updates of the bias"),
         ("--tokens", 1024, "tokens of each batch"),

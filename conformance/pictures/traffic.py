@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from conformance.core.chosen import router_of
 from conformance.core.usage import UsageError
 from conformance.pictures.figure import figure_class, save
 from moe_ref.routing import route
 from moe_ref.specs.checks import integer, number
-from moe_ref.specs.families import family
 from moe_ref.specs.layout import ShardLayout, even_pieces
 from moe_ref.specs.router import RouterSpec
 from moe_ref.strategies import STRATEGIES
@@ -53,7 +53,7 @@ class Line:
 def traffic(options) -> int:
     """The command: prints the table, and draws it where a file is named."""
     try:
-        router = family(options.family).router
+        router = router_of(options.family)
         layout = layout_of(options)
         layout.check(router)
         routings = routings_of(router)
@@ -116,8 +116,8 @@ def line(strategy: str, routing: str, asked: list[Demand], layout: ShardLayout, 
 def heading(router: RouterSpec, layout: ShardLayout, options) -> list[str]:
     """What was counted, in two lines."""
     return [
-        f"{options.family}: {router.num_experts} experts, {router.top_k} of them for each token; {options.tokens} "
-        f"tokens, rows of {options.dim} numbers of {options.bytes} bytes",
+        f"{' '.join(options.family)}: {router.num_experts} experts, {router.top_k} of them for each token; "
+        f"{options.tokens} tokens, rows of {options.dim} numbers of {options.bytes} bytes",
         f"{layout.num_ranks} ranks: {layout.num_rank_groups} x {layout.expert}, {layout.num_nodes} nodes of "
         f"{layout.node_size} in each. {_groups_on_nodes(router, layout)}",
     ]
@@ -169,14 +169,20 @@ def draw(lines: list[Line], options) -> None:
         axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
     axes.set_xticks(np.arange(len(STRATEGIES)), STRATEGIES)
     axes.set_ylabel("MB across nodes, out and back")
-    axes.set_title(f"{options.family}, {options.ep} expert ranks, {options.ranks_per_node} on each node")
+    axes.set_title(f"{' '.join(options.family)}, {options.ep} expert ranks, {options.ranks_per_node} on each node")
     axes.legend(title="routing")
     save(figure, options.plot)
 
 
 def add_options(command, positive) -> None:
     """The options of the command; `positive` reads an integer of at least 1."""
-    command.add_argument("--family", default="deepseek_v3", metavar="NAME", help="whose router (default deepseek_v3)")
+    command.add_argument(
+        "--family",
+        nargs="+",
+        default=["deepseek_v3"],
+        metavar=("NAME", "FIELD=VALUE"),
+        help="whose router (default deepseek_v3), and what is another in it, such as num_experts=384",
+    )
     for name, default, meaning in (
         ("--ep", 64, "ranks of the expert axis"),
         ("--ranks-per-node", 8, "ranks of the expert axis on a node"),

@@ -7,7 +7,7 @@ from conformance.core.check import CHECKS, Check
 from conformance.core.fault import Fault
 from conformance.core.judge import Judge, NotRun, Violation
 from conformance.core.kind import Kind
-from conformance.router import draw, page, small_worlds
+from conformance.router import draw, page, pairs, sizes, small_worlds
 from conformance.router.case import RouterCase
 from conformance.router.check import RouterCheck
 from conformance.router.diagnosis import explaining
@@ -28,6 +28,10 @@ class RouterKind(Kind):
     def draw(self, judge: Judge, check: RouterCheck, seed: int) -> RouterCase:
         return draw.draw(judge, check, seed)
 
+    def fixed(self, judge: Judge, check: RouterCheck) -> Iterator[RouterCase]:
+        yield from pairs.cases(judge, check)
+        yield from sizes.cases(judge, check)
+
     def worlds(self, judge: Judge) -> Iterator[tuple[Check, RouterCase]]:
         for requirement, case in small_worlds.worlds_of(judge):
             yield CHECKS[requirement], case
@@ -43,7 +47,7 @@ class RouterKind(Kind):
 
     def diagnose(self, judge: Judge, violation: Violation, faults: Iterable[Fault]) -> list[Fault]:
         case = violation.case
-        if not isinstance(case, RouterCase) or "nan_logits" in case.tags:
+        if not isinstance(case, RouterCase) or not case.is_routable:
             return []
         try:
             seen = observe(judge, case)

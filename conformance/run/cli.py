@@ -42,6 +42,21 @@ def parser() -> Parser:
 
     run = commands.add_parser("run", help="judge subjects; without one, every built-in subject that is importable")
     run.add_argument("subjects", nargs="*", metavar="SUBJECT", help="a name, module:Class or path/to/file.py:Class")
+    run.add_argument(
+        "--family",
+        nargs="+",
+        metavar=("NAME", "FIELD=VALUE"),
+        help="judge exactly the router of a family at its published size, such as deepseek_v3 num_experts=384",
+    )
+    run.add_argument("--spec", type=Path, metavar="FILE", help="judge exactly this RouterSpec or LayerSpec, as JSON")
+    run.add_argument("--tokens", type=_positive, metavar="N", help="of each case of --family or --spec")
+    run.add_argument(
+        "--width",
+        nargs=2,
+        type=_positive,
+        metavar=("DIM", "HIDDEN_DIM"),
+        help="of the layer of --family or --spec, in place of its full one",
+    )
     run.add_argument("--examples", type=_positive, metavar="N", help="cases for each requirement")
     run.add_argument("--seed", type=int, metavar="S", help="other cases than the fixed ones")
     run.add_argument("--stage", choices=STAGES, metavar="STAGE", help=f"one of {', '.join(STAGES)}")
@@ -104,11 +119,16 @@ def options_markdown() -> str:
         lines.append(f"| `{pseudo.dest}` | | {pseudo.help} |")
         for action in commands.choices[pseudo.dest]._actions:
             if not isinstance(action, argparse._HelpAction):
-                name = " ".join([*action.option_strings[:1], *([str(action.metavar)] if action.metavar else [])])
+                name = " ".join([*action.option_strings[:1], *_metavar(action)])
                 choices = ", ".join(map(str, action.choices or ()))
                 meaning = action.help or (f"one of {choices}" if choices else "")
                 lines.append(f"| | `{name or action.dest}` | {meaning} |")
     return "\n".join(lines)
+
+
+def _metavar(action: argparse.Action) -> list[str]:
+    names = action.metavar or ()
+    return [names] if isinstance(names, str) else list(names)
 
 
 def _positive(text: str) -> int:

@@ -11,8 +11,9 @@ from conformance.core.kind import KIND_OF_STAGE, Kind
 from conformance.core.register import STAGES
 from conformance.layer.kind import LAYER
 from conformance.router.kind import ROUTER
+from conformance.sharded.kind import SHARDED
 
-KINDS: tuple[Kind, ...] = (ROUTER, LAYER, BALANCE)
+KINDS: tuple[Kind, ...] = (ROUTER, LAYER, SHARDED, BALANCE)
 """Every kind of thing that is judged, in the order of the data. A further kind is a folder and one line here."""
 
 

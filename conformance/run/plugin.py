@@ -16,7 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from conformance.core.judge import Judge
 
-KEYS = {"subject", "deviations", "examples", "seed"}
+KEYS = {"subject", "deviations", "examples", "seed", "family", "spec", "tokens", "width"}
 
 
 def pytest_addoption(parser):
@@ -32,6 +32,10 @@ def pytest_addoption(parser):
     group.addoption("--moe-examples", type=int, default=None, metavar="N", help="cases for each requirement")
     group.addoption("--moe-seed", type=int, default=None, metavar="S", help="other cases than the fixed ones")
     group.addoption("--moe-stage", default=None, metavar="STAGE", help="requirements of this stage alone")
+    group.addoption("--moe-family", nargs="+", default=None, metavar="NAME", help="this family's router alone")
+    group.addoption("--moe-spec", default=None, metavar="FILE", help="this RouterSpec or LayerSpec alone, as JSON")
+    group.addoption("--moe-tokens", type=int, default=None, metavar="N", help="of each case of a family or spec")
+    group.addoption("--moe-width", nargs=2, type=int, default=None, metavar="N", help="dim and hidden_dim of its layer")
     group.addoption("--moe-records", default=None, metavar="FILE", help="append each verdict as a line of JSON")
     group.addoption("--moe-watch", default=None, metavar="FILE", help="keep in it which case is tried")
     group.addoption(
@@ -60,29 +64,39 @@ def _settings(config) -> dict:
         or [str(config.rootpath / f) for f in listed(table.get("deviations", []))],
         "examples": option("--moe-examples") or table.get("examples"),
         "seed": option("--moe-seed") if option("--moe-seed") is not None else table.get("seed"),
+        "family": option("--moe-family") or listed(table.get("family", [])) or None,
+        "file": _path(option("--moe-spec"), config.invocation_params.dir) or _path(table.get("spec"), config.rootpath),
+        "tokens": option("--moe-tokens") or table.get("tokens"),
+        "width": option("--moe-width") or table.get("width"),
     }
+
+
+def _path(file, folder):
+    return None if file is None else Path(folder) / file
 
 
 class Session:
     """The judges of a pytest run, made when the first suite test is collected."""
 
     def __init__(self, config):
+        from conformance.core.chosen import chosen
         from conformance.core.judge import Judge
         from conformance.core.trial import DEFAULT_EXAMPLES
         from conformance.core.usage import UsageError
         from conformance.run.subjects_by_name import declared, subject_named
 
-        chosen = _settings(config)
-        if not chosen["subjects"]:
+        settings = _settings(config)
+        only = chosen(**{name: settings[name] for name in ("family", "file", "tokens", "width")})
+        if not settings["subjects"]:
             raise UsageError("the conformance suite needs --subject, or subject in [tool.moe-conformance]")
-        examples = DEFAULT_EXAMPLES if chosen["examples"] is None else chosen["examples"]
+        examples = DEFAULT_EXAMPLES if settings["examples"] is None else settings["examples"]
         if not isinstance(examples, int) or examples < 1:
             raise UsageError(f"examples is {examples!r}; it is an integer of at least 1")
         self.judges: dict[str, Judge] = {}
-        for name in chosen["subjects"]:
-            judge = Judge(subject_named(name), declared(name, chosen["deviations"]))
+        for name in settings["subjects"]:
+            judge = Judge(subject_named(name), declared(name, settings["deviations"]), only)
             self.judges[judge.name] = judge
-        self.seed, self.examples = chosen["seed"], examples
+        self.seed, self.examples = settings["seed"], examples
 
     def as_test(self, requirement: str):
         """The hypothesis test of a requirement with the settings of this run."""

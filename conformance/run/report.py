@@ -2,6 +2,7 @@
 
 import json
 import xml.etree.ElementTree as ET
+from collections import Counter
 from pathlib import Path
 
 from conformance.core.judge import Entry, Judge, Violation
@@ -11,8 +12,8 @@ from conformance.run.deviations import case_id
 
 STATUSES = ("ok", "known", "NEW", "STALE", "advice", "unsupported", "not judged")
 FAILING = ("NEW", "STALE")
-UNDEFINED = "() is not defined"
-"""How the sentence of a method ends that a subject does not have."""
+ALIKE = 3
+"""So many requirements that are unsupported for one reason share a line of the table."""
 SLOWEST = 5
 
 
@@ -97,12 +98,13 @@ def summary(records: list[dict]) -> str:
 
 
 def table(subject: dict, records: list[dict]) -> str:
-    """The requirements of one subject, a line each; those of a method that it does not define share one."""
+    """The requirements of one subject, a line each; many that are unsupported for one reason share one."""
     lines = [f"subject {subject['name']} {subject['version']}".rstrip() + f"     spec {SPEC_VERSION}", ""]
-    undefined: dict[str, list[str]] = {}
+    why = Counter(r["unsupported"][0] for r in records if r["status"] == "unsupported" and r["unsupported"])
+    alike: dict[str, list[str]] = {}
     for r in sorted(records, key=lambda r: stage_order(r["id"])):
-        if r["status"] == "unsupported" and r["unsupported"] and r["unsupported"][0].endswith(UNDEFINED):
-            undefined.setdefault(r["unsupported"][0], []).append(r["id"])
+        if r["status"] == "unsupported" and r["unsupported"] and why[r["unsupported"][0]] >= ALIKE:
+            alike.setdefault(r["unsupported"][0], []).append(r["id"])
             continue
         notes = []
         if r["near_ties"]:
@@ -114,8 +116,8 @@ def table(subject: dict, records: list[dict]) -> str:
         note = f"  [{'; '.join(notes)}]" if notes else ""
         lines.append(f"  {r['status']:<11} {r['id']:<6}  {r['sentence']}{note}")
         lines += [f"              declared {d['deviation']}: {d['reason']} {d['link']}" for d in r["known"]]
-    for sentence, names in undefined.items():
-        through = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}, {len(names)} requirements"
+    for sentence, names in alike.items():
+        through = f"{names[0]} .. {names[-1]}, {len(names)} requirements"
         lines.append(f"  {'unsupported':<11} {sentence}: {through}")
     layouts = {layout for r in records for layout in r.get("layouts", ())}
     on = f" on {len(layouts)} different layouts" if layouts else ""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from conformance.core.chosen import chosen
 from conformance.core.register import REQUIREMENTS
 from conformance.core.usage import UsageError
 from conformance.run.deviations import read
@@ -162,6 +163,7 @@ def run_subjects(options) -> int:
     """Judge the subjects of the command line; prints tables, failures and a matrix."""
     for file in options.deviations:
         read(Path(file))  # a usage error here, before anything runs
+    chosen(family=options.family, file=options.spec, tokens=options.tokens, width=options.width)
     names = options.subjects or list(DEFAULT)
     installed = []
     for name in names:
@@ -251,6 +253,14 @@ def _command(name: str, options, folder: Path) -> list[str]:
         command += ["--moe-deviations", str(Path(file).resolve())]
     if options.stage:
         command += ["--moe-stage", options.stage]
+    if options.family:
+        command += ["--moe-family", *options.family]
+    if options.spec:
+        command += ["--moe-spec", str(options.spec.resolve())]
+    if options.tokens:
+        command += ["--moe-tokens", str(options.tokens)]
+    if options.width:
+        command += ["--moe-width", *map(str, options.width)]
     return command
 
 
@@ -293,6 +303,8 @@ def _report(finished: list[Process], options) -> dict:
         "system": platform.system(),
         "examples": options.examples,
         "seed": options.seed,
+        "family": options.family,
+        "spec": str(options.spec) if options.spec else None,
     }
     complete = (
         options.stage is None

@@ -1,22 +1,26 @@
-"""conformance, what is generated for layouts: settings of a layer and a layout, then tokens, counts and loads for one.
+"""conformance, sharded: what is generated. Settings of a layer and a layout, then tokens, counts and loads for one.
 
 A subject that compiles gets a few settings, in which every fact comes about, and any data; others get any mesh of at
 most 8 devices with any number of tokens on each shard.
+
+Legend: T tokens, D model dim, E choices, K top_k, S token shards.
 """
 
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
-from hypothesis import strategies as st
 
-from conformance.core.judge import CHECKS, Judge, LayoutCheck
+from conformance.core.case import float32
+from conformance.core.check import CHECKS
+from conformance.core.drawing import covering, one_of
+from conformance.core.judge import Judge
+from conformance.core.kind import settings_of
+from conformance.layer.bounds import stable_T
 from conformance.layer.draw import (
     CLEARLY,
     DEEPSEEK,
@@ -27,11 +31,11 @@ from conformance.layer.draw import (
     SIGMOID,
     SOFTMAX,
     facts,
-    layer_inputs,
+    inputs_of,
     params_of_kind,
 )
-from conformance.layer.verdicts import stable_T
-from conformance.sharded.case import LayoutCase
+from conformance.sharded.case import ShardedCase, why_not
+from conformance.sharded.check import ShardedCheck
 from moe_ref import UNUSED, ExpertSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec
 from moe_ref.specs.families import tiny
 from moe_ref.specs.layout import ShardLayout
@@ -42,6 +46,8 @@ TOKENS = 4
 """Of each shard where all have as many; two and four chunks divide it."""
 MESHES_EACH = 12
 """Meshes tried for each layer and strategy: every mesh is tried with several layers."""
+LAYOUTS_TRIED = 8
+"""So many other layouts of the same layer are tried for one that a subject supports."""
 PRIMES = (2, 3, 5, 7)
 
 
@@ -110,7 +116,7 @@ def meshes() -> list[dict]:
 
 
 @cache
-def settings_of(specs: tuple[LayerSpec, ...]) -> tuple[Setting, ...]:
+def every_setting(specs: tuple[LayerSpec, ...]) -> tuple[Setting, ...]:
     """Layers on meshes with strategies, each with some of the options that a layout has; plain ones first."""
     rng, found, every_mesh, seen = np.random.default_rng(0), [], meshes(), set()
     for spec, strategy in product(specs, STRATEGIES):
@@ -120,7 +126,7 @@ def settings_of(specs: tuple[LayerSpec, ...]) -> tuple[Setting, ...]:
             if plain is not None and (place < MESHES_EACH or number not in seen):
                 found += [plain, _with_options(plain, rng)]
                 seen.add(number)
-    return tuple(sorted(set(found), key=lambda setting: setting.layout.num_ranks))
+    return tuple(sorted(dict.fromkeys(found), key=lambda setting: setting.layout.num_ranks))
 
 
 def _valid(spec: LayerSpec, layout: ShardLayout) -> Setting | None:
@@ -151,12 +157,13 @@ def _with_options(plain: Setting, rng: np.random.Generator) -> Setting:
     return replace(plain, layout=layout)
 
 
-def layout_facts(setting: Setting) -> set:
+@cache
+def facts_of(setting: Setting) -> frozenset:
     """What is not the plainest in a layer and its layout, and the pairs that go wrong together."""
     spec, layout = setting.spec, setting.layout
     ep, tp, sharded = layout.expert, layout.tensor, layout.num_ranks > 1
     axes = (layout.data > 1, layout.fsdp > 1, ep > 1, tp > 1)
-    found = {("strategy", layout.strategy, ep > 1), ("expert", ep), ("axes", axes)}
+    found: set = {("strategy", layout.strategy, ep > 1), ("expert", ep), ("axes", axes)}
     found |= {("tensor", spec.experts.bias, spec.shared is not None)} if tp > 1 else set()
     found |= {("groups", layout.strategy)} if layout.num_rank_groups > 1 and ep > 1 else set()
     found |= {("placed", layout.strategy)} if layout.placement is not None and ep > 1 else set()
@@ -166,42 +173,24 @@ def layout_facts(setting: Setting) -> set:
     found |= {("buffer", layout.buffer_factor)} if layout.buffer_factor is not None and ep > 1 else set()
     found |= {("tokens", setting.tokens_per_shard[0] > 0)}
     found |= {("null experts", layout.strategy)} if spec in DISPATCH_SPECS and spec.router.num_null_experts else set()
-    return found | {("layer", fact) for fact in facts(spec) if sharded}
+    return frozenset(found | {("layer", fact) for fact in facts(spec) if sharded})
 
 
-@cache
-def facts_of(setting: Setting) -> frozenset:
-    """`layout_facts`, found once."""
-    return frozenset(layout_facts(setting))
-
-
-@cache
 def facts_of_layout(setting: Setting) -> frozenset:
     """Those of them that are about the layout."""
     return frozenset(fact for fact in facts_of(setting) if fact[0] != "layer")
 
 
-def covering(settings, of: Callable[[Setting], frozenset]) -> list[Setting]:
-    """Few settings of which one has each fact that some setting has."""
-    missing, kept = set().union(*map(of, settings)), []
-    facts_of_each = {setting: of(setting) for setting in settings}
-    while missing:
-        best = max(settings, key=lambda setting: len(facts_of_each[setting] & missing))
-        kept.append(best)
-        missing -= facts_of_each[best]
-    return kept
+# what a subject is tried on
 
 
-def supported(judge: Judge, check: LayoutCheck) -> tuple[list[Setting], Counter]:
+def settings(judge: Judge, check: ShardedCheck) -> tuple[list[Setting], Counter]:
     """The settings that the check wants and the subject supports, and why the others are not run."""
-    pool = DISPATCH_SPECS if check.method == "dispatch" else LAYOUT_SPECS
-    if check.method not in judge.capabilities:
-        return [], Counter([f"{check.method}() is not defined"])
 
     def wants(setting: Setting) -> bool:
         return check.spec(setting.spec) and check.layout(setting.layout)
 
-    runnable, refused = _runnable(judge, pool)
+    runnable, refused = _runnable(judge, DISPATCH_SPECS if check.method == "dispatch" else LAYOUT_SPECS)
     wanted = [setting for setting in runnable if wants(setting)]
     if judge.subject.compiles:  # its counts are those of the setting
         wanted = [s for s in wanted if (s.num_tokens == 0) == (check.counts == ("empty",))]
@@ -210,21 +199,24 @@ def supported(judge: Judge, check: LayoutCheck) -> tuple[list[Setting], Counter]
 
 def _runnable(judge: Judge, specs: tuple[LayerSpec, ...]) -> tuple[list[Setting], list[tuple[Setting, str]]]:
     """The settings that the subject runs, and the others with the sentence that says why not."""
-    known = _RUNNABLE.setdefault(judge, {})
-    if specs not in known:
-        settings = settings_of(specs)
-        why = [judge.why_not_laid_out(s.spec, s.layout, s.tokens_per_shard) for s in settings]
-        pairs = list(zip(settings, why, strict=True))
-        found = [setting for setting, sentence in pairs if sentence is None]
+    key = "runnable", specs is DISPATCH_SPECS
+    if key not in judge.memory:
+        found, refused = [], []
+        for setting in every_setting(specs):
+            sentence = why_not(judge.subject, setting.spec, setting.layout, setting.tokens_per_shard)
+            if sentence is None:
+                found.append(setting)
+            else:
+                refused.append((setting, sentence))
         if judge.subject.compiles and specs is not DISPATCH_SPECS:
             found = thin(found)
-        known[specs] = found, [(setting, sentence) for setting, sentence in pairs if sentence]
-    return known[specs]
+        judge.memory[key] = found, refused
+    return judge.memory[key]
 
 
-def thin(settings: list[Setting]) -> list[Setting]:
+def thin(runnable: list[Setting]) -> list[Setting]:
     """A few settings: one for each requirement, strategy and expert degree, and one without any token."""
-    kept = covering(settings, _wanted_by)
+    kept = covering(runnable, _wanted_by)
     if kept:
         kept.append(replace(kept[0], tokens_per_shard=(0,) * len(kept[0].tokens_per_shard)))
     return kept
@@ -233,13 +225,39 @@ def thin(settings: list[Setting]) -> list[Setting]:
 def _wanted_by(setting: Setting) -> frozenset:
     """The requirements that want a setting; those about any load of plain layouts for each strategy."""
     spec, layout = setting.spec, setting.layout
-    sharded, checks = layout.expert > 1, [c for c in CHECKS.values() if isinstance(c, LayoutCheck)]
+    sharded, checks = layout.expert > 1, [c for c in CHECKS.values() if isinstance(c, ShardedCheck)]
     found: set = {("strategy", layout.strategy, sharded), ("expert", layout.expert)}
     for check in checks:
         if check.method != "dispatch" and check.spec(spec) and check.layout(layout) and layout.num_ranks > 1:
             every_strategy = sharded and check.requirement in ("LYT-2", "LYT-31")
             found.add((check.requirement, layout.strategy if every_strategy else ""))
     return frozenset(found | ({("groups",)} if layout.num_rank_groups > 1 and sharded else set()))
+
+
+def another_layout(judge: Judge, case: ShardedCase) -> ShardedCase | None:
+    """The same tokens on another layout that the subject supports: any, or one rank where each costs a compilation."""
+    rng, one = case.rng(), ShardLayout()
+    others = [layout for layout in _layouts_of(judge, case.spec) if layout != case.layout]
+    tried = [] if judge.subject.compiles else [others[n] for n in rng.permutation(len(others))[:LAYOUTS_TRIED]]
+    for layout in (*filter(lambda layout: layout.buffer_factor is None, tried), one):
+        shards = layout.num_token_shards
+        for counts in (rng.multinomial(case.num_tokens, np.full(shards, 1 / shards)), case.num_tokens // shards):
+            spread = tuple(np.broadcast_to(counts, shards).tolist())
+            fits = sum(spread) == case.num_tokens and (layout, spread) != (case.layout, case.tokens_per_shard)
+            if fits and why_not(judge.subject, case.spec, layout, spread) is None:
+                return case.with_(layout=layout, tokens_per_shard=spread)
+    return None
+
+
+def _layouts_of(judge: Judge, spec: LayerSpec) -> list[ShardLayout]:
+    """The layouts of a layer that the subject runs."""
+    key = "layouts of", spec
+    if key not in judge.memory:
+        judge.memory[key] = [s.layout for s in _runnable(judge, LAYOUT_SPECS)[0] if s.spec == spec]
+    return judge.memory[key]
+
+
+# the data of a case
 
 
 def counts_of_kind(kind: str, shards: int, rng: np.random.Generator) -> tuple[int, ...]:
@@ -255,7 +273,7 @@ def counts_of_kind(kind: str, shards: int, rng: np.random.Generator) -> tuple[in
     return tuple((found_S * (kind != "empty")).tolist())
 
 
-def vary(judge: Judge, setting: Setting, counts: str, rng: np.random.Generator) -> Setting:
+def varied(judge: Judge, setting: Setting, counts: str, rng: np.random.Generator) -> Setting:
     """The setting with other tokens and another placement, where the subject supports that too."""
     spec, layout = setting.spec, setting.layout
     # A plan is compiled in a fraction of what a layer takes.
@@ -265,13 +283,13 @@ def vary(judge: Judge, setting: Setting, counts: str, rng: np.random.Generator) 
         other, tokens_per_shard = layout, counts_of_kind(kind, layout.num_token_shards, rng)
         if layout.placement is not None:
             other = other.replace(placement=tuple(rng.permutation(spec.router.num_experts).tolist()))
-        if _valid(spec, other) is not None and judge.why_not_laid_out(spec, other, tokens_per_shard) is None:
+        if _valid(spec, other) is not None and why_not(judge.subject, spec, other, tokens_per_shard) is None:
             return Setting(spec=spec, layout=other, tokens_per_shard=tokens_per_shard)
     return setting
 
 
-def given_ids(
-    spec: RouterSpec, layout: ShardLayout, num_tokens: int, load: str, rng: np.random.Generator
+def ids_of_kind(
+    load: str, num_tokens: int, spec: RouterSpec, layout: ShardLayout, rng: np.random.Generator
 ) -> np.ndarray:
     """(T, K) ids of a kind of load; the slots of a token are distinct, or unused."""
     T, E, K = num_tokens, spec.num_choices, spec.top_k
@@ -287,29 +305,44 @@ def given_ids(
     return np.where(rng.random((T, K)) < share, UNUSED, ids_TK)
 
 
-def make_layout_case(judge: Judge, check: LayoutCheck, setting: Setting, *, x, bias, load, counts, seed) -> LayoutCase:
+@cache
+def no_params(spec: LayerSpec) -> LayerParams:
+    """Parameters that nobody looks at."""
+    return LayerParams.init(spec, 0)
+
+
+def params_of_bias(spec: LayerSpec, layout: ShardLayout, bias: str, rng: np.random.Generator) -> LayerParams:
+    """Parameters with a kind of expert_bias; with one_rank every token prefers the experts of one rank."""
+    made = params_of_kind(spec, "mixed" if bias == "one_rank" else bias, rng)
+    if bias == "one_rank" and made.expert_bias_E is not None:
+        preferred = layout.experts_of(int(rng.integers(layout.expert)), spec.router.num_experts)
+        made.expert_bias_E[list(preferred)] += 8
+    return made
+
+
+def make_case(
+    judge: Judge, check: ShardedCheck, setting: Setting, *, x: str, bias: str, load: str, counts: str, seed: int
+) -> ShardedCase:
     """The case of these choices."""
     rng, spec = np.random.default_rng(seed), setting.spec
-    setting = vary(judge, setting, counts, rng)
-    laid_out: dict = {"layout": setting.layout, "tokens_per_shard": setting.tokens_per_shard}
+    setting = varied(judge, setting, counts, rng)
     layout, T, D = setting.layout, setting.num_tokens, spec.experts.dim
-    inputs = layer_inputs(spec.router, T, check.inputs, rng)
+    inputs = inputs_of(spec.router, T, check.inputs, rng)
     if spec.router.selector == "given":
-        inputs["given_ids_TK"] = given_ids(spec.router, layout, T, load, rng)
-
-    def draw() -> np.ndarray:
-        size = {"normal": 1.0, "large": 8.0}[x]
-        return (size * rng.normal(size=(T, D))).astype(np.float32).astype(np.float64)
-
+        inputs["given_ids_TK"] = ids_of_kind(load, T, spec.router, layout, rng)
+    laid_out: dict[str, Any] = {"layout": layout, "tokens_per_shard": setting.tokens_per_shard}
     if check.method == "dispatch":  # the ids are all that it sees
-        nothing = np.zeros((T, D))
-        return LayoutCase(spec=spec, params=_no_params(spec), x_TD=nothing, d_output_TD=nothing, inputs=inputs,
-                          seed=seed, **laid_out)  # fmt: skip
-    case = LayoutCase(
+        return case_of_ids(spec, inputs["given_ids_TK"], **laid_out, seed=seed)
+
+    def draw_tokens() -> np.ndarray:
+        size = {"normal": 1.0, "large": 8.0}[x]
+        return float32(size * rng.normal(size=(T, D)))
+
+    case = ShardedCase(
         spec=spec,
-        params=_params(spec, layout, bias, rng),
-        x_TD=draw(),
-        d_output_TD=rng.normal(size=(T, D)).astype(np.float32).astype(np.float64),
+        params=params_of_bias(spec, layout, bias, rng),
+        x_TD=draw_tokens(),
+        d_output_TD=float32(rng.normal(size=(T, D))),
         inputs=inputs,
         seed=seed,
         **laid_out,
@@ -318,77 +351,48 @@ def make_layout_case(judge: Judge, check: LayoutCheck, setting: Setting, *, x, b
         clear_T = stable_T(case, CLEARLY)
         if clear_T.all():
             break
-        case = case.with_(x_TD=np.where(clear_T[:, None], case.x_TD, draw()))
+        case = case.with_(x_TD=np.where(clear_T[:, None], case.x_TD, draw_tokens()))
     return case
 
 
-@cache
-def _no_params(spec: LayerSpec) -> LayerParams:
-    return LayerParams.init(spec, 0)
+def case_of_ids(
+    spec: LayerSpec, given_ids_TK: np.ndarray, *, layout: ShardLayout, tokens_per_shard: tuple[int, ...], seed: int = 0
+) -> ShardedCase:
+    """A case of dispatch alone: given ids, and nothing in the tokens."""
+    nothing_TD = np.zeros((len(given_ids_TK), spec.experts.dim))
+    return ShardedCase(
+        spec=spec,
+        params=no_params(spec),
+        x_TD=nothing_TD,
+        d_output_TD=nothing_TD,
+        inputs={"given_ids_TK": given_ids_TK},
+        layout=layout,
+        tokens_per_shard=tokens_per_shard,
+        seed=seed,
+    )
 
 
-def _params(spec: LayerSpec, layout: ShardLayout, bias: str, rng: np.random.Generator) -> LayerParams:
-    """Parameters of a kind of expert_bias; one_rank lets every token prefer the experts of one rank."""
-    made = params_of_kind(spec, "mixed" if bias == "one_rank" else bias, rng)
-    if bias == "one_rank" and made.expert_bias_E is not None:
-        made.expert_bias_E[list(layout.experts_of(int(rng.integers(layout.expert)), spec.router.num_experts))] += 8
-    return made
+CHOICES = {"x": "x", "bias": "bias", "load": "loads", "counts": "counts"}
+"""A choice of `make_case`, and the field of a check that has its kinds."""
 
 
-def another_layout(judge: Judge, case: LayoutCase) -> LayoutCase | None:
-    """The same tokens on another layout that the subject supports: any, or one rank where each costs a compilation."""
-    rng, one = case.rng(), ShardLayout()
-    others = [s.layout for s in _runnable(judge, LAYOUT_SPECS)[0] if s.spec == case.spec and s.layout != case.layout]
-    tried = [] if judge.subject.compiles else [others[n] for n in rng.permutation(len(others))[:8]]
-    for layout in (*filter(lambda layout: layout.buffer_factor is None, tried), one):
-        shards = layout.num_token_shards
-        for counts in (rng.multinomial(case.num_tokens, np.full(shards, 1 / shards)), case.num_tokens // shards):
-            spread = tuple(np.broadcast_to(counts, shards).tolist())
-            fits = sum(spread) == case.num_tokens and (layout, spread) != (case.layout, case.tokens_per_shard)
-            if fits and judge.why_not_laid_out(case.spec, layout, spread) is None:
-                return case.with_(layout=layout, tokens_per_shard=spread)
-    return None
-
-
-def survey_layout_cases(judge: Judge, check: LayoutCheck) -> Iterator[LayoutCase]:
-    """A case for each fact of layouts, so that a rare one is not left to luck."""
-    settings = judge.specs(check)[0]
-    chosen = covering(settings, facts_of_layout)
-    for number, setting in enumerate(chosen):
-        kinds = {name: getattr(check, plural) for name, plural in PLURALS.items()}
-        choices = {name: each[number % len(each)] for name, each in kinds.items()}
-        yield make_layout_case(judge, check, setting, **choices, seed=number)
-
-
-PLURALS = {"x": "x", "bias": "bias", "load": "loads", "counts": "counts"}
-"""A choice of `make_layout_case`, and the field of a check that has its kinds."""
-
-
-def layout_cases(judge: Judge, check: LayoutCheck) -> st.SearchStrategy[LayoutCase]:
-    """Cases that the check wants and the subject supports; each fact comes about as often as any other."""
-    drawn = _STRATEGIES.setdefault(judge, {})
-    if check.requirement not in drawn:
-        settings = judge.specs(check)[0]
+def draw(judge: Judge, check: ShardedCheck, seed: int) -> ShardedCase:
+    """The case of a seed; each fact comes about as often as any other."""
+    rng, key = np.random.default_rng(seed), ("settings by fact", check.requirement)
+    if key not in judge.memory:
         by_fact: dict[Any, list[Setting]] = {}
-        for setting in settings:
+        for setting in settings_of(judge, check)[0]:
             for fact in facts_of(setting):
                 by_fact.setdefault(fact, []).append(setting)
-        groups = [by_fact[fact] for fact in sorted(by_fact, key=str)]
-        drawn[check.requirement] = st.builds(
-            lambda group, seed, **choices: make_layout_case(
-                judge, check, _one_of(group, check, seed), seed=seed, **choices
-            ),
-            st.sampled_from(groups),
-            st.integers(0, 2**32 - 1),
-            **{name: st.sampled_from(getattr(check, plural)) for name, plural in PLURALS.items()},
-        )
-    return drawn[check.requirement]
+        judge.memory[key] = [by_fact[fact] for fact in sorted(by_fact, key=str)]
+    setting = one_of(rng, one_of(rng, judge.memory[key]))
+    choices = {name: one_of(rng, getattr(check, field)) for name, field in CHOICES.items()}
+    return make_case(judge, check, setting, **choices, seed=int(rng.integers(2**32)))
 
 
-def _one_of(settings: list[Setting], check: LayoutCheck, seed: int) -> Setting:
-    """A setting by a seed; each requirement is judged on others, since hypothesis draws the same seeds for all."""
-    return settings[np.random.default_rng((zlib.crc32(check.requirement.encode()), seed)).integers(len(settings))]
-
-
-_RUNNABLE: WeakKeyDictionary[Judge, dict] = WeakKeyDictionary()
-_STRATEGIES: WeakKeyDictionary[Judge, dict[str, st.SearchStrategy[LayoutCase]]] = WeakKeyDictionary()
+def fixed(judge: Judge, check: ShardedCheck) -> Iterator[ShardedCase]:
+    """A case for each fact of layouts, so that a rare one is not left to luck; the choices take turns."""
+    for number, setting in enumerate(covering(settings_of(judge, check)[0], facts_of_layout)):
+        kinds = {name: getattr(check, field) for name, field in CHOICES.items()}
+        choices = {name: each[number % len(each)] for name, each in kinds.items()}
+        yield make_case(judge, check, setting, **choices, seed=number)

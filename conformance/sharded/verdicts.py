@@ -1,119 +1,112 @@
-"""conformance, the verdicts on layouts: calls a sharded subject, and holds every rank against the reference.
+"""conformance, sharded: what a subject returns on a layout, checked for its form, and held against the reference.
 
-Each call checks the form of the result, and blames the requirement that it is given.
+Every rank is judged, not rank 0. An error, and a result of another form, violate the requirement of the check that
+runs.
 
-Legend: T tokens, K top_k, D model dim, E experts, e experts on this rank, R rows on this rank, S ranks.
+Legend: T tokens, D model dim.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 
-from conformance.core.judge import Judge, NotRun, Violation
-from conformance.layer import bounds as layer_bounds
-from conformance.layer.case import LayerCase
-from conformance.layer.verdicts import (
-    _array,
-    dtypes,
-    excusing,
-    hold,
-    hold_gradients,
-    hold_layer,
-    hold_parameter,
-    judged_T,
-    wanted_gradients,
-)
-from conformance.sharded.case import LayoutCase
+from conformance.core.check import Condition
+from conformance.core.holding import hold
+from conformance.core.judge import Judge, NotRun, Violation, accuse
+from conformance.layer import bounds
+from conformance.layer.verdicts import array_of, dtypes, hold_parameter, judged_T, wanted_gradients
+from conformance.sharded.case import ShardedCase
 from moe_ref import RouterInputs
 from moe_ref.backward.sharded import sharded_backward
-from moe_ref.sharded import sharded_layer
+from moe_ref.sharded import ShardedTrace, sharded_layer
 
-LAYOUT_FORM = {"dispatch": "DSP-1", "sharded_layer": "LYT-1", "sharded_gradients": "LYT-18"}
-"""The requirement that a method runs at all, and returns what has the right shape."""
 POISON = (np.nan, 1e30)
 """What rows hold that nobody reads, in calls one after the other."""
-DIRT = 1e30
+NOISE = 1e30
 """Tokens of this size leave inf and NaN in every buffer, and a choice of experts that is a number."""
 
-
-def layer_of(case: LayoutCase) -> LayerCase:
-    """The same on one rank, as a case of the layer."""
-    return LayerCase(**{f.name: getattr(case, f.name) for f in fields(LayerCase)})
+Gradients = dict[str, np.ndarray]
 
 
 # calling a subject
 
 
-def outputs(judge: Judge, case: LayoutCase, **more) -> list[np.ndarray]:
+def outputs_of_subject(judge: Judge, case: ShardedCase, **more: Any) -> list[np.ndarray]:
     """The subject's (T, D) output of the shard of each rank, tensor ranks included."""
     x_by_shard = case.by_shard(case.x_TD.astype(np.float32))
     given = (x_by_shard, case.params.astype(np.float32), case.spec, case.layout)
-    found = judge.call(case, "sharded_layer", *given, **case.inputs_by_shard, **more)
-    found = _of_every_rank(case, found, case.layout.num_ranks)
+    found = _of_every_rank(case, judge.call(case, "sharded_layer", *given, **case.inputs_by_shard, **more))
+    shapes = [x_by_shard[case.layout.shard_of(rank)].shape for rank in range(case.layout.num_ranks)]
     return [
-        _array(case, value, x_by_shard[case.layout.shard_of(rank)].shape, f"rank {rank}: output")
-        for rank, value in enumerate(found)
+        array_of(value, shape, f"rank {rank}: output")
+        for rank, (value, shape) in enumerate(zip(found, shapes, strict=True))
     ]
 
 
-def gradients_by_rank(judge: Judge, case: LayoutCase, **more) -> list[dict[str, np.ndarray]]:
+def gradients_of_subject(judge: Judge, case: ShardedCase, **more: Any) -> list[Gradients]:
     """The subject's gradients by name on each rank, each of the shape of what it belongs to."""
     x_by_shard = case.by_shard(case.x_TD.astype(np.float32))
     d_output_by_shard = case.by_shard(case.d_output_TD.astype(np.float32))
     given = (x_by_shard, case.params.astype(np.float32), case.spec, case.layout, d_output_by_shard)
-    found = judge.call(case, "sharded_gradients", *given, **case.inputs_by_shard, **more)
-    shapes = {f.name: np.shape(getattr(case.params, f.name)) for f in fields(case.params)
-              if getattr(case.params, f.name) is not None}  # fmt: skip
-    optional = {"expert_bias_E"}
-    by_rank = []
-    for rank, grads in enumerate(_of_every_rank(case, found, case.layout.num_ranks)):
+    found = _of_every_rank(case, judge.call(case, "sharded_gradients", *given, **case.inputs_by_shard, **more))
+    values = {f.name: getattr(case.params, f.name) for f in fields(case.params)}
+    shapes = {name: np.shape(value) for name, value in values.items() if value is not None}
+    optional, by_rank = {"expert_bias_E"}, []
+    for rank, grads in enumerate(found):
         wanted = shapes | {"x_TD": x_by_shard[case.layout.shard_of(rank)].shape}
         names = grads.keys() if isinstance(grads, dict) else set()
         if wanted.keys() - names - optional or names - wanted.keys() - optional:
-            accuse(f"rank {rank}: gradients of other parameters", expected=", ".join(sorted(wanted)), received=", ".join(sorted(names)))  # fmt: skip
-        by_rank.append({n: _array(case, grads[n], wanted[n], f"rank {rank}: {n}") for n in wanted if n in names})
+            expected, received = (", ".join(sorted(each)) for each in (wanted, names))
+            accuse(f"rank {rank}: gradients of other parameters", expected=expected, received=received)
+        by_rank.append({n: array_of(grads[n], wanted[n], f"rank {rank}: {n}") for n in wanted if n in names})
     return by_rank
 
 
-def _of_every_rank(case: LayoutCase, found, ranks: int) -> list:
+def _of_every_rank(case: ShardedCase, found: Any) -> list:
+    ranks = case.layout.num_ranks
     if not isinstance(found, (list, tuple)) or len(found) != ranks:
         received = f"{len(found)} of them" if isinstance(found, (list, tuple)) else str(type(found))
         accuse("not one result for each rank", expected=f"a list of {ranks}", received=received)
     return list(found)
 
 
-def fills_buffers(judge: Judge, method: str) -> bool:
-    """Whether the subject lets us fill the buffer rows that nobody sends."""
-    return "buffer_fill" in inspect.signature(getattr(judge.subject, method)).parameters
+def fills_of_buffers(judge: Judge, method: str) -> list[tuple[str, dict[str, float]]]:
+    """(what the buffers held, how the subject is told), for each of two calls one after the other.
+
+    A subject that names buffer_fill lets us fill the rows of its buffers that nobody sends; of another one we know that
+    it was called with noise.
+    """
+    if "buffer_fill" in inspect.signature(getattr(judge.subject, method)).parameters:
+        return [(f"buffers that held {fill:g}", {"buffer_fill": fill}) for fill in POISON]
+    return [("a call with huge tokens", {})] * len(POISON)
 
 
-# holding what returned against the reference
+def fill_buffers_with_noise(judge: Judge, case: ShardedCase, call: Callable[[Judge, ShardedCase], Any]) -> None:
+    """A call with huge tokens and gradients, whose inf and NaN stay in whatever buffer is not cleared."""
+    sign_TD = np.where(case.x_TD < 0, -NOISE, NOISE)
+    call(judge, case.with_(x_TD=sign_TD, d_output_TD=np.full(case.d_output_TD.shape, NOISE)))
 
 
-def name_of(case: LayoutCase, rank: int) -> str:
-    """A rank with its coordinates."""
-    axes = zip(("data", "fsdp", "expert", "tensor"), case.layout.coordinates(rank), strict=True)
-    where = ", ".join(f"{axis} {at}" for axis, at in axes if getattr(case.layout, axis) > 1)
-    return f"rank {rank} ({where})" if where else f"rank {rank}"
+# the reference on the layout itself, without the slots that no buffer admitted
 
 
-def whole(case: LayoutCase, by_rank: list[np.ndarray]) -> np.ndarray:
-    """(T, ...) what the first rank of each shard has, one shard after the other."""
-    ranks = [case.layout.shard_of(rank) for rank in range(case.layout.num_ranks)]
-    shards = range(case.layout.num_token_shards)
-    return np.concatenate([by_rank[ranks.index(shard)] for shard in shards])
+def trace_on_layout(case: ShardedCase) -> ShardedTrace:
+    """The oracle's trace of every shard and rank."""
+    inputs = RouterInputs.keywords(case.inputs_by_shard)
+    return sharded_layer(case.by_shard(case.x_TD), case.params, case.spec, case.layout, **inputs)
 
 
-def hold_ranks(case: LayoutCase, title: str, by_rank, wanted_TD, radius_TD, *, rows=None) -> None:
-    """What every rank has for its tokens is within the radius of what is wanted."""
-    starts = np.concatenate([[0], case.ends]).astype(int)
-    for rank, found in enumerate(by_rank):
-        start = starts[case.layout.shard_of(rank)]
-        found_TD = wanted_TD.copy()
-        found_TD[start : start + len(found)] = found
-        hold(case, f"{name_of(case, rank)}: {title}", found_TD, wanted_TD, radius_TD, rows=rows)
+def gradients_on_layout(case: ShardedCase) -> Gradients:
+    """The oracle's gradients of that, by name."""
+    grads = sharded_backward(trace_on_layout(case), case.params, case.spec, case.by_shard(case.d_output_TD))
+    named = {name: getattr(grads.params, name) for name in wanted_gradients(case) if name != "x_TD"}
+    return {"x_TD": np.concatenate(grads.x_by_shard)} | {name: np.asarray(grad) for name, grad in named.items()}
+
+
+# how far rounding can take a number
 
 
 def _factor(judge: Judge, parts: int) -> float:
@@ -125,81 +118,120 @@ def _factor(judge: Judge, parts: int) -> float:
     return 2 if dtypes(judge)[1] in ("float32", "float64") else 2 + parts
 
 
-def radius_of(judge: Judge, case: LayoutCase) -> np.ndarray:
+def radius_of_outputs(judge: Judge, case: ShardedCase) -> np.ndarray:
     """(T, D) how far rounding can take the output of any layout."""
-    return _factor(judge, case.layout.tensor) * layer_bounds.layer(case, *dtypes(judge)).output_TD.radius
+    return _factor(judge, case.layout.tensor) * bounds.layer(case, *dtypes(judge)).output_TD.radius
 
 
-def radii_of_gradients(judge: Judge, case: LayoutCase) -> dict[str, np.ndarray]:
+def radii_of_gradients(judge: Judge, case: ShardedCase) -> Gradients:
     """How far rounding can take each gradient of any layout, by name."""
     factor = _factor(judge, case.layout.num_ranks)
-    return {name: factor * ball.radius for name, ball in layer_bounds.gradients(case, *dtypes(judge)).items()}
+    return {name: factor * ball.radius for name, ball in bounds.gradients(case, *dtypes(judge)).items()}
 
 
-def hold_outputs(judge: Judge, case: LayoutCase, title: str, *, wanted_TD=None) -> None:
-    """Every rank's output is the reference's, for the tokens whose choice is beyond doubt."""
-    found = outputs(judge, case)
+# holding what returned against the reference
+
+
+def name_of_rank(case: ShardedCase, rank: int) -> str:
+    """A rank with its coordinates."""
+    axes = zip(("data", "fsdp", "expert", "tensor"), case.layout.coordinates(rank), strict=True)
+    where = ", ".join(f"{axis} {at}" for axis, at in axes if getattr(case.layout, axis) > 1)
+    return f"rank {rank} ({where})" if where else f"rank {rank}"
+
+
+def token_of_shard(token: int) -> str:
+    """A token by its number on its shard."""
+    return f"token {token} of the shard"
+
+
+def of_first_ranks(case: ShardedCase, by_rank: Sequence[np.ndarray]) -> np.ndarray:
+    """(T, ...) what the first rank of each shard has, one shard after the other."""
+    ranks = [case.layout.shard_of(rank) for rank in range(case.layout.num_ranks)]
+    return np.concatenate([by_rank[ranks.index(shard)] for shard in range(case.layout.num_token_shards)])
+
+
+def hold_ranks(
+    case: ShardedCase,
+    title: str,
+    by_rank: Sequence[np.ndarray],
+    wanted_TD: np.ndarray,
+    radius_TD: np.ndarray | float = 0.0,
+    *,
+    rows: np.ndarray | None = None,
+) -> None:
+    """What every rank has for its tokens is within the radius of what is wanted."""
+    ends = np.cumsum(case.tokens_per_shard)
+    for rank, found in enumerate(by_rank):
+        end, found_TD = ends[case.layout.shard_of(rank)], wanted_TD.copy()
+        found_TD[end - len(found) : end] = found
+        hold(f"{name_of_rank(case, rank)}: {title}", found_TD, wanted_TD, radius_TD, rows=rows)
+
+
+def hold_outputs(judge: Judge, case: ShardedCase, title: str, *, wanted_TD: np.ndarray | None = None) -> None:
+    """Every rank's output is that of the one-rank layer, for the tokens whose choice is beyond doubt."""
+    found = outputs_of_subject(judge, case)
     wanted_TD = case.reference.output_TD if wanted_TD is None else wanted_TD
-    clear_T = judged_T(judge, case)
-    with excusing(judge, case):
-        hold_ranks(case, title, found, wanted_TD, radius_of(judge, case), rows=clear_T)
+    hold_ranks(case, title, found, wanted_TD, radius_of_outputs(judge, case), rows=judged_T(judge, case))
 
 
-def hold_gradients_of_ranks(judge: Judge, case: LayoutCase, names, title: str, *, found=None) -> None:
-    """The gradients of these names are the reference's on every rank, where every choice is beyond doubt."""
-    found = gradients_by_rank(judge, case) if found is None else found
-    radii, clear_T = radii_of_gradients(judge, case), judged_T(judge, case)
-    with excusing(judge, case):
-        hold_each(case, title, found, wanted_gradients(case), radii, names, rows=clear_T)
+def hold_gradients(judge: Judge, case: ShardedCase, names: Iterable[str], title: str) -> None:
+    """The gradients of these names are those of the one-rank layer on every rank."""
+    found, radii = gradients_of_subject(judge, case), radii_of_gradients(judge, case)
+    hold_each(case, title, found, wanted_gradients(case), radii, names, rows=judged_T(judge, case))
 
 
-def hold_each(case: LayoutCase, title: str, found, wanted, radii, names, *, rows) -> None:
+def hold_each(
+    case: ShardedCase,
+    title: str,
+    found: Sequence[Gradients],
+    wanted: Gradients,
+    radii: Gradients,
+    names: Iterable[str],
+    *,
+    rows: np.ndarray,
+) -> None:
     """Gradients by name on every rank; those of parameters only where every token is judged."""
     for name in (each for each in names if each in wanted):
         if name == "x_TD":
-            by_rank = [grads[name] for grads in found]
-            hold_ranks(case, title, by_rank, wanted[name], radii[name], rows=rows)
+            hold_ranks(case, title, [grads[name] for grads in found], wanted[name], radii[name], rows=rows)
         elif rows.all():
             for rank, grads in enumerate(found):
-                title_of_rank = f"{name_of(case, rank)}: {title}"
-                hold_parameter(case, title_of_rank, name, grads[name], wanted[name], radii[name])
+                hold_parameter(f"{name_of_rank(case, rank)}: {title}", name, grads[name], wanted[name], radii[name])
 
 
-def soil(judge: Judge, case: LayoutCase, method: str) -> None:
-    """A call with huge tokens and gradients, whose inf and NaN stay in whatever buffer is not cleared."""
-    sign_TD = np.where(case.x_TD < 0, -DIRT, DIRT)
-    dirty = case.with_(x_TD=sign_TD, d_output_TD=np.full(case.d_output_TD.shape, DIRT))
-    call = outputs if method == "sharded_layer" else gradients_by_rank
-    call(judge, dirty)
+def hold_alike(
+    case: ShardedCase,
+    title: str,
+    found: Sequence[Gradients],
+    wanted: Sequence[Gradients],
+    names: Iterable[str],
+    radii: Mapping[str, np.ndarray | float],
+) -> None:
+    """What each rank has in two calls is the same, within twice a radius; the tokens are those of its shard."""
+    for name in names:
+        for rank, (first, second) in enumerate(zip(found, wanted, strict=True)):
+            full_title, radius = f"{name_of_rank(case, rank)}: {title}", radii[name]
+            if name == "x_TD":
+                radius = case.by_shard(np.asarray(radius))[case.layout.shard_of(rank)]
+            hold_parameter(full_title, name, first[name], second[name], 2 * radius)
 
 
-def hold_same(case: LayoutCase, title: str, by_rank: list[np.ndarray]) -> None:
+def hold_same(case: ShardedCase, title: str, by_rank: Sequence[np.ndarray]) -> None:
     """Ranks of one shard have the same, bit for bit."""
     first_of: dict[int, int] = {}
     for rank, found in enumerate(by_rank):
         first = first_of.setdefault(case.layout.shard_of(rank), rank)
-        wanted, nothing = by_rank[first], np.zeros(found.shape)
-        full_title = f"{name_of(case, rank)}: {title} {name_of(case, first)}"
-        hold(case, full_title, found, wanted, nothing, label=lambda row: f"token {row} of the shard")
+        full_title = f"{name_of_rank(case, rank)}: {title} {name_of_rank(case, first)}"
+        hold(full_title, found, by_rank[first], label=token_of_shard)
 
 
-def refused(call: Callable[[], list]) -> list | None:
-    """What the call returns; None where it refuses what it is given with a ValueError."""
+# what explains a violation
+
+
+def _outputs_are_wrong(judge: Judge, case: ShardedCase) -> bool:
+    """The subject's outputs are not those of the one-rank layer, where it runs the case at all."""
     try:
-        return call()
-    except Violation as violation:
-        if violation.title == "raised an error" and "ValueError" in violation.received:
-            return None
-        raise
-
-
-def layer_is_wrong(judge: Judge, case: LayoutCase, method: str) -> bool:
-    """The subject's own one-rank layer, or its gradients, are wrong on these tokens already."""
-    try:
-        if method == "layer":
-            hold_layer(judge, case, "")
-        else:
-            hold_gradients(judge, case, wanted_gradients(case), "")
+        hold_outputs(judge, case, "")
     except Violation:
         return True
     except NotRun:
@@ -207,14 +239,14 @@ def layer_is_wrong(judge: Judge, case: LayoutCase, method: str) -> bool:
     return False
 
 
-def truncated(case: LayoutCase):
-    """The oracle's trace of the layout itself, without the slots that no buffer admitted."""
-    inputs = RouterInputs.keywords(case.inputs_by_shard)
-    return sharded_layer(case.by_shard(case.x_TD), case.params, case.spec, case.layout, **inputs)
+OUTPUTS_ARE_WRONG = Condition(sentence="judged where the outputs are right", holds=_outputs_are_wrong)
 
 
-def truncated_gradients(case: LayoutCase) -> dict[str, np.ndarray]:
-    """The oracle's gradients of that, by name."""
-    grads = sharded_backward(truncated(case), case.params, case.spec, case.by_shard(case.d_output_TD))
-    named = {name: getattr(grads.params, name) for name in wanted_gradients(case) if name != "x_TD"}
-    return {"x_TD": np.concatenate(grads.x_by_shard)} | {name: np.asarray(grad) for name, grad in named.items()}
+def wrong_already(simplify: Callable[[ShardedCase], ShardedCase | None]) -> Condition:
+    """The outputs of a simpler case are wrong, and no requirement need say so."""
+
+    def holds(judge: Judge, case: ShardedCase) -> bool:
+        simpler = simplify(case)
+        return simpler is not None and _outputs_are_wrong(judge, simpler)
+
+    return Condition(sentence="judged where the outputs of simpler layouts are right", holds=holds)

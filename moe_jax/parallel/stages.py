@@ -125,7 +125,7 @@ class Stages:
             inputs = replace(inputs, first_token=first + number * len(x_TD))
         if router.selector == "random" and inputs.seed is not None:
             inputs = replace(inputs, seed=jax.random.fold_in(inputs.seed, number))
-        logits_TE = routing.gate(x_TD, self._whole("gate_ED", params), params.gate_bias_E)
+        logits_TE = routing.gate(x_TD, self._whole("gate_ED", params), self._whole("gate_bias_E", params))
         return route_tokens(
             logits_TE, router, expert_bias_E=params.expert_bias_E, learned_scale=params.learned_scale,
             token_mask_T=token_mask_T, inputs=inputs,
@@ -212,7 +212,7 @@ class Stages:
         """Rows of each expert on the whole mesh, by expert id, the same on every rank."""
         return tokens_per_expert(expert_ids_TK, self.spec.router.num_experts, axis_name=token_axes(self.layout))
 
-    def _whole(self, name: str, params: LayerParams, chunk: int | None = None):
+    def _whole(self, name: str, params: LayerParams, chunk: int | None = None) -> Any:
         """A parameter with all of D, or all of a chunk of it; its gradient is reduce-scattered."""
         value, letters = getattr(params, name), _letters(name)
         if value is None or "D" not in letters:

@@ -5,6 +5,7 @@ Counts, units and the choice of what is kept are constants. A padding token gets
 Legend: T tokens, E choices, K top_k, U units.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from moe_ref.specs.checks import array
 
 
 def balance_loss_backward(
-    logits_TE, expert_ids_TK, spec: BalanceSpec, *, dtype: DTypeLike = np.float64, **inputs: Any
+    logits_TE: np.ndarray, expert_ids_TK: np.ndarray, spec: BalanceSpec, *, dtype: DTypeLike = np.float64, **inputs: Any
 ) -> np.ndarray:
     """The gradient of `balance_loss` with respect to the logits: it goes through the mean scores alone. [LOD-12]"""
     trace = balance(logits_TE, expert_ids_TK, spec, dtype=dtype, **inputs)
@@ -31,9 +32,15 @@ def balance_loss_backward(
 
 
 def balance_layers_backward(
-    logits_by_layer, expert_ids_by_layer, spec: BalanceSpec, *, token_mask_T=None, sequence_lengths=None,
-    tokens_per_shard=None, dtype: DTypeLike = np.float64,
-) -> list[np.ndarray]:  # fmt: skip
+    logits_by_layer: Sequence[np.ndarray],
+    expert_ids_by_layer: Sequence[np.ndarray],
+    spec: BalanceSpec,
+    *,
+    token_mask_T: np.ndarray | None = None,
+    sequence_lengths: Sequence[int] | None = None,
+    tokens_per_shard: Sequence[int] | None = None,
+    dtype: DTypeLike = np.float64,
+) -> list[np.ndarray]:
     """The gradient of the summed `balance_layers` with respect to the logits of each layer. [LOD-12]"""
     lengths = {"sequence_lengths": sequence_lengths, "tokens_per_shard": tokens_per_shard}
     if spec.over_layers == "separate":
@@ -48,7 +55,9 @@ def balance_layers_backward(
     return [d_logits_TE[layer::num_layers] for layer in range(num_layers)]
 
 
-def balance_scores_backward(d_scores_TE, logits_TE, scores_TE, spec: BalanceSpec):
+def balance_scores_backward(
+    d_scores_TE: np.ndarray, logits_TE: np.ndarray, scores_TE: np.ndarray, spec: BalanceSpec
+) -> np.ndarray:
     """A score is exp of its log score, over a sum of those where it is a share; a score_eps changes only the sum.
 
     A score that is 0, of a padding token or of a logit of -inf, passes nothing.
@@ -58,7 +67,7 @@ def balance_scores_backward(d_scores_TE, logits_TE, scores_TE, spec: BalanceSpec
     return d_logs_TE * log_scores_slope(logits_TE, spec)
 
 
-def log_scores_slope(logits_TE, spec: BalanceSpec):
+def log_scores_slope(logits_TE: np.ndarray, spec: BalanceSpec) -> np.ndarray:
     """The derivative of a log score; those of sqrt(softplus) tend to 1 / 2 where the logits are very negative."""
     if spec.score_func == "softmax":
         return np.ones_like(logits_TE)
@@ -70,9 +79,14 @@ def log_scores_slope(logits_TE, spec: BalanceSpec):
 
 
 def z_loss_backward(
-    logits_TE, *, coeff: float = 1.0, scope: str = "global", token_mask_T=None, tokens_per_shard=None,
+    logits_TE: np.ndarray,
+    *,
+    coeff: float = 1.0,
+    scope: str = "global",
+    token_mask_T: np.ndarray | None = None,
+    tokens_per_shard: Sequence[int] | None = None,
     dtype: DTypeLike = np.float64,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """The gradient of `z_loss`: 2 * log(sum(exp(logits))) * softmax(logits), times the token's share. [LOD-17]"""
     logits_TE, valid_T = masked_logits(logits_TE, token_mask_T, dtype)
     weights_T1 = token_weights(valid_T, scope, tokens_per_shard)[:, None]
@@ -80,7 +94,7 @@ def z_loss_backward(
     return 2 * coeff * weights_T1 * log_sum_T1 * np.exp(logits_TE - log_sum_T1)
 
 
-def capacity_backward(trace: CapacityTrace, spec: CapacitySpec, d_weights_TK) -> np.ndarray:
+def capacity_backward(trace: CapacityTrace, spec: CapacitySpec, d_weights_TK: np.ndarray) -> np.ndarray:
     """The gradient of the weights before a capacity, from that of the weights after; that of a dropped slot is 0,
     but where 'before' has it in the sum that divides the others. [CAP-10]"""
     d_weights_TK = array("d_weights_TK", d_weights_TK, trace.kept_TK.shape).astype(trace.weights_TK.dtype)

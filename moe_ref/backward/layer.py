@@ -48,7 +48,12 @@ class LayerGradients:
 
 
 def layer_backward(
-    trace: LayerTrace, params: LayerParams, spec: LayerSpec, d_output_TD, *, capacity: CapacitySpec | None = None
+    trace: LayerTrace,
+    params: LayerParams,
+    spec: LayerSpec,
+    d_output_TD: np.ndarray,
+    *,
+    capacity: CapacitySpec | None = None,
 ) -> LayerGradients:
     """The gradient of sum(d_output_TD * output_TD); the choice of experts is a constant of it. [BWD-2, BWD-7, BWD-9]
 
@@ -106,7 +111,7 @@ def layer_backward(
     )
 
 
-def join_backward(d_output_TD, spec: LayerSpec):
+def join_backward(d_output_TD: np.ndarray, spec: LayerSpec) -> tuple[np.ndarray, np.ndarray]:
     """Routed and shared output get the whole gradient each, or half of it where they are averaged. [LAY-11]"""
     if spec.shared is None:
         return d_output_TD, np.zeros_like(d_output_TD)
@@ -114,7 +119,9 @@ def join_backward(d_output_TD, spec: LayerSpec):
     return d_each_TD, d_each_TD
 
 
-def combine_backward(d_routed_TD, slot_outputs_TKD, weights_TK, spec: RouterSpec):
+def combine_backward(
+    d_routed_TD: np.ndarray, slot_outputs_TKD: np.ndarray, weights_TK: np.ndarray, spec: RouterSpec
+) -> tuple[np.ndarray, np.ndarray]:
     """routed = output_scale * sum of weight * slot; a weight on the input is none of this stage's."""
     d_summed_T1D = d_routed_TD[:, None, :] * spec.output_scale
     if spec.weight_on == "input":
@@ -122,7 +129,9 @@ def combine_backward(d_routed_TD, slot_outputs_TKD, weights_TK, spec: RouterSpec
     return d_summed_T1D * weights_TK[:, :, None], (d_summed_T1D * slot_outputs_TKD).sum(axis=-1)
 
 
-def fill_slots_backward(d_slot_outputs_TKD, order_N, expert_ids_TK, spec: RouterSpec):
+def fill_slots_backward(
+    d_slot_outputs_TKD: np.ndarray, order_N: np.ndarray, expert_ids_TK: np.ndarray, spec: RouterSpec
+) -> tuple[np.ndarray, np.ndarray]:
     """Slots of experts pass their gradient to their row, identity slots to their own input, others nowhere.
 
     Returns:
@@ -133,7 +142,11 @@ def fill_slots_backward(d_slot_outputs_TKD, order_N, expert_ids_TK, spec: Router
 
 
 def experts_backward(
-    d_rows_ND, trace: FeedForwardTrace, tokens_per_expert_E, params: LayerParams, spec: ExpertSpec
+    d_rows_ND: np.ndarray,
+    trace: FeedForwardTrace,
+    tokens_per_expert_E: np.ndarray,
+    params: LayerParams,
+    spec: ExpertSpec,
 ) -> tuple[np.ndarray, dict]:
     """Each expert's weights get the gradients of its own rows, exactly 0 without rows. [BWD-3, BWD-4, BWD-6]
 
@@ -158,7 +171,9 @@ def experts_backward(
     return np.concatenate(d_inputs), named
 
 
-def feed_forward_backward(d_output_RD, trace: FeedForwardTrace, weights: FeedForward, spec: ExpertSpec):
+def feed_forward_backward(
+    d_output_RD: np.ndarray, trace: FeedForwardTrace, weights: FeedForward, spec: ExpertSpec
+) -> tuple[np.ndarray, FeedForward]:
     """One expert backwards: the gradients of its input and of its weights. [BWD-3]"""
     d_hidden_RF, d_w_down_FD, d_b_down_D = project_backward(
         d_output_RD, trace.hidden_RF, weights.w_down_FD, weights.b_down_D
@@ -166,7 +181,7 @@ def feed_forward_backward(d_output_RD, trace: FeedForwardTrace, weights: FeedFor
     d_gate_RF, d_up_RF = hide_backward(d_hidden_RF, trace.gate_RF, trace.up_RF, spec)
     d_input_RD, d_w_up_DF, d_b_up_F = project_backward(d_up_RF, trace.input_RD, weights.w_up_DF, weights.b_up_F)
     d_w_gate_DF = d_b_gate_F = None
-    if weights.w_gate_DF is not None:
+    if weights.w_gate_DF is not None and d_gate_RF is not None:
         d_input_of_gate_RD, d_w_gate_DF, d_b_gate_F = project_backward(
             d_gate_RF, trace.input_RD, weights.w_gate_DF, weights.b_gate_F
         )
@@ -181,12 +196,16 @@ def feed_forward_backward(d_output_RD, trace: FeedForwardTrace, weights: FeedFor
     )
 
 
-def project_backward(d_rows, rows, w_in_out, b_out):
+def project_backward(
+    d_rows: np.ndarray, rows: np.ndarray, w_in_out: np.ndarray, b_out: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """rows @ w + b backwards: gradients of the rows, of w, and of b (None without one). [BWD-4]"""
     return d_rows @ w_in_out.T, rows.T @ d_rows, None if b_out is None else d_rows.sum(axis=0)
 
 
-def hide_backward(d_hidden_RF, gate_RF, up_RF, spec: ExpertSpec):
+def hide_backward(
+    d_hidden_RF: np.ndarray, gate_RF: np.ndarray | None, up_RF: np.ndarray, spec: ExpertSpec
+) -> tuple[np.ndarray | None, np.ndarray]:
     """hidden = activated(gate) * clamped_up(up), or activated(up): gradients of gate (None without one) and up."""
     if gate_RF is None:
         return None, d_hidden_RF * activated_slope(up_RF, spec)
@@ -196,14 +215,14 @@ def hide_backward(d_hidden_RF, gate_RF, up_RF, spec: ExpertSpec):
     return d_gate_RF, d_up_RF
 
 
-def activated_slope(z_RF, spec: ExpertSpec):
+def activated_slope(z_RF: np.ndarray, spec: ExpertSpec) -> np.ndarray:
     """The slope of the activation with its clamp: 0 where the clamped value is above the limit."""
     limit = np.inf if spec.clamp is None else spec.clamp
     clamped_RF = z_RF if spec.clamp_at == "before" else activation(z_RF, spec)
     return np.where(clamped_RF <= limit, activation_slope(z_RF, spec), 0)
 
 
-def activation_slope(z_RF, spec: ExpertSpec):
+def activation_slope(z_RF: np.ndarray, spec: ExpertSpec) -> np.ndarray:
     """The derivative of the activation; relu's is 0 at 0."""
     if spec.activation == "silu":
         s_RF = sigmoid(spec.alpha * z_RF)
@@ -217,7 +236,9 @@ def activation_slope(z_RF, spec: ExpertSpec):
     return np.where(z_RF > 0, 1.0 if spec.activation == "relu" else 2 * z_RF, 0)
 
 
-def weigh_inputs_backward(d_slot_inputs_TKD, x_TD, weights_TK, spec: RouterSpec):
+def weigh_inputs_backward(
+    d_slot_inputs_TKD: np.ndarray, x_TD: np.ndarray, weights_TK: np.ndarray, spec: RouterSpec
+) -> tuple[np.ndarray, np.ndarray]:
     """slot input = token, or weight * token: gradients of the tokens and, where it is on the input, the weight."""
     if spec.weight_on == "output":
         return d_slot_inputs_TKD.sum(axis=1), np.zeros_like(weights_TK)
@@ -225,7 +246,14 @@ def weigh_inputs_backward(d_slot_inputs_TKD, x_TD, weights_TK, spec: RouterSpec)
     return d_x_TD, (d_slot_inputs_TKD * x_TD[:, None, :]).sum(axis=-1)
 
 
-def shared_backward(d_shared_TD, x_TD, factors_TS, shared_experts, params: LayerParams, spec: LayerSpec):
+def shared_backward(
+    d_shared_TD: np.ndarray,
+    x_TD: np.ndarray,
+    factors_TS: np.ndarray,
+    shared_experts: tuple[FeedForwardTrace, ...],
+    params: LayerParams,
+    spec: LayerSpec,
+) -> tuple[np.ndarray, np.ndarray, dict]:
     """shared = sum of factor * expert(x): gradients of the tokens, the factors, and the parameters by name. [BWD-10]"""
     d_x_TD = np.zeros_like(x_TD)
     d_factors_TS = np.zeros_like(factors_TS)

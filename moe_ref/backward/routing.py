@@ -13,6 +13,8 @@ gradient. An unused slot, a padding token and a given weight pass none. Where a 
 Legend: T tokens, D model dim, E choices, K top_k, S router-scored shared experts.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from moe_ref.experts import sigmoid
@@ -34,12 +36,12 @@ from moe_ref.specs.router import RouterSpec
 def route_backward(
     routing: RoutingTrace,
     spec: RouterSpec,
-    learned_scale,
-    d_weights_TK,
-    d_shared_weights_TS=None,
+    learned_scale: np.ndarray | None,
+    d_weights_TK: np.ndarray,
+    d_shared_weights_TS: np.ndarray | None = None,
     *,
-    token_mask_T=None,
-):
+    token_mask_T: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Gradients of the logits and of the learned scale, from those of the weights. [BWD-5]
 
     Args:
@@ -74,7 +76,7 @@ def route_backward(
     return scale_logits_backward(d_scaled_TE, routing.scaled_logits_TE, spec), d_learned_scale
 
 
-def raw_weights(routing: RoutingTrace, spec: RouterSpec):
+def raw_weights(routing: RoutingTrace, spec: RouterSpec) -> np.ndarray:
     """The weights before the norm, read again from the trace."""
     choices_TE = routing.scaled_logits_TE[:, : spec.num_choices]
     if spec.selector != "sparsemixer":
@@ -83,15 +85,16 @@ def raw_weights(routing: RoutingTrace, spec: RouterSpec):
     return np.concatenate(slots, axis=-1)
 
 
-def weighed_scores(routing: RoutingTrace, spec: RouterSpec):
+def weighed_scores(routing: RoutingTrace, spec: RouterSpec) -> np.ndarray | None:
     """The scores that weights are read from; with 'masked_scores' those of dropped groups are 0."""
     if spec.weights_from == "scores":
         return routing.scores_TE
     assert routing.scores_TE is not None
+    assert routing.group_ids_TL is not None
     return np.where(kept_experts(routing.group_ids_TL, spec), routing.scores_TE, 0)
 
 
-def banded_softmaxes(routing: RoutingTrace, spec: RouterSpec):
+def banded_softmaxes(routing: RoutingTrace, spec: RouterSpec) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For each slot of sparsemixer: its experts, and the softmax over the band that its weight is read from."""
     choices_TE = routing.scaled_logits_TE[:, : spec.num_choices]
     rows_T = np.arange(len(choices_TE))
@@ -106,7 +109,15 @@ def banded_softmaxes(routing: RoutingTrace, spec: RouterSpec):
         remaining_TE[rows_T, column_T] = -np.inf
 
 
-def scale_weights_backward(d_weights_TK, d_shared_TS, normed_TK, normed_shared_TS, expert_ids_TK, learned_scale, spec):
+def scale_weights_backward(
+    d_weights_TK: np.ndarray,
+    d_shared_TS: np.ndarray,
+    normed_TK: np.ndarray,
+    normed_shared_TS: np.ndarray,
+    expert_ids_TK: np.ndarray,
+    learned_scale: np.ndarray | None,
+    spec: RouterSpec,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """weight = normed * route_scale * learned_scale; a skipped choice passes nothing.
 
     Returns:
@@ -115,7 +126,7 @@ def scale_weights_backward(d_weights_TK, d_shared_TS, normed_TK, normed_shared_T
     if spec.null_kind == "skip":
         d_weights_TK = np.where(expert_ids_TK >= spec.num_experts, 0, d_weights_TK)
     d_scaled_TK, d_scaled_shared_TS = d_weights_TK * spec.route_scale, d_shared_TS * spec.route_scale
-    if spec.learned_scale == "none":
+    if learned_scale is None:
         return d_scaled_TK, d_scaled_shared_TS, None
     d_factor_TK = d_scaled_TK * normed_TK
     d_normed_TK = d_scaled_TK * factor_of(expert_ids_TK, learned_scale, spec)
@@ -125,7 +136,13 @@ def scale_weights_backward(d_weights_TK, d_shared_TS, normed_TK, normed_shared_T
     return d_normed_TK, d_scaled_shared_TS * learned_scale, np.asarray(d_global)
 
 
-def normalise_backward(d_normed_TK, d_normed_shared_TS, raw_TK, shared_scores_TS, spec: RouterSpec):
+def normalise_backward(
+    d_normed_TK: np.ndarray,
+    d_normed_shared_TS: np.ndarray,
+    raw_TK: np.ndarray,
+    shared_scores_TS: np.ndarray,
+    spec: RouterSpec,
+) -> tuple[np.ndarray, np.ndarray]:
     """normed_i = raw_i / divisor, and the divisor depends on every weight in the norm. [BWD-8]"""
     if not spec.route_norm:
         return d_normed_TK, d_normed_shared_TS
@@ -144,7 +161,7 @@ def normalise_backward(d_normed_TK, d_normed_shared_TS, raw_TK, shared_scores_TS
     return d_raw[:, :K], d_raw[:, K:] if spec.norm_with_shared else d_normed_shared_TS
 
 
-def divisor_slopes(raw, norm_T1, spec: RouterSpec):
+def divisor_slopes(raw: np.ndarray, norm_T1: np.ndarray, spec: RouterSpec) -> np.ndarray:
     """d divisor / d weight: (weight / norm) ** (p - 1), and 0 where the norm is below its clamp."""
     positive = raw > 0
     ratio = np.where(positive, raw, 1) / np.where(positive, norm_T1, 1)
@@ -153,7 +170,7 @@ def divisor_slopes(raw, norm_T1, spec: RouterSpec):
     return np.where(clamped_T1, 0, slope)
 
 
-def weigh_backward(d_raw_TK, routing: RoutingTrace, spec: RouterSpec):
+def weigh_backward(d_raw_TK: np.ndarray, routing: RoutingTrace, spec: RouterSpec) -> np.ndarray:
     """Gradient of the scaled logits of the choices, from that of the weights before the norm.
 
     sparsemixer's weight is differentiated as the softmax over its band that it is, not as the sampler of its
@@ -170,12 +187,12 @@ def weigh_backward(d_raw_TK, routing: RoutingTrace, spec: RouterSpec):
     if spec.score_over == "selected":
         return scatter(softmax_backward(d_raw_TK, raw_weights(routing, spec)), ids_TK, E)
     d_scores_TE = scatter(d_raw_TK, ids_TK, E)
-    if spec.weights_from == "masked_scores":
+    if routing.group_ids_TL is not None and spec.weights_from == "masked_scores":
         d_scores_TE = np.where(kept_experts(routing.group_ids_TL, spec), d_scores_TE, 0)
     return score_backward(d_scores_TE, choices_TE, spec)
 
 
-def scatter(d_slots_TK, expert_ids_TK, num_choices: int):
+def scatter(d_slots_TK: np.ndarray, expert_ids_TK: np.ndarray, num_choices: int) -> np.ndarray:
     """Each slot's gradient goes to its expert's column; an unused slot's goes nowhere."""
     T, K = expert_ids_TK.shape
     d_columns_TE = np.zeros((T, num_choices), d_slots_TK.dtype)
@@ -185,7 +202,7 @@ def scatter(d_slots_TK, expert_ids_TK, num_choices: int):
     return d_columns_TE
 
 
-def score_backward(d_scores_TE, scaled_logits_TE, spec: RouterSpec):
+def score_backward(d_scores_TE: np.ndarray, scaled_logits_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
     """Gradient of the scaled logits, from that of the scores."""
     scores_TE = score(scaled_logits_TE, spec)
     if spec.score_func == "softmax":
@@ -197,12 +214,12 @@ def score_backward(d_scores_TE, scaled_logits_TE, spec: RouterSpec):
     return d_scores_TE * np.where(zero_TE, 0, sigmoid(scaled_logits_TE) / np.where(zero_TE, 1, 2 * scores_TE))
 
 
-def softmax_backward(d_scores_TE, scores_TE):
+def softmax_backward(d_scores_TE: np.ndarray, scores_TE: np.ndarray) -> np.ndarray:
     """Gradient of the logits of a softmax over the last axis."""
     return scores_TE * (d_scores_TE - (d_scores_TE * scores_TE).sum(axis=-1, keepdims=True))
 
 
-def scale_logits_backward(d_scaled_TE, scaled_logits_TE, spec: RouterSpec):
+def scale_logits_backward(d_scaled_TE: np.ndarray, scaled_logits_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
     """Gradient of the logits, from that of the scaled logits; a logit of -inf gets 0."""
     masked_TE = np.isneginf(scaled_logits_TE)
     slope_TE = np.full_like(scaled_logits_TE, spec.logit_scale)
@@ -211,6 +228,8 @@ def scale_logits_backward(d_scaled_TE, scaled_logits_TE, spec: RouterSpec):
     return np.where(masked_TE, 0, d_scaled_TE * slope_TE)
 
 
-def gate_backward(d_logits_TE, x_TD, gate_ED):
+def gate_backward(
+    d_logits_TE: np.ndarray, x_TD: np.ndarray, gate_ED: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gradients of the tokens, the gate weights and the gate bias. [BWD-5]"""
     return d_logits_TE @ gate_ED, d_logits_TE.T @ x_TD, d_logits_TE.sum(axis=0)

@@ -9,7 +9,7 @@ from math import ceil, floor
 from typing import Any, Self
 
 from moe_ref.specs.base import Spec
-from moe_ref.specs.checks import integer, number, one_of, require
+from moe_ref.specs.checks import integer, number, one_axis, one_of, require
 from moe_ref.specs.router import SCORE_FUNCS
 
 BALANCE_FORMS: dict[str, dict[str, Any]] = {
@@ -74,6 +74,7 @@ class BalanceSpec(Spec):
     """separate: the losses of layers are summed; pooled: the tokens of all layers are one batch (transformers)."""
 
     def __post_init__(self):
+        super().__post_init__()
         number("coeff", self.coeff, low=0.0)
         one_of("score_func", self.score_func, SCORE_FUNCS)
         require(isinstance(self.norm_scores, bool), f"norm_scores is {self.norm_scores!r}; it is a bool")
@@ -105,7 +106,7 @@ class BalanceSpec(Spec):
         return self.norm_scores or self.score_func == "softmax"
 
     @classmethod
-    def of(cls, form: str, **changes) -> Self:
+    def of(cls, form: str, **changes: Any) -> Self:
         """The published loss of that name (`BALANCE_FORMS`), with other values for some fields."""
         one_of("form", form, tuple(BALANCE_FORMS))
         return cls(**BALANCE_FORMS[form] | changes)
@@ -140,11 +141,12 @@ class BiasUpdateSpec(Spec):
     """Experts whose bias stays. They are left out of both means: the others balance among themselves."""
 
     def __post_init__(self):
+        super().__post_init__()
         number("rate", self.rate, low=0.0)
         one_of("rule", self.rule, BIAS_RULES)
         require(isinstance(self.centred, bool), f"centred is {self.centred!r}; it is a bool")
         if self.frozen_E is not None:
-            object.__setattr__(self, "frozen_E", tuple(self.frozen_E))  # JSON has lists
+            object.__setattr__(self, "frozen_E", one_axis("frozen_E", self.frozen_E))  # JSON has lists
             bools = all(isinstance(frozen, bool) for frozen in self.frozen_E)
             require(bools, f"frozen_E is {self.frozen_E!r}; its entries are bools")
             require(not all(self.frozen_E), "frozen_E freezes every expert; at least one moves")
@@ -188,6 +190,7 @@ class CapacitySpec(Spec):
     """A second limit on what this one keeps (ranks, then the whole batch); balance is still of all T * K slots."""
 
     def __post_init__(self):
+        super().__post_init__()
         require(
             (self.factor is None) != (self.slots is None),
             f"factor is {self.factor!r} and slots is {self.slots!r}; one of them is given",

@@ -4,10 +4,13 @@ A spec says *what* is computed, never how: frozen, validated data.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
-from moe_ref.specs.checks import nearest, require
+import numpy as np
+
+from moe_ref.specs.checks import LARGEST, nearest, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +19,16 @@ class Spec:
 
     ALIASES: ClassVar[Mapping[str, str]] = {}
     """Names of other frameworks -> the field."""
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):  # a spec is plain data
+                value = value.item()
+            if isinstance(value, int) and abs(value) > LARGEST and field.type in ("float", float, "float | None"):
+                with suppress(OverflowError):  # which its check then refuses
+                    value = float(value)
+            object.__setattr__(self, field.name, value)
 
     @classmethod
     def from_dict(cls, values: dict) -> Self:
@@ -36,6 +49,6 @@ class Spec:
         """The fields that differ from their default, JSON-ready; `from_dict` reads it back."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
-    def replace(self, **changes) -> Self:
+    def replace(self, **changes: Any) -> Self:
         """A copy with other values, validated again."""
         return replace(self, **changes)

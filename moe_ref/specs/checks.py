@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 
+LARGEST = 2**63 - 1
+"""The largest integer that arrays hold."""
+
 
 def require(condition: bool, message: str) -> None:
     """Raise ValueError(message) unless the condition holds."""
@@ -29,8 +32,10 @@ def one_of(field: str, value: Any, valid: Collection[str]) -> None:
 
 def integer(field: str, value: Any, low: int, high: int | None = None, *, why: str = "") -> None:
     """The value is an int in [low, high]."""
-    bound = f"at least {low}" if high is None else f"between {low} and {high}"
     is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if high is None and is_int and value > LARGEST:
+        high = LARGEST
+    bound = f"at least {low}" if high is None else f"between {low} and {high}"
     require(
         is_int and bool(value >= low) and (high is None or bool(value <= high)),
         f"{field} is {value!r}; it is an integer {bound}{why and f' ({why})'}",
@@ -42,9 +47,23 @@ def number(field: str, value: Any, *, low: float = -np.inf, above: float = -np.i
     is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     bound = f" greater than {above}" if above > -np.inf else f" of at least {low}" if low > -np.inf else ""
     require(
-        is_number and bool(np.isfinite(value)) and bool(value >= low) and bool(value > above),
+        is_number and _fits_float64(value) and bool(value >= low) and bool(value > above),
         f"{field} is {value!r}; it is a finite number{bound}",
     )
+
+
+def _fits_float64(value: Any) -> bool:
+    try:
+        return bool(np.isfinite(float(value)))
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+def one_axis(field: str, value: Any) -> tuple:
+    """The entries of a tuple, a list or an array of one axis; NumPy's numbers as Python's."""
+    array_of_one_axis = isinstance(value, np.ndarray) and value.ndim == 1
+    require(array_of_one_axis or isinstance(value, (tuple, list)), f"{field} is {value!r}; it is a tuple")
+    return tuple(entry.item() if isinstance(entry, np.generic) else entry for entry in value)
 
 
 def array(field: str, value: Any, shape: tuple[int | None, ...], *, kind: str = "float") -> np.ndarray:

@@ -6,6 +6,7 @@ sure, `checkpoint` says whose defaults stand in for it.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from moe_ref.specs.checks import nearest, require
 from moe_ref.specs.router import RouterSpec
@@ -210,7 +211,7 @@ def family(name: str) -> Family:
     return FAMILIES[name]
 
 
-def preset(name: str, **changes) -> RouterSpec:
+def preset(name: str, **changes: Any) -> RouterSpec:
     """The router of a family at its published size, with changed fields if any, validated again."""
     return family(name).router.replace(**changes)
 

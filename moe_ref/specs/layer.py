@@ -44,6 +44,7 @@ class ExpertSpec(Spec):
     """All projections have a bias (gpt-oss)."""
 
     def __post_init__(self):
+        super().__post_init__()
         integer("dim", self.dim, 1)
         integer("hidden_dim", self.hidden_dim, 1)
         one_of("activation", self.activation, ACTIVATIONS)
@@ -83,6 +84,7 @@ class SharedSpec(Spec):
     """As in ExpertSpec, at the same place; models that clamp both say it twice (hy_v4 clamps the routed alone)."""
 
     def __post_init__(self):
+        super().__post_init__()
         integer("hidden_dim", self.hidden_dim, 1)
         one_of("gate", self.gate, ("none", "sigmoid"))
         one_of("combine", self.combine, ("sum", "average"))
@@ -102,6 +104,7 @@ class LayerSpec(Spec):
     """The gate has a learned bias, part of the logits (gpt-oss)."""
 
     def __post_init__(self):
+        super().__post_init__()
         for field, kind in (("router", RouterSpec), ("experts", ExpertSpec), ("gate_bias", bool)):
             value = getattr(self, field)
             require(isinstance(value, kind), f"{field} is {value!r}; it is a {kind.__name__}")

@@ -18,11 +18,10 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, pairwise
-
-import numpy as np
+from typing import Any
 
 from moe_ref.specs.base import Spec
-from moe_ref.specs.checks import integer, number, one_of, require
+from moe_ref.specs.checks import integer, number, one_axis, one_of, require
 from moe_ref.specs.layer import LayerSpec
 from moe_ref.specs.router import RouterSpec
 
@@ -109,6 +108,7 @@ class ShardLayout(Spec):
     worst case. See `buffer_rows`."""
 
     def __post_init__(self):
+        super().__post_init__()
         for field in ("data", "fsdp", "expert", "tensor", "num_token_chunks", "num_emb_chunks"):
             integer(field, getattr(self, field), 1)
         one_of("strategy", self.strategy, STRATEGY_FACTS)
@@ -296,12 +296,12 @@ class ShardLayout(Spec):
         return min(worst, math.ceil(balanced * Fraction(repr(float(self.buffer_factor)))))
 
 
-def _ints(field: str, values) -> tuple[int, ...]:
+def _ints(field: str, values: Any) -> tuple[int, ...]:
     """Natural numbers as a tuple, from any sequence of them (JSON has lists)."""
-    require(isinstance(values, (tuple, list, np.ndarray)), f"{field} is {values!r}; it is a tuple of integers")
-    for index, value in enumerate(values):
+    found = one_axis(field, values)
+    for index, value in enumerate(found):
         integer(f"{field}[{index}]", value, 0)
-    return tuple(int(value) for value in values)
+    return found
 
 
 def _divides(field: str, value: int, of_field: str, of_value: int) -> None:

@@ -171,7 +171,7 @@ class WeightLayout:
         one_of("fused", self.fused, ("separate", "halves", "interleaved"))
         one_of("order", self.order, ("in_out", "out_in"))
 
-    def to_canonical(self, gate_up, w_down) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+    def to_canonical(self, gate_up: Any, w_down: np.ndarray) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
         """(w_gate, w_up, w_down) in the canonical layout.
 
         Args:
@@ -185,21 +185,21 @@ class WeightLayout:
         _even("gate_up", fused)
         return *_parts(fused, self.fused), self._turn(w_down)
 
-    def from_canonical(self, w_gate, w_up, w_down) -> tuple[Any, np.ndarray]:
+    def from_canonical(self, w_gate: np.ndarray | None, w_up: np.ndarray, w_down: np.ndarray) -> tuple[Any, np.ndarray]:
         """(gate_up, w_down) in this layout; gate_up is a pair where separate, else one fused tensor."""
         if self.fused == "separate":
             return (None if w_gate is None else self._turn(w_gate), self._turn(w_up)), self._turn(w_down)
         require(w_gate is not None, f"w_gate is None, but fused is {self.fused!r}; only gated experts are fused")
         return self._turn(_joined(w_gate, w_up, self.fused)), self._turn(w_down)
 
-    def bias_to_canonical(self, gate_up_bias) -> tuple[np.ndarray | None, np.ndarray]:
+    def bias_to_canonical(self, gate_up_bias: Any) -> tuple[np.ndarray | None, np.ndarray]:
         """(b_gate, b_up) from a pair where separate, else from one fused tensor; `order` does not concern a bias."""
         if self.fused == "separate":
             return gate_up_bias
         _even("gate_up_bias", gate_up_bias)
         return _parts(gate_up_bias, self.fused)
 
-    def bias_from_canonical(self, b_gate, b_up) -> Any:
+    def bias_from_canonical(self, b_gate: np.ndarray | None, b_up: np.ndarray) -> Any:
         """The pair (b_gate, b_up) where separate, else one fused tensor."""
         if self.fused == "separate":
             return b_gate, b_up

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -153,14 +154,14 @@ class RoutingRecord:
         return cls(spec=spec, **fields)
 
 
-def save_records(path, records: dict[str, RoutingRecord]) -> None:
+def save_records(path: str | PathLike[str], records: dict[str, RoutingRecord]) -> None:
     """Records by name (a layer's, say) in one file of the safetensors format."""
     arrays = {f"{name}/{key}": value for name, record in records.items() for key, value in record.to_arrays().items()}
     metadata = {"format": FORMAT, "specs": json.dumps({name: r.spec.to_dict() for name, r in records.items()})}
     _safetensors("safetensors.numpy").save_file(arrays, path, metadata=metadata)
 
 
-def load_records(path) -> dict[str, RoutingRecord]:
+def load_records(path: str | PathLike[str]) -> dict[str, RoutingRecord]:
     """The records of a file that `save_records` wrote, here or in another implementation."""
     safetensors = _safetensors("safetensors")
     with safetensors.safe_open(path, framework="numpy") as file:

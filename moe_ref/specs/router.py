@@ -98,6 +98,7 @@ class RouterSpec(Spec):
     """Multiplies the summed routed output, before shared experts are added."""
 
     def __post_init__(self):
+        super().__post_init__()
         integer("num_experts", self.num_experts, 1)
         integer("num_null_experts", self.num_null_experts, 0)
         integer("num_scored_shared_experts", self.num_scored_shared_experts, 0)
@@ -119,7 +120,7 @@ class RouterSpec(Spec):
         if self.logit_softcap is not None:
             number("logit_softcap", self.logit_softcap, above=0.0)
         require(
-            self.mask_fill in (0.0, -np.inf),
+            isinstance(self.mask_fill, (int, float)) and self.mask_fill in (0.0, -np.inf),
             f"mask_fill is {self.mask_fill!r}; it is -inf, or 0.0 to describe a model that fills with 0",
         )
         integer("top_k", self.top_k, 1, self.num_choices, why="num_experts + num_null_experts")

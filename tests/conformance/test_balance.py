@@ -13,7 +13,7 @@ from conformance.core.judge import Judge, Violation
 from conformance.core.register import of_stage
 from conformance.core.shrink import shrink
 from conformance.core.subject import Subject
-from conformance.core.trial import accusations
+from conformance.core.trial import accuse
 from conformance.run.conclude import diagnoses
 from conformance.run.kinds import case_of_json, load_faults
 from conformance.run.report import failure_page
@@ -31,7 +31,7 @@ def shrunk(name: str) -> tuple[Judge, Violation]:
     """The judge of a fault, and the smallest case that breaks the fault's requirement."""
     fault = fault_named(name)
     judge = Judge(BALANCE.faulty(fault))
-    return judge, shrink(judge, accusations(judge, of=[fault.requirement])[fault.requirement])
+    return judge, shrink(judge, accuse(judge, ids=[fault.requirement])[fault.requirement])
 
 
 def test_every_fault_is_accused_by_its_own_requirement():
@@ -49,7 +49,7 @@ class Float64(Reference):
 @pytest.mark.parametrize("subject", [Reference, Float64], ids=lambda subject: subject.__name__)
 def test_what_is_right_is_not_accused(subject):
     judge = Judge(subject())
-    accused = accusations(judge, seed=1, examples=20, of=REQUIREMENTS)
+    accused = accuse(judge, seed=1, examples=20, ids=REQUIREMENTS)
     assert {name: (str(v), v.expected, v.received) for name, v in accused.items()} == {}
     assert {name for name in REQUIREMENTS if judge.ledger[name].judged == 0} == set()
 
@@ -59,7 +59,7 @@ def test_a_subject_without_these_methods_is_unsupported_and_not_ok():
         """Defines nothing."""
 
     judge = Judge(Empty())
-    assert accusations(judge, examples=3, of=REQUIREMENTS) == {}
+    assert accuse(judge, examples=3, ids=REQUIREMENTS) == {}
     assert {judge.ledger[name].status("MUST") for name in REQUIREMENTS} == {"unsupported"}
 
 

@@ -9,11 +9,12 @@ from conformance.core.check import CHECKS
 from conformance.core.judge import Judge, Violation
 from conformance.core.rounding import close
 from conformance.core.shrink import shrink
-from conformance.core.trial import accusations
+from conformance.core.trial import accuse
 from conformance.router.bounds import admissible
 from conformance.router.case import RouterCase
 from conformance.router.observation import observe
 from conformance.router.small_worlds import lattice, weak_orderings, worlds
+from conformance.run import kinds  # noqa: F401  (its chapters register)
 from moe_ref import RouterSpec
 from tests.conformance.routers import MaskedZero, Sigmoid
 
@@ -73,7 +74,7 @@ def test_every_world_is_a_valid_spec():
 
 def test_a_failing_case_shrinks_to_one_token_that_still_fails():
     judge = Judge(MaskedZero())
-    violation = shrink(judge, accusations(judge, seed=0, of=["SEL-3"])["SEL-3"])
+    violation = shrink(judge, accuse(judge, seed=0, ids=["SEL-3"])["SEL-3"])
     assert violation.case is not None
     assert violation.case.num_tokens == 1
     assert set(violation.case.logits_TE.ravel().tolist()) <= set(np.arange(-8, 8, 0.5)), "round numbers suffice"

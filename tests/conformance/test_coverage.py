@@ -7,13 +7,13 @@ import sys
 SCRIPT = """
 from conformance.core.judge import Judge
 from conformance.core.register import of_stage
-from conformance.core.trial import accusations
+from conformance.core.trial import accuse
 from conformance.run.kinds import KINDS
 from conformance.subjects.reference import Reference
 
 for kind in KINDS:
     if kind.name != "sharded":  # it has the router of one rank
-        accusations(Judge(Reference()), examples=40, of=of_stage(*kind.stages))
+        accuse(Judge(Reference()), examples=40, ids=of_stage(*kind.stages))
 """
 
 

@@ -1,5 +1,7 @@
 """tests of the judge: a diagnosis names the fault that returns what the subject returned, if there is one."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from conformance.balance.kind import BALANCE
 from conformance.core.check import CHECKS
 from conformance.core.diagnosis import calls_of, same
 from conformance.core.judge import Crash, Judge, Violation
-from conformance.core.trial import accusations
+from conformance.core.trial import accuse
 from conformance.run.kinds import load_faults
 from conformance.subjects.reference import Reference
 from moe_ref import RouterSpec, RoutingRecord
@@ -21,6 +23,11 @@ class Sleeping(Reference):
 
     def bias_update(self, counts_SE, update, expert_bias_E):
         return np.float32(expert_bias_E)
+
+
+@dataclass(frozen=True)
+class Frozen(Sleeping):
+    """The same, as a class whose objects cannot be written to."""
 
 
 class Strange(Reference):
@@ -39,11 +46,12 @@ class Raising(Reference):
 
 def judged(subject: Reference) -> tuple[Judge, Violation]:
     judge = Judge(subject)
-    return judge, accusations(judge, of=[BIAS])[BIAS]
+    return judge, accuse(judge, ids=[BIAS])[BIAS]
 
 
-def test_the_fault_that_returns_the_same_is_named():
-    judge, violation = judged(Sleeping())
+@pytest.mark.parametrize("subject", [Sleeping, Frozen], ids=lambda subject: subject.__name__)
+def test_the_fault_that_returns_the_same_is_named(subject):
+    judge, violation = judged(subject())
     assert [fault.name for fault in BALANCE.diagnose(judge, violation, FAULTS)] == ["the-bias-never-moves"]
 
 
@@ -77,12 +85,13 @@ def test_a_diagnosis_leaves_the_subject_and_the_ledger_as_they_were():
     (np.array([np.nan, np.inf]), np.array([np.nan, np.inf]), True),
     (np.array([np.inf]), np.array([-np.inf]), False),
     (np.zeros((2, 1)), np.zeros((1, 2)), False),
-    ({"loss": 1.0, "more": 2}, {"loss": 1.0}, True),
-    ({"loss": 1.0}, {}, False),
+    ({"loss": 1.0}, {"loss": 1.0, "more": 2}, True),
+    ({"loss": 1.0, "more": 2}, {"loss": 1.0}, False),
     ([np.ones(2), np.zeros(0)], [np.ones(2), np.zeros(0)], True),
     ([np.ones(2)], [np.ones(2), np.ones(2)], False),
     (None, None, True),
     (None, np.ones(()), False),
+    ((None, np.ones(2)), np.ones(2), False),
 ])  # fmt: skip
 def test_results_are_the_same_but_for_rounding(wanted, found, alike):
     assert same(found, wanted, 2.0**-16, 0.0) is alike

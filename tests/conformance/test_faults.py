@@ -12,7 +12,7 @@ from conformance.core.fault import FAULTS, first_killer, killers, patched
 from conformance.core.judge import Judge
 from conformance.core.register import REQUIREMENTS, STAGES, stage_order
 from conformance.core.subject import Subject, capabilities
-from conformance.core.trial import accusations
+from conformance.core.trial import accuse
 from conformance.router.draw import SPECS, make_case
 from conformance.router.faulty import FaultyRouter, routing_under
 from conformance.router.kind import ROUTER
@@ -141,7 +141,7 @@ def test_every_fault_of_a_router_is_accused_by_other_cases_too_and_where_it_show
 @pytest.mark.parametrize("requirement", REQUIREMENTS)
 def test_a_requirement_accuses_a_fault_of_its_own(requirement):
     own = [fault for fault in FAULTS.values() if fault.requirement == requirement]
-    found = (accusations(Judge(fault.kind.faulty(fault)), of=[requirement]) for fault in own)
+    found = (accuse(Judge(fault.kind.faulty(fault)), ids=[requirement]) for fault in own)
     assert any(requirement in accused for accused in found)
 
 
@@ -156,7 +156,7 @@ def test_no_earlier_stage_is_accused(name):
         each for each, r in REQUIREMENTS.items()
         if r.stage in ROUTER.stages and STAGES.index(r.stage) < STAGES.index(fault.stage)
     ]  # fmt: skip
-    accused = accusations(Judge(FaultyRouter(fault)), seed=5, examples=6, of=earlier)
+    accused = accuse(Judge(FaultyRouter(fault)), seed=5, examples=6, ids=earlier)
     assert [each for each in accused if REQUIREMENTS[each].stage not in fault.stages] == []
 
 
@@ -226,7 +226,7 @@ class FailsOnce(Subject):
 
 
 def test_a_violation_that_does_not_repeat_is_a_violation_all_the_same():
-    assert "RUN-4" in accusations(Judge(FailsOnce()), of=["RUN-4"])
+    assert "RUN-4" in accuse(Judge(FailsOnce()), ids=["RUN-4"])
 
 
 # the diagnosis

@@ -9,12 +9,13 @@ from conformance.core.check import CHECKS
 from conformance.core.judge import Judge
 from conformance.core.register import REQUIREMENTS, stage_order
 from conformance.core.subject import Routing, Subject
-from conformance.core.trial import accusations
+from conformance.core.trial import accuse
 from conformance.run import kinds  # noqa: F401  (its chapters register)
 
 # A router that sorts its ids is accused of weights in the wrong slots before it is advised on the order of slots.
 MUST_FIRST = sorted(
-    (id for id in CHECKS if CHECKS[id].method == "route"), key=lambda id: (REQUIREMENTS[id].level, *stage_order(id))
+    (name for name in CHECKS if CHECKS[name].method == "route"),
+    key=lambda name: (REQUIREMENTS[name].level, *stage_order(name)),
 )
 
 
@@ -138,9 +139,9 @@ RIGHT = (Stranger, Partition, UnsortedPartition, LargeFiniteMask, Heap, OneHot, 
 
 @pytest.mark.parametrize("subject", RIGHT, ids=lambda subject: subject.__name__)
 def test_a_right_router_breaks_no_must(subject):
-    must = [id for id in MUST_FIRST if REQUIREMENTS[id].level == "MUST"]
-    accused = accusations(Judge(subject()), seed=4, examples=12, of=must)
-    assert {id: (str(v), v.expected, v.received) for id, v in accused.items()} == {}
+    must = [name for name in MUST_FIRST if REQUIREMENTS[name].level == "MUST"]
+    accused = accuse(Judge(subject()), seed=4, examples=12, ids=must)
+    assert {name: (str(v), v.expected, v.received) for name, v in accused.items()} == {}
 
 
 # the wrong ones, each with the stage that is at fault
@@ -335,7 +336,7 @@ WRONG = (ZeroMask, MultipliedMask, GroupMaximum, GroupsByModulo, TiledMask, Unbi
 
 @pytest.mark.parametrize("subject", WRONG, ids=lambda subject: subject.__name__)
 def test_a_wrong_router_is_accused_at_its_stage_first(subject):
-    accused = accusations(Judge(subject()), seed=6, examples=25, of=MUST_FIRST, first=True)
+    accused = accuse(Judge(subject()), seed=6, examples=25, ids=MUST_FIRST, first=True)
     assert accused
     first = next(iter(accused))
     assert REQUIREMENTS[first].stage in subject.stage, f"{first}: {accused[first]}"

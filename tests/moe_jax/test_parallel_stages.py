@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from test_parallel import CASES, DEEPSEEK, POISONS, SAME, case, check_whole
 
-from moe_jax.parallel import Stages, make_mesh, param_specs, place, split, stage_specs, unplace
 from moe_jax.parallel.exchange import EXCHANGES, plan
-from moe_jax.parallel.stages import BY_RANK, HIDDEN, ROWS, P
+from moe_jax.parallel.layer import make_mesh, place, unplace
+from moe_jax.parallel.stages import BY_RANK, HIDDEN, ROWS, P, Stages, param_specs, split, stage_specs
 from moe_ref.backward.layer import layer_backward
 from moe_ref.dispatch import plan as reference_plan
 from moe_ref.layer import moe_layer

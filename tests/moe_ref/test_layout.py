@@ -102,7 +102,7 @@ def test_groups_that_lie_on_whole_nodes_are_accepted():
     ({"num_emb_chunks": 0}, "num_emb_chunks is 0; it is an integer at least 1"),
     ({"strategy": "all2all"}, r"strategy is 'all2all', .* \(did you mean all_to_all\?\)"),
     ({"placement": (0, -1)}, r"placement\[1\] is -1; it is an integer at least 0"),
-    ({"placement": "01"}, "placement is '01'; it is a tuple of integers"),
+    ({"placement": "01"}, "placement is '01'; it is a tuple"),
     ({"placement": (0, 1, 1, 2)}, r"placement is \(0, 1, 1, 2\); it has each of 0 .. 3 once"),
     ({"ranks_per_node": 0}, "ranks_per_node is 0; it is an integer between 1 and 4"),
     ({"ranks_per_node": 3}, r"ranks_per_node is 3, which does not divide the expert axis \(4\)"),

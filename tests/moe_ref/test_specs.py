@@ -1,4 +1,4 @@
-"""moe_ref, tests of all specs: any Python object in any field is taken, or refused by a ValueError that names the field."""
+"""moe_ref, tests of all specs: any object in any field is taken, or refused by a ValueError that names the field."""
 
 import json
 from dataclasses import MISSING, fields
@@ -67,14 +67,23 @@ STRANGE = {
 @pytest.mark.parametrize("spec", VALID, ids=lambda spec: spec.__name__)
 def test_any_object_in_any_field_is_taken_or_refused_by_name(spec, name):
     for field in fields(spec):
-        try:
-            made = spec(**VALID[spec] | {field.name: STRANGE[name]})
-        except ValueError as error:
-            assert field.name in str(error), f"{field.name}={STRANGE[name]!r}: {error}"
-        else:
-            json.dumps(made.to_dict())  # what is taken is plain data
-            assert spec.from_dict(made.to_dict()) == made
-            assert hash(made) == hash(made.replace())
+        refused = refusal(spec, field.name, STRANGE[name])
+        if refused is not None:
+            assert field.name in refused
+            continue
+        made = spec(**VALID[spec] | {field.name: STRANGE[name]})
+        json.dumps(made.to_dict())  # what is taken is plain data
+        assert spec.from_dict(made.to_dict()) == made
+        assert hash(made) == hash(made.replace())
+
+
+def refusal(spec: type, field: str, value) -> str | None:
+    """What the ValueError says by which a spec refuses a value; None where it takes it."""
+    try:
+        spec(**VALID[spec] | {field: value})
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 @pytest.mark.parametrize("spec", VALID, ids=lambda spec: spec.__name__)

@@ -5,20 +5,19 @@ Legend: T tokens, E experts.
 
 import numpy as np
 
-from conformance.core.check import Condition
 from conformance.core.holding import hold
-from conformance.core.judge import Judge
 from conformance.layer import bounds
-from conformance.layer.case import LayerCase
 from conformance.layer.kind import requires
 from conformance.layer.predicates import (
     BIASES,
     CHOICE_IS_CLEAR,
+    IDLE_EXPERT,
     MATRICES,
     PARTS,
     POISON,
     ROUTER,
     SHARED,
+    WHOLE,
     by_token,
     poisoned,
     unmasked,
@@ -33,7 +32,7 @@ from conformance.layer.verdicts import (
 )
 from moe_ref import LayerSpec
 
-FORWARD = (*PARTS, "LAY-2", "LAY-8", "LAY-9", "LAY-10", "LAY-11", "LAY-12", "LAY-13", "BWD-1")
+FORWARD = (*PARTS, *WHOLE, "BWD-1")
 
 
 def has_constant_weights(spec: LayerSpec) -> bool:
@@ -41,14 +40,6 @@ def has_constant_weights(spec: LayerSpec) -> bool:
     router = spec.router
     normed = (router.route_norm and router.norm_eps == 0) or router.score_over == "selected"
     return router.top_k == 1 and normed and router.selector == "top_k"
-
-
-def _leaves_an_expert_idle(judge: Judge, case: LayerCase) -> bool:
-    idle_E = case.reference.permutation.tokens_per_expert_E == 0
-    return bool(idle_E.any()) and CHOICE_IS_CLEAR.holds(judge, case)
-
-
-IDLE_EXPERT = Condition(sentence="judged where an expert is surely without tokens", holds=_leaves_an_expert_idle)
 
 
 @requires("BWD-1", method="layer_gradients")

@@ -17,8 +17,9 @@ from conformance.layer.kind import requires
 from conformance.layer.verdicts import hold_experts, radius_of_experts, rows_of_subject
 from moe_ref import LayerSpec
 
-FORMULA = ("EXP-1", "EXP-2")
-EVERY_FORM = (*FORMULA, "EXP-3", "EXP-4", "EXP-5")
+PLAIN = ("EXP-1", "EXP-2")
+FORMS = (*PLAIN, "EXP-3", "EXP-4", "EXP-5")
+"""Where one of these fails on the same case, its formula, biases or layout are wrong, not what a check varies."""
 NUM_ROWS = 9
 TAIL = 3
 """Rows past the counts."""
@@ -94,7 +95,7 @@ def a_row_is_the_feed_forward_of_its_expert(judge, case):
     method="experts",
     spec=has_a_formula,
     x=("normal", "large", "small"),
-    after=FORMULA,
+    after=PLAIN,
     simpler=((plainest, ("EXP-2",)),),
 )
 def alpha_offset_and_clamp_apply_to_every_row(judge, case):
@@ -112,7 +113,7 @@ def alpha_offset_and_clamp_apply_to_every_row(judge, case):
     "EXP-4",
     method="experts",
     spec=lambda s: s.experts.bias,
-    after=(*FORMULA, "EXP-3", "EXP-5"),
+    after=(*PLAIN, "EXP-3", "EXP-5"),
     simpler=((plainest, ("EXP-2",)),),
 )
 def each_row_gets_the_biases_of_its_expert_once(judge, case):
@@ -120,16 +121,13 @@ def each_row_gets_the_biases_of_its_expert_once(judge, case):
     hold_experts(judge, biased, *rows_of(biased), "not with its expert's biases")
 
 
-@requires("EXP-5", method="experts", spec=is_square, after=FORMULA)
+@requires("EXP-5", method="experts", spec=is_square, after=PLAIN)
 def square_matrices_are_read_in_their_own_layout(judge, case):
-    title, unbiased = (
-        f"dim {case.spec.experts.dim}, hidden_dim {case.spec.experts.hidden_dim}",
-        where_supported(judge, case, without_biases),
-    )
-    hold_experts(judge, unbiased, *rows_of(unbiased), title)
+    e, unbiased = case.spec.experts, where_supported(judge, case, without_biases)
+    hold_experts(judge, unbiased, *rows_of(unbiased), f"dim {e.dim}, hidden_dim {e.hidden_dim}")
 
 
-@requires("EXP-6", method="experts", after=EVERY_FORM, bias=("none",), tokens=(1,))
+@requires("EXP-6", method="experts", after=FORMS, bias=("none",), tokens=(1,))
 def an_expert_without_rows_changes_nothing(judge, case):
     rng, E = case.rng(), case.spec.router.num_experts
     first, last, odd = (np.arange(E) > 0, np.arange(E) < E - 1, np.arange(E) % 2 == 1)
@@ -139,7 +137,7 @@ def an_expert_without_rows_changes_nothing(judge, case):
         hold_experts(judge, plainer, rows_ND, counts_E, f"with counts {counts_E.tolist()}")
 
 
-@requires("EXP-7", method="experts", after=EVERY_FORM, bias=("none", "crowded"))
+@requires("EXP-7", method="experts", after=FORMS, bias=("none", "crowded"))
 def rows_past_the_counts_belong_to_nobody(judge, case):
     rows_ND, counts_E = rows_of(case)
     for poison in (np.nan, 1e30, np.nan):
@@ -147,7 +145,7 @@ def rows_past_the_counts_belong_to_nobody(judge, case):
         hold_experts(judge, case, rows_RD, counts_E, f"with {poison:g} past the counts")
 
 
-@requires("EXP-8", method="experts", given=(HAS_ROWS,), after=EVERY_FORM, bias=("none",), tokens=(7,))
+@requires("EXP-8", method="experts", given=(HAS_ROWS,), after=FORMS, bias=("none",), tokens=(7,))
 def a_row_depends_on_that_row_alone(judge, case):
     rows_ND, counts_E = rows_of(case)
     radius_ND = radius_of_experts(judge, case, rows_ND, counts_E)
@@ -167,7 +165,7 @@ def zero_rows_give_zero_outputs(judge, case):
     rows_of_subject(judge, case, np.zeros((0, case.spec.experts.dim)), counts_E)
 
 
-@requires("EXP-10", method="experts", after=EVERY_FORM)
+@requires("EXP-10", method="experts", after=FORMS)
 def experts_of_any_size_are_exact(judge, case):
     sizes_E = 10.0 ** case.rng().integers(-2, 3, case.spec.router.num_experts)
     values = {f.name: getattr(case.params, f.name) for f in fields(case.params)}

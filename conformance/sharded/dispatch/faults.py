@@ -1,4 +1,7 @@
-"""conformance, sharded, faults of dispatch: slots that travel to the wrong rank, or twice, or not at all, and wrong sizes."""
+"""conformance, sharded, faults of dispatch: slots that travel to the wrong rank, twice or not at all, and wrong sizes.
+
+Legend: T tokens, E experts, K top_k, e experts on this rank, R rows on this rank, S ranks of a rank group.
+"""
 
 import numpy as np
 
@@ -237,7 +240,7 @@ def counts_ignore_the_buffer(run, memory, ids_by_shard, layout, spec):
     """Rows are dropped, and counted all the same."""
     plans = run(ids_by_shard, layout, spec)
     untouched = run(ids_by_shard, layout.replace(buffer_factor=None), spec)
-    return [plan | {"group_sizes_e": all["group_sizes_e"]} for plan, all in zip(plans, untouched, strict=True)]
+    return [plan | {"group_sizes_e": full["group_sizes_e"]} for plan, full in zip(plans, untouched, strict=True)]
 
 
 @surrounds(breaks="DSP-12", links=("AI-Hypercomputer/maxtext#3678",))

@@ -16,8 +16,8 @@ chapter(
     ("DSP-5", MUST, "Each local expert has the rows of its own global id, 0 included.", "vllm-project/vllm-ascend#4793",
                  "AI-Hypercomputer/maxtext#3678"),
     ("DSP-6", MUST, "A rank's rows are sorted by local expert.", "cusp-ai-oss/kUPS#186"),
-    ("DSP-7", SHOULD, "The rows of one expert are in the order in which they arrive: by sender, and of one sender by token.",
-                 "vllm-project/vllm#45683"),
+    ("DSP-7", SHOULD, "The rows of one expert are in the order in which they arrive: by sender, and of one sender by "
+                 "token.", "vllm-project/vllm#45683"),
     ("DSP-8", MUST, "A rank without tokens takes part: it sends nothing, and receives what is its own.",
                  "vllm-project/vllm#57471", "sgl-project/sglang#40672"),
     ("DSP-9", MUST, "Unused slots (-1) and null experts are no row of any rank, also where no slot is used.",

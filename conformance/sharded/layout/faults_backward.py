@@ -1,13 +1,20 @@
-"""conformance, sharded, faults of sharded layers, backward: right outputs with gradients that are partial, or counted twice."""
+"""conformance, sharded, faults of sharded layers, backward: right outputs, gradients that are partial or counted twice.
+
+Legend: T tokens, D model dim, F expert hidden dim, E experts, R rows on this rank.
+"""
+
+from collections.abc import Iterable
 
 import numpy as np
 
-from conformance.core.fault import surrounds
-from conformance.layer.backward.checks import BIASES, MATRICES, ROUTER, SHARED
-from conformance.sharded.layout.faults import others, without_experts
+from conformance.core.fault import patched, surrounds
+from conformance.layer.predicates import BIASES, MATRICES, ROUTER, SHARED
+from conformance.sharded.layout.faults import experts_of_others, without_experts
+from conformance.sharded.verdicts import Gradients
+from moe_ref.backward.layer import combine_backward, experts_backward
 
 
-def times(grads: dict, factor, names) -> dict:
+def times(grads: Gradients, factor: float, names: Iterable[str]) -> Gradients:
     """The gradients with those of these names times a factor."""
     return grads | {name: np.asarray(grads[name] * np.float32(factor)) for name in names if name in grads}
 
@@ -35,7 +42,7 @@ def tokens_get_the_gradients_of_their_own_ranks_experts(run, memory, x_by_shard,
     """The gradients of the tokens are not summed over the ranks that own their experts."""
     found = run(x_by_shard, params, spec, layout, *rest, **inputs)
     for rank, grads in enumerate(found if layout.expert > 1 else ()):
-        local = without_experts(params, others(layout, spec, rank))
+        local = without_experts(params, experts_of_others(layout, spec, rank))
         grads["x_TD"] = run(x_by_shard, local, spec, layout, *rest, **inputs)[rank]["x_TD"]
     return found
 
@@ -97,22 +104,36 @@ def the_bias_of_down_is_counted_by_every_tensor_rank(run, memory, x_by_shard, pa
 
 
 @surrounds(breaks="LYT-21", links=("AI-Hypercomputer/maxtext#3699",))
-def the_bias_reaches_rows_past_the_counts(run, memory, x_by_shard, params, spec, layout, d_output_by_shard, **inputs):
-    """The rows of a buffer that nobody sent count for the last expert of a rank."""
-    found = run(x_by_shard, params, spec, layout, d_output_by_shard, **inputs)
-    for grads in found if spec.experts.bias and layout.expert > 1 else ():
-        last_E = np.arange(spec.router.num_experts) % (spec.router.num_experts // layout.expert) == 0
-        grads["b_up_EF"] = grads["b_up_EF"] + 0.25 * last_E[::-1, None].astype(np.float32)
-    return found
+def the_bias_reaches_rows_past_the_counts(run, memory, x_by_shard, params, spec, layout, *arguments, **inputs):
+    """The row past those that a rank received, which still holds the first one, counts for its last expert's biases."""
+    with patched({"experts_backward": with_a_row_past_the_counts} if layout.expert > 1 else {}):
+        return run(x_by_shard, params, spec, layout, *arguments, **inputs)
+
+
+def with_a_row_past_the_counts(d_rows_RD, trace, group_sizes_e, params, spec):
+    """The biases of the last expert get the gradient of the first row besides."""
+    d_inputs_RD, grads = experts_backward(d_rows_RD, trace, group_sizes_e, params, spec)
+    if spec.bias and len(d_rows_RD):
+        is_first_R1 = (np.arange(len(d_rows_RD)) == 0)[:, None].astype(d_rows_RD.dtype)
+        _, of_first = experts_backward(d_rows_RD * is_first_R1, trace, group_sizes_e, params, spec)
+        for name in (n for n in BIASES if grads[n] is not None):
+            grads[name][-1] += of_first[name].sum(axis=0)
+    return d_inputs_RD, grads
 
 
 @surrounds(breaks="LYT-22", links=("huggingface/kernels-community#1056",))
-def rows_of_the_tail_reach_slot_0(run, memory, x_by_shard, params, spec, layout, d_output_by_shard, **inputs):
-    """Rows that nobody sent have slot 0 as their place, and its weight gets their gradient."""
-    found = run(x_by_shard, params, spec, layout, d_output_by_shard, **inputs)
-    for grads in found if layout.expert > 1 else ():
-        grads["gate_ED"] = grads["gate_ED"] + (np.arange(len(grads["gate_ED"])) == 0)[:, None] * np.float32(0.5)
-    return found
+def rows_of_the_tail_reach_slot_0(run, memory, x_by_shard, params, spec, layout, *arguments, **inputs):
+    """A row that nobody sent has slot 0 as its place, and the weight there gets the gradient of the last slot's row."""
+    with patched({"combine_backward": with_a_row_at_slot_0} if layout.expert > 1 else {}):
+        return run(x_by_shard, params, spec, layout, *arguments, **inputs)
+
+
+def with_a_row_at_slot_0(d_routed_TD, slot_outputs_TKD, weights_TK, spec):
+    """The first weight gets the gradient of the last slot's output besides."""
+    d_slots_TKD, d_weights_TK = combine_backward(d_routed_TD, slot_outputs_TKD, weights_TK, spec)
+    if d_weights_TK.size and spec.weight_on == "output":
+        d_weights_TK[0, 0] += spec.output_scale * d_routed_TD[0] @ slot_outputs_TKD[-1, -1]
+    return d_slots_TKD, d_weights_TK
 
 
 @surrounds(breaks="LYT-22", links=("NVIDIA/Megatron-LM#7452",))
@@ -219,7 +240,7 @@ def an_empty_rank_leaves_the_reduction(run, memory, x_by_shard, params, spec, la
 
 
 @surrounds(breaks="LYT-28", links=("huggingface/transformers#45621",))
-def gradients_of_padding_are_multiplied_by_0(run, memory, x_by_shard, params, spec, layout, *arguments, **inputs):
+def padding_takes_part_with_weight_0(run, memory, x_by_shard, params, spec, layout, *arguments, **inputs):
     """Padding takes part with weight 0, which NaN survives."""
     found = run(x_by_shard, params, spec, layout, *arguments, **inputs)
     left = 0 * sum(x_TD.sum() for x_TD in x_by_shard)
@@ -245,8 +266,8 @@ def the_weights_of_dropped_slots_have_gradients(run, memory, x_by_shard, params,
     """The weight of a dropped slot gets the gradient of what its expert would have returned."""
     found = run(x_by_shard, params, spec, layout, *arguments, **inputs)
     whole = run(x_by_shard, params, spec, layout.replace(buffer_factor=None), *arguments, **inputs)
-    return [grads | {name: all[name] for name in ROUTER if name in all}
-            for grads, all in zip(found, whole, strict=True)]  # fmt: skip
+    return [grads | {name: full[name] for name in ROUTER if name in full}
+            for grads, full in zip(found, whole, strict=True)]  # fmt: skip
 
 
 @surrounds(breaks="LYT-30")

@@ -4,8 +4,8 @@ from conformance.core.register import MUST, SHOULD, chapter
 
 chapter(
     "layout",
-    ("LYT-1", MUST, "A sharded layer runs every layout that it supports, and returns for every rank one output for each "
-                 "of its tokens.", "vllm-project/vllm#27316"),
+    ("LYT-1", MUST, "A sharded layer runs every layout that it supports, and returns for every rank one output for "
+                 "each of its tokens.", "vllm-project/vllm#27316"),
     ("LYT-2", MUST, "Every rank's output is that of the one-rank layer for its tokens.", "marin-community/marin#8578",
                  "vllm-project/tpu-inference#2248", "PaddlePaddle/PaddleFleet#360", "sgl-project/sglang#32962",
                  "vllm-project/tpu-inference#2328", "AI-Hypercomputer/maxtext#1767"),
@@ -24,23 +24,25 @@ chapter(
     ("LYT-10", MUST, "A NaN in one token stays in that token, on every rank."),
     ("LYT-11", MUST, "What earlier calls left in buffer rows that nobody sent reaches no output.",
                   "huggingface/transformers#48205", "deepseek-ai/DeepEP#739", "sgl-project/sglang#40187"),
-    ("LYT-12", MUST, "The output of padding is 0 on every rank, and padding changes no other token, wherever it stands.",
-                  "sgl-project/sglang#40672", "vllm-project/vllm#57471"),
-    ("LYT-13", MUST, "A slot that a receive buffer did not admit adds exactly 0, and the other weights stay as they are.",
-                  "AI-Hypercomputer/maxtext#3678"),
+    ("LYT-12", MUST, "The output of padding is 0 on every rank, and padding changes no other token, wherever it "
+                  "stands.", "sgl-project/sglang#40672", "vllm-project/vllm#57471"),
+    ("LYT-13", MUST, "A slot that a receive buffer did not admit adds exactly 0, and the other weights stay as they "
+                  "are.", "AI-Hypercomputer/maxtext#3678"),
     ("LYT-14", MUST, "Chunks of tokens or of features change an output by rounding alone."),
     ("LYT-15", MUST, "The placement of the experts changes an output by rounding alone.",
                   "vllm-project/vllm-ascend#4793", "sgl-project/sglang#12866"),
     ("LYT-16", MUST, "Another layout of the same tokens changes an output by rounding alone.",
                   "vllm-project/vllm-ascend#971", "marin-community/marin#8578"),
-    ("LYT-17", SHOULD, "The same input on the same layout gives the same output, bit for bit.", "vllm-project/vllm#45683"),
-    ("LYT-18", MUST, "The sharded backward pass runs every layout that it supports, and returns on every rank a gradient "
-                  "for its tokens and for each parameter, in full.", "jax-ml/jax#26915"),
+    ("LYT-17", SHOULD, "The same input on the same layout gives the same output, bit for bit.",
+                  "vllm-project/vllm#45683"),
+    ("LYT-18", MUST, "The sharded backward pass runs every layout that it supports, and returns on every rank a "
+                  "gradient for its tokens and for each parameter, in full.", "jax-ml/jax#26915"),
     ("LYT-19", MUST, "The gradient of a rank's tokens comes through the experts of every rank.",
                   "NVIDIA-NeMo/Automodel#1260", "jax-ml/jax#26915", "NVIDIA/Megatron-LM#7452"),
     ("LYT-20", MUST, "An expert's matrices get the gradients of the rows of every shard, each once.",
                   "NVIDIA/Megatron-LM#1628", "NVIDIA/Megatron-LM#7452", "NVIDIA/Megatron-LM#5916"),
-    ("LYT-21", MUST, "An expert's biases get the gradients of its own rows, each once.", "AI-Hypercomputer/maxtext#3699"),
+    ("LYT-21", MUST, "An expert's biases get the gradients of its own rows, each once.",
+                  "AI-Hypercomputer/maxtext#3699"),
     ("LYT-22", MUST, "The gate, its bias and the learned scale get the gradients of every shard, each once.",
                   "huggingface/kernels-community#1056", "NVIDIA/Megatron-LM#7452"),
     ("LYT-23", MUST, "The shared experts and their gate get the gradients of every shard, each once.",
