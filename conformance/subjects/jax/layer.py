@@ -99,7 +99,7 @@ class JaxLayer(Subject):
         inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
         how = _how(spec, token_mask_T, inputs)
         decided = _decided(narrow(x_TD), with_bias(params, spec), spec=spec, how=how)
-        return capture(decided, spec.router, token_mask_T=token_mask_T)
+        return capture(decided, spec.router, token_mask_T=how["token_mask_T"])
 
     def replay(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, record: RoutingRecord) -> np.ndarray:
         """`sparse_matmul` with the spec of a replay; a balancing bias takes part in a choice alone."""
