@@ -18,6 +18,7 @@ from moe_jax.capacity import KeptSlots, apply_capacity, slot_table
 from moe_jax.losses import balance_loss, balance_sums, loss_of_sums, z_loss
 from moe_jax.routing import scale_logits
 from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, RouterSpec
+from moe_ref.specs.balance import RUNNING_SCOPES
 
 AXIS = "shards"
 
@@ -124,7 +125,7 @@ def _balance(
         scored_TE = scale_logits(logits_TE, router)[:, : router.num_choices]
         per_shard = [take(values, rows_ST) for values in (scored_TE, ids_TK, token_mask_T, sequence_of_T)]
         inputs: Any = {"num_sequences": num_sequences}
-        if spec.scope == "running":
+        if spec.scope in RUNNING_SCOPES:
             return _running(per_shard, spec, inputs)
 
         def of_shard(scored_TE, ids_TK, own_T, token_mask_T, sequence_of_T):

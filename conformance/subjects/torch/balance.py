@@ -60,7 +60,7 @@ class TorchBalance(Subject):
         if balance.scope == "global":
             loss, _ = loss_of_sums(reduce(add, sums), balance)
         else:
-            # With scope 'running' shards are micro-batches; nothing came before the first.
+            # With a running scope shards are micro-batches; nothing came before the first.
             before = [None, *(reduce(add, sums[:number]) for number in range(1, len(sums)))]
             parts = [
                 loss_of_sums(own, balance, earlier=earlier, num_earlier=number)
