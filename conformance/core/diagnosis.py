@@ -1,4 +1,9 @@
-"""conformance, diagnosis: which known fault returns what a subject returned, in the calls that a check makes."""
+"""conformance, diagnosis: which known fault returns what a subject returned, in the calls that a check makes.
+
+Whatever method the check calls; a fault that raises an error of the same type in the same call returns the same. The
+calls are made twice, one after the other, so that a fault that keeps something between calls is found as well: it
+returns the same from the first call on, or after the calls have been made once.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -11,7 +16,8 @@ import numpy as np
 from conformance.core.case import Case
 from conformance.core.check import CHECKS, Check
 from conformance.core.fault import Fault
-from conformance.core.judge import Judge, NotRun, Violation
+from conformance.core.judge import Crash, Judge, NotRun, Violation
+from conformance.core.register import REQUIREMENTS
 from conformance.core.rounding import EPSILON, TINY
 from conformance.core.subject import Subject
 
@@ -22,10 +28,18 @@ MOST_ERROR = 2**-5
 
 
 @dataclass(frozen=True, kw_only=True)
+class Raised:
+    """In place of a result: the subject raised an error."""
+
+    error: type
+
+
+@dataclass(frozen=True, kw_only=True)
 class Call:
     """One call of a method of a subject."""
 
     case: Case
+    method: str
     arguments: tuple
     """As they were before the subject could write to them."""
     inputs: dict[str, Any]
@@ -33,68 +47,134 @@ class Call:
 
 
 class Recorder(Judge):
-    """A judge that keeps what a method of its subject is asked and returns."""
+    """A judge that keeps what its subject is asked and returns."""
 
-    def __init__(self, subject: Subject, method: str):
+    def __init__(self, subject: Subject):
         super().__init__(subject)
-        self.method, self.calls, self.crashed = method, list[Call](), False
+        self.calls = list[Call]()
 
     def call(self, case: Case, method: str, *arguments: Any, blame: str = "", **inputs: Any) -> Any:
         given = deepcopy((arguments, inputs))
+        what = {"case": case, "method": method, "arguments": given[0], "inputs": given[1]}
         try:
             result = super().call(case, method, *arguments, blame=blame, **inputs)
-        except Violation:
-            self.crashed = True
+        except Crash as crash:
+            self.calls.append(Call(**what, result=Raised(error=type(crash.__cause__))))
             raise
-        if method == self.method:
-            self.calls.append(Call(case=case, arguments=given[0], inputs=given[1], result=deepcopy(result)))
+        self.calls.append(Call(**what, result=deepcopy(result)))
         return result
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """How much two results that are the same may differ by."""
+
+    dtype: str
+    """In which the subject computes."""
+    tolerance: float
+    """Granted to a number, as a part of the largest finite one of its array."""
+    floor: float
+    """Granted to each number besides."""
+
+    @classmethod
+    def of(cls, subject: Subject) -> "Rounding":
+        """That of the subject's coarsest dtype, and of the reference's float32."""
+        dtypes = ("float32", subject.compute_dtype, subject.expert_dtype)
+        tolerance = min(MOST_ERROR, ROUNDINGS * max(EPSILON[dtype] for dtype in dtypes))
+        return cls(dtype=subject.compute_dtype, tolerance=tolerance, floor=max(TINY[dtype] for dtype in dtypes))
+
+
+def same_result(call: Call, found: Any, rounding: Rounding) -> bool:
+    """Whether what another subject returns in a call is what this one returned."""
+    return same(found, call.result, rounding.tolerance, rounding.floor)
+
+
 def explaining(
-    judge: Judge, violation: Violation, faults: Iterable[Fault], subject_with: Callable[[Fault], Subject]
+    judge: Judge,
+    violation: Violation,
+    faults: Iterable[Fault],
+    subject_with: Callable[[Fault], Subject],
+    alike: Callable[[Call, Any, Rounding], bool] = same_result,
 ) -> list[Fault]:
     """The faults that return what the subject returned, in every call that the check makes on the violation's case.
 
-    Those that break its own requirement come first. None, where the clean reference returns the same, or where the
-    subject raises an error.
+    The likeliest comes first: one that breaks this very requirement, then one of its stage, one whose own requirement
+    has not been found to hold, and one that is about the method of the check. None, where the clean reference returns
+    the same.
 
     Args:
         judge: of the subject.
         violation: with a case.
-        faults: that may explain it; those of other methods do not.
+        faults: that may explain it; those of methods that the check does not call do not.
         subject_with: the reference in float32 with a fault in it, whose memory is empty.
+        alike: whether a result is that of a call, of which no error was raised.
     """
-    check = CHECKS[violation.requirement]
-    clean = Fault(name="none", summary="The reference as it is.", requirement=check.requirement)
-    dtypes = ("float32", judge.subject.compute_dtype, judge.subject.expert_dtype)
-    tolerance = min(MOST_ERROR, ROUNDINGS * max(EPSILON[dtype] for dtype in dtypes))
-    floor, calls = max(TINY[dtype] for dtype in dtypes), calls_of(judge, check, violation.case)
+    check, rounding = CHECKS[violation.requirement], Rounding.of(judge.subject)
+    clean = Judge(subject_with(Fault(name="none", summary="The reference as it is.", requirement=check.requirement)))
+    first, second = calls_of(judge, check, violation.case)
+    telling = [call for call in first if not repeats(call, clean, rounding, alike)]
+    # Where only the second time tells something, the first one is the way to it.
+    if not telling and all(repeats(call, clean, rounding, alike) for call in second):
+        return []
+    methods = {call.method for call in first}
 
     def returns_the_same(fault: Fault) -> bool:
-        other = Judge(subject_with(fault))
-        return all(repeats(call, other, check.method, tolerance, floor) for call in calls)
+        if telling and fault.around is None:  # nothing is kept between calls, so that their order is free
+            calls = [*telling, *(call for call in first if not any(call is other for other in telling))]
+            return _repeats_all(calls, Judge(subject_with(fault)), rounding, alike)
+        fresh = Judge(subject_with(fault))
+        if telling and _repeats_all(first, fresh, rounding, alike):
+            return True
+        if telling and not fresh.subject.memory:  # type: ignore[attr-defined]
+            return False
+        warmed = Judge(subject_with(fault))
+        for call in first:
+            repeats(call, warmed, rounding, alike)
+        return _repeats_all(second, warmed, rounding, alike)
 
-    if not calls or returns_the_same(clean):
-        return []
-    found = [fault for fault in faults if fault.method == check.method and returns_the_same(fault)]
-    return sorted(found, key=lambda fault: fault.requirement != violation.requirement)
+    found = [fault for fault in faults if fault.method in methods and returns_the_same(fault)]
+    stage = REQUIREMENTS[violation.requirement].stage
+    return sorted(
+        found,
+        key=lambda fault: (
+            fault.requirement != violation.requirement,
+            fault.stage != stage,
+            judge.ledger[fault.requirement].judged > 0,
+            fault.method != check.method,
+        ),
+    )
 
 
-def calls_of(judge: Judge, check: Check, case: Any) -> list[Call]:
-    """What the check asks the subject on a case, and what it gets; nothing where the subject raises an error."""
-    recorder = Recorder(judge.subject, check.method)
-    with suppress(NotRun, Violation):
-        recorder.run(check, case)
-    return [] if recorder.crashed else recorder.calls
+def calls_of(judge: Judge, check: Check, case: Any) -> tuple[list[Call], list[Call]]:
+    """What the check asks the subject on a case and what it gets, twice, one after the other."""
+    recorder, passes = Recorder(judge.subject), []
+    for _ in range(2):
+        recorder.calls = []
+        recorder.memory.clear()
+        with suppress(NotRun, Violation):
+            recorder.run(check, case)
+        passes.append(recorder.calls)
+    return passes[0], passes[1]
 
 
-def repeats(call: Call, judge: Judge, method: str, tolerance: float, floor: float) -> bool:
+def _repeats_all(calls: Iterable[Call], judge: Judge, rounding: Rounding, alike: Callable) -> bool:
+    return all(repeats(call, judge, rounding, alike) for call in calls)
+
+
+def repeats(call: Call, judge: Judge, rounding: Rounding, alike: Callable = same_result) -> bool:
     """Whether another subject returns the same in a call."""
     arguments, inputs = deepcopy((call.arguments, call.inputs))
     try:
-        return same(judge.call(call.case, method, *arguments, **inputs), call.result, tolerance, floor)
-    except (NotRun, Violation):  # whatever a fault runs into in this call, it does not return the same
+        found = judge.call(call.case, call.method, *arguments, **inputs)
+    except Crash as crash:
+        return call.result == Raised(error=type(crash.__cause__))
+    except NotRun:
+        return False
+    if isinstance(call.result, Raised):
+        return False
+    try:
+        return alike(call, found, rounding)
+    except (ValueError, TypeError, IndexError):  # a result of another form
         return False
 
 
