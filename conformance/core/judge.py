@@ -109,6 +109,8 @@ class Judge:
         """What a kind keeps of this subject between calls."""
         self.watch: Callable[[Check, Case], None] | None = None
         """Told of each case before the subject is called on it."""
+        self.handed: tuple[tuple, dict[str, Any]] = (), {}
+        """Arguments and inputs of the last call, the very arrays that the subject got."""
         self._running: list[Check] = []
         for dtype in (*subject.logit_dtypes, subject.compute_dtype, subject.expert_dtype):
             known = tuple(EPSILON)
@@ -140,6 +142,7 @@ class Judge:
             for name in inputs:
                 if name not in parameters:
                     raise NotRun(f"{method}() has no parameter {name}")
+        self.handed = arguments, inputs
         try:
             # Poisoned rows overflow; that is for the checks to see, not for Python to warn of.
             with np.errstate(all="ignore"):
@@ -267,7 +270,7 @@ def cast(array: np.ndarray, dtype: str) -> np.ndarray:
     return array.astype(dtype)
 
 
-def _as_given(value):
+def _as_given(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.astype(np.float32) if value.dtype == np.float64 else value.copy()
     return value

@@ -40,7 +40,7 @@ class Subject:
     version: str = ""
     url: str = ""
     logit_dtypes: tuple[str, ...] = ("float32",)
-    """dtypes in which `route` takes logits: float32, float64, bfloat16 (as ml_dtypes arrays)."""
+    """dtypes in which `route` takes logits: float32, float64, float16, bfloat16 (as ml_dtypes arrays)."""
     compute_dtype: str = "float32"
     """dtype in which it computes; the bounds of the comparison follow from it."""
 

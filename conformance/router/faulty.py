@@ -29,7 +29,7 @@ def _route(fault: Fault, memory: dict, logits_TE, spec: RouterSpec, expert_bias_
 class FaultyRouter(Subject):
     """The reference with one fault in it. Closed, it returns ids and weights alone, as most third parties do."""
 
-    logit_dtypes = ("float32", "float64", "bfloat16")
+    logit_dtypes = ("float32", "float64", "bfloat16", "float16")
 
     def __init__(self, fault: Fault, *, shows_stages: bool = False):
         self.fault, self.shows_stages, self.name, self.memory = fault, shows_stages, fault.name, {}

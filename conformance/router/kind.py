@@ -8,7 +8,7 @@ from conformance.core.diagnosis import explaining
 from conformance.core.fault import Fault
 from conformance.core.judge import Judge, Violation
 from conformance.core.kind import Kind
-from conformance.router import draw, page, small_worlds
+from conformance.router import draw, page, pairs, sizes, small_worlds
 from conformance.router.case import RouterCase
 from conformance.router.check import RouterCheck
 from conformance.router.diagnosis import same_routing
@@ -27,6 +27,10 @@ class RouterKind(Kind):
 
     def draw(self, judge: Judge, check: RouterCheck, seed: int) -> RouterCase:
         return draw.draw(judge, check, seed)
+
+    def fixed(self, judge: Judge, check: RouterCheck) -> Iterator[RouterCase]:
+        yield from pairs.cases(judge, check)
+        yield from sizes.cases(judge, check)
 
     def worlds(self, judge: Judge) -> Iterator[tuple[Check, RouterCase]]:
         for requirement, case in small_worlds.worlds_of(judge):

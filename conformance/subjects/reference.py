@@ -21,7 +21,7 @@ class Reference(ReferenceBalance):
     """moe_ref computed in float32, so that the judge's bounds are tried on ordinary rounding."""
 
     name, version = "reference", "float32"
-    logit_dtypes = ("float32", "float64", "bfloat16")
+    logit_dtypes = ("float32", "float64", "bfloat16", "float16")
     compute_dtype = "float32"
 
     def route(self, logits_TE, spec, expert_bias_E, **inputs):

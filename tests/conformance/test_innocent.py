@@ -16,8 +16,8 @@ from moe_ref import UNUSED, routing
 from moe_ref.routing import normalise, scale_weights, weigh
 
 SEEDS = (0, 1)
-ROUTING = [id for id in sorted(CHECKS, key=stage_order) if CHECKS[id].method in ("configure", "gate", "route")]
-MUST = frozenset(id for id, requirement in REQUIREMENTS.items() if requirement.level == "MUST")
+ROUTING = [name for name in sorted(CHECKS, key=stage_order) if CHECKS[name].method in ("configure", "gate", "route")]
+MUST = frozenset(name for name, requirement in REQUIREMENTS.items() if requirement.level == "MUST")
 SHOULD = frozenset(REQUIREMENTS) - MUST
 
 
@@ -166,13 +166,13 @@ def test_what_is_right_is_not_accused(subject, seed):
     judge = Judge(subject())
     accused = accuse(judge, seed=seed, examples=8, ids=ROUTING)
     assert INNOCENT[subject] <= SHOULD
-    assert accused.keys() <= INNOCENT[subject], {id: (str(v), v.expected, v.received) for id, v in accused.items()}
+    assert accused.keys() <= INNOCENT[subject], {name: (str(v), v.expected, v.received) for name, v in accused.items()}
 
 
 def test_the_reference_is_judged_by_every_requirement_of_routing():
     judge = Judge(Reference())
     accuse(judge, seed=0, examples=10, ids=ROUTING)
-    assert [id for id in ROUTING if judge.ledger[id].judged == 0] == []
+    assert [name for name in ROUTING if judge.ledger[name].judged == 0] == []
 
 
 @pytest.mark.parametrize("subject", [Reordered, HighestIdWins], ids=lambda subject: subject.__name__)
