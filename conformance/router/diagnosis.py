@@ -29,7 +29,7 @@ def same_routing(call: Call, found: Any, rounding: Rounding) -> bool:
 
 def _error(case: RouterCase, ids_TK: np.ndarray, rounding: Rounding) -> np.ndarray:
     """(T, K) how far rounding can take each of two weights apart, relatively; at least as far as any other number."""
-    if case.num_tokens != len(ids_TK) or "nan_logits" in case.tags:
+    if not case.is_routable or ids_TK.shape != (case.num_tokens, case.spec.top_k):
         return np.full(ids_TK.shape, rounding.tolerance)
     bounded_TK = 2 * weight_error(case, np.clip(ids_TK, 0, case.spec.num_choices - 1), rounding.dtype)
     return np.fmax(bounded_TK, rounding.tolerance)

@@ -30,7 +30,7 @@ def causes_of(judge: Judge, *violations: Violation) -> list[Fault]:
     """
     found: list[Fault] = []
     for violation in violations:
-        if violation.case is not None:
+        if violation.tried is not None:
             kind = kind_of(violation.requirement)
             faults = found or [fault for fault in load_faults().values() if fault.kind is kind]
             found = kind.diagnose(judge, violation, faults) or found
