@@ -156,7 +156,7 @@ def faulty(subject: Subject, fault: Fault) -> Subject:
         return fault.run(clean, memory, *arguments, **inputs)
 
     setattr(subject, fault.method, method)
-    subject.name = fault.name
+    subject.name, subject.memory = fault.name, memory  # type: ignore[attr-defined]
     return subject
 
 

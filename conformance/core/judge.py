@@ -40,6 +40,8 @@ class Violation(AssertionError):
         self.title, self.token = title, None if token is None else int(token)
         self.expected, self.received = str(expected), str(received)
         self.requirement, self.case = requirement, case
+        self.tried: Case | None = case
+        """The case that it was found on, also where a failure shows none."""
 
     def __str__(self) -> str:
         return f"{self.requirement} {self.title}".strip()
@@ -194,6 +196,7 @@ class Judge:
         try:
             check.run(self, case)
         except Violation as violation:
+            violation.tried = violation.case or case
             if not violation.requirement:
                 violation.requirement = check.requirement
                 violation.case = case if check.shows_case else None
