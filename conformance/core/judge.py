@@ -1,6 +1,5 @@
 """conformance, the judge: runs a subject on a case, holds the result against the reference, and keeps the ledger."""
 
-import inspect
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from conformance.core.check import CHECKS, Check
 from conformance.core.chosen import Chosen
 from conformance.core.register import REQUIREMENTS
 from conformance.core.rounding import EPSILON
-from conformance.core.subject import Subject, Unsupported, capabilities
+from conformance.core.subject import Subject, Unsupported, capabilities, named_inputs
 from moe_ref.specs.checks import require
 
 
@@ -139,7 +138,7 @@ class Judge:
         if sentence := case.why_not(self.subject, method):
             raise NotRun(sentence)
         inputs = {name: _as_given(value) for name, value in inputs.items()}
-        parameters = inspect.signature(getattr(self.subject, method)).parameters
+        parameters = named_inputs(self.subject, method)
         for name in inputs:
             # **inputs names none: what is swallowed unread is not what the case asks for.
             if name not in parameters:

@@ -4,7 +4,10 @@ A subject is one class. The methods it defines are its capabilities; `route` is 
 comes out; a framework lives inside the subject alone.
 """
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -46,7 +49,8 @@ class Subject:
 
     A method gets the arguments that stand here by position, and by keyword those further inputs that its docstring
     lists and that a case has. Your method names those that it takes, with a default of None: that is how it says what
-    it can do. An input that it does not name makes the cases that have it unsupported, with or without `**inputs`.
+    it can do. An input that it does not name makes the cases that have it unsupported, with or without `**inputs`; a
+    method that overrides that of another subject and has `**inputs` takes what the other one names too.
     """
 
     name: str = ""
@@ -65,6 +69,16 @@ class Subject:
 
     equal_shards: bool = False
     """Whether the token shards of a layout have as many tokens each; then no others are tried."""
+
+    def __init_subclass__(cls, **how: Any):
+        """`supports`, `supports_layer` and `supports_load` may raise a ValueError: it is the sentence that says no.
+
+        So do specs that are made of some fields of another one, to compare with it.
+        """
+        super().__init_subclass__(**how)
+        for name in ("supports", "supports_layer", "supports_load"):
+            if name in vars(cls):
+                setattr(cls, name, _refusing(vars(cls)[name]))
 
     # routers
 
@@ -297,3 +311,26 @@ METHODS = (
 def capabilities(subject: Subject) -> set[str]:
     """Names of the optional methods that the subject defines."""
     return {name for name in METHODS if getattr(type(subject), name) is not getattr(Subject, name)}
+
+
+def _refusing(supports: Callable) -> Callable:
+    @wraps(supports)
+    def asked(self, *arguments: Any, **more: Any) -> str | None:
+        try:
+            return supports(self, *arguments, **more)
+        except ValueError as error:
+            return f"{supports.__name__}() raises a ValueError: {error}"
+
+    return asked
+
+
+def named_inputs(subject: Subject, method: str) -> set[str]:
+    """The parameters that a method names; where it has `**inputs`, those of the one that it overrides too."""
+    found: set[str] = set()
+    defined = [vars(cls)[method] for cls in type(subject).__mro__ if method in vars(cls) and cls is not Subject]
+    for function in ([getattr(subject, method)] if method in vars(subject) else []) + defined:
+        parameters = inspect.signature(function).parameters
+        found |= parameters.keys()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return found

@@ -23,7 +23,8 @@ def same_routing(call: Call, found: Any, rounding: Rounding) -> bool:
         return False
     floor = rounding.floor + TINY[rounding.dtype]
     return _near(weights_TK, wanted_TK, error_TK, floor) and (
-        shared is None or _near(np.asarray(shared), np.asarray(wanted), error_TK.max(-1, keepdims=True, initial=0), floor)
+        shared is None
+        or _near(np.asarray(shared), np.asarray(wanted), error_TK.max(-1, keepdims=True, initial=0), floor)
     )
 
 
