@@ -150,7 +150,10 @@ class Subject:
         raise NotImplementedError
 
     def z_loss(self, logits_TE: np.ndarray, coeff: float, **inputs: Any) -> dict:
-        """Optional: {'loss', 'd_logits_TE'} of coeff * mean over tokens of logsumexp(logits) ** 2. token_mask_T."""
+        """Optional: {'loss', 'd_logits_TE'} of coeff * mean over tokens of logsumexp(logits) ** 2.
+
+        May get token_mask_T and tokens_per_shard; it is the mean over the tokens of all ranks together, in order.
+        """
         raise NotImplementedError
 
     def bias_update(self, counts_SE: np.ndarray, update, expert_bias_E: np.ndarray) -> np.ndarray:

@@ -6,6 +6,8 @@ import numpy as np
 
 import moe_ref
 from conformance.core.subject import Subject
+from moe_ref.backward.routing import scale_logits_backward
+from moe_ref.routing import scale_logits
 
 
 class ReferenceBalance(Subject):
@@ -16,13 +18,16 @@ class ReferenceBalance(Subject):
 
     def balance_loss(self, logits_TE, expert_ids_TK, balance, router, *, expert_bias_E=None, **inputs):
         how = {"dtype": self.compute_dtype, **inputs}
+        scaled_TE = scale_logits(logits_TE.astype(self.compute_dtype), router)
+        d_scaled_TE = moe_ref.balance_loss_backward(scaled_TE, expert_ids_TK, balance, **how)
         return {
-            "loss": moe_ref.balance_loss(logits_TE, expert_ids_TK, balance, **how),
-            "d_logits_TE": moe_ref.balance_loss_backward(logits_TE, expert_ids_TK, balance, **how),
+            "loss": moe_ref.balance_loss(scaled_TE, expert_ids_TK, balance, **how),
+            "d_logits_TE": scale_logits_backward(d_scaled_TE, scaled_TE, router),
         }
 
-    def z_loss(self, logits_TE, coeff, *, token_mask_T=None):
-        how = {"coeff": coeff, "token_mask_T": token_mask_T, "dtype": self.compute_dtype}
+    def z_loss(self, logits_TE, coeff, *, token_mask_T=None, tokens_per_shard=None):
+        inputs = {"token_mask_T": token_mask_T, "tokens_per_shard": tokens_per_shard}
+        how = {"coeff": coeff, "dtype": self.compute_dtype, **inputs}
         return {"loss": moe_ref.z_loss(logits_TE, **how), "d_logits_TE": moe_ref.z_loss_backward(logits_TE, **how)}
 
     def bias_update(self, counts_SE, update, expert_bias_E):

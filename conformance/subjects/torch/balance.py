@@ -13,10 +13,9 @@ import numpy as np
 import torch
 
 from conformance.core.subject import Subject
-from conformance.subjects.identity_gate import to_torch
 from moe_torch.balance import bias_update, tokens_per_expert
 from moe_torch.capacity import KeptSlots, apply_capacity, capacities, slot_table
-from moe_torch.losses import balance_sums, loss_of_sums, z_loss
+from moe_torch.losses import balance_sums, loss_of_sums, z_loss, z_loss_of_sums, z_sums
 from moe_torch.routing import scale_logits
 
 
@@ -68,10 +67,13 @@ class TorchBalance(Subject):
             loss = losses.sum() / has_tokens.sum().clamp(min=1)
         return _with_gradient(loss, given_TE)
 
-    def z_loss(self, logits_TE, coeff, *, token_mask_T=None):
-        """One batch."""
-        given_TE = to_torch(logits_TE).requires_grad_()
-        return _with_gradient(z_loss(given_TE, coeff=coeff, token_mask_T=_maybe(token_mask_T)), given_TE)
+    def z_loss(self, logits_TE, coeff, *, token_mask_T=None, tokens_per_shard=None):
+        """The loss of all shards together."""
+        given_TE, mask_T = to_torch(logits_TE).requires_grad_(), _mask(token_mask_T, len(logits_TE))
+        if tokens_per_shard is None:
+            return _with_gradient(z_loss(given_TE, coeff=coeff, token_mask_T=_maybe(token_mask_T)), given_TE)
+        sums = [z_sums(given_TE[own], token_mask_T=mask_T[own]) for own in _slices(tokens_per_shard, len(given_TE))]
+        return _with_gradient(z_loss_of_sums(reduce(add, sums), coeff=coeff), given_TE)
 
     def bias_update(self, counts_SE, update, expert_bias_E):
         """The counts of ranks and micro-batches are summed first."""
@@ -125,6 +127,11 @@ class TorchBalance(Subject):
             return found
         (d_given_TK,) = torch.autograd.grad(kept_TK, given_TK, to_torch(d_weights_TK))
         return found | {"d_weights_TK": d_given_TK.numpy()}
+
+
+def to_torch(array) -> torch.Tensor:
+    """A tensor in the memory of the array, so that a change of it shows."""
+    return torch.from_numpy(np.asarray(array))
 
 
 def _with_gradient(loss: torch.Tensor, logits_TE: torch.Tensor) -> dict:
