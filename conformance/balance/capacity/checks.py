@@ -7,7 +7,7 @@ from conformance.balance.case import LENGTHS, BalanceCase
 from conformance.balance.draw import weights_of_kind
 from conformance.balance.kind import requires
 from conformance.balance.verdicts import hold_arrays, hold_kept, kept_by_subject
-from conformance.core.check import Condition
+from conformance.core.check import Condition, given
 from conformance.core.holding import hold
 from conformance.core.judge import Judge, NotRun, Violation, accuse
 from conformance.core.show import shown
@@ -174,8 +174,16 @@ def a_second_limit_holds_for_what_is_kept(judge, case):
     hold_kept(judge, case, "not what both limits keep")
 
 
+SOME_UNUSED = given("judged where some slot is unused", lambda case: (case.expert_ids_TK == UNUSED).any())
+
+
 @requires(
-    "CAP-15", method="capacity", ids=("unused", "idle"), spec=lambda s: simple(s) and s.top_k > 1, after=("CAP-1",)
+    "CAP-15",
+    method="capacity",
+    ids=("unused", "idle"),
+    spec=lambda s: simple(s) and s.top_k > 1,
+    given=(SOME_UNUSED,),
+    after=("CAP-1",),
 )
 def unused_slots_take_no_place(judge, case):
     hold_kept(judge, case, "an unused slot or a null choice takes a place")
