@@ -254,6 +254,7 @@ class Subject:
 
         Inputs:
             token_mask_T: (T,) bools, False where a token is padding.
+            tokens_per_shard: of the consecutive shards, a tuple that sums to T: the mean is over all tokens of all ranks.
 
         Returns:
             'loss': a number. 'd_logits_TE': its gradient, in the shape of the logits.

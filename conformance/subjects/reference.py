@@ -19,9 +19,11 @@ from moe_ref import (
     ShardLayout,
 )
 from moe_ref import experts as experts_room
+from moe_ref.backward.routing import scale_logits_backward
 from moe_ref.backward.sharded import sharded_backward
 from moe_ref.dispatch import plan
 from moe_ref.permute import permute, unpermute
+from moe_ref.routing import scale_logits
 from moe_ref.sharded import sharded_layer
 
 
@@ -228,13 +230,23 @@ class Reference(Subject):
             "sequence_lengths": sequence_lengths,
             "tokens_per_shard": tokens_per_shard,
         }
+        scaled_TE = scale_logits(logits_TE.astype(self.compute_dtype), router)
+        d_scaled_TE = moe_ref.balance_loss_backward(scaled_TE, expert_ids_TK, balance, **how)
         return {
-            "loss": moe_ref.balance_loss(logits_TE, expert_ids_TK, balance, **how),
-            "d_logits_TE": moe_ref.balance_loss_backward(logits_TE, expert_ids_TK, balance, **how),
+            "loss": moe_ref.balance_loss(scaled_TE, expert_ids_TK, balance, **how),
+            "d_logits_TE": scale_logits_backward(d_scaled_TE, scaled_TE, router),
         }
 
-    def z_loss(self, logits_TE: np.ndarray, coeff: float, *, token_mask_T: np.ndarray | None = None) -> dict[str, Any]:
-        how: dict[str, Any] = {"coeff": coeff, "token_mask_T": token_mask_T, "dtype": self.compute_dtype}
+    def z_loss(
+        self,
+        logits_TE: np.ndarray,
+        coeff: float,
+        *,
+        token_mask_T: np.ndarray | None = None,
+        tokens_per_shard: tuple[int, ...] | None = None,
+    ) -> dict[str, Any]:
+        cut: dict[str, Any] = {"token_mask_T": token_mask_T, "tokens_per_shard": tokens_per_shard}
+        how = {"coeff": coeff, "dtype": self.compute_dtype, **cut}
         return {"loss": moe_ref.z_loss(logits_TE, **how), "d_logits_TE": moe_ref.z_loss_backward(logits_TE, **how)}
 
     def bias_update(self, counts_SE: np.ndarray, update: BiasUpdateSpec, expert_bias_E: np.ndarray) -> np.ndarray:
