@@ -137,8 +137,8 @@ def explaining(
         violation: with a case.
         faults: that may explain it; those of methods that the check does not call do not.
         subject_with: the reference in float32 with a fault in it, whose memory is empty.
-        alike: when two results are the same; a stricter one is asked where the clean reference returns the same. At last
-            it is asked what is the same bit for bit.
+        alike: when two results are the same; a stricter one is asked where the clean reference returns the same. At
+            last it is asked what is the same bit for bit.
     """
     check, case = CHECKS[violation.requirement], violation.case or violation.tried
     if case is None:

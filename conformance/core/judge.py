@@ -18,7 +18,6 @@ from conformance.core.rounding import EPSILON
 from conformance.core.subject import Subject, Unsupported, capabilities
 from moe_ref.specs.checks import require
 
-
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 """Folders whose files are not the user's own."""
 

@@ -21,10 +21,10 @@ def same_routing(call: Call, found: Any, rounding: Rounding) -> bool:
     shared, wanted = found.shared_weights_TS, call.result.shared_weights_TS
     if (shared is None) != (wanted is None):
         return False
-    floor = rounding.floor + TINY[rounding.dtype]
-    return _near(weights_TK, wanted_TK, error_TK, floor) and (
-        shared is None or _near(np.asarray(shared), np.asarray(wanted), error_TK.max(-1, keepdims=True, initial=0), floor)
-    )
+    floor, worst_T1 = rounding.floor + TINY[rounding.dtype], error_TK.max(axis=-1, keepdims=True, initial=0)
+    if shared is not None and not _near(np.asarray(shared), np.asarray(wanted), worst_T1, floor):
+        return False
+    return _near(weights_TK, wanted_TK, error_TK, floor)
 
 
 def same_slots(call: Call, found: Any, rounding: Rounding) -> bool:

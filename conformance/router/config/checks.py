@@ -46,4 +46,6 @@ def an_unknown_score_function_is_refused(judge, case):
 
 @requires("CFG-4", method="configure", tokens=(1,), shows_case=False)
 def a_top_k_larger_than_the_number_of_experts_is_refused(judge, case):
-    is_refused(judge, case, "17 experts cannot be selected of 16", top_k=17, num_expert_groups=None, num_limited_groups=None)
+    is_refused(
+        judge, case, "17 experts cannot be selected of 16", top_k=17, num_expert_groups=None, num_limited_groups=None
+    )
