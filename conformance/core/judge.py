@@ -142,10 +142,10 @@ class Judge:
 
         Args:
             blame: the requirement that an error violates; that of the check that runs, unless it is given.
-            inputs: by name; float64 arrays are given in float32. None that the method does not name may be among them.
+            inputs: by name; float64 arrays are given in float32.
 
         Raises:
-            NotRun: the subject does not run the case.
+            NotRun: the subject does not run the case, or its method does not name one of the inputs.
             Crash: it raised an error.
         """
         self.needs(method)
@@ -153,10 +153,10 @@ class Judge:
             raise NotRun(sentence)
         inputs = {name: _as_given(value) for name, value in inputs.items()}
         parameters = inspect.signature(getattr(self.subject, method)).parameters
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            for name in inputs:
-                if name not in parameters:
-                    raise NotRun(f"{method}() has no parameter {name}")
+        for name in inputs:
+            # **inputs names none: what is swallowed unread is not what the case asks for.
+            if name not in parameters:
+                raise NotRun(f"{method}() has no parameter {name}")
         self.handed = arguments, inputs
         try:
             # Poisoned rows overflow; that is for the checks to see, not for Python to warn of.

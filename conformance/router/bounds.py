@@ -169,7 +169,7 @@ def admissible(
 
 def keeps(kept: np.ndarray, choice_NE: np.ndarray, spec: RouterSpec, dtype: str) -> np.ndarray:
     """(sets,) whether the reference keeps these groups for these choice scores, but for the rounding of the sums."""
-    grouped_NGP = choice_NE.reshape(len(kept), spec.num_expert_groups, -1)
+    grouped_NGP = choice_NE.reshape(len(kept), -1, spec.experts_per_group)
     best_first_NGP = -np.sort(-grouped_NGP, axis=-1)[..., : spec.group_score_k]
     scores_NG = best_first_NGP.sum(axis=-1)
     sizes_NG = np.abs(np.nan_to_num(best_first_NGP, neginf=0.0)).sum(axis=-1)

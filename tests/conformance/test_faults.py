@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from functools import wraps
 
 import numpy as np
 import pytest
@@ -217,6 +218,7 @@ class FailsOnce(Subject):
     def __init__(self):
         self.reference, self.calls = Reference(), 0
 
+    @wraps(Reference.route)
     def route(self, logits_TE, spec, expert_bias_E, **inputs):
         self.calls += 1
         found = self.reference.route(logits_TE, spec, expert_bias_E, **inputs)
@@ -265,6 +267,7 @@ def test_an_unknown_fault_has_no_diagnosis():
     class Strange(Reference):
         """Weights that nobody else would return."""
 
+        @wraps(Reference.route)
         def route(self, logits_TE, spec, expert_bias_E, **inputs):
             found = super().route(logits_TE, spec, expert_bias_E, **inputs)
             return type(found)(**vars(found) | {"weights_TK": np.full(found.weights_TK.shape, 0.123)})

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,7 @@ class Backwards(Reference):
             plan["order_R2"] = plan["order_R2"][np.lexsort((-np.arange(len(expert_R)), expert_R))]
         return plans
 
+    @wraps(Reference.sharded_layer)
     def sharded_layer(self, x_by_shard, params, spec, layout, **inputs):
         return super().sharded_layer(x_by_shard, turned(params), spec, layout, **inputs)
 
@@ -274,12 +276,14 @@ def test_every_fault_is_accused_by_its_own_requirement():
 class WrongRouter(Reference):
     """The selection bias enters the weights, of the router and of the sharded layer alike."""
 
+    @wraps(Reference.route)
     def route(self, logits_TE, spec, expert_bias_E, **inputs):
         found = super().route(logits_TE, spec, expert_bias_E, **inputs)
         if expert_bias_E is None:
             return found
         return replace(found, weights_TK=found.weights_TK + expert_bias_E[found.expert_ids_TK])
 
+    @wraps(Reference.sharded_layer)
     def sharded_layer(self, x_by_shard, params, spec, layout, **inputs):
         found = super().sharded_layer(x_by_shard, params, spec, layout, **inputs)
         return found if params.expert_bias_E is None else [output_TD + 1 for output_TD in found]
@@ -288,9 +292,11 @@ class WrongRouter(Reference):
 class WrongLayer(Reference):
     """The outputs are doubled, on one rank and on several."""
 
+    @wraps(Reference.layer)
     def layer(self, x_TD, params, spec, **inputs):
         return 2 * super().layer(x_TD, params, spec, **inputs)
 
+    @wraps(Reference.sharded_layer)
     def sharded_layer(self, x_by_shard, params, spec, layout, **inputs):
         return [2 * output_TD for output_TD in super().sharded_layer(x_by_shard, params, spec, layout, **inputs)]
 
@@ -298,10 +304,12 @@ class WrongLayer(Reference):
 class WrongExchange(Reference):
     """The outputs are doubled where there are several ranks on the expert axis, and so are all gradients."""
 
+    @wraps(Reference.sharded_layer)
     def sharded_layer(self, x_by_shard, params, spec, layout, **inputs):
         factor = 2 if layout.expert > 1 else 1
         return [factor * output_TD for output_TD in super().sharded_layer(x_by_shard, params, spec, layout, **inputs)]
 
+    @wraps(Reference.sharded_gradients)
     def sharded_gradients(self, x_by_shard, params, spec, layout, d_output_by_shard, **inputs):
         doubled = [(2 if layout.expert > 1 else 1) * d_output_TD for d_output_TD in d_output_by_shard]
         return super().sharded_gradients(x_by_shard, params, spec, layout, doubled, **inputs)
