@@ -173,11 +173,32 @@ class Subject:
         """Optional: (T, D) output of a layer that takes its expert ids, and weights if there are any, from a record."""
         raise NotImplementedError
 
+    # training. The stack (moe_ref.StackSpec) and the events (moe_ref.Event) are data types of moe_ref: what happens to the
+    # layers of a model, in the order of time. `x_LTD` has the tokens of each layer; weights stay as they are.
+
+    def supports_training(self, stack) -> str | None:
+        """None, or a sentence that says why this stack cannot be trained; by default as for its layers and rules."""
+        layers = [self.supports_layer(layer) for layer in stack.layers]
+        rules = [self.supports_load(rule) for rule in (*stack.updates, stack.balance) if rule is not None]
+        return next((sentence for sentence in layers + rules if sentence), None)
+
+    def train(self, events, stack, params: list[LayerParams]) -> list[dict]:
+        """Optional: what can be seen after each event: 'counts_by_layer', 'bias_by_layer' and, with a loss, 'loss'.
+
+        counts_by_layer: (E,) integers of each layer, the slots that training passes gave to each choice since the last
+        step. bias_by_layer: (E,) the expert_bias of each. loss: the balance loss of the pass that the event was, over all
+        layers, coeff included. `params` are those of each layer when an event builds the layers; then a bias of None is 0.
+        Layers that live on other ranks than the first (`stack.layers_of(rank)`) are to be a model part of their own, with
+        a hook of its own, where an implementation has such parts.
+        """
+        raise NotImplementedError
+
 
 METHODS = (
     "route", "gate", "configure", "permute", "experts", "combine", "layer", "layer_gradients",
     "dispatch", "sharded_layer", "sharded_gradients",
     "load", "balance_loss", "z_loss", "bias_update", "capacity", "record", "replay",
+    "train",
 )  # fmt: skip
 
 

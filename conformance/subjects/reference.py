@@ -81,3 +81,6 @@ class Reference(ReferenceBalance):
         of_params = {name: grad for name, grad in found.items() if grad is not None}
         shards = [layout.shard_of(rank) for rank in range(layout.num_ranks)]
         return [{"x_TD": grads.x_by_shard[shard]} | of_params for shard in shards]
+
+    def train(self, events, stack, params):
+        return [vars(state) for state in moe_ref.train(events, stack, params, dtype=self.compute_dtype)]
