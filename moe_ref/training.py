@@ -68,7 +68,7 @@ def after(
     if event.kind == "step":
         return stepped(before, stack, dtype)
     choices = [
-        choose(event, layer, stack, params, before.bias_by_layer[layer], dtype) for layer in range(len(stack.layers))
+        route_layer(event, layer, stack, params, before.bias_by_layer[layer], dtype) for layer in range(len(stack.layers))
     ]
     return TrainingState(
         counts_by_layer=counted(event, before.counts_by_layer, choices, stack),
@@ -91,7 +91,7 @@ def built(stack: StackSpec, params: Sequence[LayerParams], dtype: DTypeLike) -> 
     )
 
 
-def choose(
+def route_layer(
     event: Event,
     layer: int,
     stack: StackSpec,

@@ -16,7 +16,7 @@ from conformance.core.subject import Subject
 from moe_ref import UNUSED, Event, LayerParams, LayerSpec, RoutingRecord, StackSpec, TrainingState, train
 from moe_ref.specs.params import param_shapes
 from moe_ref.specs.training import FORWARD
-from moe_ref.training import choose
+from moe_ref.training import route_layer
 
 MARGIN = 1e-3
 """So far apart the last chosen and the first other score are: no rounding takes them past each other."""
@@ -163,7 +163,7 @@ def params_of(spec: LayerSpec, gate_ED: np.ndarray, expert_bias_E: np.ndarray | 
 
 def margin_of(event: Event, layer: int, stack: StackSpec, params: list[LayerParams], bias_E: np.ndarray) -> float:
     """The smallest distance between the last chosen and the first other score of a token, padding included."""
-    trace = choose(without(event, "token_mask_T"), layer, stack, params, bias_E, np.float64)
+    trace = route_layer(without(event, "token_mask_T"), layer, stack, params, bias_E, np.float64)
     assert trace.scores_for_choice_TE is not None
     K = stack.layers[layer].router.top_k
     ranked_TE = -np.sort(-trace.scores_for_choice_TE, axis=-1)

@@ -53,7 +53,7 @@ def _layer(num_experts: int, top_k: int, score_func: str = "sigmoid", **fields) 
 
 
 FIVE = _layer(5, 2)
-SEVEN = _layer(7, 3, route_norm=True)
+SEVEN = _layer(7, 3, route_norm=True, norm_eps=1e-20)
 ONE = _layer(5, 1, "softmax")
 SIGN = BiasUpdateSpec(rate=0.25)
 CENTRED = BiasUpdateSpec(rate=0.25, centred=True)
@@ -68,6 +68,7 @@ STACKS: tuple[StackSpec, ...] = (
     StackSpec(layers=(FIVE, SEVEN), updates=(SIGN, RELATIVE)),
     StackSpec(layers=(ONE, SEVEN, ONE), updates=(SIGN, CENTRED, PROPORTIONAL)),
     StackSpec(layers=(SEVEN,), updates=(RELATIVE,)),
+    StackSpec(layers=(SEVEN, FIVE), updates=(CENTRED, CENTRED)),
     # a layer whose bias stays
     StackSpec(layers=(FIVE, FIVE), updates=(None, SIGN)),
     StackSpec(layers=(FIVE, ONE, SEVEN), updates=(RELATIVE, None, CENTRED)),

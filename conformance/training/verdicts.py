@@ -16,7 +16,7 @@ import numpy as np
 from conformance.core.judge import Judge, Violation, accuse
 from conformance.core.rounding import EPSILON, TINY
 from conformance.core.show import numbers
-from conformance.training.case import TrainingCase, params_of
+from conformance.training.case import TrainingCase, margin_of, params_of
 from moe_ref import BiasUpdateSpec, Event, TrainingState
 from moe_ref.training import after
 
@@ -110,6 +110,17 @@ class Transition:
     def wanted(self) -> TrainingState:
         """The reference's state after this event, from the subject's own one before it."""
         return after(self.event, self.before, self.case.spec, self.case.params)
+
+    @cached_property
+    def margin(self) -> float:
+        """How near the nearest choice of a router is to another one, with the subject's own biases."""
+        if self.event.x_LTD is None or self.event.records is not None:
+            return np.inf
+        case, biases = self.case, self.before.bias_by_layer
+        margins = (
+            margin_of(self.event, layer, case.spec, case.params, bias_E) for layer, bias_E in enumerate(biases)
+        )
+        return min(margins, default=np.inf)
 
     def is_pass(self, kind: str, *, recomputed: bool = False, padded: bool = False, forced: bool = False) -> bool:
         """Whether the event is a pass of that kind, with these things and no others."""

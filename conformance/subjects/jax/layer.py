@@ -10,6 +10,7 @@ import numpy as np
 from conformance.core.subject import Routing
 from conformance.subjects.jax.balance import JaxBalance
 from conformance.subjects.jax.balance import narrow as _narrow
+from conformance.subjects.jax.training import JaxTraining
 from moe_jax import routing
 from moe_jax.replay import capture
 from moe_jax.sparse_matmul import RouteMetadata, activate, gmm_down, gmm_up, permute, sparse_matmul, unpermute
@@ -21,7 +22,7 @@ _gate = jax.jit(routing.gate)
 _permute = jax.jit(permute, static_argnames="num_experts")
 
 
-class Jax(JaxBalance):
+class Jax(JaxBalance, JaxTraining):
     """`moe_jax.routing` and `moe_jax.sparse_matmul`, compiled."""
 
     name = "jax"

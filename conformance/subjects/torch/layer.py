@@ -8,6 +8,7 @@ import torch
 
 from conformance.core.subject import Routing
 from conformance.subjects.torch.balance import TorchBalance
+from conformance.subjects.torch.training import TorchTraining
 from moe_ref import LayerParams, LayerSpec, RouterInputs, RouterSpec
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation
 from moe_torch.moe import MoE
@@ -16,7 +17,7 @@ from moe_torch.router import Gate, NodeLimitedRouter
 from moe_torch.routing import route
 
 
-class Torch(TorchBalance):
+class Torch(TorchBalance, TorchTraining):
     """`moe_torch`: the function that routes logits, and the modules of the router and of the layer."""
 
     name = "torch"

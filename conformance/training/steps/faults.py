@@ -6,7 +6,7 @@ import numpy as np
 
 from conformance.core.fault import replaces, surrounds
 from moe_ref.balance import bias_update, tokens_per_expert
-from moe_ref.training import TrainingState, after, built, choose, counted, pooled_loss, stepped
+from moe_ref.training import TrainingState, after, built, counted, pooled_loss, route_layer, stepped
 
 # states and builds
 
@@ -220,11 +220,11 @@ def a_layer_without_an_update_counts_on(before, stack, dtype):
     return replace(found, counts_by_layer=[old if rule is None else new for rule, new, old in pairs])
 
 
-@replaces("training.choose", breaks="STP-11")
+@replaces("training.route_layer", breaks="STP-11")
 def the_router_keeps_the_first_bias(event, layer, stack, params, expert_bias_E, dtype):
     """The router chooses with a copy of the bias that it was built with, as a compiled constant is."""
     first_E = params[layer].expert_bias_E
-    return choose(event, layer, stack, params, 0 * expert_bias_E if first_E is None else first_E, dtype)
+    return route_layer(event, layer, stack, params, 0 * expert_bias_E if first_E is None else first_E, dtype)
 
 
 @replaces("training.stepped", breaks="STP-12")
@@ -367,23 +367,17 @@ def a_recomputed_pass_forgets_the_record(run, memory, events, stack, params):
     return run([replace(event, records=None) if event.recomputed else event for event in events], stack, params)
 
 
-@surrounds(breaks="STP-17", links=("PrimeIntellect-ai/prime-rl#2953",))
-def no_bias_moves_under_replay(run, memory, events, stack, params):
+@replaces("training.train", breaks="STP-17", links=("PrimeIntellect-ai/prime-rl#2953",))
+def no_bias_moves_under_replay(events, stack, params, *, dtype=np.float64):
     """A step after a forced choice moves no bias, since the choice did not ask it."""
-    states, frozen, moved = run(events, stack, params), False, None
-    for number, event in enumerate(events):
-        if event.kind == "build":
-            frozen, moved = False, [0 * bias_E for bias_E in states[number]["bias_by_layer"]]
-        if event.kind == "step" and frozen:
-            now, last = states[number]["bias_by_layer"], states[number - 1]["bias_by_layer"]
-            moved = [m - (a - b) for m, a, b in zip(moved, now, last, strict=True)]
-            frozen = False
-        frozen = frozen or event.records is not None
-        memory[number] = moved
-    return [
-        state | {"bias_by_layer": [b + m for b, m in zip(state["bias_by_layer"], memory[number], strict=True)]}
-        for number, state in enumerate(states)
-    ]
+    states, forced = [], False
+    for event in events:
+        frozen = event.kind == "step" and forced
+        how = stack.replace(updates=(None,) * len(stack.layers)) if frozen else stack
+        states.append(after(event, states[-1] if states else None, how, params, dtype=dtype))
+        if event.kind != "evaluate":
+            forced = event.kind == "train" and (forced or event.records is not None)
+    return states
 
 
 @replaces("training.stepped", breaks="STP-17")
@@ -407,16 +401,3 @@ def biases_move_by_signs_of_whole_batches(before, stack, dtype):
 def a_recomputed_pass_forgets_the_mask(run, memory, events, stack, params):
     """The pass that the backward pass runs again sees padding tokens as valid, and that one is counted."""
     return run([replace(event, token_mask_T=None) if event.recomputed else event for event in events], stack, params)
-
-
-@surrounds(breaks="STP-18")
-def the_third_step_is_skipped(run, memory, events, stack, params):
-    """The hook runs at the first two steps of a model alone; later ones leave the counts and the biases."""
-    kept, steps, last = [], 0, []
-    for event in events:
-        steps = {"build": 0, "step": steps + 1}.get(event.kind, steps)
-        if event.kind != "step" or steps < 3:
-            kept.append(event)
-        last.append(len(kept) - 1)
-    states = run(kept, stack, params)
-    return [states[number] for number in last]
