@@ -14,7 +14,7 @@ test: install
 	$(BIN)/pytest -n 2
 
 bare:
-	rm -rf .bare
+	rm -rf .bare build  # build/ of an earlier tree would get into the wheel
 	$(PYTHON) -m venv .bare
 	.bare/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir .bare/wheel .
 	.bare/bin/python -m pip install --quiet --disable-pip-version-check .bare/wheel/*.whl -c constraints-oldest.txt

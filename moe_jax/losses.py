@@ -16,7 +16,7 @@ from jax import lax
 from moe_jax.arrays import AxisName, wide_dtype
 from moe_jax.balance import count, sum_over
 from moe_jax.routing import SMALL_LOGIT, score, softmax, top_k
-from moe_ref.specs.balance import BalanceSpec
+from moe_ref.specs.balance import RUNNING_SCOPES, BalanceSpec
 from moe_ref.specs.router import RouterSpec
 
 
@@ -61,7 +61,8 @@ def balance_loss(
         sequence_of_T: (T,) ints in [0, num_sequences), for per 'sequence'; None: one sequence. A sequence that is
             spread over shards has the same number on each of them.
         num_sequences: static.
-        earlier, num_earlier: for scope 'running': the sums over all earlier micro-batches, and their number.
+        earlier: for scopes 'running' and 'running_mean': the sums over all earlier micro-batches.
+        num_earlier: for 'running_mean': their number.
         axis_name: mesh axes over which tokens are spread.
     """
     sums = balance_sums(
@@ -120,11 +121,16 @@ def loss_of_sums(
     if spec.scope != "local":
         sums = sum_over(axis_name, sums)
     counts_UE, dtype = sums.counts_UE.astype(sums.scores_UE.dtype), sums.scores_UE.dtype
-    if spec.scope == "running" and earlier is not None:
-        before_UE = sum_over(axis_name, earlier.counts_UE).astype(dtype)
-        counts_UE = (counts_UE + before_UE) / (1 + num_earlier)
-    tokens_U1 = jnp.maximum(sums.tokens_U, 1)[:, None].astype(dtype)
-    fractions_UE = counts_UE / (tokens_U1 * (sums.slots_per_token if spec.counts_over == "slots" else 1))
+    counted_U = sums.tokens_U
+    if spec.scope in RUNNING_SCOPES and earlier is not None:
+        before_UE, before_U = sum_over(axis_name, (earlier.counts_UE, earlier.tokens_U))
+        counts_UE = counts_UE + before_UE.astype(dtype)
+        if spec.scope == "running":
+            counted_U = counted_U + before_U
+        else:
+            counts_UE = counts_UE / (1 + num_earlier)
+    tokens_U1, counted_U1 = (jnp.maximum(each, 1)[:, None].astype(dtype) for each in (sums.tokens_U, counted_U))
+    fractions_UE = counts_UE / (counted_U1 * (sums.slots_per_token if spec.counts_over == "slots" else 1))
     losses_U = (fractions_UE * (sums.scores_UE / tokens_U1)).sum(axis=-1)
     has_tokens_U = sums.tokens_U > 0
     loss = jnp.where(has_tokens_U, losses_U, 0).sum() / jnp.maximum(has_tokens_U.sum(), 1)

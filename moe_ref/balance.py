@@ -108,7 +108,7 @@ class BalanceTrace:
     tokens_U: np.ndarray
     """Valid tokens of each unit."""
     counts_UE: np.ndarray
-    """Counts of each unit; with scope 'running', the mean count so far, which need not be whole."""
+    """Counts of each unit; with scope 'running' all so far, with 'running_mean' their mean, which need not be whole."""
     fractions_UE: np.ndarray
     """f: counts over slots, or over tokens."""
     mean_scores_UE: np.ndarray
@@ -155,12 +155,11 @@ def balance(
     tokens_U = own_UT.sum(axis=1)
     sums_UE = np.array([scores_TE[own_T].sum(axis=0) for own_T in own_UT], dtype).reshape(-1, E)
     counts_UE = np.array([tokens_per_expert(counted_ids_TK[own_T], E) for own_T in own_UT], np.float64).reshape(-1, E)
-    if spec.scope == "running":
-        counts_UE = counts_UE.cumsum(axis=0) / np.arange(1, len(counts_UE) + 1)[:, None]
+    counts_UE, counted_U = counts_so_far(counts_UE, tokens_U, spec)
 
-    divisor_U1 = np.maximum(tokens_U, 1)[:, None]
-    fractions_UE = counts_UE.astype(dtype) / (divisor_U1 * (slots if spec.counts_over == "slots" else 1))
-    mean_scores_UE = sums_UE / divisor_U1
+    slots_U1 = np.maximum(counted_U, 1)[:, None] * (slots if spec.counts_over == "slots" else 1)
+    fractions_UE = counts_UE.astype(dtype) / slots_U1
+    mean_scores_UE = sums_UE / np.maximum(tokens_U, 1)[:, None]
     losses_U = float(E) ** spec.expert_power * (fractions_UE * mean_scores_UE).sum(axis=-1)
     weights_U = unit_weights(tokens_U, shard_of_U)
     return BalanceTrace(
@@ -175,6 +174,18 @@ def balance(
         losses_U=losses_U,
         weights_U=weights_U,
     )
+
+
+def counts_so_far(counts_UE: np.ndarray, tokens_U: np.ndarray, spec: BalanceSpec) -> tuple[np.ndarray, np.ndarray]:
+    """The counts of each unit, and the tokens that they are of: its own, or all up to it. [LOD-26]
+
+    With 'running_mean' the counts are a mean over micro-batches, and the tokens the unit's own (LOD-14).
+    """
+    if spec.scope == "running":
+        return counts_UE.cumsum(axis=0), tokens_U.cumsum()
+    if spec.scope == "running_mean":
+        return counts_UE.cumsum(axis=0) / np.arange(1, len(counts_UE) + 1)[:, None], tokens_U
+    return counts_UE, tokens_U
 
 
 def balance_loss(logits_TE: np.ndarray, expert_ids_TK: np.ndarray, spec: BalanceSpec, **inputs: Any) -> float:

@@ -68,7 +68,8 @@ def after(
     if event.kind == "step":
         return stepped(before, stack, dtype)
     choices = [
-        route_layer(event, layer, stack, params, before.bias_by_layer[layer], dtype) for layer in range(len(stack.layers))
+        route_layer(event, layer, stack, params, before.bias_by_layer[layer], dtype)
+        for layer in range(len(stack.layers))
     ]
     return TrainingState(
         counts_by_layer=counted(event, before.counts_by_layer, choices, stack),

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_ref.specs.balance import BalanceSpec
+from moe_ref.specs.balance import RUNNING_SCOPES, BalanceSpec
 from moe_ref.specs.router import RouterSpec
 from moe_torch.balance import count
 from moe_torch.routing import NEG_INF, score, softmax, top_k
@@ -69,7 +69,8 @@ def balance_loss(
         sequence_of_T: (T,) ints in [0, num_sequences), for per 'sequence'; None: one sequence. A sequence that is
             spread over ranks has the same number on each of them.
         num_sequences: the same on every rank.
-        earlier, num_earlier: for scope 'running': the sums over all earlier micro-batches, and their number.
+        earlier: for scopes 'running' and 'running_mean': the sums over all earlier micro-batches.
+        num_earlier: for 'running_mean': their number.
         group: the ranks over which tokens are spread.
     """
     sums = balance_sums(
@@ -78,7 +79,7 @@ def balance_loss(
     )  # fmt: skip
     if spec.scope != "local":
         sums = sum_over(group, sums)
-    if spec.scope == "running" and earlier is not None:
+    if spec.scope in RUNNING_SCOPES and earlier is not None:
         # Earlier sums are this rank's own, like these.
         earlier = sum_over(group, earlier)
     loss, has_tokens = loss_of_sums(sums, spec, earlier=earlier, num_earlier=num_earlier)
@@ -131,11 +132,15 @@ def loss_of_sums(
         The loss, and whether there is a valid token.
     """
     dtype = sums.scores_UE.dtype
-    counts_UE = sums.counts_UE.to(dtype)
-    if spec.scope == "running" and earlier is not None:
-        counts_UE = (counts_UE + earlier.counts_UE.to(dtype)) / (1 + num_earlier)
-    tokens_U1 = sums.tokens_U.clamp(min=1)[:, None]
-    fractions_UE = counts_UE / (tokens_U1 * (sums.slots_per_token if spec.counts_over == "slots" else 1))
+    counts_UE, counted_U = sums.counts_UE.to(dtype), sums.tokens_U
+    if spec.scope in RUNNING_SCOPES and earlier is not None:
+        counts_UE = counts_UE + earlier.counts_UE.to(dtype)
+        if spec.scope == "running":
+            counted_U = counted_U + earlier.tokens_U
+        else:
+            counts_UE = counts_UE / (1 + num_earlier)
+    tokens_U1, counted_U1 = (each.clamp(min=1)[:, None] for each in (sums.tokens_U, counted_U))
+    fractions_UE = counts_UE / (counted_U1 * (sums.slots_per_token if spec.counts_over == "slots" else 1))
     losses_U = (fractions_UE * (sums.scores_UE / tokens_U1)).sum(-1)
     has_tokens_U = sums.tokens_U > 0
     mean = torch.where(has_tokens_U, losses_U, 0).sum() / has_tokens_U.sum().clamp(min=1)

@@ -47,6 +47,12 @@ class SharedExperts(nn.Module):
         self.w3 = nn.Linear(spec.dim, width, bias=False, device=device, dtype=dtype) if spec.gated else None
         self.token_gate = Gate(spec.dim, 1, bias=False, device=device, dtype=dtype) if token_gate else None
 
+    def reset_parameters(self) -> None:
+        """Each map as nn.Linear."""
+        for linear in (self.w1, self.w2, self.w3, self.token_gate):
+            if linear is not None:
+                linear.reset_parameters()
+
     def forward(self, x_TD: Tensor, weights_TS: Tensor | None = None) -> Tensor:
         """The sum over the shared experts of factor * output; the factor is 1 where nothing gives one."""
         hidden_TF = hide(self.w1(x_TD), None if self.w3 is None else self.w3(x_TD), self.activation)
@@ -101,6 +107,22 @@ class MoE(nn.Module):
         # Integers, which .to(torch.bfloat16) leaves alone: bfloat16 cannot count past 256.
         counts_E = torch.zeros(router.num_choices, dtype=torch.int64, device=device)
         self.register_buffer("tokens_per_expert", counts_E, persistent=False)
+
+    def reset_parameters(self) -> None:
+        """New parameters, no balancing bias, and nothing counted."""
+        self.router.reset_parameters()
+        self.experts.reset_parameters()
+        if self.shared_experts is not None:
+            self.shared_experts.reset_parameters()
+        self.tokens_per_expert.zero_()
+
+    def _apply(self, fn, recurse=True):
+        was_meta = self.tokens_per_expert.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.tokens_per_expert.is_meta:
+            # to_empty leaves what the memory held, and a state dict has no counts.
+            self.tokens_per_expert.zero_()
+        return self
 
     def forward(
         self,

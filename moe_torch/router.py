@@ -61,6 +61,9 @@ class NodeLimitedRouter(nn.Module):
         if before_E is not None and self.expert_bias is not None and self.expert_bias.dtype != torch.float32:
             # From the value before the cast: what bfloat16 rounded away does not come back.
             self.expert_bias = before_E.to(self.expert_bias.device)
+        if before_E is not None and self.expert_bias is not None and before_E.is_meta and not self.expert_bias.is_meta:
+            # to_empty leaves what the memory held (NVIDIA/Megatron-LM#4154).
+            self.expert_bias.zero_()
         return self
 
     def route(

@@ -3,15 +3,17 @@
 import sys
 import zipfile
 from importlib.util import find_spec
+from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 PACKAGES = ("moe_ref/", "moe_jax/", "moe_torch/", "conformance/")
 FRAMEWORKS = ("jax", "torch", "transformers", "torchtitan", "ml_dtypes")
 
 
 def strangers(wheel: str) -> list[str]:
-    """The files of a wheel that are no part of the packages: tests, benchmarks, tools."""
-    names = zipfile.ZipFile(wheel).namelist()
-    return [name for name in names if not name.startswith(PACKAGES) and ".dist-info/" not in name]
+    """The files of a wheel that are no part of the packages of this checkout: tests, benchmarks, what was deleted."""
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    return [name for name in names if not (name.startswith(PACKAGES) and (ROOT / name).exists())]
 
 
 def main(wheel: str) -> None:

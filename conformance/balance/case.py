@@ -166,7 +166,8 @@ class BalanceCase(Case):
 
     def why_not(self, subject: Subject, method: str) -> str | None:
         """By the rule, where the method gets one."""
-        return None if RULES[method] is None else subject.supports_load(self.spec.rule)
+        rule = self.spec.rule
+        return None if RULES[method] is None or rule is None else subject.supports_load(rule)
 
     def to_json(self) -> dict:
         """Plain data."""
@@ -212,6 +213,7 @@ BalanceCase.TAGS = {
     "per_sequence": _has("balance", per="sequence"),
     "local_scope": _has("balance", scope="local"),
     "running_scope": _has("balance", scope="running"),
+    "running_mean_scope": _has("balance", scope="running_mean"),
     "first_slots": lambda c: c.spec.balance is not None and c.spec.balance.counted_slots is not None,
     "bias_update": _has("update"),
     "sign_rule": _has("update", rule="sign"),

@@ -18,6 +18,7 @@ from conformance.core.drawing import one_of
 from conformance.core.judge import Judge
 from conformance.core.kind import settings_of
 from moe_ref import BALANCE_FORMS, UNUSED, BalanceSpec, BiasUpdateSpec, CapacitySpec
+from moe_ref.specs.balance import RUNNING_SCOPES
 
 SIGMOID = {"score_func": "sigmoid", "norm_scores": True}
 BALANCES = (
@@ -156,7 +157,6 @@ def cut(
     rng: np.random.Generator,
     *,
     evenly: bool,
-    at: tuple[int, ...] | None = None,
     parts: int = 2,
 ) -> tuple[int, ...]:
     """Lengths of consecutive parts of T tokens; sometimes one is empty.
@@ -164,16 +164,14 @@ def cut(
     Args:
         num_tokens: T.
         rng: of the places where it is cut.
-        evenly: into one part, or into `parts` equal ones; each other number is one more program to compile.
-        at: lengths of parts of which none is cut again; None: any place may be cut.
+        evenly: into one part, or into `parts` that are equal, or but for a token of the first; each other number is
+            one more program to compile.
         parts: where it is cut evenly.
     """
-    if at is not None:
-        ends = np.cumsum(at)[:-1]
-        ends = ends[rng.random(len(ends)) < 0.6]
-    elif evenly:
-        number = int(rng.choice([n for n in (1, parts) if num_tokens % n == 0]))
-        ends = np.arange(1, number) * (num_tokens // number)
+    if evenly:
+        number, longer = ((1, 0), (parts, 0), (parts, 1))[rng.integers(3)]
+        ends = np.arange(1, number) * (num_tokens // number) + longer
+        ends = np.minimum(ends, num_tokens)
     else:
         ends = np.sort(rng.integers(0, num_tokens + 1, int(rng.integers(0, 4))))
     return tuple(np.diff(np.concatenate([[0], ends, [num_tokens]])).astype(int).tolist())
@@ -182,16 +180,15 @@ def cut(
 def lengths_of(
     spec: BatchSpec, num_tokens: int, wanted: tuple[str, ...], rng: np.random.Generator, *, evenly: bool
 ) -> dict[str, tuple[int, ...]]:
-    """Sequences and shards, where the rule asks for them and the check allows it; shards are of whole sequences."""
+    """Sequences and shards, where the rule asks for them and the check allows it; a shard may end inside a sequence."""
     rules = [rule for rule in (spec.balance, spec.capacity, spec.capacity and spec.capacity.then) if rule]
     of_sequences = any("sequence" in (getattr(rule, "per", ""), rule.scope) for rule in rules)
-    of_shards = any(rule.scope in ("local", "running", "rank") for rule in rules)
+    of_shards = any(rule.scope in ("local", *RUNNING_SCOPES, "rank") for rule in rules)
     found = {}
     if of_sequences and "sequence_lengths" in wanted:
         found["sequence_lengths"] = cut(num_tokens, rng, evenly=evenly, parts=3)
     if of_shards and "tokens_per_shard" in wanted:
-        at = None if evenly else found.get("sequence_lengths")
-        found["tokens_per_shard"] = cut(num_tokens, rng, evenly=evenly, at=at)
+        found["tokens_per_shard"] = cut(num_tokens, rng, evenly=evenly)
     # One part is what there is without lengths; it takes no parameter of that name.
     return {name: lengths for name, lengths in found.items() if len(lengths) > 1}
 
@@ -254,7 +251,7 @@ def settings(judge: Judge, check: BalanceCheck) -> tuple[list[BatchSpec], Counte
     wanted = [spec for spec in pool if check.wants_spec(spec)]
     if RULES[check.method] is None:
         return wanted, Counter()
-    reasons = [judge.subject.supports_load(spec.rule) for spec in wanted]
+    reasons = [None if spec.rule is None else judge.subject.supports_load(spec.rule) for spec in wanted]
     supported = [spec for spec, why in zip(wanted, reasons, strict=True) if why is None]
     return supported, Counter(why for why in reasons if why)
 

@@ -44,7 +44,6 @@ class Check:
     spec: Callable[[Any], bool] = lambda spec: True
     inputs: tuple[str, ...] = ()
     """Further inputs that its cases have."""
-    dtype: str = "float32"
     tokens: tuple[int, ...] = (7, 1)
     shows_case: bool = True
     """Whether a failure has a case that replays; a configuration has none."""

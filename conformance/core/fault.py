@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from inspect import isfunction
 from typing import Any
 from unittest.mock import patch
@@ -150,11 +151,12 @@ def faulty(subject: Subject, fault: Fault) -> Subject:
     """The subject with one fault in the method that the fault is about."""
     clean, memory = getattr(subject, fault.method), {}
 
+    @wraps(clean)  # its signature says which inputs it takes
     def method(*arguments, **inputs):
         return fault.run(clean, memory, *arguments, **inputs)
 
     setattr(subject, fault.method, method)
-    subject.name = fault.name
+    subject.name, subject.memory = fault.name, memory  # type: ignore[attr-defined]
     return subject
 
 

@@ -40,6 +40,8 @@ class Violation(AssertionError):
         self.title, self.token = title, None if token is None else int(token)
         self.expected, self.received = str(expected), str(received)
         self.requirement, self.case = requirement, case
+        self.tried: Case | None = case
+        """The case that it was found on, also where a failure shows none."""
 
     def __str__(self) -> str:
         return f"{self.requirement} {self.title}".strip()
@@ -109,6 +111,8 @@ class Judge:
         """What a kind keeps of this subject between calls."""
         self.watch: Callable[[Check, Case], None] | None = None
         """Told of each case before the subject is called on it."""
+        self.handed: tuple[tuple, dict[str, Any]] = (), {}
+        """Arguments and inputs of the last call, the very arrays that the subject got."""
         self._running: list[Check] = []
         for dtype in (*subject.logit_dtypes, subject.compute_dtype, subject.expert_dtype):
             known = tuple(EPSILON)
@@ -125,10 +129,10 @@ class Judge:
 
         Args:
             blame: the requirement that an error violates; that of the check that runs, unless it is given.
-            inputs: by name; float64 arrays are given in float32. None that the method does not name may be among them.
+            inputs: by name; float64 arrays are given in float32.
 
         Raises:
-            NotRun: the subject does not run the case.
+            NotRun: the subject does not run the case, or its method does not name one of the inputs.
             Crash: it raised an error.
         """
         self.needs(method)
@@ -136,10 +140,11 @@ class Judge:
             raise NotRun(sentence)
         inputs = {name: _as_given(value) for name, value in inputs.items()}
         parameters = inspect.signature(getattr(self.subject, method)).parameters
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            for name in inputs:
-                if name not in parameters:
-                    raise NotRun(f"{method}() has no parameter {name}")
+        for name in inputs:
+            # **inputs names none: what is swallowed unread is not what the case asks for.
+            if name not in parameters:
+                raise NotRun(f"{method}() has no parameter {name}")
+        self.handed = arguments, inputs
         try:
             # Poisoned rows overflow; that is for the checks to see, not for Python to warn of.
             with np.errstate(all="ignore"):
@@ -191,6 +196,7 @@ class Judge:
         try:
             check.run(self, case)
         except Violation as violation:
+            violation.tried = violation.case or case
             if not violation.requirement:
                 violation.requirement = check.requirement
                 violation.case = case if check.shows_case else None
@@ -267,7 +273,7 @@ def cast(array: np.ndarray, dtype: str) -> np.ndarray:
     return array.astype(dtype)
 
 
-def _as_given(value):
+def _as_given(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.astype(np.float32) if value.dtype == np.float64 else value.copy()
     return value

@@ -10,7 +10,7 @@ from conformance.core.judge import Judge, NotRun, Violation
 
 TRIES = 400
 TOKENS_TRIED = 20
-"""So many tokens are taken away one by one."""
+"""So many tokens are taken away one by one; of more, parts."""
 
 
 def shrink(judge: Judge, violation: Violation) -> Violation:
@@ -55,6 +55,11 @@ def _smaller(case: Case, token: int | None) -> Iterator[Case]:
     if case.num_tokens > 1:
         if token is not None:
             yield case.tokens(np.array([token]))
-        for t in range(min(case.num_tokens, TOKENS_TRIED)):
-            yield case.tokens(np.delete(np.arange(case.num_tokens), t))
+        if case.num_tokens > TOKENS_TRIED:  # one by one would take as many runs as there are tokens
+            rows = np.arange(case.num_tokens)
+            yield from (case.tokens(each) for each in np.array_split(rows, 2))
+            yield from (case.tokens(np.setdiff1d(rows, each)) for each in np.array_split(rows, 8))
+        else:
+            for t in range(case.num_tokens):
+                yield case.tokens(np.delete(np.arange(case.num_tokens), t))
     yield from case.simpler()

@@ -4,12 +4,24 @@ A subject is one class. The methods it defines are its capabilities; `route` is 
 comes out; a framework lives inside the subject alone.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from moe_ref import LayerParams, LayerSpec, RouterSpec
+from moe_ref import (
+    BalanceSpec,
+    BiasUpdateSpec,
+    CapacitySpec,
+    Event,
+    LayerParams,
+    LayerSpec,
+    RouterSpec,
+    RoutingRecord,
+    ShardLayout,
+    StackSpec,
+)
 
 
 class Unsupported(Exception):
@@ -33,14 +45,19 @@ class Routing:
 
 
 class Subject:
-    """An implementation to be judged. Subclass it, define `route`, and point the suite at the class."""
+    """An implementation to be judged. Subclass it, define `route`, and point the suite at the class.
+
+    A method gets the arguments that stand here by position, and by keyword those further inputs that its docstring
+    lists and that a case has. Your method names those that it takes, with a default of None: that is how it says what
+    it can do. An input that it does not name makes the cases that have it unsupported, with or without `**inputs`.
+    """
 
     name: str = ""
     """Shown in reports; empty: the class name in lower case."""
     version: str = ""
     url: str = ""
     logit_dtypes: tuple[str, ...] = ("float32",)
-    """dtypes in which `route` takes logits: float32, float64, bfloat16 (as ml_dtypes arrays)."""
+    """dtypes in which `route` takes logits: float32, float64, float16, bfloat16 (as ml_dtypes arrays)."""
     compute_dtype: str = "float32"
     """dtype in which it computes; the bounds of the comparison follow from it."""
 
@@ -52,144 +69,247 @@ class Subject:
     equal_shards: bool = False
     """Whether the token shards of a layout have as many tokens each; then no others are tried."""
 
-    def supports(self, spec: RouterSpec, layout=None) -> str | None:
+    # routers
+
+    def supports(self, spec: RouterSpec, layout: ShardLayout | None = None) -> str | None:
         """None, or a sentence that says why this spec cannot be run."""
         return None
 
     def route(self, *arguments: Any, **inputs: Any) -> Routing:
         """Write it as route(self, logits_TE, spec, expert_bias_E): (T, num_logits) logits, a RouterSpec, (E,) or None.
 
-        `inputs` are those of `moe_ref.route` that the spec needs.
-        A parameter that this method does not name (learned_scale, token_ids_T and table_VK, given_ids_TK,
-        token_mask_T, seed) makes the cases that need it unsupported.
+        Inputs:
+            learned_scale: a number, or (E,) one for each expert, for specs that have one.
+            token_ids_T, table_VK: (T,) rows of the (V, K) table of expert ids, for selector 'table'.
+            given_ids_TK: (T, K) expert ids, -1 in unused slots, for selector 'given'.
+            seed: an integer, for selector 'random'.
+            token_mask_T: (T,) bools; a padding token (False) gets ids -1 and weights 0.
+
+        Returns:
+            The ids, (T, K) integers, and the weights, (T, K) numbers, of each token; the rest of `Routing` is optional.
         """
         raise NotImplementedError
 
     def gate(self, x_TD: np.ndarray, gate_ED: np.ndarray, gate_bias_E: np.ndarray | None) -> np.ndarray:
-        """Optional: the (T, E) logits of (T, D) tokens."""
+        """Optional: the (T, E) logits of (T, D) tokens, which are x_TD @ gate_ED.T, plus the learned bias if any."""
         raise NotImplementedError
 
-    def configure(self, fields: dict) -> None:
+    def configure(self, fields: dict[str, Any]) -> None:
         """Optional: build the router for raw RouterSpec fields and run it once; an invalid set is an error."""
         raise NotImplementedError
 
     # whole layers; parameters are moe_ref.LayerParams, in the canonical [in, out] layout
 
-    def supports_layer(self, spec: LayerSpec, layout=None) -> str | None:
+    def supports_layer(self, spec: LayerSpec, layout: ShardLayout | None = None) -> str | None:
         """None, or a sentence that says why this layer cannot be run; by default as for its router."""
         return self.supports(spec.router, layout)
 
     def permute(self, expert_ids_TK: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
-        """Optional: (N,) flat slots t * K + k in the order of their experts, and (E,) rows of each expert."""
+        """Optional: the used slots in the order of their experts.
+
+        Returns:
+            (N,) integers, the flat slots t * K + k, in any order inside an expert, best in that of the tokens; and (E,)
+            integers, how many each expert has. -1 and null ids (num_experts and above) are no rows: N is their sum.
+        """
         raise NotImplementedError
 
-    def experts(self, rows_RD: np.ndarray, tokens_per_expert_E: np.ndarray, params: LayerParams, spec: LayerSpec):
-        """Optional: (R, D) outputs for rows sorted by expert; rows past the sum of the counts belong to nobody."""
+    def experts(
+        self, rows_RD: np.ndarray, tokens_per_expert_E: np.ndarray, params: LayerParams, spec: LayerSpec
+    ) -> np.ndarray:
+        """Optional: the (R, D) outputs of the routed experts for rows that are sorted by expert.
+
+        Rows past the sum of the counts belong to nobody: they may hold anything, and so may their outputs.
+        """
         raise NotImplementedError
 
-    def combine(self, rows_ND: np.ndarray, order_N: np.ndarray, weights_TK: np.ndarray, spec: LayerSpec):
-        """Optional: (T, D) weighted sums of the expert outputs, given in the order that `permute` returns."""
+    def combine(self, rows_ND: np.ndarray, order_N: np.ndarray, weights_TK: np.ndarray, spec: LayerSpec) -> np.ndarray:
+        """Optional: the (T, D) weighted sums of the expert outputs, which stand in the order that `permute` returns.
+
+        The sums are times output_scale; with weight_on 'input' the weights are in the rows already.
+        """
         raise NotImplementedError
 
-    def layer(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Any) -> np.ndarray:
-        """Optional: (T, D) output of the whole layer. `inputs` are those of `moe_ref.moe_layer` that the case has."""
+    def layer(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, *_: Any, **inputs: Any) -> np.ndarray:
+        """Optional: the (T, D) output of the whole layer.
+
+        Inputs:
+            token_mask_T: (T,) bools; the output of a padding token (False) is 0.
+            token_ids_T, table_VK, given_ids_TK, seed: as `route` gets them.
+        """
         raise NotImplementedError
 
-    def layer_gradients(self, x_TD, params: LayerParams, spec: LayerSpec, d_output_TD, **inputs: Any) -> dict:
-        """Optional: gradients of sum(output * d_output): 'x_TD', and each parameter that the layer has, by name."""
+    def layer_gradients(
+        self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, d_output_TD: np.ndarray, *_: Any, **inputs: Any
+    ) -> dict[str, np.ndarray]:
+        """Optional: the gradients of sum(output * d_output); the inputs are those of `layer`.
+
+        Returns:
+            'x_TD', and each parameter that the layer has under its name in LayerParams, in the shape of that parameter.
+            That of expert_bias_E is optional, and 0.
+        """
         raise NotImplementedError
 
     # layouts (moe_ref.ShardLayout). What is "by shard" is a list of one array for each token shard, in rank order.
 
-    def dispatch(self, expert_ids_by_shard: list[np.ndarray], layout, spec: LayerSpec) -> list[dict]:
-        """Optional: the plan of every rank, tensor ranks counted once, as moe_ref.dispatch.plan: integers by name.
+    def dispatch(
+        self, expert_ids_by_shard: list[np.ndarray], layout: ShardLayout, spec: LayerSpec
+    ) -> list[dict[str, Any]]:
+        """Optional: the plan of every rank, tensor ranks counted once, as moe_ref.dispatch.plan.
 
-        send_sizes_S and recv_sizes_S: rows to and from each rank of the expert axis; group_sizes_e: rows of each local
-        expert, in the order of their places; order_R2: (source rank of the expert axis, flat slot t * K + k of that
-        rank's shard) of each row, in the order of the local experts. Where the layout has a buffer_factor, also
-        overflow: how many rows this rank had no room for.
+        Returns:
+            For each rank integers by name:
+            send_sizes_S, recv_sizes_S: rows to and from each rank of the expert axis.
+            group_sizes_e: rows of each local expert, in the order of their places.
+            order_R2: (source rank of the expert axis, flat slot t * K + k of that rank's shard) of each row, in the
+                order of the local experts.
+            overflow: where the layout has a buffer_factor, how many rows this rank had no room for.
         """
         raise NotImplementedError
 
-    def sharded_layer(self, x_by_shard, params: LayerParams, spec: LayerSpec, layout, **inputs: Any) -> list:
+    def sharded_layer(
+        self,
+        x_by_shard: list[np.ndarray],
+        params: LayerParams,
+        spec: LayerSpec,
+        layout: ShardLayout,
+        *_: Any,
+        **inputs: Any,
+    ) -> list[np.ndarray]:
         """Optional: the (T, D) output of the shard of each rank of the mesh, tensor ranks included, in rank order.
 
-        `inputs` are those of `moe_ref.sharded_layer` that the case has: token_mask_by_shard, token_ids_by_shard and
-        table_VK, given_ids_by_shard. A method that names `buffer_fill` gets NaN and large numbers there, and has buffer
-        rows that nobody sent start with it.
+        Inputs:
+            token_mask_by_shard, token_ids_by_shard, given_ids_by_shard: lists of what `layer` gets as one array.
+            table_VK, seed: as `layer` gets them.
+            buffer_fill: NaN or a large number, which every buffer row that nobody sent starts with.
         """
         raise NotImplementedError
 
     def sharded_gradients(
-        self, x_by_shard, params: LayerParams, spec: LayerSpec, layout, d_output_by_shard, **inputs: Any
-    ) -> list[dict]:
+        self,
+        x_by_shard: list[np.ndarray],
+        params: LayerParams,
+        spec: LayerSpec,
+        layout: ShardLayout,
+        d_output_by_shard: list[np.ndarray],
+        *_: Any,
+        **inputs: Any,
+    ) -> list[dict[str, np.ndarray]]:
         """Optional: for each rank of the mesh what `layer_gradients` returns, x_TD of its own shard.
 
-        The loss is sum(output * d_output) over all shards, each counted once; parameters have their full shape.
+        The loss is sum(output * d_output) over all shards, each counted once; parameters have their full shape. The
+        inputs are those of `sharded_layer`.
         """
         raise NotImplementedError
 
-    # load, capacity and replay. The specs and the record are data types of moe_ref. `inputs` hold what a case has of
-    # token_mask_T (T,) bools, sequence_lengths and tokens_per_shard (each a tuple that sums to T; absent: one of T).
-    # A parameter that a method does not name makes the cases that have it unsupported, as for `route`.
+    # load, capacity and replay; the specs and the record are data types of moe_ref
 
-    def supports_load(self, spec) -> str | None:
-        """None, or a sentence that says why this BalanceSpec, BiasUpdateSpec or CapacitySpec cannot be run."""
+    def supports_load(self, spec: BalanceSpec | BiasUpdateSpec | CapacitySpec) -> str | None:
+        """None, or a sentence that says why this rule cannot be run."""
         return None
 
-    def load(self, expert_ids_TK: np.ndarray, num_experts: int, **inputs: Any) -> np.ndarray:
-        """Optional: (E,) integers, the used slots of each expert; -1 and null ids are none. May get token_mask_T."""
-        raise NotImplementedError
+    def load(self, expert_ids_TK: np.ndarray, num_experts: int, *_: Any, **inputs: Any) -> np.ndarray:
+        """Optional: (E,) integers, the used slots of each expert; -1 and null ids (num_experts and above) are none.
 
-    def balance_loss(self, logits_TE: np.ndarray, expert_ids_TK: np.ndarray, balance, router: RouterSpec, **inputs):
-        """Optional: {'loss': a number, 'd_logits_TE': (T, E) its gradient} for a BalanceSpec, coeff included.
-
-        `router` says how the logits are scored. May get expert_bias_E, token_mask_T, sequence_lengths and
-        tokens_per_shard; then it is the loss of all ranks together, and the logits are those of all ranks in order.
+        Inputs:
+            token_mask_T: (T,) bools; the slots of a padding token (False) are not counted.
         """
         raise NotImplementedError
 
-    def z_loss(self, logits_TE: np.ndarray, coeff: float, **inputs: Any) -> dict:
-        """Optional: {'loss', 'd_logits_TE'} of coeff * mean over tokens of logsumexp(logits) ** 2. token_mask_T."""
-        raise NotImplementedError
+    def balance_loss(
+        self,
+        logits_TE: np.ndarray,
+        expert_ids_TK: np.ndarray,
+        balance: BalanceSpec,
+        router: RouterSpec,
+        *_: Any,
+        **inputs: Any,
+    ) -> dict[str, Any]:
+        """Optional: the balance loss of a batch, its coefficient included; `router` says how the logits are scored.
 
-    def bias_update(self, counts_SE: np.ndarray, update, expert_bias_E: np.ndarray) -> np.ndarray:
-        """Optional: the (E,) new bias by a BiasUpdateSpec; counts of S ranks or micro-batches of one step, unsummed."""
-        raise NotImplementedError
+        Inputs:
+            expert_bias_E: (E,) the balancing bias of the router.
+            token_mask_T: (T,) bools, False where a token is padding.
+            sequence_lengths: of the consecutive sequences, a tuple that sums to T; absent: one of T.
+            tokens_per_shard: of the consecutive shards, likewise. Then the loss is that of all ranks together, and the
+                logits are those of all ranks in order.
 
-    def capacity(self, expert_ids_TK: np.ndarray, weights_TK: np.ndarray, capacity, num_experts: int, **inputs) -> dict:
-        """Optional: {'expert_ids_TK': -1 in dropped slots, 'weights_TK': 0 there} under a CapacitySpec.
-
-        May get token_mask_T, sequence_lengths, tokens_per_shard; and d_weights_TK, the gradient of the weights that it
-        returns: then the dict has 'd_weights_TK' too, the gradient of the weights that it was given.
+        Returns:
+            'loss': a number. 'd_logits_TE': its gradient, in the shape of the logits.
         """
         raise NotImplementedError
 
-    def record(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Any):
-        """Optional: the moe_ref.RoutingRecord of a layer's run on these tokens. May get token_mask_T."""
+    def z_loss(self, logits_TE: np.ndarray, coeff: float, *_: Any, **inputs: Any) -> dict[str, Any]:
+        """Optional: coeff * mean over tokens of logsumexp(logits) ** 2.
+
+        Inputs:
+            token_mask_T: (T,) bools, False where a token is padding.
+
+        Returns:
+            'loss': a number. 'd_logits_TE': its gradient, in the shape of the logits.
+        """
         raise NotImplementedError
 
-    def replay(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, record) -> np.ndarray:
-        """Optional: (T, D) output of a layer that takes its expert ids, and weights if there are any, from a record."""
+    def bias_update(self, counts_SE: np.ndarray, update: BiasUpdateSpec, expert_bias_E: np.ndarray) -> np.ndarray:
+        """Optional: the (E,) new bias; counts_SE are of S ranks or micro-batches of one step, unsummed."""
         raise NotImplementedError
 
-    # training. The stack (moe_ref.StackSpec) and the events (moe_ref.Event) are data types of moe_ref: what happens to the
-    # layers of a model, in the order of time. `x_LTD` has the tokens of each layer; weights stay as they are.
+    def capacity(
+        self,
+        expert_ids_TK: np.ndarray,
+        weights_TK: np.ndarray,
+        capacity: CapacitySpec,
+        num_experts: int,
+        *_: Any,
+        **inputs: Any,
+    ) -> dict[str, np.ndarray]:
+        """Optional: which slots an expert keeps, and their weights.
 
-    def supports_training(self, stack) -> str | None:
+        Inputs:
+            token_mask_T, sequence_lengths, tokens_per_shard: as `balance_loss` gets them.
+            d_weights_TK: (T, K) the gradient of the weights that it returns.
+
+        Returns:
+            expert_ids_TK: (T, K) the given ids, -1 in dropped slots.
+            weights_TK: (T, K) after the drop, 0 in dropped slots.
+            d_weights_TK: (T, K) the gradient of the given weights, where it got that of its own.
+            slot_table_UEC: optional, for a spec with pad_to_capacity: (U, E, C) the flat slot t * K + k at each place
+                of each expert in each unit (the batch, a rank or a sequence, by the scope of the last limit), -1 where
+                the place is empty.
+        """
+        raise NotImplementedError
+
+    def record(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, *_: Any, **inputs: Any) -> RoutingRecord:
+        """Optional: the record of what a layer's run on these tokens chose, with weights; inputs as for `layer`."""
+        raise NotImplementedError
+
+    def replay(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, record: RoutingRecord) -> np.ndarray:
+        """Optional: the (T, D) output of a layer that takes its expert ids, and weights if any, from a record.
+
+        Without weights in the record they are those of the layer's own logits for these ids.
+        """
+        raise NotImplementedError
+
+    # training: several layers over several steps, as data (moe_ref.StackSpec, moe_ref.Event). Weights stay as they are.
+
+    def supports_training(self, stack: StackSpec) -> str | None:
         """None, or a sentence that says why this stack cannot be trained; by default as for its layers and rules."""
         layers = [self.supports_layer(layer) for layer in stack.layers]
         rules = [self.supports_load(rule) for rule in (*stack.updates, stack.balance) if rule is not None]
         return next((sentence for sentence in layers + rules if sentence), None)
 
-    def train(self, events, stack, params: list[LayerParams]) -> list[dict]:
-        """Optional: what can be seen after each event: 'counts_by_layer', 'bias_by_layer' and, with a loss, 'loss'.
+    def train(self, events: Sequence[Event], stack: StackSpec, params: list[LayerParams]) -> list[dict[str, Any]]:
+        """Optional: what can be seen of a stack of L layers after each event of a script, in the order of time.
 
-        counts_by_layer: (E,) integers of each layer, the slots that training passes gave to each choice since the last
-        step. bias_by_layer: (E,) the expert_bias of each. loss: the balance loss of the pass that the event was, over all
-        layers, coeff included. `params` are those of each layer when an event builds the layers; then a bias of None is 0.
-        Layers that live on other ranks than the first (`stack.layers_of(rank)`) are to be a model part of their own, with
-        a hook of its own, where an implementation has such parts.
+        The first event builds the layers, with `params`, the parameters of each, where a bias of None is 0. A later one
+        builds them again; trains on a micro-batch, forward and backward, whose layer l sees event.x_LTD[l]; evaluates
+        one; or is a step of the optimizer. What else an event says is in `moe_ref.Event`; one that cannot be run
+        raises `Unsupported`. Layers of different pipeline ranks (stack.layers_of(rank)) are model parts of their own,
+        each with its hook, where the implementation has such parts.
+
+        Returns:
+            A dict for each event. counts_by_layer: L times (E,) integers, the slots that training passes gave to each
+            choice since the last step. bias_by_layer: L times (E,) expert_bias. loss: for a pass, where the stack has a
+            balance: its loss over all layers, coeff included.
         """
         raise NotImplementedError
 

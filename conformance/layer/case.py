@@ -122,7 +122,7 @@ class LayerCase(Case):
             x_TD=np.array(data["x_TD"], dtype=np.float64).reshape(shape),
             params=params,
             d_output_TD=np.array(data["d_output_TD"], dtype=np.float64).reshape(shape),
-            inputs={name: input_of_json(name, value) for name, value in data.get("inputs", {}).items()},
+            inputs={name: input_of_json(name, value, spec.router) for name, value in data.get("inputs", {}).items()},
             seed=data.get("seed", 0),
         )
 

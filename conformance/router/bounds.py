@@ -4,7 +4,8 @@ Errors are relative to the number itself: weights and scores have no cancellatio
 roundings plus what a rounded exponent does to exp (one rounding of z shifts exp(z) by |z| of them).
 """
 
-from itertools import combinations
+from collections.abc import Iterable, Iterator
+from itertools import combinations, islice
 
 import numpy as np
 
@@ -17,9 +18,30 @@ ROUNDINGS = 16
 """Roundings granted to a score or weight besides those of exp's argument: sums, divisions, library exp (4 ulp)."""
 
 
-def score_floor(spec: RouterSpec, dtype: str) -> float:
+LOW_PRECISION = ("bfloat16", "float16")
+"""dtypes of logits that are narrower than float32, in which scores and weights may be handed on."""
+SETS_AT_A_TIME = 1024
+"""Sets of groups that are looked at together."""
+
+
+def coarseness(case: RouterCase) -> float:
+    """What one rounding to the dtype of low-precision logits does; 0 where the logits are wider.
+
+    Such logits are exact as they are given. What is made of them may be rounded to their dtype again, here and there:
+    a score, the bias, their sum, a weight. SCR-8 advises against it.
+    """
+    return EPSILON[case.dtype] if case.dtype in LOW_PRECISION else 0.0
+
+
+def smallest(case: RouterCase, dtype: str) -> float:
+    """Below this a number has no relative accuracy."""
+    return max(TINY[dtype], TINY[case.dtype]) if case.dtype in LOW_PRECISION else TINY[dtype]
+
+
+def score_floor(case: RouterCase, dtype: str) -> float:
     """Absolute error of a score that underflows."""
-    return TINY[dtype] ** 0.5 if spec.score_func == "sqrtsoftplus" else TINY[dtype]
+    tiny = smallest(case, dtype)
+    return tiny**0.5 if case.spec.score_func == "sqrtsoftplus" else tiny
 
 
 def logit_error(case: RouterCase, dtype: str) -> np.ndarray:
@@ -28,7 +50,7 @@ def logit_error(case: RouterCase, dtype: str) -> np.ndarray:
     z_TE = np.abs(np.nan_to_num(case.reference.scaled_logits_TE[:, : spec.num_choices], neginf=0.0))
     if spec.logit_scale == 1 and spec.logit_softcap is None:
         return np.zeros_like(z_TE)
-    return 4 * EPSILON[dtype] * z_TE
+    return (4 * EPSILON[dtype] + 2 * coarseness(case)) * z_TE
 
 
 def score_error(case: RouterCase, dtype: str) -> np.ndarray:
@@ -37,7 +59,7 @@ def score_error(case: RouterCase, dtype: str) -> np.ndarray:
     z_TE = np.nan_to_num(case.reference.scaled_logits_TE[:, : spec.num_choices], neginf=0.0)
     if spec.score_func == "softmax":
         z_TE = z_TE - z_TE.max(axis=-1, keepdims=True, initial=-np.inf)
-    error_TE = eps * (ROUNDINGS + np.abs(z_TE)) + logit_error(case, dtype)
+    error_TE = eps * (ROUNDINGS + np.abs(z_TE)) + 2 * coarseness(case) + logit_error(case, dtype)
     if (spec.score_func == "softmax" and spec.logit_scale != 1) or spec.logit_softcap is not None:
         error_TE = error_TE + logit_error(case, dtype).max(axis=-1, keepdims=True, initial=0)
     return error_TE
@@ -52,10 +74,10 @@ def choice_error(case: RouterCase, dtype: str) -> np.ndarray:
         error_TE = logit_error(case, dtype)
     else:
         assert trace.scores_TE is not None
-        error_TE = trace.scores_TE * score_error(case, dtype) + score_floor(case.spec, dtype)
+        error_TE = trace.scores_TE * score_error(case, dtype) + score_floor(case, dtype)
     if case.expert_bias_E is None or not np.any(case.expert_bias_E):
         return error_TE
-    return error_TE + eps * (choice_TE + np.abs(case.expert_bias_E))
+    return error_TE + (eps + coarseness(case)) * (choice_TE + np.abs(case.expert_bias_E))
 
 
 def unlimited_choice(case: RouterCase) -> np.ndarray:
@@ -70,7 +92,7 @@ def unlimited_choice(case: RouterCase) -> np.ndarray:
     return np.where(np.isneginf(case.logits_TE[:, : spec.num_choices]), -np.inf, ranked_TE + bias_E)
 
 
-def best_T(expert_ids_TK, choice_TE, error_TE) -> np.ndarray:
+def best_T(expert_ids_TK: np.ndarray, choice_TE: np.ndarray, error_TE: np.ndarray) -> np.ndarray:
     """(T,) whether some choice scores within the error make these ids the best ones."""
     chosen_TE = np.zeros(choice_TE.shape, dtype=bool)
     np.put_along_axis(chosen_TE, expert_ids_TK, True, axis=-1)
@@ -79,29 +101,43 @@ def best_T(expert_ids_TK, choice_TE, error_TE) -> np.ndarray:
     return worst_in_T >= best_out_T
 
 
-def best(ids_K, choice_E, error_E) -> bool:
-    """`best_T` of one token."""
-    return bool(best_T(ids_K[None], choice_E[None], error_E[None])[0])
+def group_sets(spec: RouterSpec, with_groups: Iterable[int] = ()) -> Iterator[np.ndarray]:
+    """Every set of num_limited_groups groups that holds these ones, as (sets, G) bools, many sets at a time."""
+    G, L = spec.num_expert_groups or 1, spec.num_limited_groups or 1
+    used = sorted(set(with_groups))
+    if len(used) > L:
+        return
+    more = combinations([g for g in range(G) if g not in used], L - len(used))
+    while some := list(islice(more, SETS_AT_A_TIME)):
+        kept = np.zeros((len(some), G), dtype=bool)
+        kept[:, used] = True
+        if len(used) < L:
+            kept[np.arange(len(some))[:, None], np.array(some)] = True
+        yield kept
 
 
-def group_sets(ids_K, spec: RouterSpec):
-    """Every set of num_limited_groups groups that holds these ids."""
-    used = sorted({int(i) // spec.experts_per_group for i in ids_K})
-    free = [g for g in range(spec.num_expert_groups or 1) if g not in used]
-    for more in combinations(free, max(0, (spec.num_limited_groups or 1) - len(used))):
-        if len(used) + len(more) == spec.num_limited_groups:
-            yield np.array(sorted([*used, *more]))
+def groups_of(ids_K: np.ndarray, spec: RouterSpec) -> list[int]:
+    """The groups of these experts."""
+    return np.unique(np.asarray(ids_K) // spec.experts_per_group).tolist()
 
 
-def best_in_some_groups(ids_K, choice_E, error_E, spec: RouterSpec) -> bool:
+def best_in_some_groups(ids_K: np.ndarray, choice_E: np.ndarray, error_E: np.ndarray, spec: RouterSpec) -> bool:
     """The ids are the best ones of some num_limited_groups groups, whichever these are."""
-    group_of_E = np.arange(spec.num_experts) // spec.experts_per_group
-    return any(
-        best(ids_K, np.where(np.isin(group_of_E, kept), choice_E, -np.inf), error_E) for kept in group_sets(ids_K, spec)
-    )
+    for kept in group_sets(spec, groups_of(ids_K, spec)):
+        choice_NE = np.where(np.repeat(kept, spec.experts_per_group, axis=-1), choice_E, -np.inf)
+        if best_T(np.tile(ids_K, (len(kept), 1)), choice_NE, np.tile(error_E, (len(kept), 1))).any():
+            return True
+    return False
 
 
-def admissible(ids_K, choice_E, error_E, spec: RouterSpec, dtype: str, group_ids_L=None) -> bool:
+def admissible(
+    ids_K: np.ndarray,
+    choice_E: np.ndarray,
+    error_E: np.ndarray,
+    spec: RouterSpec,
+    dtype: str,
+    group_ids_L: np.ndarray | None = None,
+) -> bool:
     """Some choice scores within the error make the reference select these ids, groups and experts together.
 
     The scores most favourable to a set of kept groups are: selected experts as high as the error allows, other
@@ -109,41 +145,37 @@ def admissible(ids_K, choice_E, error_E, spec: RouterSpec, dtype: str, group_ids
     it allows. If the reference does not keep these groups then, it never does.
     """
     if spec.num_expert_groups is None:
-        return best(ids_K, choice_E, error_E)
-    group_of_E = np.arange(spec.num_experts) // spec.experts_per_group
-    if spec.mask_fill == 0:
-        # Dropped experts may be selected, at choice score 0: any set of kept groups is possible.
-        sets = [np.array(s) for s in combinations(range(spec.num_expert_groups), spec.num_limited_groups or 1)]
-    else:
-        sets = list(group_sets(ids_K, spec))
-    if group_ids_L is not None:
-        sets = [kept for kept in sets if set(kept) == set(map(int, group_ids_L))]
-    for kept in sets:
-        kept_E = np.isin(group_of_E, kept)
-        masked_E = np.where(kept_E, choice_E, spec.mask_fill)
-        masked_error_E = np.where(kept_E, error_E, 0)
-        if not best(ids_K, masked_E, masked_error_E):
-            continue
-        chosen_E = np.isin(np.arange(spec.num_experts), ids_K)
-        threshold = (masked_E + masked_error_E)[chosen_E].min()
-        favourable_E = np.where(
-            kept_E,
-            np.where(chosen_E, choice_E + error_E, np.minimum(choice_E + error_E, threshold)),
+        return bool(best_T(ids_K[None], choice_E[None], error_E[None])[0])
+    # Where the fill is 0, dropped experts may be selected, at choice score 0: any set of kept groups is possible.
+    within = [] if spec.mask_fill == 0 else groups_of(ids_K, spec)
+    chosen_E = np.isin(np.arange(spec.num_experts), ids_K)
+    for kept in group_sets(spec, within):
+        if group_ids_L is not None:
+            kept = kept[(kept == np.isin(np.arange(spec.num_expert_groups), group_ids_L)).all(axis=-1)]
+        kept_NE = np.repeat(kept, spec.experts_per_group, axis=-1)
+        masked_NE = np.where(kept_NE, choice_E, spec.mask_fill)
+        masked_error_NE = np.where(kept_NE, error_E, 0)
+        worst_in_N1 = np.where(chosen_E, masked_NE + masked_error_NE, np.inf).min(axis=-1, keepdims=True)
+        best_out_N1 = np.where(chosen_E, -np.inf, masked_NE - masked_error_NE).max(axis=-1, keepdims=True)
+        favourable_NE = np.where(
+            kept_NE,
+            np.where(chosen_E, choice_E + error_E, np.minimum(choice_E + error_E, worst_in_N1)),
             choice_E - error_E,
         )
-        if keeps(kept, favourable_E, spec, dtype):
+        if ((worst_in_N1 >= best_out_N1)[:, 0] & keeps(kept, favourable_NE, spec, dtype)).any():
             return True
     return False
 
 
-def keeps(kept_L, choice_E, spec: RouterSpec, dtype: str) -> bool:
-    """The reference keeps these groups for these choice scores, but for the rounding of the sums."""
-    best_first_GP = -np.sort(-choice_E.reshape(spec.num_expert_groups, -1), axis=-1)[:, : spec.group_score_k]
-    scores_G = best_first_GP.sum(axis=-1)
-    sizes_G = np.abs(np.nan_to_num(best_first_GP, neginf=0.0)).sum(axis=-1)
-    slack = (spec.group_score_k - 1) * EPSILON[dtype] * sizes_G.max()
-    in_G = np.isin(np.arange(len(scores_G)), kept_L)
-    return bool(scores_G[in_G].min() + slack >= scores_G[~in_G].max(initial=-np.inf))
+def keeps(kept: np.ndarray, choice_NE: np.ndarray, spec: RouterSpec, dtype: str) -> np.ndarray:
+    """(sets,) whether the reference keeps these groups for these choice scores, but for the rounding of the sums."""
+    grouped_NGP = choice_NE.reshape(len(kept), -1, spec.experts_per_group)
+    best_first_NGP = -np.sort(-grouped_NGP, axis=-1)[..., : spec.group_score_k]
+    scores_NG = best_first_NGP.sum(axis=-1)
+    sizes_NG = np.abs(np.nan_to_num(best_first_NGP, neginf=0.0)).sum(axis=-1)
+    slack_N = (spec.group_score_k - 1) * EPSILON[dtype] * sizes_NG.max(axis=-1, initial=0)
+    worst_kept_N = np.where(kept, scores_NG, np.inf).min(axis=-1)
+    return worst_kept_N + slack_N >= np.where(kept, -np.inf, scores_NG).max(axis=-1)
 
 
 def expected_weights(case: RouterCase, expert_ids_TK) -> np.ndarray:
@@ -172,7 +204,7 @@ def expected_weights(case: RouterCase, expert_ids_TK) -> np.ndarray:
 
 def weight_error(case: RouterCase, expert_ids_TK, dtype: str) -> np.ndarray:
     """Relative error of each weight, (T, K)."""
-    error_TK = gather(score_error(case, dtype), expert_ids_TK)
+    error_TK = gather(score_error(case, dtype), expert_ids_TK) + 4 * coarseness(case)
     if case.spec.route_norm or case.spec.score_over == "selected":
         error_TK = error_TK + error_TK.max(axis=-1, keepdims=True, initial=0)
     if case.spec.norm_with_shared:

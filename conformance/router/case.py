@@ -8,6 +8,8 @@ from typing import Any, Self
 import numpy as np
 
 from conformance.core.case import Case, plain, rounder
+from conformance.core.judge import cast
+from conformance.core.rounding import EPSILON
 from conformance.core.subject import Subject
 from moe_ref import RouterInputs, RouterSpec, route
 from moe_ref.specs.inputs import BY_TOKEN
@@ -37,6 +39,15 @@ class RouterCase(Case):
     def num_tokens(self) -> int:
         return len(self.logits_TE)
 
+    @property
+    def is_routable(self) -> bool:
+        """Whether the reference routes it: no NaN, and no row of -inf alone."""
+        return not np.isnan(self.logits_TE).any() and not np.isneginf(self.logits_TE).all(axis=-1).any()
+
+    def with_logits(self, logits_TE: np.ndarray) -> Self:
+        """A copy with other logits, as its dtype holds them."""
+        return self.with_(logits_TE=held(logits_TE, self.dtype))
+
     def tokens(self, rows) -> Self:
         """The case of some of its tokens, in the order given."""
         rowwise = ("token_mask_T", *BY_TOKEN)
@@ -44,14 +55,16 @@ class RouterCase(Case):
         return self.with_(logits_TE=self.logits_TE[rows], inputs=inputs)
 
     def simpler(self) -> Iterator[Self]:
-        """Without a bias, or parts of it; rounder numbers."""
+        """In float32; without a bias, or parts of it; rounder numbers."""
+        if self.dtype != "float32":
+            yield self.with_(dtype="float32")
         bias_E = self.expert_bias_E
         if bias_E is not None:
             yield self.with_(expert_bias_E=None)
             for e in np.flatnonzero(bias_E):
                 yield self.with_(expert_bias_E=np.where(np.arange(len(bias_E)) == e, 0, bias_E))
             yield from (self.with_(expert_bias_E=each) for each in rounder(bias_E))
-        yield from (self.with_(logits_TE=each) for each in rounder(self.logits_TE))
+        yield from (self.with_logits(each) for each in rounder(self.logits_TE))
 
     def why_not(self, subject: Subject, method: str) -> str | None:
         """By its spec."""
@@ -81,23 +94,30 @@ class RouterCase(Case):
             spec=spec,
             logits_TE=np.array(data["logits_TE"], dtype=np.float64).reshape(-1, spec.num_logits),
             expert_bias_E=None if bias is None else np.array(bias, dtype=np.float64),
-            inputs={name: input_of_json(name, value) for name, value in data.get("inputs", {}).items()},
+            inputs={name: input_of_json(name, value, spec) for name, value in data.get("inputs", {}).items()},
             dtype=data.get("dtype", "float32"),
             seed=data.get("seed", 0),
         )
 
 
-def input_of_json(name: str, value: Any):
+def held(values: np.ndarray, dtype: str) -> np.ndarray:
+    """What float32 and this dtype both hold, in float64: every subject reads the numbers that the reference reads."""
+    return cast(cast(np.asarray(values), dtype), "float32").astype(np.float64)
+
+
+def input_of_json(name: str, value: Any, spec: RouterSpec) -> Any:
     """A further input of a router, read from plain data."""
     if name == "seed":
         return int(value)
     if name == "token_mask_T":
         return np.array(value, dtype=bool)
-    return np.array(value, dtype=np.int64 if name in INT_INPUTS else np.float64)
+    found = np.array(value, dtype=np.int64 if name in INT_INPUTS else np.float64)
+    # Of zero tokens the list does not say how many slots each would have.
+    return found.reshape(0, spec.top_k) if name.endswith("_TK") and not found.size else found
 
 
 def _choice_below_zero(case: RouterCase) -> bool:
-    if case.spec.selector != "top_k" or case.num_tokens == 0 or np.isnan(case.logits_TE).any():
+    if case.spec.selector != "top_k" or case.num_tokens == 0 or not case.is_routable:
         return False
     ungrouped = case.spec.without_groups()
     choice_TE = case.with_(spec=ungrouped).reference.scores_for_choice_TE
@@ -108,6 +128,17 @@ def _choice_below_zero(case: RouterCase) -> bool:
 def _has_ties(logits_TE) -> bool:
     in_order_TE = np.sort(logits_TE, axis=-1)
     return bool(((in_order_TE[:, 1:] == in_order_TE[:, :-1]) & np.isfinite(in_order_TE[:, 1:])).any())
+
+
+def _small_gaps(case: RouterCase) -> bool:
+    """Whether some token's logits lie apart, but closer than bfloat16 tells numbers of their size apart."""
+    in_order_TE = np.sort(np.where(np.isfinite(case.logits_TE), case.logits_TE, np.nan), axis=-1)
+    gaps_TE, sizes_TE = np.diff(in_order_TE, axis=-1), np.abs(in_order_TE[:, 1:])
+    return bool(((gaps_TE > 0) & (gaps_TE < EPSILON["bfloat16"] / 2 * sizes_TE)).any())
+
+
+def _some_row(rows_T: np.ndarray) -> bool:
+    return bool(rows_T.any())
 
 
 def _finite(case: RouterCase) -> np.ndarray:
@@ -143,5 +174,14 @@ RouterCase.TAGS = {
     "large_logits": lambda c: bool((np.abs(_finite(c)) > 80).any()),
     "small_scores": lambda c: bool((_finite(c) < -15).any()),
     "equal_logits": lambda c: _has_ties(c.logits_TE),
+    "close_logits": _small_gaps,
+    "nan_row": lambda c: _some_row(np.isnan(c.logits_TE).all(axis=-1)),
+    "infinite_row": lambda c: _some_row(np.isneginf(c.logits_TE).all(axis=-1)),
+    "saturated_row": lambda c: _some_row((c.logits_TE > 17).all(axis=-1)),
+    "negative_row": lambda c: _some_row((c.logits_TE < 0).all(axis=-1)),
     "bfloat16": lambda c: c.dtype == "bfloat16",
+    "float16": lambda c: c.dtype == "float16",
+    "float64": lambda c: c.dtype == "float64",
+    "many_tokens": lambda c: c.num_tokens > 16,
+    "many_experts": lambda c: c.spec.num_experts > 16,
 }

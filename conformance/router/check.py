@@ -16,3 +16,9 @@ class RouterCheck(Check):
     logits: tuple[str, ...] = ("separated", "normal", "large", "negative")
     bias: tuple[str, ...] = ("none", "mixed", "negative", "positive")
     """Kinds of expert_bias."""
+    dtypes: tuple[str, ...] = ("float32", "float64", "bfloat16", "float16")
+    """Of the logits; of these, those that the subject declares."""
+    sweeps: bool = False
+    """Whether it is tried at every size of `sizes.py`; the others share them."""
+    pairs: bool = False
+    """Whether it is tried on every pair of what a case is made of (`pairs.py`)."""

@@ -1,64 +1,49 @@
-"""conformance, router: the diagnosis. Which known fault reproduces what a subject returned."""
+"""conformance, router: the diagnosis. When two routings are the same: ids as sets, weights by id within the bounds."""
 
-from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
-from conformance.core.fault import Fault
+from conformance.core.diagnosis import Call, Rounding, same, same_result
 from conformance.core.rounding import TINY, close
 from conformance.router.bounds import weight_error
 from conformance.router.case import RouterCase
-from conformance.router.faulty import routing_under
-from conformance.router.observation import Observation
 
 
-def explaining(
-    case: RouterCase, observation: Observation, faults: Iterable[Fault], *, dtype: str = "float32"
-) -> list[Fault]:
-    """Faults whose output, in float64, is the observation; none where the clean reference explains it.
-
-    Ids are compared as sets, weights by id within the judge's bounds.
-
-    Args:
-        case: what the subject was given.
-        observation: what it returned.
-        faults: that may explain it.
-        dtype: in which the subject computes; the bounds follow from it.
-    """
-    if case.num_tokens == 0 or _same(case.reference, observation, case, dtype):
-        return []
-    return [fault for fault in faults if _reproduces(fault, observation, case, dtype)]
-
-
-def _reproduces(fault: Fault, observation: Observation, case: RouterCase, dtype: str) -> bool:
-    if fault.method != "route":
+def same_routing(call: Call, found: Any, rounding: Rounding) -> bool:
+    """Whether a routing is that of a call; what no router returns is compared as it is."""
+    if call.method != "route" or not isinstance(call.case, RouterCase):
+        return same_result(call, found, rounding)
+    (ids_TK, weights_TK), (wanted_ids_TK, wanted_TK) = _by_id(found), _by_id(call.result)
+    if not same(ids_TK, wanted_ids_TK, 0.0, 0.0) or weights_TK.shape != wanted_TK.shape:
         return False
-    try:
-        return _same(routing_under(fault, case), observation, case, dtype)
-    except Exception:  # whatever a fault runs into on this case, it does not return the observation
+    error_TK = _error(call.case, ids_TK, rounding)
+    shared, wanted = found.shared_weights_TS, call.result.shared_weights_TS
+    if (shared is None) != (wanted is None):
         return False
-
-
-def _same(trace, observation: Observation, case: RouterCase, dtype: str) -> bool:
-    ids_TK, weights_TK = _by_id(trace.expert_ids_TK, trace.weights_TK)
-    found_ids_TK, found_TK = _by_id(observation.expert_ids_TK, observation.weights_TK)
-    if ids_TK.shape != found_ids_TK.shape or (ids_TK != found_ids_TK).any():
-        return False
-    error_TK = weight_error(case, np.clip(ids_TK, 0, case.spec.num_choices - 1), dtype)
-    near_TK = close(found_TK, weights_TK, error_TK, TINY[dtype])
-    return bool((near_TK | (np.isnan(found_TK) & np.isnan(weights_TK))).all()) and _shared_same(
-        trace, observation, case, dtype
+    floor = rounding.floor + TINY[rounding.dtype]
+    return _near(weights_TK, wanted_TK, error_TK, floor) and (
+        shared is None or _near(np.asarray(shared), np.asarray(wanted), error_TK.max(-1, keepdims=True, initial=0), floor)
     )
 
 
-def _shared_same(trace, observation: Observation, case: RouterCase, dtype: str) -> bool:
-    wanted_TS, found_TS = trace.shared_weights_TS, observation.shared_weights_TS
-    if wanted_TS is None or found_TS is None:
-        return wanted_TS is None and found_TS is None
-    error = weight_error(case, case.reference.expert_ids_TK, dtype).max(axis=-1, keepdims=True, initial=0)
-    return bool(close(found_TS, wanted_TS, error, TINY[dtype]).all())
+def _error(case: RouterCase, ids_TK: np.ndarray, rounding: Rounding) -> np.ndarray:
+    """(T, K) how far rounding can take each of two weights apart, relatively; at least as far as any other number."""
+    if not case.is_routable or ids_TK.shape != (case.num_tokens, case.spec.top_k):
+        return np.full(ids_TK.shape, rounding.tolerance)
+    bounded_TK = 2 * weight_error(case, np.clip(ids_TK, 0, case.spec.num_choices - 1), rounding.dtype)
+    return np.fmax(bounded_TK, rounding.tolerance)
 
 
-def _by_id(expert_ids_TK, weights_TK):
-    order_TK = np.argsort(expert_ids_TK, axis=-1, kind="stable")
-    return np.take_along_axis(expert_ids_TK, order_TK, axis=-1), np.take_along_axis(weights_TK, order_TK, axis=-1)
+def _near(found: np.ndarray, wanted: np.ndarray, error: np.ndarray, floor: float) -> bool:
+    found, wanted = found.astype(np.float64), wanted.astype(np.float64)
+    alike = (found == wanted) | (np.isnan(found) & np.isnan(wanted))
+    return bool((alike | close(found, wanted, error, floor)).all())
+
+
+def _by_id(routing: Any) -> tuple[np.ndarray, np.ndarray]:
+    ids_TK, weights_TK = np.asarray(routing.expert_ids_TK), np.asarray(routing.weights_TK)
+    order_TK = np.argsort(ids_TK, axis=-1, kind="stable")
+    if weights_TK.shape != ids_TK.shape:
+        return ids_TK, weights_TK
+    return np.take_along_axis(ids_TK, order_TK, axis=-1), np.take_along_axis(weights_TK, order_TK, axis=-1)

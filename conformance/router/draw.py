@@ -11,17 +11,27 @@ import numpy as np
 from conformance.core.case import float32
 from conformance.core.chosen import pool_of, tokens_of
 from conformance.core.drawing import one_of
-from conformance.core.judge import Judge, cast
+from conformance.core.judge import Judge
 from conformance.core.kind import settings_of
-from conformance.router.case import RouterCase
+from conformance.router.case import RouterCase, held
 from conformance.router.check import RouterCheck
 from moe_ref import UNUSED, RouterSpec
 from moe_ref.specs.families import FAMILIES, tiny
 
 SIZES = ((8, 2), (6, 1), (8, 8), (12, 5), (16, 4))
 """(num_experts, top_k)"""
-GROUPED_SIZES = ((8, 2, 4, 2), (8, 4, 2, 1), (12, 5, 3, 2), (16, 4, 4, 2), (16, 8, 4, 2), (8, 1, 4, 1), (12, 3, 2, 2))
+GROUPED_SIZES = (
+    (8, 2, 4, 2), (8, 4, 2, 1), (12, 5, 3, 2), (16, 4, 4, 2), (16, 8, 4, 2), (8, 1, 4, 1), (12, 3, 2, 2),
+    (8, 2, 8, 3), (6, 3, 3, 2), (12, 4, 4, 2), (8, 3, 1, 1), (8, 3, 4, 4),
+)  # fmt: skip
 """(num_experts, top_k, num_expert_groups, num_limited_groups); in most a token needs experts of several groups."""
+LOGITS = ("separated", "close", "normal", "large", "huge", "far", "negative", "below_zero", "saturated", "tied", "equal",
+          "one_hot", "masked")  # fmt: skip
+"""Kinds of logits that every router routes."""
+SPOILED = ("nan", "nan_row", "infinite_row")
+"""Kinds with one token that is routed anyhow, or refused."""
+BIASES = ("none", "mixed", "negative", "positive", "strong")
+"""Kinds of expert_bias."""
 
 
 def _variants() -> list[dict]:
@@ -150,6 +160,13 @@ def logits_of_kind(kind: str, shape: tuple[int, int], rng: np.random.Generator) 
     if kind == "separated":  # a random order of values with a gap between any two: no near ties
         levels_TE = np.cumsum(rng.uniform(0.5, 1.5, shape), axis=-1) * (6 / max(E, 1))
         return rng.permuted(levels_TE, axis=-1) - rng.uniform(3, 5, (T, 1))
+    if kind == "close":  # apart by less than a rounding of bfloat16, and by many roundings of float32
+        levels_TE = np.cumsum(rng.uniform(0.75, 1.25, shape), axis=-1) * 2.0 ** rng.uniform(-16, -10, (T, 1))
+        return rng.permuted(levels_TE, axis=-1) + rng.uniform(-2.5, 1.5, (T, 1))
+    if kind == "below_zero":
+        return -rng.uniform(0.25, 9, shape)
+    if kind == "saturated":  # float32 holds no sigmoid of these but 1
+        return rng.uniform(20, 40, shape)
     if kind == "normal":
         return rng.normal(0, 2, shape)
     if kind == "large":
@@ -180,6 +197,16 @@ def masked(logits_TE, spec: RouterSpec, rng: np.random.Generator) -> np.ndarray:
             count = rng.integers(0, members - kept + 1)
             row[g * members + rng.permutation(members)[:count]] = True
     return np.where(hidden_TE, -np.inf, logits_TE)
+
+
+def spoiled(logits_TE: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
+    """One row with some NaN, of NaN alone, or of -inf alone."""
+    T, E = logits_TE.shape
+    found_TE = logits_TE.copy()
+    columns = np.ones(E, dtype=bool) if kind != "nan" else rng.random(E) < 0.2
+    columns[int(rng.integers(E))] = True
+    found_TE[int(rng.integers(T)), columns] = -np.inf if kind == "infinite_row" else np.nan
+    return found_TE
 
 
 def bias_of_kind(kind: str, spec: RouterSpec, rng: np.random.Generator) -> np.ndarray | None:
@@ -216,20 +243,27 @@ def _held(value):
     return float32(value) if isinstance(value, np.ndarray) and value.dtype == np.float64 else value
 
 
-def make_case(spec: RouterSpec, check: RouterCheck, *, logits: str, bias: str, tokens: int, seed: int) -> RouterCase:
+def make_case(
+    spec: RouterSpec, check: RouterCheck, *, logits: str, bias: str, tokens: int, seed: int, dtype: str = "float32"
+) -> RouterCase:
     """The case of these choices."""
     rng = np.random.default_rng(seed)
-    kind = "normal" if logits == "masked" else logits
+    kind = {"masked": "normal"}.get(logits, "separated" if logits in SPOILED else logits)
     logits_TE = logits_of_kind(kind, (tokens, spec.num_logits), rng)
     if logits == "masked":
         logits_TE = masked(logits_TE, spec, rng)
+    if logits in SPOILED:
+        logits_TE = spoiled(logits_TE, logits, rng)
     bias_E = bias_of_kind(bias, spec, rng)
+    inputs = inputs_of(spec, tokens, check.inputs, rng)
+    if "given_ids_TK" in inputs and tokens > 1 and rng.random() < 0.5:
+        inputs["given_ids_TK"][int(rng.integers(tokens))] = UNUSED  # a token that goes to nobody
     return RouterCase(
         spec=spec,
-        logits_TE=cast(logits_TE, check.dtype).astype(np.float64),
+        logits_TE=held(logits_TE, dtype),
         expert_bias_E=None if bias_E is None else float32(bias_E),
-        inputs=inputs_of(spec, tokens, check.inputs, rng),
-        dtype=check.dtype,
+        inputs=inputs,
+        dtype=dtype,
         seed=seed,
     )
 
@@ -243,14 +277,27 @@ def settings(judge: Judge, check: RouterCheck) -> tuple[list[RouterSpec], Counte
     return evenly(supported), Counter(why for why in reasons if why)
 
 
+def dtypes_of(judge: Judge, check: RouterCheck) -> list[str]:
+    """The dtypes of logits that the check wants and the subject declares, float32 as often as all others together."""
+    declared = [dtype for dtype in check.dtypes if dtype in judge.subject.logit_dtypes]
+    if "float32" not in declared:
+        return declared or ["float32"]
+    others = [] if judge.subject.compiles else [dtype for dtype in declared if dtype != "float32"]
+    return ["float32"] * max(1, len(others)) + others
+
+
 def draw(judge: Judge, check: RouterCheck, seed: int) -> RouterCase:
     """The case of a seed."""
     rng, (specs, _) = np.random.default_rng(seed), settings_of(judge, check)
+    dtypes = dtypes_of(judge, check)
+    # Of a subject that compiles each further dtype is another program for each number of tokens.
+    few = judge.subject.compiles and "float32" not in dtypes
     return make_case(
         one_of(rng, specs),
         check,
         logits=one_of(rng, check.logits),
         bias=one_of(rng, check.bias),
-        tokens=one_of(rng, tokens_of(judge, check.tokens)),
+        tokens=one_of(rng, tokens_of(judge, check.tokens[:1] if few else check.tokens)),
+        dtype=one_of(rng, dtypes),
         seed=int(rng.integers(2**32)),
     )

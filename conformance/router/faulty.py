@@ -4,11 +4,13 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import numpy as np
+
 import moe_ref
 from conformance.core.fault import Fault, surrounds
 from conformance.core.subject import Routing, Subject
 from conformance.router.case import RouterCase
-from moe_ref import RouterSpec, RoutingTrace
+from moe_ref import RouterInputs, RouterSpec, RoutingTrace
 
 
 def routing_under(fault: Fault, case: RouterCase, *, dtype: str = "float64") -> RoutingTrace:
@@ -20,7 +22,11 @@ def _route(fault: Fault, memory: dict, logits_TE, spec: RouterSpec, expert_bias_
     """Faults work on the whole trace, whatever the subject shows of it."""
 
     def route(logits_TE, spec, expert_bias_E, **inputs) -> RoutingTrace:
-        return moe_ref.route(logits_TE, spec, expert_bias_E=expert_bias_E, dtype=dtype, **inputs)
+        # A fault may take another selector: what that one does not read is left out.
+        own, rest = RouterInputs.from_named(inputs)
+        return moe_ref.route(
+            logits_TE, spec, expert_bias_E=expert_bias_E, dtype=dtype, inputs=own.read_by(spec), **rest
+        )
 
     return fault.run(route, memory, logits_TE, spec, expert_bias_E, **inputs)
 
@@ -28,12 +34,33 @@ def _route(fault: Fault, memory: dict, logits_TE, spec: RouterSpec, expert_bias_
 class FaultyRouter(Subject):
     """The reference with one fault in it. Closed, it returns ids and weights alone, as most third parties do."""
 
-    logit_dtypes = ("float32", "float64", "bfloat16")
+    logit_dtypes = ("float32", "float64", "bfloat16", "float16")
 
     def __init__(self, fault: Fault, *, shows_stages: bool = False):
         self.fault, self.shows_stages, self.name, self.memory = fault, shows_stages, fault.name, {}
 
-    def route(self, logits_TE, spec, expert_bias_E, **inputs):
+    def route(
+        self,
+        logits_TE: np.ndarray,
+        spec: RouterSpec,
+        expert_bias_E: np.ndarray | None,
+        *,
+        learned_scale: np.ndarray | None = None,
+        token_ids_T: np.ndarray | None = None,
+        table_VK: np.ndarray | None = None,
+        given_ids_TK: np.ndarray | None = None,
+        seed: int | None = None,
+        token_mask_T: np.ndarray | None = None,
+    ) -> Routing:
+        named = {
+            "learned_scale": learned_scale,
+            "token_ids_T": token_ids_T,
+            "table_VK": table_VK,
+            "given_ids_TK": given_ids_TK,
+            "seed": seed,
+            "token_mask_T": token_mask_T,
+        }
+        inputs = {name: value for name, value in named.items() if value is not None}
         trace = _route(self.fault, self.memory, logits_TE, spec, expert_bias_E, dtype=self.compute_dtype, **inputs)
         return Routing(
             expert_ids_TK=trace.expert_ids_TK,

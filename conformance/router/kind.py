@@ -4,15 +4,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from conformance.core.check import CHECKS, Check
+from conformance.core.diagnosis import explaining
 from conformance.core.fault import Fault
-from conformance.core.judge import Judge, NotRun, Violation
+from conformance.core.judge import Judge, Violation
 from conformance.core.kind import Kind
-from conformance.router import draw, page, small_worlds
+from conformance.router import draw, page, pairs, sizes, small_worlds
 from conformance.router.case import RouterCase
 from conformance.router.check import RouterCheck
-from conformance.router.diagnosis import explaining
+from conformance.router.diagnosis import same_routing
 from conformance.router.faulty import FaultyRouter
-from conformance.router.observation import observe
 
 
 class RouterKind(Kind):
@@ -28,6 +28,10 @@ class RouterKind(Kind):
     def draw(self, judge: Judge, check: RouterCheck, seed: int) -> RouterCase:
         return draw.draw(judge, check, seed)
 
+    def fixed(self, judge: Judge, check: RouterCheck) -> Iterator[RouterCase]:
+        yield from pairs.cases(judge, check)
+        yield from sizes.cases(judge, check)
+
     def worlds(self, judge: Judge) -> Iterator[tuple[Check, RouterCase]]:
         for requirement, case in small_worlds.worlds_of(judge):
             yield CHECKS[requirement], case
@@ -42,14 +46,7 @@ class RouterKind(Kind):
         return FaultyRouter(fault, **how)
 
     def diagnose(self, judge: Judge, violation: Violation, faults: Iterable[Fault]) -> list[Fault]:
-        case = violation.case
-        if not isinstance(case, RouterCase) or "nan_logits" in case.tags:
-            return []
-        try:
-            seen = observe(judge, case)
-        except (NotRun, Violation):  # the subject raises on this very case
-            return []
-        return explaining(case, seen, faults, dtype=judge.subject.compute_dtype)
+        return explaining(judge, violation, faults, self.faulty, same_routing)
 
 
 ROUTER = RouterKind()

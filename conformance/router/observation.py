@@ -41,11 +41,21 @@ def observe(judge: Judge, case: RouterCase) -> Observation:
 
 def routed(judge: Judge, case: RouterCase, *, blame: str = "") -> Routing:
     """The subject's bare result for a case; an error violates the requirement `blame`, or that of the check."""
+    logits_TE, bias_E = given_to(judge, case)
+    return judge.call(case, "route", logits_TE, case.spec, bias_E, blame=blame, **case.inputs)
+
+
+def given_to(judge: Judge, case: RouterCase) -> tuple[np.ndarray, np.ndarray | None]:
+    """Logits and bias as the subject gets them, in arrays of its own.
+
+    Raises:
+        NotRun: it takes no logits of this dtype, nor of float64.
+    """
     dtype = case.dtype if case.dtype in judge.subject.logit_dtypes else "float64"
     if dtype not in judge.subject.logit_dtypes:
         raise NotRun(f"logits of dtype {case.dtype} are not taken")
     bias_E = None if case.expert_bias_E is None else case.expert_bias_E.astype(np.float32)
-    return judge.call(case, "route", cast(case.logits_TE, dtype), case.spec, bias_E, blame=blame, **case.inputs)
+    return cast(case.logits_TE, dtype), bias_E
 
 
 def well_formed(case: RouterCase, routing: Routing) -> Observation:

@@ -1,9 +1,14 @@
 """conformance, router: what a page of a failure and a replay show of a case."""
 
 from conformance.core.judge import Judge, NotRun, Violation
-from conformance.core.show import numbers, spec_fields
+from conformance.core.show import numbers, shortened, spec_fields
 from conformance.router.case import RouterCase
 from conformance.router.observation import observe
+
+
+def row(values) -> str:
+    """Numbers, shortened where a router has hundreds of experts."""
+    return shortened(numbers(values))
 
 
 def rows_of_page(case: RouterCase, token: int | None) -> list[tuple[str, str]]:
@@ -11,18 +16,18 @@ def rows_of_page(case: RouterCase, token: int | None) -> list[tuple[str, str]]:
     rows = [("spec", f"{spec_fields(case.spec)} tokens={case.num_tokens} dtype={case.dtype}")]
     t = token if token is not None else 0
     if case.num_tokens:
-        rows.append((f"logits[{t}]", numbers(case.logits_TE[t])))
-        trace = case.reference if "nan_logits" not in case.tags else None
+        rows.append((f"logits[{t}]", row(case.logits_TE[t])))
+        trace = case.reference if case.is_routable else None
         if trace is not None and trace.scores_TE is not None:
-            rows.append((f"scores[{t}]", numbers(trace.scores_TE[t])))
+            rows.append((f"scores[{t}]", row(trace.scores_TE[t])))
     if case.expert_bias_E is not None:
-        rows.append(("bias", numbers(case.expert_bias_E)))
-    return rows + [(name, numbers(value)) for name, value in case.inputs.items()]
+        rows.append(("bias", row(case.expert_bias_E)))
+    return rows + [(name, row(value)) for name, value in case.inputs.items()]
 
 
 def side_by_side(judge: Judge, case: RouterCase, most_tokens: int = 4) -> str:
     """Every stage of the reference for each token, and what the subject returned beside it."""
-    lines, trace = [], case.reference
+    lines, trace = [], case.reference if case.is_routable else None
     try:
         seen = observe(judge, case)
     except (NotRun, Violation) as error:
@@ -41,10 +46,11 @@ def side_by_side(judge: Judge, case: RouterCase, most_tokens: int = 4) -> str:
             "shared_weights_TS",
         ):
             wanted, found = getattr(trace, name, None), getattr(seen, name, None)
-            if wanted is not None:
-                lines.append(f"      {name:<21} reference {numbers(wanted[t])}")
-                if found is not None:
-                    lines.append(f"      {'':<21} {judge.name:<9} {numbers(found[t])}")
+            if wanted is None and trace is not None:
+                continue  # the spec has no such stage
+            known = [(who, value) for who, value in (("reference", wanted), (judge.name, found)) if value is not None]
+            for place, (who, value) in enumerate(known):
+                lines.append(f"      {'' if place else name:<21} {who:<9} {row(value[t])}")
     if case.num_tokens > most_tokens:
         lines.append(f"    and {case.num_tokens - most_tokens} more tokens")
     return "\n".join(lines)

@@ -5,13 +5,16 @@ import numpy as np
 from conformance.core.check import Condition, given
 from conformance.core.judge import Judge, NotRun, Violation
 from conformance.router.case import RouterCase
+from conformance.router.draw import LOGITS
 from conformance.router.observation import observe
 from conformance.router.verdicts import leaves_groups, weights_differ, wrong_selections
 from moe_ref import RouterSpec
 
-ALL_KINDS = ("separated", "normal", "large", "huge", "negative", "tied", "equal", "one_hot", "masked")
+ALL_KINDS = LOGITS
 MODERATE = ("separated", "normal")
-SCORES = ("SCR-1", "SCR-2", "SCR-3", "SCR-4", "SCR-5")
+EXACT = ("float32", "float64")
+"""dtypes of logits that need no rounding in float32."""
+SCORES = ("SCR-1", "SCR-2", "SCR-3", "SCR-4", "SCR-5", "SCR-10")
 PANEL = 127
 """Other tokens that tell which stage is at fault: one token's wrong selection may look right by chance."""
 
@@ -46,19 +49,19 @@ def without_bias(case: RouterCase) -> RouterCase:
 def untied(case: RouterCase) -> RouterCase:
     """The same case with logits that are all apart."""
     T, E = case.logits_TE.shape
-    return case.with_(logits_TE=case.rng().permuted(np.tile(np.linspace(-3, 3, E), (T, 1)), axis=-1))
+    return case.with_logits(case.rng().permuted(np.tile(np.linspace(-3, 3, E), (T, 1)), axis=-1))
 
 
 def tame(case: RouterCase) -> RouterCase:
     """The same case with moderate logits."""
     finite = np.where(np.isfinite(case.logits_TE), case.logits_TE, 0)
     largest = max(1.0, float(np.abs(finite).max(initial=0)))
-    return case.with_(logits_TE=np.float32(case.logits_TE * (3 / largest)).astype(np.float64))
+    return case.with_logits(case.logits_TE * (3 / largest))
 
 
 def visible(case: RouterCase) -> RouterCase:
     """The same case with -20 for each logit of -inf."""
-    return case.with_(logits_TE=np.where(np.isneginf(case.logits_TE), -20.0, case.logits_TE))
+    return case.with_logits(np.where(np.isneginf(case.logits_TE), -20.0, case.logits_TE))
 
 
 def panel(case: RouterCase) -> RouterCase:
@@ -66,7 +69,7 @@ def panel(case: RouterCase) -> RouterCase:
     logits_TE = case.rng().normal(0, 2, (PANEL, case.spec.num_logits)).astype(np.float32)
     logits_TE[::2] -= 6
     of_no_token = {name: value for name, value in case.inputs.items() if not name.endswith(("_T", "_TK"))}
-    return case.with_(logits_TE=logits_TE.astype(np.float64), inputs=of_no_token)
+    return case.with_logits(logits_TE).with_(inputs=of_no_token)
 
 
 def respecified(case: RouterCase, **changes) -> RouterCase:

@@ -3,16 +3,18 @@
 import numpy as np
 
 from conformance.core.judge import Judge, accuse
-from conformance.core.rounding import EPSILON, TINY, close
+from conformance.core.rounding import EPSILON, close
 from conformance.router.bounds import (
     admissible,
     best_in_some_groups,
     best_T,
     choice_error,
     expected_weights,
+    groups_of,
     known_factor,
     score_error,
     score_floor,
+    smallest,
     unlimited_choice,
     weight_error,
 )
@@ -44,13 +46,15 @@ def selection_differs(judge: Judge, seen: Observation) -> list[int]:
 
 def groups_used(seen: Observation, token) -> set[int]:
     """The groups of a token's experts."""
-    return {int(i) // seen.case.spec.experts_per_group for i in seen.expert_ids_TK[token]}
+    return set(groups_of(seen.expert_ids_TK[token], seen.case.spec))
 
 
 def leaves_groups(seen: Observation) -> list[int]:
     """Tokens with experts of more groups than are kept."""
-    limit = seen.case.spec.num_limited_groups or seen.case.spec.num_experts
-    return [int(t) for t in np.flatnonzero(seen.case.valid_T) if len(groups_used(seen, t)) > limit]
+    spec = seen.case.spec
+    groups_TK = np.sort(seen.expert_ids_TK // spec.experts_per_group, axis=-1)
+    used_T = (np.diff(groups_TK, axis=-1) != 0).sum(axis=-1) + 1
+    return np.flatnonzero(seen.case.valid_T & (used_T > (spec.num_limited_groups or spec.num_experts))).tolist()
 
 
 def best_of_other_groups(judge: Judge, seen: Observation, token: int) -> bool:
@@ -94,7 +98,7 @@ def scores_differ(judge: Judge, seen: Observation) -> list[int]:
     case, dtype = seen.case, judge.subject.compute_dtype
     if seen.scores_TE is None or case.reference.scores_TE is None:
         return []
-    close_TE = close(seen.scores_TE, case.reference.scores_TE, score_error(case, dtype), score_floor(case.spec, dtype))
+    close_TE = close(seen.scores_TE, case.reference.scores_TE, score_error(case, dtype), score_floor(case, dtype))
     return [int(t) for t in np.flatnonzero(~close_TE.all(axis=-1) & case.valid_T)]
 
 
@@ -148,10 +152,10 @@ def weights_differ(judge: Judge, seen: Observation, *, in_any_order: bool = Fals
 def _amplified(case: RouterCase, expert_ids_TK, wanted_TK, dtype: str) -> np.ndarray:
     """What the smallest number of a dtype becomes after norm and scale, (T, 1)."""
     if case.reference.scores_TE is None:
-        return np.full((case.num_tokens, 1), TINY[dtype] * max(1.0, case.spec.route_scale))
+        return np.full((case.num_tokens, 1), smallest(case, dtype) * max(1.0, case.spec.route_scale))
     raw_TK = gather(case.reference.scores_TE, expert_ids_TK)
     factor_TK = np.where(raw_TK > 0, wanted_TK / np.where(raw_TK > 0, raw_TK, 1), 1)
-    return score_floor(case.spec, dtype) * factor_TK.max(axis=-1, keepdims=True, initial=1)
+    return score_floor(case, dtype) * factor_TK.max(axis=-1, keepdims=True, initial=1)
 
 
 def by_id(seen: Observation):
@@ -218,9 +222,10 @@ def hold_selection(judge: Judge, case: RouterCase) -> None:
 
 def hold_few_groups(judge: Judge, case: RouterCase) -> None:
     """No token has experts of more groups than are kept."""
-    seen = observe(judge, case)
+    seen, kept_TL = observe(judge, case), case.reference.group_ids_TL
+    assert kept_TL is not None, "a case without groups"
     for t in leaves_groups(seen):
-        kept = sorted(case.reference.group_ids_TL[t].tolist())
+        kept = sorted(kept_TL[t].tolist())
         dropped = [
             f"{i} (group {i // case.spec.experts_per_group})"
             for i in seen.expert_ids_TK[t]

@@ -96,6 +96,9 @@ def parser() -> Parser:
     )
     faults.add_argument("--only", metavar="NAME", help="one fault")
     faults.add_argument("--all", action="store_true", help="every requirement that catches it, not the first")
+    faults.add_argument(
+        "--diagnose", action="store_true", help="in place of that: does the first page of a run name it (minutes)"
+    )
 
     moved = commands.add_parser("traffic", help="rows and bytes across nodes, for each strategy of a layout")
     traffic.add_options(moved, _positive)
@@ -167,7 +170,8 @@ def replay(options) -> int:
 
     from conformance.core.check import CHECKS
     from conformance.core.judge import Judge, NotRun, Violation
-    from conformance.run.conclude import CASES, diagnoses
+    from conformance.run.causes import causes_of
+    from conformance.run.conclude import CASES
     from conformance.run.report import failure_page
 
     path = Path(options.case) if options.case.endswith(".json") else _find_case(options.case, CASES)
@@ -179,7 +183,7 @@ def replay(options) -> int:
     try:
         judge.run(CHECKS[requirement], case)
     except Violation as violation:
-        print(failure_page(judge, violation, diagnoses(judge, violation)))
+        print(failure_page(judge, violation, causes_of(judge, violation)))
         print(kind.side_by_side(judge, case))
         return 1
     except NotRun as sentence:
@@ -211,6 +215,12 @@ def faults(options) -> int:
     chosen = [fault for fault in known.values() if options.only in (None, fault.name)]
     if not chosen:
         raise UsageError(f"there is no fault {options.only!r}{nearest(str(options.only), known)}")
+    if options.diagnose:
+        from conformance.run import causes
+
+        for line in causes.table(chosen):
+            print(line, flush=True)
+        return 0
     survivors = 0
     for seed in (None, *range(1, options.seeds)):
         if seed is not None:

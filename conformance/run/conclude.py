@@ -5,18 +5,15 @@ from pathlib import Path
 import pytest
 
 from conformance.core.check import CHECKS
-from conformance.core.fault import Fault
 from conformance.core.judge import Entry, Judge, Violation
-from conformance.core.kind import kind_of
-from conformance.core.shrink import shrink, still_violated
+from conformance.core.shrink import still_violated
+from conformance.run.causes import shrunk_with_causes
 from conformance.run.deviations import write_case
-from conformance.run.kinds import load_faults
 from conformance.run.report import failure_page, record
 from conformance.run.watch import Died
 
 CASES = Path(".moe-conformance") / "cases"
 """Where failing cases are kept, below the current folder."""
-MOST_DIAGNOSES = 3
 
 
 def conclude(judge: Judge, requirement: str | None, excinfo) -> list[dict]:
@@ -45,8 +42,7 @@ def conclude(judge: Judge, requirement: str | None, excinfo) -> list[dict]:
         if violation is not None:
             causes = []
             if not isinstance(violation, Died):
-                violation = shrink(judge, violation)
-                causes = diagnoses(judge, violation)
+                violation, causes = shrunk_with_causes(judge, violation)
             entry.violation = violation
             page = failure_page(judge, violation, causes)
             if violation.case is not None:
@@ -54,15 +50,6 @@ def conclude(judge: Judge, requirement: str | None, excinfo) -> list[dict]:
         found.append(record(judge, name, entry, page))
         entry.violation = None  # reported; a later test that finds another tells of its own
     return found
-
-
-def diagnoses(judge: Judge, violation: Violation) -> list[Fault]:
-    """Faults whose output is the subject's on this case, a few of them."""
-    if violation.case is None:
-        return []
-    kind = kind_of(violation.requirement)
-    faults = [fault for fault in load_faults().values() if fault.kind is kind]
-    return kind.diagnose(judge, violation, faults)[:MOST_DIAGNOSES]
 
 
 def stale(judge: Judge) -> list[dict]:

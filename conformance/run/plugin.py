@@ -162,10 +162,7 @@ def _resume(config, items, state: dict) -> None:
     config.hook.pytest_deselected(items=done)
     for item in items:
         if item.name in state["broken"]:
-            requirement = getattr(item.obj, "requirement", None)
             item.obj = broken(item.obj, **state["broken"][item.name])
-            if requirement is not None:
-                item.obj.requirement = requirement
 
 
 @pytest.hookimpl(tryfirst=True)

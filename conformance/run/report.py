@@ -8,6 +8,7 @@ from pathlib import Path
 from conformance.core.judge import Entry, Judge, Violation
 from conformance.core.kind import kind_of
 from conformance.core.register import REQUIREMENTS, SPEC_VERSION, STAGES, stage_order
+from conformance.run.causes import MOST_SHOWN
 from conformance.run.deviations import case_id
 
 STATUSES = ("ok", "known", "NEW", "STALE", "advice", "unsupported", "not judged")
@@ -25,7 +26,7 @@ def failure_page(judge: Judge, violation: Violation, diagnoses=()) -> str:
     if case is not None:
         rows += kind_of(violation.requirement).rows_of_page(case, violation.token)
         rows.append(("tags", " ".join(sorted(case.tags))))
-    for fault in diagnoses:
+    for fault in diagnoses[:MOST_SHOWN]:
         rows.append(("looks like", f"{fault.name}: {fault.summary} {fault.link}".rstrip()))
     rows += [("went wrong in", ", ".join(requirement.links))] if requirement.links else []
     rows.append(("", ""))

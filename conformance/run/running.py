@@ -17,6 +17,7 @@ from typing import Any
 from conformance.core.chosen import chosen
 from conformance.core.register import REQUIREMENTS
 from conformance.core.usage import UsageError
+from conformance.run.conclude import CASES
 from conformance.run.deviations import read
 from conformance.run.plugin import merge
 from conformance.run.progress import Progress
@@ -78,6 +79,7 @@ class Process:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env=JAX_KEEPS_PROGRAMS | os.environ,
             )
 
     def read(self) -> None:
@@ -138,6 +140,13 @@ class Process:
         self.popen.wait()
 
 
+JAX_KEEPS_PROGRAMS = {
+    "JAX_COMPILATION_CACHE_DIR": str(CASES.parent.resolve() / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+"""Most of the time of a JAX subject is compilation; a second run reads the programs of the first. Other subjects ignore
+it, and so does one whose user has set these."""
 PYTEST_CODES = (0, 1, 2, 3, 4, 5)
 """Exit statuses with which pytest ends by itself."""
 MOST_BROKEN = 12

@@ -15,13 +15,13 @@ DEFAULT = ("reference", "jax", "torch", "transformers", "torchtitan")
 """What `run` judges when nothing is named."""
 BUILT_IN = {
     "reference": "conformance.subjects.reference:Reference",
-    "jax": "conformance.subjects.jax.layer:Jax",
-    "torch": "conformance.subjects.torch.layer:Torch",
-    "transformers": "conformance.subjects.transformers.router:Transformers",
-    "torchtitan": "conformance.subjects.torchtitan.layer:Torchtitan",
-    "transformers-grouped-mm": "conformance.subjects.transformers.router:TransformersGroupedMm",
+    "jax": "conformance.subjects.jax.subject:Jax",
+    "torch": "conformance.subjects.torch.subject:Torch",
+    "transformers": "conformance.subjects.transformers.subject:Transformers",
+    "torchtitan": "conformance.subjects.torchtitan.subject:Torchtitan",
+    "transformers-grouped-mm": "conformance.subjects.transformers.subject:TransformersGroupedMm",
     "torch-layouts": "conformance.subjects.torch.sharded:TorchLayouts",
-    "torchtitan-float32": "conformance.subjects.torchtitan.layer:TorchtitanFloat32",
+    "torchtitan-float32": "conformance.subjects.torchtitan.subject:TorchtitanFloat32",
     "jax-layouts": "conformance.subjects.jax.sharded:JaxLayouts",
     "torchtitan-layouts": "conformance.subjects.torchtitan.sharded:TorchtitanLayouts",
 }

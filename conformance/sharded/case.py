@@ -74,8 +74,13 @@ class ShardedCase(LayerCase):
     @property
     def inputs_by_shard(self) -> dict[str, Any]:
         """The further inputs as a sharded layer gets them: token_mask_T is token_mask_by_shard, a list of parts."""
-        rows = {name: f"{name.rpartition('_')[0]}_by_shard" for name in ROW_INPUTS}
-        return {rows.get(name, name): self.by_shard(v) if name in rows else v for name, v in self.inputs.items()}
+        found: dict[str, Any] = {}
+        for name, value in self.inputs.items():
+            if name in ROW_INPUTS:
+                found[f"{name.rpartition('_')[0]}_by_shard"] = self.by_shard(value)
+            else:
+                found[name] = value
+        return found
 
     @cached_property
     def ids_by_shard(self) -> list[np.ndarray]:
@@ -176,7 +181,8 @@ def _has_strategy(name: str, case: ShardedCase) -> bool:
     return case.layout.strategy == name
 
 
-ShardedCase.TAGS = LayerCase.TAGS | {
+ShardedCase.TAGS = {
+    **LayerCase.TAGS,
     "one_rank": lambda c: c.layout.num_ranks == 1,
     "data_parallel": lambda c: c.layout.data > 1,
     "fsdp": lambda c: c.layout.fsdp > 1,

@@ -45,7 +45,7 @@ class ShardedKind(Kind):
         return faulty(Reference(**how), fault)
 
     def diagnose(self, judge: Judge, violation: Violation, faults: Iterable[Fault]) -> list[Fault]:
-        return explaining(judge, violation, faults)
+        return explaining(judge, violation, faults, self.faulty)
 
 
 SHARDED = ShardedKind()

@@ -8,7 +8,7 @@ from conformance.core.show import shown
 from conformance.layer.page import rows_of_spec, rows_of_token
 from conformance.sharded.case import ShardedCase
 from conformance.sharded.plans import PARTS, plans_of_subject
-from conformance.sharded.verdicts import name_of_rank, outputs_of_subject
+from conformance.sharded.verdicts import name_of_rank, outputs_of_subject, trace_on_layout
 
 
 def rows_of_page(case: ShardedCase, token: int | None) -> list[tuple[str, str]]:
@@ -39,7 +39,7 @@ def side_by_side(judge: Judge, case: ShardedCase, most_tokens: int) -> str:
             lines.append(f"      {name:<21} reference {getattr(wanted, name).tolist()}")
             if plans is not None:
                 lines.append(f"      {'':<21} {judge.name:<9} {getattr(plans[number], name).tolist()}")
-    wanted_by_shard = case.by_shard(case.reference.output_TD)
+    wanted_by_shard = trace_on_layout(case).outputs_by_shard
     for rank, output_TD in enumerate(outputs or ()):
         shard = layout.shard_of(rank)
         for t in range(min(most_tokens, len(output_TD))):

@@ -5,7 +5,6 @@ but known: the logits are the input itself, so that -inf and NaN reach the route
 stays real: the empty product decides the dtype of the logits, autocast included, and raises where the real one would.
 """
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -39,16 +38,3 @@ def give_identity_gate(module: torch.nn.Module, path: str) -> None:
         raise ValueError(f"{path} has shape {tuple(weight_ED.shape)}; an identity gate is square")
     identity = torch.eye(size, dtype=weight_ED.dtype).as_subclass(IdentityGate)
     setattr(module.get_submodule(owner), name, torch.nn.Parameter(identity, requires_grad=False))
-
-
-def to_torch(array) -> torch.Tensor:
-    """A tensor of the same dtype, float64 as float32; bfloat16 arrives as ml_dtypes arrays."""
-    array = np.array(array, order="C")
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array.astype(np.float32) if array.dtype == np.float64 else array)
-
-
-def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A NumPy array; bfloat16 is widened to float32, which loses nothing."""
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -1,31 +1,64 @@
 """conformance, subject: the reference itself, in a dtype of your choice. The judge never accuses it."""
 
+from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 
 import moe_ref
-from conformance.core.subject import Routing
-from conformance.subjects.reference_balance import ReferenceBalance
-from moe_ref import RouterInputs, RouterSpec
+from conformance.core.subject import Routing, Subject
+from moe_ref import (
+    BalanceSpec,
+    BiasUpdateSpec,
+    CapacitySpec,
+    Event,
+    LayerParams,
+    LayerSpec,
+    RouterInputs,
+    RouterSpec,
+    RoutingRecord,
+    ShardLayout,
+    StackSpec,
+)
 from moe_ref import experts as experts_room
 from moe_ref.backward.sharded import sharded_backward
 from moe_ref.dispatch import plan
 from moe_ref.permute import permute, unpermute
 from moe_ref.sharded import sharded_layer
 
-named = RouterInputs.keywords
 
-
-class Reference(ReferenceBalance):
+class Reference(Subject):
     """moe_ref computed in float32, so that the judge's bounds are tried on ordinary rounding."""
 
     name, version = "reference", "float32"
-    logit_dtypes = ("float32", "float64", "bfloat16")
+    logit_dtypes = ("float32", "float64", "bfloat16", "float16")
     compute_dtype = "float32"
 
-    def route(self, logits_TE, spec, expert_bias_E, **inputs):
-        trace = moe_ref.route(logits_TE, spec, expert_bias_E=expert_bias_E, dtype=self.compute_dtype, **named(inputs))
+    # router
+
+    def route(
+        self,
+        logits_TE: np.ndarray,
+        spec: RouterSpec,
+        expert_bias_E: np.ndarray | None,
+        *,
+        learned_scale: np.ndarray | None = None,
+        token_ids_T: np.ndarray | None = None,
+        table_VK: np.ndarray | None = None,
+        given_ids_TK: np.ndarray | None = None,
+        seed: int | None = None,
+        token_mask_T: np.ndarray | None = None,
+    ) -> Routing:
+        trace = moe_ref.route(
+            logits_TE,
+            spec,
+            expert_bias_E=expert_bias_E,
+            learned_scale=learned_scale,
+            inputs=RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed),
+            token_mask_T=token_mask_T,
+            dtype=self.compute_dtype,
+        )
         return Routing(
             expert_ids_TK=trace.expert_ids_TK,
             weights_TK=trace.weights_TK,
@@ -34,53 +67,217 @@ class Reference(ReferenceBalance):
             shared_weights_TS=trace.shared_weights_TS,
         )
 
-    def gate(self, x_TD, gate_ED, gate_bias_E):
+    def gate(self, x_TD: np.ndarray, gate_ED: np.ndarray, gate_bias_E: np.ndarray | None) -> np.ndarray:
         return moe_ref.gate(x_TD, gate_ED, gate_bias_E, dtype=self.compute_dtype)
 
-    def configure(self, fields):
+    def configure(self, fields: dict[str, Any]) -> None:
         RouterSpec.from_dict(fields)
 
-    def permute(self, expert_ids_TK, num_experts):
+    # layer
+
+    def permute(self, expert_ids_TK: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
         found = permute(expert_ids_TK, num_experts)
         return found.order_N, found.tokens_per_expert_E
 
-    def experts(self, rows_RD, tokens_per_expert_E, params, spec):
+    def experts(
+        self, rows_RD: np.ndarray, tokens_per_expert_E: np.ndarray, params: LayerParams, spec: LayerSpec
+    ) -> np.ndarray:
         used = int(tokens_per_expert_E.sum())
         rows_ND = rows_RD[:used].astype(self.compute_dtype)
         trace = experts_room.run_experts(rows_ND, tokens_per_expert_E, params.astype(self.compute_dtype), spec.experts)
         tail = np.zeros((len(rows_RD) - used, spec.experts.dim), self.compute_dtype)
         return np.concatenate([trace.output_RD, tail])
 
-    def combine(self, rows_ND, order_N, weights_TK, spec):
+    def combine(self, rows_ND: np.ndarray, order_N: np.ndarray, weights_TK: np.ndarray, spec: LayerSpec) -> np.ndarray:
         T, K = weights_TK.shape
         slots_TKD = unpermute(rows_ND.astype(self.compute_dtype), order_N, K, T)
         return experts_room.combine(slots_TKD, weights_TK.astype(self.compute_dtype), spec.router)
 
-    def layer(self, x_TD, params, spec, **inputs):
-        return moe_ref.moe_layer(x_TD, params, spec, dtype=self.compute_dtype, **named(inputs)).output_TD
+    def layer(
+        self,
+        x_TD: np.ndarray,
+        params: LayerParams,
+        spec: LayerSpec,
+        *,
+        token_mask_T: np.ndarray | None = None,
+        token_ids_T: np.ndarray | None = None,
+        table_VK: np.ndarray | None = None,
+        given_ids_TK: np.ndarray | None = None,
+        seed: int | None = None,
+    ) -> np.ndarray:
+        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
+        return self._traced(x_TD, params, spec, token_mask_T, inputs).output_TD
 
-    def layer_gradients(self, x_TD, params, spec, d_output_TD, **inputs):
-        trace = moe_ref.moe_layer(x_TD, params, spec, dtype=self.compute_dtype, **named(inputs))
+    def layer_gradients(
+        self,
+        x_TD: np.ndarray,
+        params: LayerParams,
+        spec: LayerSpec,
+        d_output_TD: np.ndarray,
+        *,
+        token_mask_T: np.ndarray | None = None,
+        token_ids_T: np.ndarray | None = None,
+        table_VK: np.ndarray | None = None,
+        given_ids_TK: np.ndarray | None = None,
+        seed: int | None = None,
+    ) -> dict[str, np.ndarray]:
+        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
+        trace = self._traced(x_TD, params, spec, token_mask_T, inputs)
         grads = moe_ref.layer_backward(trace, params, spec, d_output_TD)
-        found = {f.name: getattr(grads.params, f.name) for f in fields(grads.params)}
-        return {"x_TD": grads.x_TD} | {name: grad for name, grad in found.items() if grad is not None}
+        return {"x_TD": grads.x_TD} | named(grads.params)
 
-    def dispatch(self, expert_ids_by_shard, layout, spec):
+    def record(
+        self,
+        x_TD: np.ndarray,
+        params: LayerParams,
+        spec: LayerSpec,
+        *,
+        token_mask_T: np.ndarray | None = None,
+        token_ids_T: np.ndarray | None = None,
+        table_VK: np.ndarray | None = None,
+        given_ids_TK: np.ndarray | None = None,
+        seed: int | None = None,
+    ) -> RoutingRecord:
+        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
+        trace = self._traced(x_TD, params, spec, token_mask_T, inputs)
+        return moe_ref.capture(trace.routing, spec.router, token_mask_T=token_mask_T)
+
+    def replay(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, record: RoutingRecord) -> np.ndarray:
+        with_weights = record.weights_TK is not None
+        trace = moe_ref.replay_layer(record, x_TD, params, spec, with_weights=with_weights, dtype=self.compute_dtype)
+        return np.asarray(trace.output_TD)
+
+    def _traced(self, x_TD, params: LayerParams, spec: LayerSpec, token_mask_T, inputs: RouterInputs):
+        return moe_ref.moe_layer(x_TD, params, spec, token_mask_T=token_mask_T, inputs=inputs, dtype=self.compute_dtype)
+
+    # sharded
+
+    def dispatch(
+        self, expert_ids_by_shard: list[np.ndarray], layout: ShardLayout, spec: LayerSpec
+    ) -> list[dict[str, Any]]:
         names = ("send_sizes_S", "recv_sizes_S", "group_sizes_e", "order_R2", "overflow")
         plans = plan(expert_ids_by_shard, layout, spec)
         return [{name: getattr(each, name) for name in names} for each in plans]
 
-    def sharded_layer(self, x_by_shard, params, spec, layout, **inputs):
-        trace = sharded_layer(x_by_shard, params, spec, layout, dtype=self.compute_dtype, **named(inputs))
+    def sharded_layer(
+        self,
+        x_by_shard: list[np.ndarray],
+        params: LayerParams,
+        spec: LayerSpec,
+        layout: ShardLayout,
+        *,
+        token_mask_by_shard: list[np.ndarray] | None = None,
+        token_ids_by_shard: list[np.ndarray] | None = None,
+        table_VK: np.ndarray | None = None,
+        given_ids_by_shard: list[np.ndarray] | None = None,
+        seed: int | None = None,
+    ) -> list[np.ndarray]:
+        trace = self._sharded_trace(
+            x_by_shard, params, spec, layout, token_mask_by_shard=token_mask_by_shard,
+            token_ids_by_shard=token_ids_by_shard, table_VK=table_VK, given_ids_by_shard=given_ids_by_shard, seed=seed,
+        )  # fmt: skip
         return trace.outputs_by_rank
 
-    def sharded_gradients(self, x_by_shard, params, spec, layout, d_output_by_shard, **inputs):
-        trace = sharded_layer(x_by_shard, params, spec, layout, dtype=self.compute_dtype, **named(inputs))
+    def sharded_gradients(
+        self,
+        x_by_shard: list[np.ndarray],
+        params: LayerParams,
+        spec: LayerSpec,
+        layout: ShardLayout,
+        d_output_by_shard: list[np.ndarray],
+        *,
+        token_mask_by_shard: list[np.ndarray] | None = None,
+        token_ids_by_shard: list[np.ndarray] | None = None,
+        table_VK: np.ndarray | None = None,
+        given_ids_by_shard: list[np.ndarray] | None = None,
+        seed: int | None = None,
+    ) -> list[dict[str, np.ndarray]]:
+        trace = self._sharded_trace(
+            x_by_shard, params, spec, layout, token_mask_by_shard=token_mask_by_shard,
+            token_ids_by_shard=token_ids_by_shard, table_VK=table_VK, given_ids_by_shard=given_ids_by_shard, seed=seed,
+        )  # fmt: skip
         grads = sharded_backward(trace, params, spec, d_output_by_shard)
-        found = {f.name: getattr(grads.params, f.name) for f in fields(grads.params)}
-        of_params = {name: grad for name, grad in found.items() if grad is not None}
         shards = [layout.shard_of(rank) for rank in range(layout.num_ranks)]
-        return [{"x_TD": grads.x_by_shard[shard]} | of_params for shard in shards]
+        return [{"x_TD": grads.x_by_shard[shard]} | named(grads.params) for shard in shards]
 
-    def train(self, events, stack, params):
+    def _sharded_trace(self, x_by_shard, params: LayerParams, spec: LayerSpec, layout: ShardLayout, **inputs):
+        return sharded_layer(
+            x_by_shard, params, spec, layout, dtype=self.compute_dtype, **RouterInputs.keywords(inputs)
+        )
+
+    # balance
+
+    def load(
+        self, expert_ids_TK: np.ndarray, num_experts: int, *, token_mask_T: np.ndarray | None = None
+    ) -> np.ndarray:
+        return moe_ref.tokens_per_expert(expert_ids_TK, num_experts, token_mask_T)
+
+    def balance_loss(
+        self,
+        logits_TE: np.ndarray,
+        expert_ids_TK: np.ndarray,
+        balance: BalanceSpec,
+        router: RouterSpec,
+        *,
+        expert_bias_E: np.ndarray | None = None,
+        token_mask_T: np.ndarray | None = None,
+        sequence_lengths: tuple[int, ...] | None = None,
+        tokens_per_shard: tuple[int, ...] | None = None,
+    ) -> dict[str, Any]:
+        """The balancing bias enters no score of a loss."""
+        how: dict[str, Any] = {
+            "dtype": self.compute_dtype,
+            "token_mask_T": token_mask_T,
+            "sequence_lengths": sequence_lengths,
+            "tokens_per_shard": tokens_per_shard,
+        }
+        return {
+            "loss": moe_ref.balance_loss(logits_TE, expert_ids_TK, balance, **how),
+            "d_logits_TE": moe_ref.balance_loss_backward(logits_TE, expert_ids_TK, balance, **how),
+        }
+
+    def z_loss(self, logits_TE: np.ndarray, coeff: float, *, token_mask_T: np.ndarray | None = None) -> dict[str, Any]:
+        how: dict[str, Any] = {"coeff": coeff, "token_mask_T": token_mask_T, "dtype": self.compute_dtype}
+        return {"loss": moe_ref.z_loss(logits_TE, **how), "d_logits_TE": moe_ref.z_loss_backward(logits_TE, **how)}
+
+    def bias_update(self, counts_SE: np.ndarray, update: BiasUpdateSpec, expert_bias_E: np.ndarray) -> np.ndarray:
+        return moe_ref.bias_update(counts_SE.sum(axis=0), update, expert_bias_E).astype(self.compute_dtype)
+
+    def capacity(
+        self,
+        expert_ids_TK: np.ndarray,
+        weights_TK: np.ndarray,
+        capacity: CapacitySpec,
+        num_experts: int,
+        *,
+        token_mask_T: np.ndarray | None = None,
+        sequence_lengths: tuple[int, ...] | None = None,
+        tokens_per_shard: tuple[int, ...] | None = None,
+        d_weights_TK: np.ndarray | None = None,
+    ) -> dict[str, np.ndarray]:
+        trace = moe_ref.apply_capacity(
+            expert_ids_TK,
+            weights_TK.astype(self.compute_dtype),
+            capacity,
+            num_experts,
+            token_mask_T=token_mask_T,
+            sequence_lengths=sequence_lengths,
+            tokens_per_shard=tokens_per_shard,
+        )
+        found = {"expert_ids_TK": trace.expert_ids_TK, "weights_TK": trace.weights_TK.astype(self.compute_dtype)}
+        if trace.slot_table_UEC is not None:
+            found["slot_table_UEC"] = trace.slot_table_UEC
+        if d_weights_TK is not None:
+            found["d_weights_TK"] = moe_ref.capacity_backward(trace, capacity, d_weights_TK)
+        return found
+
+    # training
+
+    def train(self, events: Sequence[Event], stack: StackSpec, params: list[LayerParams]) -> list[dict]:
         return [vars(state) for state in moe_ref.train(events, stack, params, dtype=self.compute_dtype)]
+
+
+def named(params: LayerParams) -> dict[str, np.ndarray]:
+    """Field -> value, of the parameters that there are."""
+    found = {f.name: getattr(params, f.name) for f in fields(params)}
+    return {name: value for name, value in found.items() if value is not None}

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from conformance.core.chosen import pool_of
 from conformance.core.drawing import one_of
 from conformance.core.judge import Judge
 from conformance.core.kind import settings_of
@@ -72,6 +73,7 @@ STACKS: tuple[StackSpec, ...] = (
     # a layer whose bias stays
     StackSpec(layers=(FIVE, FIVE), updates=(None, SIGN)),
     StackSpec(layers=(FIVE, ONE, SEVEN), updates=(RELATIVE, None, CENTRED)),
+    StackSpec(layers=(SEVEN, FIVE), updates=(PROPORTIONAL, None)),
     # no layers
     StackSpec(layers=(), updates=()),
     StackSpec(layers=(), updates=(), num_ranks=2),
@@ -86,6 +88,9 @@ STACKS: tuple[StackSpec, ...] = (
     StackSpec(layers=(FIVE, SEVEN), updates=(CENTRED, None), balance=SUMMED),
     StackSpec(layers=(FIVE, FIVE, FIVE), updates=(CENTRED,) * 3, balance=SUMMED),
 )
+
+THIN_STACKS = tuple(stack for stack in STACKS if ONE not in stack.layers)
+"""For subjects that compile: each sort of layer takes seconds."""
 
 DRAWN = ("scripts", "bias", "tokens")
 """Fields of a check with the choices for a case."""
@@ -158,7 +163,8 @@ def make_case(stack: StackSpec, *, scripts: str, bias: str, tokens: int, seed: i
 
 def settings(judge: Judge, check: TrainingCheck) -> tuple[list[StackSpec], Counter]:
     """The stacks that the check wants and the subject supports, and why the others are not run."""
-    wanted = [] if judge.chosen is not None else [stack for stack in STACKS if check.spec(stack)]
+    pool = pool_of(judge, StackSpec, list(THIN_STACKS if judge.subject.compiles else STACKS))
+    wanted = [stack for stack in pool if check.spec(stack)]
     reasons = [judge.subject.supports_training(stack) for stack in wanted]
     supported = [stack for stack, why in zip(wanted, reasons, strict=True) if why is None]
     return supported, Counter(why for why in reasons if why)

@@ -46,9 +46,7 @@ def given_event(event: Event) -> Event:
     if event.x_LTD is None:
         return event
     mask_T = event.token_mask_T
-    return replace(
-        event, x_LTD=event.x_LTD.astype(np.float32), token_mask_T=None if mask_T is None else mask_T.copy()
-    )
+    return replace(event, x_LTD=event.x_LTD.astype(np.float32), token_mask_T=None if mask_T is None else mask_T.copy())
 
 
 def states_of_subject(judge: Judge, case: TrainingCase) -> list[TrainingState]:
@@ -70,7 +68,9 @@ def states_of_subject(judge: Judge, case: TrainingCase) -> list[TrainingState]:
 def _state(case: TrainingCase, number: int, returned: Any) -> TrainingState:
     where = f"after event {number}, {name_of(case.events[number])}"
     try:
-        counts, biases = ([np.asarray(each) for each in returned[name]] for name in ("counts_by_layer", "bias_by_layer"))
+        counts, biases = (
+            [np.asarray(each) for each in returned[name]] for name in ("counts_by_layer", "bias_by_layer")
+        )
         loss = returned.get("loss")
         loss = None if loss is None else float(loss)
         biases = [bias_E.astype(np.float64) for bias_E in biases]
@@ -117,9 +117,7 @@ class Transition:
         if self.event.x_LTD is None or self.event.records is not None:
             return np.inf
         case, biases = self.case, self.before.bias_by_layer
-        margins = (
-            margin_of(self.event, layer, case.spec, case.params, bias_E) for layer, bias_E in enumerate(biases)
-        )
+        margins = (margin_of(self.event, layer, case.spec, case.params, bias_E) for layer, bias_E in enumerate(biases))
         return min(margins, default=np.inf)
 
     def is_pass(self, kind: str, *, recomputed: bool = False, padded: bool = False, forced: bool = False) -> bool:
@@ -136,9 +134,7 @@ def transitions(judge: Judge, case: TrainingCase) -> Iterator[Transition]:
         before = states[number - 1]
         whole = all(np.isfinite(bias_E).all() for bias_E in before.bias_by_layer)
         if whole and all((counts_E >= 0).all() for counts_E in before.counts_by_layer):
-            yield Transition(
-                case=case, number=number, before=before, found=states[number], steps=steps, passes=passes
-            )
+            yield Transition(case=case, number=number, before=before, found=states[number], steps=steps, passes=passes)
         kind = case.events[number].kind
         steps = {"build": 0, "step": steps + 1}.get(kind, steps)
         passes = {"build": 0, "step": 0, "train": passes + 1}.get(kind, passes)

@@ -29,12 +29,18 @@ BALANCE_FORMS: dict[str, dict[str, Any]] = {
     # switch_load_balancing_loss_func of NVIDIA/Megatron-LM, on the scores of compute_routing_scores_for_aux_loss.
     "megatron_aux": {"counts": "unbiased", "scope": "local"},
     "megatron_seq_aux": {"counts": "unbiased", "per": "sequence", "scope": "local"},
+    # The loss that global_aux_loss is meant to be, with f a share of all slots so far (NVIDIA/Megatron-LM#7213).
     "megatron_global_aux": {"counts": "unbiased", "scope": "running"},
+    # What the release computes: no share unless all micro-batches are equally long, and padding moves it.
+    "megatron_global_aux_0_16": {"counts": "unbiased", "scope": "running_mean"},
 }
 """Fields by which each published loss differs from the defaults, the coefficient aside.
 
 A router of Megatron with score function sigmoid has score_func 'sigmoid', norm_scores True and score_eps 1e-20 besides.
 """
+
+RUNNING_SCOPES = ("running", "running_mean")
+BALANCE_SCOPES = ("global", "local", *RUNNING_SCOPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +74,11 @@ class BalanceSpec(Spec):
     """The unit: the batch, or each sequence."""
     scope: str = "global"
     """global: counts and scores of all shards belong to the same units; local: each shard has its own units, and the
-    loss is the mean over shards; running: shards are micro-batches in order of time, each takes the mean count of
-    itself and those before it (Megatron's global_aux_loss)."""
+    loss is the mean over shards; running: shards are micro-batches in order of time, f of each is the share of all
+    counts so far, its own included, in all slots so far, and the loss is the mean over those with a valid token;
+    running_mean, of a release and wrong: f of each is the mean count of the micro-batches so far, those of padding
+    alone included, over the slots of this one, so that f sums to 1 only where all are equally long
+    (NVIDIA/Megatron-LM#7213)."""
     over_layers: str = "separate"
     """separate: the losses of layers are summed; pooled: the tokens of all layers are one batch (transformers)."""
 
@@ -93,11 +102,11 @@ class BalanceSpec(Spec):
         one_of("counts_over", self.counts_over, ("slots", "tokens"))
         integer("expert_power", self.expert_power, -1, 1)
         one_of("per", self.per, ("batch", "sequence"))
-        one_of("scope", self.scope, ("global", "local", "running"))
+        one_of("scope", self.scope, BALANCE_SCOPES)
         one_of("over_layers", self.over_layers, ("separate", "pooled"))
         require(
-            self.scope != "running" or self.per == "batch",
-            f"scope is 'running' with per {self.per!r}; running counts are of batches",
+            self.scope not in RUNNING_SCOPES or self.per == "batch",
+            f"scope is {self.scope!r} with per {self.per!r}; running counts are of batches",
         )
 
     @property

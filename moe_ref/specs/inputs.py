@@ -110,8 +110,8 @@ class RouterInputs:
         own = {field.name for field in fields(cls)}
         found, rest = {}, {}
         for name, value in named.items():
-            if name in BY_SHARD and value is not None:
-                found[BY_SHARD[name]] = np.concatenate(value)
+            if name in BY_SHARD:
+                found[BY_SHARD[name]] = None if value is None else np.concatenate(value)
             else:
                 (found if name in own else rest)[name] = value
         return cls(**found), rest

@@ -1,6 +1,7 @@
 """tests of the judge: exactly the router, or the layer, that a user names is judged."""
 
 import json
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,13 @@ class Watched(Reference):
     def __init__(self):
         self.specs, self.sizes = set(), set()
 
+    @wraps(Reference.route)
     def route(self, logits_TE, spec, expert_bias_E, **inputs):
         self.specs.add(spec)
         self.sizes.add(len(logits_TE))
         return super().route(logits_TE, spec, expert_bias_E, **inputs)
 
+    @wraps(Reference.layer)
     def layer(self, x_TD, params, spec, **inputs):
         self.specs.add(spec)
         self.sizes.add(len(x_TD))

@@ -14,6 +14,7 @@ from conformance.router.bounds import admissible
 from conformance.router.case import RouterCase
 from conformance.router.observation import observe
 from conformance.router.small_worlds import lattice, weak_orderings, worlds
+from conformance.run import kinds  # noqa: F401  (its chapters register)
 from moe_ref import RouterSpec
 from tests.conformance.routers import MaskedZero, Sigmoid
 

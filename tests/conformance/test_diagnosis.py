@@ -70,10 +70,11 @@ def test_what_the_clean_reference_returns_too_is_not_named():
 def test_a_diagnosis_leaves_the_subject_and_the_ledger_as_they_were():
     judge, violation = judged(Sleeping())
     before = judge.ledger[BIAS].near_ties, judge.ledger[BIAS].judged, vars(judge.subject).copy()
-    (call,) = calls_of(judge, CHECKS[BIAS], violation.case)
+    (call,), again = calls_of(judge, CHECKS[BIAS], violation.case)
     assert (judge.ledger[BIAS].near_ties, judge.ledger[BIAS].judged, vars(judge.subject)) == before
     np.testing.assert_array_equal(call.result, violation.case.expert_bias_E)
     np.testing.assert_array_equal(call.arguments[0], violation.case.counts_SE)
+    np.testing.assert_array_equal(again[0].result, call.result)
 
 
 @pytest.mark.parametrize(("wanted", "found", "alike"), [

@@ -2,13 +2,14 @@
 
 import contextlib
 import time
+from functools import wraps
 
 import numpy as np
 import pytest
 
 from conformance.core.check import CHECKS
 from conformance.core.fault import FAULTS, first_killer, killers, patched
-from conformance.core.judge import Judge
+from conformance.core.judge import Judge, Violation
 from conformance.core.register import REQUIREMENTS, STAGES, stage_order
 from conformance.core.subject import Subject, capabilities
 from conformance.core.trial import accuse
@@ -97,7 +98,7 @@ def of_kind(kind) -> list:
 
 def explained(judge: Judge, case) -> list:
     """What the diagnosis says of a case of a router."""
-    return ROUTER.diagnose(judge, case, of_kind(ROUTER))
+    return ROUTER.diagnose(judge, Violation("", requirement="WGT-2", case=case), of_kind(ROUTER))
 
 
 def test_every_public_bug_is_a_fault_or_says_why_not():
@@ -217,6 +218,7 @@ class FailsOnce(Subject):
     def __init__(self):
         self.reference, self.calls = Reference(), 0
 
+    @wraps(Reference.route)
     def route(self, logits_TE, spec, expert_bias_E, **inputs):
         self.calls += 1
         found = self.reference.route(logits_TE, spec, expert_bias_E, **inputs)
@@ -265,6 +267,7 @@ def test_an_unknown_fault_has_no_diagnosis():
     class Strange(Reference):
         """Weights that nobody else would return."""
 
+        @wraps(Reference.route)
         def route(self, logits_TE, spec, expert_bias_E, **inputs):
             found = super().route(logits_TE, spec, expert_bias_E, **inputs)
             return type(found)(**vars(found) | {"weights_TK": np.full(found.weights_TK.shape, 0.123)})

@@ -1,6 +1,7 @@
 """tests of the judge: what is right is never accused, in whatever style it is right."""
 
 from dataclasses import replace
+from functools import wraps
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from moe_ref import UNUSED, routing
 from moe_ref.routing import normalise, scale_weights, weigh
 
 SEEDS = (0, 1)
-ROUTING = [id for id in sorted(CHECKS, key=stage_order) if CHECKS[id].method in ("configure", "gate", "route")]
-MUST = frozenset(id for id, requirement in REQUIREMENTS.items() if requirement.level == "MUST")
+ROUTING = [name for name in sorted(CHECKS, key=stage_order) if CHECKS[name].method in ("configure", "gate", "route")]
+MUST = frozenset(name for name, requirement in REQUIREMENTS.items() if requirement.level == "MUST")
 SHOULD = frozenset(REQUIREMENTS) - MUST
 
 
@@ -30,6 +31,7 @@ class Float64(Reference):
 class Closed(Reference):
     """Ids and weights alone."""
 
+    @wraps(Reference.route)
     def route(self, logits_TE, spec, expert_bias_E, **inputs):
         found = super().route(logits_TE, spec, expert_bias_E, **inputs)
         return replace(found, scores_TE=None, group_ids_TL=None)
@@ -42,6 +44,7 @@ class Reordered(Closed):
         """(T, K) the new order of the slots."""
         return np.broadcast_to(np.arange(ids_TK.shape[1])[::-1], ids_TK.shape)
 
+    @wraps(Reference.route)
     def route(self, logits_TE, spec, expert_bias_E, **inputs):
         found = super().route(logits_TE, spec, expert_bias_E, **inputs)
         if spec.selector != "top_k":
@@ -61,6 +64,7 @@ class Shuffled(Reordered):
 class HighestIdWins(Closed):
     """Of equal experts, and of equal groups, the higher id."""
 
+    @wraps(Reference.route)
     def route(self, logits_TE, spec, expert_bias_E, **inputs):
         def top_k(scores_TE, k):
             return scores_TE.shape[1] - 1 - np.argsort(-scores_TE[:, ::-1], axis=-1, kind="stable")[:, :k]
@@ -73,6 +77,7 @@ class HighestIdWins(Closed):
 class NoisyRanking(Closed):
     """Choice scores off by up to two roundings, the same ones for the same score: near ties fall otherwise."""
 
+    @wraps(Reference.route)
     def route(self, logits_TE, spec, expert_bias_E, **inputs):
         clean = routing.bias_choice
 
@@ -92,6 +97,7 @@ class NoisyRanking(Closed):
 class ScaledFirst(Closed):
     """Weights by another route: logarithms, the slots summed backwards, the scale over the norm multiplied once."""
 
+    @wraps(Reference.route)
     def route(self, logits_TE, spec, expert_bias_E, **inputs):
         def other_normalise(raw_TK, shared_TS, spec):
             if not spec.route_norm or spec.norm_p != 1 or spec.norm_form != "add_eps" or spec.norm_with_shared:
@@ -118,6 +124,7 @@ class ScaledFirst(Closed):
 class Int32Ids(Closed):
     """Ids of int32."""
 
+    @wraps(Reference.route)
     def route(self, logits_TE, spec, expert_bias_E, **inputs):
         found = super().route(logits_TE, spec, expert_bias_E, **inputs)
         return replace(found, expert_ids_TK=found.expert_ids_TK.astype(np.int32))
@@ -139,6 +146,7 @@ class Uint8Ids(Closed):
 class Float64Weights(Closed):
     """Scores in float32, weights returned as float64."""
 
+    @wraps(Reference.route)
     def route(self, logits_TE, spec, expert_bias_E, **inputs):
         found = super().route(logits_TE, spec, expert_bias_E, **inputs)
         return replace(found, weights_TK=found.weights_TK.astype(np.float64))
@@ -166,13 +174,13 @@ def test_what_is_right_is_not_accused(subject, seed):
     judge = Judge(subject())
     accused = accuse(judge, seed=seed, examples=8, ids=ROUTING)
     assert INNOCENT[subject] <= SHOULD
-    assert accused.keys() <= INNOCENT[subject], {id: (str(v), v.expected, v.received) for id, v in accused.items()}
+    assert accused.keys() <= INNOCENT[subject], {name: (str(v), v.expected, v.received) for name, v in accused.items()}
 
 
 def test_the_reference_is_judged_by_every_requirement_of_routing():
     judge = Judge(Reference())
     accuse(judge, seed=0, examples=10, ids=ROUTING)
-    assert [id for id in ROUTING if judge.ledger[id].judged == 0] == []
+    assert [name for name in ROUTING if judge.ledger[name].judged == 0] == []
 
 
 @pytest.mark.parametrize("subject", [Reordered, HighestIdWins], ids=lambda subject: subject.__name__)

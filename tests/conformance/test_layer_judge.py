@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import wraps
 
 import numpy as np
 import pytest
@@ -53,6 +54,7 @@ class Backwards(Reference):
         turned_N = order_N // K * K + (K - 1 - order_N % K)
         return super().combine(rows_ND, turned_N, weights_TK[:, ::-1], spec)
 
+    @wraps(Reference.layer)
     def layer(self, x_TD, params, spec, **inputs):
         return super().layer(x_TD, turned(params), spec, **inputs)
 
@@ -189,6 +191,7 @@ class NoShared(Reference):
 
     name = "no-shared"
 
+    @wraps(Reference.layer)
     def layer(self, x_TD, params, spec, **inputs):
         zero = None if params.shared_w_down_SFD is None else 0 * params.shared_w_down_SFD
         return super().layer(x_TD, replace(params, shared_w_down_SFD=zero), spec, **inputs)
@@ -216,12 +219,14 @@ def test_a_failure_shrinks_to_one_token_and_reads_like_a_page(subject, name, fau
 class WrongRouter(Reference):
     """The selection bias enters the weights, of the router and of the layer alike."""
 
+    @wraps(Reference.route)
     def route(self, logits_TE, spec, expert_bias_E, **inputs):
         found = super().route(logits_TE, spec, expert_bias_E, **inputs)
         if expert_bias_E is None:
             return found
         return replace(found, weights_TK=found.weights_TK + expert_bias_E[found.expert_ids_TK])
 
+    @wraps(Reference.layer)
     def layer(self, x_TD, params, spec, **inputs):
         if params.expert_bias_E is None:
             return super().layer(x_TD, params, spec, **inputs)
@@ -239,6 +244,7 @@ def test_wrong_experts_are_accused_in_place_of_the_layer():
     class WrongExperts(NoClamp):
         """Forgets the clamp in its layers too."""
 
+        @wraps(Reference.layer)
         def layer(self, x_TD, params, spec, **inputs):
             plain = spec.replace(experts=spec.experts.replace(clamp=None, clamp_at="before"))
             return super().layer(x_TD, params, plain, **inputs)
@@ -250,6 +256,7 @@ def test_wrong_routed_experts_are_accused_in_place_of_shared_ones():
     class Doubled(Reference):
         """Twice the routed output."""
 
+        @wraps(Reference.layer)
         def layer(self, x_TD, params, spec, **inputs):
             return super().layer(x_TD, replace(params, w_down_EFD=2 * params.w_down_EFD), spec, **inputs)
 
@@ -299,6 +306,7 @@ def test_what_no_fault_does_has_no_diagnosis():
     class Strange(Reference):
         """Adds a number that nobody else adds."""
 
+        @wraps(Reference.layer)
         def layer(self, x_TD, params, spec, **inputs):
             return super().layer(x_TD, params, spec, **inputs) + 0.0123
 

@@ -14,7 +14,8 @@ from conformance.run import kinds  # noqa: F401  (its chapters register)
 
 # A router that sorts its ids is accused of weights in the wrong slots before it is advised on the order of slots.
 MUST_FIRST = sorted(
-    (id for id in CHECKS if CHECKS[id].method == "route"), key=lambda id: (REQUIREMENTS[id].level, *stage_order(id))
+    (name for name in CHECKS if CHECKS[name].method == "route"),
+    key=lambda name: (REQUIREMENTS[name].level, *stage_order(name)),
 )
 
 
@@ -138,9 +139,9 @@ RIGHT = (Stranger, Partition, UnsortedPartition, LargeFiniteMask, Heap, OneHot, 
 
 @pytest.mark.parametrize("subject", RIGHT, ids=lambda subject: subject.__name__)
 def test_a_right_router_breaks_no_must(subject):
-    must = [id for id in MUST_FIRST if REQUIREMENTS[id].level == "MUST"]
+    must = [name for name in MUST_FIRST if REQUIREMENTS[name].level == "MUST"]
     accused = accuse(Judge(subject()), seed=4, examples=12, ids=must)
-    assert {id: (str(v), v.expected, v.received) for id, v in accused.items()} == {}
+    assert {name: (str(v), v.expected, v.received) for name, v in accused.items()} == {}
 
 
 # the wrong ones, each with the stage that is at fault

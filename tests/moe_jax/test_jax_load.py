@@ -23,7 +23,8 @@ SEQUENCES = (4, 0, 5, 3)
 SEQUENCE_OF_T = np.repeat(np.arange(4), SEQUENCES)
 MASK = np.arange(T) % 5 != 1
 SIGMOID = {"score_func": "sigmoid", "norm_scores": True, "score_eps": 1e-20}
-FORMS = ("switch", "gshard", "transformers", "sequence", "maxtext", "megatron_seq_aux", "megatron_global_aux")
+FORMS = ("switch", "gshard", "transformers", "sequence", "maxtext", "megatron_seq_aux",
+         "megatron_global_aux", "megatron_global_aux_0_16")  # fmt: skip
 """Each value of each field at least once; a program costs a second."""
 SPECS = {form: BalanceSpec.of(form, coeff=0.3) for form in FORMS} | {
     "megatron_sigmoid": BalanceSpec.of("megatron_seq_aux", **SIGMOID),
@@ -82,8 +83,8 @@ def test_an_expert_that_is_never_chosen_has_no_gradient():
         np.testing.assert_array_equal(d_logits_TE[:, 4], 0)
 
 
-@pytest.mark.parametrize("name", ["switch", "megatron_global_aux"])
-def test_micro_batches_that_are_added_are_one_batch_and_running_counts_are_means(name):
+@pytest.mark.parametrize("name", ["switch", "megatron_global_aux", "megatron_global_aux_0_16"])
+def test_micro_batches_that_are_added_are_one_batch_and_running_shares_are_of_all_so_far(name):
     logits_TE, ids_TK = case()
     spec = SPECS[name]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import moe_ref
-from conformance.subjects.jax.layer import Jax
+from conformance.subjects.jax.subject import Jax
 from moe_jax import routing
 from moe_jax.top_k import top_k
 from moe_ref import UNUSED, RouterInputs, RouterSpec

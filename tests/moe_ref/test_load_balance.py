@@ -69,6 +69,14 @@ def megatron_seq_aux():
 
 
 def megatron_global_aux():
+    counts_E, tokens, losses = np.zeros(E), 0, []
+    for logits_SE in LOGITS_BSE:
+        counts_E, tokens = counts_E + one_hot(largest(softmax(logits_SE))).sum(axis=(0, 1)), tokens + S
+        losses.append(E * (counts_E / (K * tokens) * softmax(logits_SE).mean(axis=0)).sum())
+    return np.mean(losses)
+
+
+def megatron_global_aux_0_16():
     total_E, losses = np.zeros(E), []
     for steps, logits_SE in enumerate(LOGITS_BSE, start=1):
         total_E = total_E + one_hot(largest(softmax(logits_SE))).sum(axis=(0, 1))
@@ -87,6 +95,7 @@ PUBLISHED = {
     "megatron_aux": megatron_aux,
     "megatron_seq_aux": megatron_seq_aux,
     "megatron_global_aux": megatron_global_aux,
+    "megatron_global_aux_0_16": megatron_global_aux_0_16,
 }
 
 
@@ -99,8 +108,10 @@ def test_each_published_loss_is_a_spec(form):
 
 def test_no_two_published_losses_are_the_same():
     values = {round(value(), 12) for name, value in PUBLISHED.items() if name != "maxtext_0_2_5"}
+    # Micro-batches of one length have the same mean and share so far.
+    np.testing.assert_allclose(megatron_global_aux(), megatron_global_aux_0_16(), rtol=1e-13)
     # With one sequence on each shard megatron_aux and megatron_seq_aux agree, as they are meant to.
-    assert len(values) == len(PUBLISHED) - 2
+    assert len(values) == len(PUBLISHED) - 3
 
 
 def test_the_forms_and_their_variants_change_every_field():
@@ -236,8 +247,32 @@ def test_a_local_loss_per_sequence_is_a_mean_over_shards_of_means_over_sequences
     np.testing.assert_allclose(found, ((first + second) / 2 + third) / 2)
 
 
-def test_running_counts_are_the_mean_of_the_micro_batches_so_far():
-    trace = balance(LOGITS_TE, IDS_TK, BalanceSpec(scope="running"), tokens_per_shard=(5, 4, 6))
+def test_a_running_share_is_of_all_slots_so_far_and_sums_to_1_for_any_cut():
+    shards = (5, 4, 0, 6)
+    trace = balance(LOGITS_TE, IDS_TK, BalanceSpec(scope="running"), tokens_per_shard=shards)
+    counts = [tokens_per_expert(IDS_TK[:end], E) for end in np.cumsum(shards)]
+    np.testing.assert_array_equal(trace.counts_UE, counts)
+    np.testing.assert_allclose(trace.fractions_UE, np.array(counts) / (K * np.cumsum(shards))[:, None])
+    np.testing.assert_allclose(trace.weights_U, [1 / 3, 1 / 3, 0, 1 / 3])
+    assert trace.losses_U[0] == pytest.approx(balance_loss(LOGITS_TE[:5], IDS_TK[:5], BalanceSpec()))
+
+
+@pytest.mark.parametrize("cut", [(4, 4, 4), (6, 2, 4), (2, 2, 8), (0, 12)])
+def test_a_running_loss_of_equal_frequencies_is_that_of_the_batch(cut):
+    # NVIDIA/Megatron-LM#7213: f summed to 2 or to a half.
+    logits_TE = np.tile([[2.0, 1, -1, -2], [-2, 1, -1, 2]], (6, 1))
+    ids_TK = np.tile([[0, 1], [3, 1]], (6, 1))
+    right = balance_loss(logits_TE, ids_TK, BalanceSpec())
+    running = BalanceSpec.of("megatron_global_aux", counts="routed")
+    assert balance_loss(logits_TE, ids_TK, running, tokens_per_shard=cut) == pytest.approx(right)
+    mask_T = np.ones(12, dtype=bool)
+    mask_T[cut[0] : sum(cut[:2])] = False
+    padded = balance_loss(logits_TE, ids_TK, running, tokens_per_shard=cut, token_mask_T=mask_T)
+    assert padded == pytest.approx(right if mask_T.any() else 0)
+
+
+def test_running_mean_counts_are_the_mean_of_the_micro_batches_so_far():
+    trace = balance(LOGITS_TE, IDS_TK, BalanceSpec(scope="running_mean"), tokens_per_shard=(5, 4, 6))
     counts = [tokens_per_expert(IDS_TK[own], E) for own in (slice(5), slice(5, 9), slice(9, T))]
     np.testing.assert_allclose(trace.counts_UE, [counts[0], sum(counts[:2]) / 2, sum(counts) / 3])
 

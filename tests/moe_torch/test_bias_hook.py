@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import moe_ref
-from moe_ref import BiasUpdateSpec, ExpertSpec, LayerSpec, RouterSpec
+from moe_ref import BiasUpdateSpec, ExpertSpec, LayerSpec, RouterSpec, SharedSpec
 from moe_torch.bias_hook import BiasHook
 from moe_torch.moe import MoE
 
@@ -115,3 +115,34 @@ def test_what_names_no_layer_or_has_no_bias_is_refused():
         BiasHook(nn.Sequential(MoE(without)), UPDATE)
     BiasHook(nn.Sequential(MoE(without)), UPDATE, overrides={"0": None}).step()
     BiasHook(nn.Linear(2, 2), UPDATE).step()
+
+
+@pytest.mark.parametrize("setup", ["nothing", "reset_parameters", "load_state_dict"])
+def test_a_layer_built_on_meta_starts_from_no_counts_and_no_bias(setup):
+    # NVIDIA/Megatron-LM#4154: memory that nobody wrote to has a sign, too.
+    whole = MoE(LAYER)
+    with torch.device("meta"):
+        built = MoE(LAYER)
+    torch.use_deterministic_algorithms(True)  # what to_empty leaves is then a number that shows
+    try:
+        built.to_empty(device="cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    if setup == "reset_parameters":
+        built.reset_parameters()
+    if setup == "load_state_dict":
+        built.load_state_dict(whole.state_dict())
+    np.testing.assert_array_equal(built.tokens_per_expert, np.zeros(E))
+    np.testing.assert_array_equal(built.router.expert_bias, np.zeros(E))
+    assert setup == "nothing" or all(each.isfinite().all() for each in built.parameters())
+
+
+def test_reset_parameters_forgets_what_was_counted_and_draws_every_parameter_anew():
+    moe = MoE(LAYER.replace(shared=SharedSpec(hidden_dim=3, gate="sigmoid")))
+    before = {name: values.detach().clone() for name, values in moe.named_parameters()}
+    moe(torch.randn(T, D))
+    moe.router.expert_bias.fill_(1.0)
+    moe.reset_parameters()
+    np.testing.assert_array_equal(moe.tokens_per_expert, np.zeros(E))
+    np.testing.assert_array_equal(moe.router.expert_bias, np.zeros(E))
+    assert all((values != before[name]).any() for name, values in moe.named_parameters())

@@ -87,8 +87,8 @@ def test_scores_of_very_negative_logits_still_sum_to_one():
 
 
 @settings(max_examples=30, deadline=None)
-@given(batches(), st.sampled_from(["switch", "megatron_global_aux"]))
-def test_micro_batches_that_are_added_are_one_batch_and_running_counts_are_means(batch, form):
+@given(batches(), st.sampled_from(["switch", "megatron_global_aux", "megatron_global_aux_0_16"]))
+def test_micro_batches_that_are_added_are_one_batch_and_running_shares_are_of_all_so_far(batch, form):
     logits_TE, ids_TK, mask_T, _ = batch
     spec, cut = BalanceSpec.of(form), len(ids_TK) // 3
     logits, ids, mask = (torch.tensor(values) for values in (logits_TE, ids_TK, mask_T))

@@ -32,10 +32,10 @@ torch = pytest.importorskip("torch")
 def own(request):
     if request.param == "jax":
         pytest.importorskip("jax")
-        from conformance.subjects.jax.layer import Jax
+        from conformance.subjects.jax.subject import Jax
 
         return Jax()
-    from conformance.subjects.torch.layer import Torch
+    from conformance.subjects.torch.subject import Torch
 
     return Torch()
 
@@ -98,7 +98,7 @@ def test_a_layer_keeps_nothing_of_the_last_parameters(own):
 @pytest.fixture(scope="module", params=["bfloat16", "float32"])
 def torchtitan(request):
     pytest.importorskip("torchtitan")
-    from conformance.subjects.torchtitan.layer import Torchtitan, TorchtitanFloat32
+    from conformance.subjects.torchtitan.subject import Torchtitan, TorchtitanFloat32
 
     subject = {"bfloat16": Torchtitan, "float32": TorchtitanFloat32}[request.param]()
     assert subject.expert_dtype == request.param

@@ -5,8 +5,8 @@ import pytest
 
 import moe_ref
 from conformance.core.subject import Unsupported
-from conformance.subjects.torchtitan.layer import Torchtitan
-from conformance.subjects.transformers.router import Transformers
+from conformance.subjects.torchtitan.subject import Torchtitan
+from conformance.subjects.transformers.subject import Transformers
 from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, RouterSpec
 
 T, E = 12, 5

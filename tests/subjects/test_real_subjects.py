@@ -15,11 +15,8 @@ pytest.importorskip("transformers")
 
 from conformance.subjects.identity_gate import IdentityGate, give_identity_gate  # noqa: E402
 from conformance.subjects.transformers.families import ROUTERS  # noqa: E402
-from conformance.subjects.transformers.router import (  # noqa: E402
-    Transformers,
-    build_for_logits,
-    find,
-)
+from conformance.subjects.transformers.router import build_for_logits, find  # noqa: E402
+from conformance.subjects.transformers.subject import Transformers  # noqa: E402
 
 T = 32
 ALL = slice(None)
@@ -269,7 +266,7 @@ def test_an_identity_gate_returns_its_input_in_the_dtype_of_the_product():
 @pytest.fixture(scope="module")
 def torchtitan_subject():
     pytest.importorskip("torchtitan")
-    from conformance.subjects.torchtitan.layer import Torchtitan
+    from conformance.subjects.torchtitan.subject import Torchtitan
 
     return Torchtitan()
 

@@ -23,15 +23,15 @@ from moe_ref.specs.families import FAMILIES, tiny
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from conformance.subjects.transformers.arrays import (  # noqa: E402
+    to_canonical,
+    to_native,
+)
 from conformance.subjects.transformers.blocks import (  # noqa: E402
     BLOCKS,
     NO_BLOCK,
 )
-from conformance.subjects.transformers.layer import (  # noqa: E402
-    to_canonical,
-    to_native,
-)
-from conformance.subjects.transformers.router import (  # noqa: E402
+from conformance.subjects.transformers.subject import (  # noqa: E402
     Transformers,
     TransformersGroupedMm,
 )

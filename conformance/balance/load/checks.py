@@ -1,5 +1,7 @@
 """conformance, balance: load. Counts, balance losses, z-loss and the update of expert_bias."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from conformance.balance.bounds import (
@@ -68,6 +70,10 @@ ONE_PART = given(
     "judged without shards, where no scope makes a difference",
     lambda case: case.spec.balance.scope == "global" or "tokens_per_shard" not in case.inputs,
 )
+ONE_SEQUENCE = given(
+    "judged on one sequence, where no unit makes a difference",
+    lambda case: case.spec.balance.per == "batch" or "sequence_lengths" not in case.inputs,
+)
 SEVERAL_SHARDS = given("judged on several shards", lambda case: len(case.inputs.get("tokens_per_shard", ())) > 1)
 
 
@@ -109,10 +115,9 @@ def f_is_a_share_of_slots_or_of_tokens(judge, case):
 @requires(
     "LOD-9",
     method="balance_loss",
-    inputs=("sequence_lengths",),
     ids=("own",),
     spec=lambda s: not all_slots(s),
-    given=(ONE_PART,),
+    given=(ONE_PART, ONE_SEQUENCE),
     after=(*FORM, "LOD-6"),
 )
 def the_slots_that_the_spec_names_are_counted(judge, case):
@@ -125,12 +130,28 @@ def the_bias_enters_no_score_of_a_loss(judge, case):
     hold_loss("changed by expert_bias", found, wanted_loss(case), loss_radius(judge, case))
 
 
+def one_sequence(case: BalanceCase) -> BalanceCase:
+    """The same tokens as one sequence."""
+    return case.with_inputs(sequence_lengths=None)
+
+
+def one_shard(case: BalanceCase) -> BalanceCase | None:
+    """The same tokens on one shard, where no scope makes a difference."""
+    balance = case.spec.balance
+    if balance is None or balance.scope == "global":
+        return None
+    return case.with_(spec=replace(case.spec, balance=balance.replace(scope="global"))).with_inputs(
+        tokens_per_shard=None
+    )
+
+
 @requires(
     "LOD-11",
     method="balance_loss",
     inputs=LENGTHS,
     spec=lambda s: s.balance.per == "sequence" and s.balance.scope == "global",
     after=FORM,
+    simpler=((one_sequence, ("LOD-9",)),),
 )
 def the_loss_of_sequences_is_the_mean_of_theirs(judge, case):
     hold_balance(judge, case, "not the mean over sequences")
@@ -140,7 +161,7 @@ def the_loss_of_sequences_is_the_mean_of_theirs(judge, case):
     "LOD-12",
     method="balance_loss",
     inputs=LENGTHS,
-    after=(*FORM, "LOD-6", "LOD-7", "LOD-8", "LOD-9", "LOD-11", "LOD-14"),
+    after=(*FORM, "LOD-6", "LOD-7", "LOD-8", "LOD-9", "LOD-11", "LOD-14", "LOD-26"),
 )
 def the_gradient_is_that_of_the_loss(judge, case):
     found, radius = loss_of_subject(judge, case), loss_radius(judge, case)
@@ -157,9 +178,8 @@ def the_gradient_is_that_of_the_loss(judge, case):
 )
 def a_global_loss_does_not_depend_on_the_cut(judge, case):
     radius, evenly = loss_radius(judge, case), judge.subject.compiles
-    at = None if evenly else case.inputs.get("sequence_lengths")
     for seed in range(2):
-        lengths = cut(case.num_tokens, np.random.default_rng([case.seed, seed]), evenly=evenly, at=at)
+        lengths = cut(case.num_tokens, np.random.default_rng([case.seed, seed]), evenly=evenly)
         found = loss_of_subject(judge, case.with_inputs(tokens_per_shard=lengths))
         hold_loss(f"another loss on shards of {lengths} tokens", found, wanted_loss(case), radius)
 
@@ -168,12 +188,25 @@ def a_global_loss_does_not_depend_on_the_cut(judge, case):
     "LOD-14",
     method="balance_loss",
     inputs=LENGTHS,
-    spec=lambda s: s.balance.scope != "global",
+    spec=lambda s: s.balance.scope in ("local", "running_mean"),
     given=(SEVERAL_SHARDS,),
     after=(*FORM, "LOD-9"),
+    simpler=((one_shard, ("LOD-11",)),),
 )
 def a_local_loss_is_the_mean_over_shards(judge, case):
     hold_balance(judge, case, "not the mean over shards")
+
+
+@requires(
+    "LOD-26",
+    method="balance_loss",
+    inputs=LENGTHS,
+    spec=lambda s: s.balance.scope == "running",
+    given=(SEVERAL_SHARDS,),
+    after=(*FORM, "LOD-9"),
+)
+def a_running_f_is_a_share_of_all_slots_so_far(judge, case):
+    hold_balance(judge, case, "not the share of all counts so far in all slots so far")
 
 
 @requires("LOD-15", method="balance_loss", inputs=LENGTHS, tokens=(12,), after=FORM)

@@ -190,3 +190,10 @@ def frozen_experts_move(run, memory, counts_SE, update, expert_bias_E):
 def counts_are_float32(run, memory, counts_SE, update, expert_bias_E):
     """Counts are kept in a float32 buffer."""
     return run(counts_SE.astype(np.float32).astype(np.int64), update, expert_bias_E)
+
+
+@surrounds(breaks="LOD-26", links=("NVIDIA/Megatron-LM#7213",))
+def all_counts_so_far_over_the_last_slots(run, memory, logits_TE, ids_TK, balance, router, **inputs):
+    """The mean count so far is divided by the slots of the micro-batch that comes last."""
+    scope = "running_mean" if balance.scope == "running" else balance.scope
+    return run(logits_TE, ids_TK, balance.replace(scope=scope), router, **inputs)

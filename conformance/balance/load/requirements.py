@@ -29,8 +29,8 @@ chapter(
     ("LOD-13", MUST, "With scope 'global' it makes no difference to loss and gradient how the batch is cut into ranks, "
                   "micro-batches or chunks.", "NVIDIA/Megatron-LM#5047", "ruimalheiro/gradient-garden#113",
                   "mlfoundations/open_lm#255"),
-    ("LOD-14", MUST, "With scope 'local' the loss is the mean of the losses of the shards; with 'running' each takes "
-                  "the mean count of itself and those before it."),
+    ("LOD-14", MUST, "With scope 'local' the loss is the mean of the losses of the shards; with 'running_mean', which "
+                  "is a release's and no share, each takes the mean count of itself and those before it."),
     ("LOD-15", SHOULD, "The same input gives the same loss and the same gradient, bit for bit.",
                  "NVIDIA/Megatron-LM#6967"),
     ("LOD-16", MUST, "The z-loss is coeff * the mean over tokens of log(sum(exp(logits))) ** 2, of the logits "
@@ -47,4 +47,7 @@ chapter(
     ("LOD-23", MUST, "Centred steps have the mean 0: the biases keep their sum."),
     ("LOD-24", MUST, "The bias of a frozen expert stays, and its count is in no mean.", "pytorch/torchtitan#3686"),
     ("LOD-25", SHOULD, "Counts past 2 ** 24, which float32 does not tell apart, move the bias all the same."),
+    ("LOD-26", MUST, "With scope 'running' f is the share of all counts so far in all slots so far, those of the "
+                  "micro-batch included, so that it sums to 1 for any cut; the loss is the mean over micro-batches.",
+                  "NVIDIA/Megatron-LM#7213"),
 )  # fmt: skip

@@ -27,7 +27,7 @@ from moe_ref import tokens_per_expert
 
 MASK = ("token_mask_T",)
 MASK_AND_LENGTHS = (*MASK, *LENGTHS)
-LOSS = ("LOD-5", "LOD-6", "LOD-7", "LOD-8", "LOD-9", "LOD-11", "LOD-14")
+LOSS = ("LOD-5", "LOD-6", "LOD-7", "LOD-8", "LOD-9", "LOD-11", "LOD-14", "LOD-26")
 LOSS_AND_GRADIENT = (*LOSS, "LOD-12")
 CAPACITY = ("CAP-3", "CAP-5", "CAP-6", "CAP-7", "CAP-8", "CAP-9", "CAP-14")
 POISON = (np.nan, np.inf, 1e30)
@@ -58,8 +58,9 @@ def of_batches(spec) -> bool:
 
 
 def of_units(spec) -> bool:
-    """Each sequence or each shard may have a mean of its own."""
-    return spec.balance.per == "sequence" or spec.balance.scope != "global"
+    """Each sequence or each shard may have a mean of its own; that of 'running_mean' counts padding by definition."""
+    balance = spec.balance
+    return balance.scope != "running_mean" and (balance.per == "sequence" or balance.scope != "global")
 
 
 @requires("MSK-1", method="load", inputs=MASK, tokens=(12,), simpler=((unmasked, ("LOD-2",)),))

@@ -7,6 +7,7 @@ from conformance.core.judge import accuse
 from conformance.router.kind import requires
 from conformance.router.observation import observe
 from conformance.router.predicates import (
+    EXACT,
     LEAVES_GROUPS,
     MODERATE,
     SCORES,
@@ -55,7 +56,15 @@ def hold_groups(judge, case) -> None:
         )
 
 
-@requires("GRP-1", spec=grouped, bias=("none",), logits=MODERATE, given=(UNBIASED,), after=("GRP-2", *SCORES))
+@requires(
+    "GRP-1",
+    spec=grouped,
+    bias=("none",),
+    logits=(*MODERATE, "close", "below_zero"),
+    given=(UNBIASED,),
+    after=("GRP-2", *SCORES),
+    sweeps=True,
+)
 def the_groups_with_the_best_scores_are_kept(judge, case):
     hold_groups(judge, case)
 
@@ -88,6 +97,7 @@ def group_scores_include_the_bias(judge, case):
     spec=grouped,
     bias=("none",),
     logits=("tied", "equal"),
+    dtypes=EXACT,
     simpler=((untied, ("GRP-1", "GRP-2")),),
     unless=(SELECTS_WRONG, LEAVES_GROUPS),
 )

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from conformance.core.judge import Crash, Violation, accuse
+from conformance.core.judge import Crash, Judge, Violation, accuse
+from conformance.router.case import RouterCase
 from conformance.router.kind import requires
-from conformance.router.observation import Observation, observe, routed
+from conformance.router.observation import RUNS, Observation, given_to, observe, routed
 from conformance.router.predicates import ALL_KINDS, by_token
 from conformance.router.verdicts import differ
 from moe_ref import UNUSED
@@ -28,9 +29,19 @@ def zero_tokens_give_empty_results(judge, case):
             accuse(f"{name} of zero tokens", expected=str(shape), received=str(found))
 
 
-@requires("RUN-3", tokens=(7,), spec=by_token, logits=("separated", "normal", "large", "negative", "huge"))
+FEW = (7,)
+"""Tokens from which some are taken away; of a subject that compiles, from these alone."""
+
+
+def elsewhere(judge: Judge, case: RouterCase, *, fewer: bool = True) -> np.ndarray:
+    """Rows of a case in another order, and without two of them where that costs no compilation."""
+    order_T = case.rng().permutation(case.num_tokens)
+    return order_T[: case.num_tokens - 2] if fewer or not judge.subject.compiles else order_T
+
+
+@requires("RUN-3", tokens=FEW, spec=by_token, logits=("separated", "close", "normal", "large", "negative", "huge"))
 def a_token_is_routed_by_itself(judge, case):
-    rows = case.rng().permutation(case.num_tokens)[: case.num_tokens - 2]
+    rows = elsewhere(judge, case, fewer=case.num_tokens in FEW)
     seen, alone = observe(judge, case), observe(judge, case.tokens(rows))
     picked = Observation(case=alone.case, expert_ids_TK=seen.expert_ids_TK[rows], weights_TK=seen.weights_TK[rows])
     for t in differ(judge, picked, alone):
@@ -56,40 +67,47 @@ def the_same_input_gives_the_same_output(judge, case):
             )
 
 
-@requires("RUN-5", tokens=(7,), spec=by_token, logits=("separated",))
-def a_nan_stays_in_its_token(judge, case):
-    rng = case.rng()
-    row, columns = int(rng.integers(case.num_tokens)), rng.random(case.spec.num_logits) < rng.choice([0.2, 1.0])
-    poisoned = case.logits_TE.copy()
-    poisoned[row, columns] = np.nan
-    seen = observe(judge, case)
+def hold_spoiled(judge: Judge, case: RouterCase, spoiled_T: np.ndarray, what: str) -> None:
+    """Tokens that cannot be routed are refused, or leave the others as they are and every id distinct and in range."""
+    clean = case.with_logits(np.where(spoiled_T[:, None], 0.0, case.logits_TE))
+    seen = observe(judge, clean)
+    row = int(spoiled_T.argmax())
     try:
-        spoiled = observe(judge, case.with_(logits_TE=poisoned))
+        spoiled = observe(judge, case)
     except Violation as violation:
         if isinstance(violation, Crash) and violation.refused:
             return
         raise Violation(
-            f"with NaN in token {row}: {violation.title}",
+            f"with {what} in token {row}: {violation.title}",
             token=violation.token,
             expected=violation.expected,
             received=violation.received,
         ) from None
-    others = np.arange(case.num_tokens) != row
-    for t in np.flatnonzero(others):
+    for t in np.flatnonzero(~spoiled_T):
         if pairs(seen, t) != pairs(spoiled, t):
             accuse(
-                f"a NaN in token {row} changes token {t}",
+                f"{what} in token {row} changes token {t}",
                 token=int(t),
                 expected=pairs(seen, t),
                 received=pairs(spoiled, t),
             )
 
 
+@requires("RUN-5", tokens=FEW, spec=by_token, logits=("nan", "nan_row"))
+def a_nan_stays_in_its_token(judge, case):
+    hold_spoiled(judge, case, np.isnan(case.logits_TE).any(axis=-1), "NaN")
+
+
+@requires("RUN-9", tokens=FEW, spec=by_token, logits=("infinite_row",))
+def a_row_of_minus_infinity_stays_in_its_token(judge, case):
+    hold_spoiled(judge, case, np.isneginf(case.logits_TE).all(axis=-1), "nothing but -inf")
+
+
 @requires("RUN-6", tokens=(7,), inputs=("token_mask_T",), spec=lambda spec: spec.selector != "random")
 def padding_is_routed_nowhere(judge, case):
     valid_T = case.inputs["token_mask_T"]
     poisoned = np.where(valid_T[:, None], case.logits_TE, np.nan)
-    unmasked = observe(judge, case.with_(inputs={k: v for k, v in case.inputs.items() if k != "token_mask_T"}))
+    unmasked = observe(judge, case.with_inputs(token_mask_T=None))
     try:
         seen = observe(judge, case.with_(logits_TE=poisoned))
     except Violation as violation:  # sound without padding, as the line before has seen
@@ -105,6 +123,58 @@ def padding_is_routed_nowhere(judge, case):
     for t in np.flatnonzero(valid_T):
         if pairs(seen, t) != pairs(unmasked, t):
             accuse("padding changes another token", token=int(t), expected=pairs(unmasked, t), received=pairs(seen, t))
+
+
+@requires("RUN-7", logits=("normal", "large", "masked", "tied"))
+def a_router_changes_no_array(judge, case):
+    routed(judge, case, blame=RUNS)
+    (logits_TE, _, bias_E), inputs = judge.handed
+    given_logits_TE, given_bias_E = given_to(judge, case)
+    hold_unchanged({"logits": (given_logits_TE, logits_TE), "expert_bias": (given_bias_E, bias_E)})
+    hold_unchanged({name: (case.inputs[name], value) for name, value in inputs.items()})
+    if "gate" in judge.capabilities:
+        rng, E = case.rng(), case.spec.num_experts
+        x_TD, gate_ED = (rng.normal(size=n).astype(np.float32) for n in ((case.num_tokens, 5), (E, 5)))
+        judge.call(case, "gate", x_TD.copy(), gate_ED.copy(), None, blame=RUNS)
+        hold_unchanged({"tokens": (x_TD, judge.handed[0][0]), "gate": (gate_ED, judge.handed[0][1])})
+
+
+def hold_unchanged(arrays: dict[str, tuple]) -> None:
+    """Each array holds after the call what it held before it."""
+    for name, (before, after) in arrays.items():
+        if before is None:
+            continue
+        # What is given in float32 was rounded to it before.
+        before, after = (np.asarray(each).astype(np.float32) for each in (before, after))
+        for place in np.argwhere(~((before == after) | (np.isnan(before) & np.isnan(after))))[:1]:
+            accuse(
+                f"{name}{place.tolist()} is another number after the call",
+                expected=f"{before[tuple(place)]:.7g}",
+                received=f"{after[tuple(place)]:.7g}",
+            )
+
+
+@requires(
+    "RUN-8",
+    tokens=FEW,
+    spec=by_token,
+    logits=("tied", "equal", "one_hot", "separated", "close", "saturated"),
+    after=("RUN-3",),
+)
+def the_same_token_gets_the_same_experts(judge, case):
+    T = case.num_tokens
+    rows_of_batches = [elsewhere(judge, case, fewer=not judge.subject.compiles)]
+    rows_of_batches.append(np.repeat(case.rng().permutation(T), 2)[:T])  # each token twice, side by side
+    ids_TK = np.sort(observe(judge, case).expert_ids_TK, axis=-1)
+    for rows in rows_of_batches:
+        other_TK = np.sort(observe(judge, case.tokens(rows)).expert_ids_TK, axis=-1)
+        for place in np.flatnonzero((other_TK != ids_TK[rows]).any(axis=-1))[:1]:
+            accuse(
+                f"token {rows[place]} has other experts as token {place} of another batch",
+                token=int(rows[place]),
+                expected=str(ids_TK[rows[place]].tolist()),
+                received=str(other_TK[place].tolist()),
+            )
 
 
 def pairs(seen, token) -> str:

@@ -15,4 +15,9 @@ chapter(
                  "intel/torch-xpu-ops#4839", "jax-ml/jax#21397"),
     ("RUN-6", MUST, "A padding token has ids -1 and weights 0, whatever its row holds, and changes no other token.",
                  "vllm-project/vllm#50759", "sgl-project/sglang#36404", "radixark/miles#645"),
+    ("RUN-7", MUST, "A router changes no array that it is given."),
+    ("RUN-8", MUST, "The same token gets the same experts anywhere in any batch, exact ties included.",
+                 "vllm-project/vllm#55514"),
+    ("RUN-9", MUST, "A token whose logits are all -inf is refused, or leaves every other token as it is and every id "
+                 "distinct and in range.", "vllm-project/vllm#39391"),
 )  # fmt: skip

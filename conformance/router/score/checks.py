@@ -1,13 +1,24 @@
 """conformance, router: score. Logits become scores; seen in the scores, or in the ratios of the weights."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from conformance.core.check import Condition
 from conformance.core.judge import NotRun, Violation, accuse
-from conformance.router.bounds import expected_weights
+from conformance.router.bounds import LOW_PRECISION, expected_weights
 from conformance.router.kind import requires
 from conformance.router.observation import observe
-from conformance.router.predicates import MODERATE, UNBIASED, respecified, selects_right, shows_scores, tame, visible
+from conformance.router.predicates import (
+    EXACT,
+    MODERATE,
+    UNBIASED,
+    respecified,
+    selects_right,
+    shows_scores,
+    tame,
+    visible,
+)
 from conformance.router.verdicts import (
     differ,
     scores_differ,
@@ -144,7 +155,7 @@ def shift_invariant(spec) -> bool:
     )
 
 
-@requires("SCR-6", spec=shift_invariant, logits=MODERATE, bias=("none",))
+@requires("SCR-6", spec=shift_invariant, logits=MODERATE, bias=("none",), dtypes=EXACT)
 def a_constant_on_all_logits_changes_nothing(judge, case):
     # Multiples of 1/1024 below 2^13 are exact in float32, shifted or not.
     grid = case.with_(logits_TE=np.round(case.logits_TE * 1024) / 1024)
@@ -167,7 +178,7 @@ def _pairs(seen, t: int) -> str:
 
 @requires(
     "SCR-7",
-    logits=("large", "huge", "negative"),
+    logits=("large", "huge", "negative", "below_zero", "saturated"),
     bias=("none",),
     spec=shows_scores,
     given=(UNBIASED,),
@@ -191,9 +202,9 @@ def logits_of_any_size_are_scored_right(judge, case):
         )
 
 
-TAKES_BFLOAT16 = Condition(
-    sentence="logits of dtype bfloat16 are not taken",
-    holds=lambda judge, case: "bfloat16" in judge.subject.logit_dtypes,
+TAKES_LOW_PRECISION = Condition(
+    sentence="judged with logits of bfloat16 or float16, where these are taken",
+    holds=lambda judge, case: case.dtype in LOW_PRECISION and case.dtype in judge.subject.logit_dtypes,
 )
 
 
@@ -208,18 +219,19 @@ EXACT_IS_WRONG = Condition(sentence="judged where float32 logits are routed righ
 
 @requires(
     "SCR-8",
-    dtype="bfloat16",
+    dtypes=LOW_PRECISION,
     logits=("normal",),
     bias=("none", "mixed"),
     spec=lambda s: s.selector == "top_k",
-    given=(TAKES_BFLOAT16,),
+    given=(TAKES_LOW_PRECISION,),
+    after=("SCR-10",),
     unless=(EXACT_IS_WRONG,),
 )
 def low_precision_logits_are_scored_in_float32(judge, case):
     seen = observe(judge, case)
-    other_selection = selection_differs(judge, seen)
+    other_selection = selection_differs(judge, replace(seen, case=case.with_(dtype="float32")))
     # The weights may be returned in bfloat16: one rounding each.
-    other_weights = weights_differ(judge, seen, dtype="bfloat16")
+    other_weights = weights_differ(judge, seen, dtype=case.dtype)
     for t in other_selection:
         accuse(
             "another selection than in float32",
@@ -233,6 +245,26 @@ def low_precision_logits_are_scored_in_float32(judge, case):
             token=t,
             expected=str(expected_weights(case, seen.expert_ids_TK)[t].round(5).tolist()),
             received=str(seen.weights_TK[t].round(5).tolist()),
+        )
+
+
+@requires(
+    "SCR-10",
+    dtypes=LOW_PRECISION,
+    logits=("normal", "separated", "below_zero", "close"),
+    bias=("none", "mixed"),
+    spec=lambda s: s.selector == "top_k",
+    given=(TAKES_LOW_PRECISION,),
+    unless=(EXACT_IS_WRONG,),
+)
+def a_choice_from_low_precision_logits_is_explained(judge, case):
+    seen = observe(judge, case)
+    for t in selection_differs(judge, seen):
+        accuse(
+            f"no rounding to {case.dtype} explains this selection",
+            token=t,
+            expected=str(case.reference.expert_ids_TK[t].tolist()),
+            received=str(seen.expert_ids_TK[t].tolist()),
         )
 
 

@@ -7,7 +7,17 @@ from conformance.core.judge import accuse
 from conformance.router.bounds import choice_error, unlimited_choice
 from conformance.router.kind import requires
 from conformance.router.observation import observe
-from conformance.router.predicates import ALL_KINDS, BIASED, MODERATE, SCORES, UNBIASED, ranks, untied, without_bias
+from conformance.router.predicates import (
+    ALL_KINDS,
+    BIASED,
+    EXACT,
+    MODERATE,
+    SCORES,
+    UNBIASED,
+    ranks,
+    untied,
+    without_bias,
+)
 from conformance.router.verdicts import differ, hold_few_groups, hold_renamed, hold_selection, selection_differs
 
 
@@ -15,12 +25,20 @@ def ungrouped(spec) -> bool:
     return spec.selector == "top_k" and spec.num_expert_groups is None
 
 
-@requires("SEL-1", logits=ALL_KINDS, bias=("none", "mixed", "strong"))
+@requires("SEL-1", logits=ALL_KINDS, bias=("none", "mixed", "negative", "strong"), sweeps=True)
 def distinct_experts_in_range(judge, case):
     observe(judge, case)
 
 
-@requires("SEL-2", spec=ranks, bias=("none",), given=(UNBIASED,), after=("SEL-11", *SCORES))
+@requires(
+    "SEL-2",
+    spec=ranks,
+    bias=("none",),
+    logits=("separated", "close", "normal", "large", "negative", "below_zero"),
+    given=(UNBIASED,),
+    after=("SEL-11", *SCORES),
+    sweeps=True,
+)
 def the_best_choice_scores_are_selected(judge, case):
     hold_selection(judge, case)
 
@@ -47,7 +65,7 @@ def an_expert_of_a_dropped_group_is_never_selected(judge, case):
     "SEL-4",
     spec=ranks,
     bias=("mixed", "positive", "strong"),
-    logits=MODERATE,
+    logits=(*MODERATE, "close", "below_zero"),
     after=("GRP-2", "SEL-11"),
     simpler=((without_bias, ("SEL-2", "GRP-1", *SCORES)),),
 )
@@ -60,6 +78,7 @@ def the_bias_is_added_to_what_is_ranked(judge, case):
     spec=ranks,
     bias=("none",),
     logits=("tied", "equal", "one_hot"),
+    dtypes=EXACT,
     simpler=((untied, ("SEL-2", "GRP-1", "GRP-2")),),
 )
 def of_equal_experts_the_lower_is_selected(judge, case):

@@ -231,6 +231,7 @@ ANOTHER_LAYOUT = Condition(
 @requires("LYT-16", method="sharded_layer", layout=unchunked, given=(ANOTHER_LAYOUT,), after=("LYT-1",))
 def another_layout_changes_rounding_alone(judge, case):
     other = another_layout(judge, case)
+    assert other is not None, "the condition says that there is one"
     hold_both(judge, case, f"another output than on {other.laid_out}", other)
 
 

@@ -3,16 +3,18 @@
 Legend: T tokens, D model dim, E experts, K top_k, R rows on this rank.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 
 from conformance.core.fault import patched, replaces, surrounds
 from conformance.sharded.layout.faults_tensor import tensor_ranks_keep_their_partial_sums
+from moe_ref import LayerParams, LayerSpec, ShardLayout
 from moe_ref.sharded import finish, project_in_pieces, work
 
 
-def without_experts(params, experts):
+def without_experts(params: LayerParams, experts: Iterable[int]) -> LayerParams:
     """The parameters with the outputs of some experts 0."""
     keep_E = ~np.isin(np.arange(len(params.w_down_EFD)), list(experts))
     b_down_ED = params.b_down_ED
@@ -23,7 +25,7 @@ def without_experts(params, experts):
     )
 
 
-def split(run, x_by_shard, params, spec, layout, **inputs):
+def routed_and_shared(run, x_by_shard, params, spec, layout, **inputs) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """What the routed and what the shared experts add, rank by rank."""
     found = run(x_by_shard, params, spec, layout, **inputs)
     if params.shared_w_down_SFD is None:
@@ -33,7 +35,7 @@ def split(run, x_by_shard, params, spec, layout, **inputs):
     return routed, [whole_TD - routed_TD for whole_TD, routed_TD in zip(found, routed, strict=True)]
 
 
-def joined(routed, shared):
+def joined(routed: list[np.ndarray], shared: list[np.ndarray]) -> list[np.ndarray]:
     """Their sum on each rank."""
     return [first_TD + second_TD for first_TD, second_TD in zip(routed, shared, strict=True)]
 
@@ -66,12 +68,12 @@ def half_of_the_rows_are_copied(run, memory, x_by_shard, params, spec, layout, *
     if layout.expert == 1:
         return found
     kept_D = np.arange(spec.experts.dim) < spec.experts.dim // 2
-    own = [run(x_by_shard, without_experts(params, others(layout, spec, rank)), spec, layout, **inputs)[rank]
+    own = [run(x_by_shard, without_experts(params, experts_of_others(layout, spec, rank)), spec, layout, **inputs)[rank]
            for rank in range(layout.num_ranks)]  # fmt: skip
     return [np.where(kept_D, whole_TD, own_TD) for whole_TD, own_TD in zip(found, own, strict=True)]
 
 
-def others(layout, spec, rank: int) -> list[int]:
+def experts_of_others(layout: ShardLayout, spec: LayerSpec, rank: int) -> list[int]:
     """The experts that a rank does not own."""
     own = layout.experts_of(layout.coordinates(rank)[2], spec.router.num_experts)
     return [expert for expert in range(spec.router.num_experts) if expert not in own]
@@ -90,7 +92,7 @@ def the_ring_takes_the_slice_of_another_group(run, memory, x_by_shard, params, s
 @surrounds(breaks="LYT-2", links=("Avarok-Cybersecurity/atlas#240",))
 def outputs_are_summed_where_nobody_shares_them(run, memory, x_by_shard, params, spec, layout, **inputs):
     """The sum runs wherever there are several ranks, and not where several have experts."""
-    routed, shared = split(run, x_by_shard, params, spec, layout, **inputs)
+    routed, shared = routed_and_shared(run, x_by_shard, params, spec, layout, **inputs)
     times = layout.num_ranks if layout.expert == 1 else 1
     return joined([times * output_TD for output_TD in routed], shared)
 
@@ -153,14 +155,14 @@ def each_rank_adds_in_an_order_of_its_own(run, memory, x_by_shard, params, spec,
 @surrounds(breaks="LYT-6", links=("vllm-project/vllm#49366",))
 def tensor_ranks_sum_the_shared_output(run, memory, x_by_shard, params, spec, layout, **inputs):
     """The shared output, which is whole on every tensor rank, is summed over them."""
-    routed, shared = split(run, x_by_shard, params, spec, layout, **inputs)
+    routed, shared = routed_and_shared(run, x_by_shard, params, spec, layout, **inputs)
     return joined(routed, [layout.tensor * output_TD for output_TD in shared])
 
 
 @surrounds(breaks="LYT-6")
 def every_expert_rank_adds_the_shared_output(run, memory, x_by_shard, params, spec, layout, **inputs):
     """Each rank adds the shared output to its partial sum, before they are summed."""
-    routed, shared = split(run, x_by_shard, params, spec, layout, **inputs)
+    routed, shared = routed_and_shared(run, x_by_shard, params, spec, layout, **inputs)
     times = layout.expert if layout.facts.partial_sums == "rank" else 1
     return joined(routed, [times * output_TD for output_TD in shared])
 
@@ -168,7 +170,7 @@ def every_expert_rank_adds_the_shared_output(run, memory, x_by_shard, params, sp
 @surrounds(breaks="LYT-6", links=("vllm-project/vllm#37856",))
 def shared_partials_of_other_tokens_are_added(run, memory, x_by_shard, params, spec, layout, **inputs):
     """Shared outputs are summed row by row over ranks that hold other tokens."""
-    routed, shared = split(run, x_by_shard, params, spec, layout, **inputs)
+    routed, shared = routed_and_shared(run, x_by_shard, params, spec, layout, **inputs)
     mixed = [output_TD.copy() for output_TD in shared]
     for rank, output_TD in enumerate(mixed):
         other_TD = shared[(rank + layout.tensor) % layout.num_ranks]
@@ -180,7 +182,7 @@ def shared_partials_of_other_tokens_are_added(run, memory, x_by_shard, params, s
 @surrounds(breaks="LYT-6", links=("vllm-project/vllm#29687",))
 def the_shared_output_is_scaled_on_several_ranks(run, memory, x_by_shard, params, spec, layout, **inputs):
     """Where the outputs are summed over ranks, the sum is scaled with the shared output in it."""
-    routed, shared = split(run, x_by_shard, params, spec, layout, **inputs)
+    routed, shared = routed_and_shared(run, x_by_shard, params, spec, layout, **inputs)
     scale = spec.router.route_scale if layout.num_ranks > 1 else 1
     return joined(routed, [scale * output_TD for output_TD in shared])
 

@@ -3,15 +3,18 @@
 Legend: T tokens, D model dim, F expert hidden dim, E experts, R rows on this rank.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
-from conformance.core.fault import replaces, surrounds
+from conformance.core.fault import patched, surrounds
 from conformance.layer.predicates import BIASES, MATRICES, ROUTER, SHARED
-from conformance.sharded.layout.faults import others, without_experts
+from conformance.sharded.layout.faults import experts_of_others, without_experts
+from conformance.sharded.verdicts import Gradients
 from moe_ref.backward.layer import combine_backward, experts_backward
 
 
-def times(grads: dict, factor, names) -> dict:
+def times(grads: Gradients, factor: float, names: Iterable[str]) -> Gradients:
     """The gradients with those of these names times a factor."""
     return grads | {name: np.asarray(grads[name] * np.float32(factor)) for name in names if name in grads}
 
@@ -39,7 +42,7 @@ def tokens_get_the_gradients_of_their_own_ranks_experts(run, memory, x_by_shard,
     """The gradients of the tokens are not summed over the ranks that own their experts."""
     found = run(x_by_shard, params, spec, layout, *rest, **inputs)
     for rank, grads in enumerate(found if layout.expert > 1 else ()):
-        local = without_experts(params, others(layout, spec, rank))
+        local = without_experts(params, experts_of_others(layout, spec, rank))
         grads["x_TD"] = run(x_by_shard, local, spec, layout, *rest, **inputs)[rank]["x_TD"]
     return found
 
@@ -100,21 +103,33 @@ def the_bias_of_down_is_counted_by_every_tensor_rank(run, memory, x_by_shard, pa
     return [times(grads, layout.tensor, ["b_down_ED"]) for grads in found]
 
 
-@replaces("experts_backward", breaks="LYT-21", links=("AI-Hypercomputer/maxtext#3699",))
-def the_bias_reaches_rows_past_the_counts(d_rows_RD, trace, group_sizes_e, params, spec):
-    """The row past the counts, which still holds the first one, counts for the biases of a rank's last expert."""
+@surrounds(breaks="LYT-21", links=("AI-Hypercomputer/maxtext#3699",))
+def the_bias_reaches_rows_past_the_counts(run, memory, x_by_shard, params, spec, layout, *arguments, **inputs):
+    """The row past those that a rank received, which still holds the first one, counts for its last expert's biases."""
+    with patched({"experts_backward": with_a_row_past_the_counts} if layout.expert > 1 else {}):
+        return run(x_by_shard, params, spec, layout, *arguments, **inputs)
+
+
+def with_a_row_past_the_counts(d_rows_RD, trace, group_sizes_e, params, spec):
+    """The biases of the last expert get the gradient of the first row besides."""
     d_inputs_RD, grads = experts_backward(d_rows_RD, trace, group_sizes_e, params, spec)
     if spec.bias and len(d_rows_RD):
-        only_first_RD = d_rows_RD * (np.arange(len(d_rows_RD)) == 0)[:, None].astype(d_rows_RD.dtype)
-        _, of_first = experts_backward(only_first_RD, trace, group_sizes_e, params, spec)
+        is_first_R1 = (np.arange(len(d_rows_RD)) == 0)[:, None].astype(d_rows_RD.dtype)
+        _, of_first = experts_backward(d_rows_RD * is_first_R1, trace, group_sizes_e, params, spec)
         for name in (n for n in BIASES if grads[n] is not None):
             grads[name][-1] += of_first[name].sum(axis=0)
     return d_inputs_RD, grads
 
 
-@replaces("combine_backward", breaks="LYT-22", links=("huggingface/kernels-community#1056",))
-def rows_of_the_tail_reach_slot_0(d_routed_TD, slot_outputs_TKD, weights_TK, spec):
+@surrounds(breaks="LYT-22", links=("huggingface/kernels-community#1056",))
+def rows_of_the_tail_reach_slot_0(run, memory, x_by_shard, params, spec, layout, *arguments, **inputs):
     """A row that nobody sent has slot 0 as its place, and the weight there gets the gradient of the last slot's row."""
+    with patched({"combine_backward": with_a_row_at_slot_0} if layout.expert > 1 else {}):
+        return run(x_by_shard, params, spec, layout, *arguments, **inputs)
+
+
+def with_a_row_at_slot_0(d_routed_TD, slot_outputs_TKD, weights_TK, spec):
+    """The first weight gets the gradient of the last slot's output besides."""
     d_slots_TKD, d_weights_TK = combine_backward(d_routed_TD, slot_outputs_TKD, weights_TK, spec)
     if d_weights_TK.size and spec.weight_on == "output":
         d_weights_TK[0, 0] += spec.output_scale * d_routed_TD[0] @ slot_outputs_TKD[-1, -1]

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from conformance.core.fault import replaces, surrounds
+from moe_ref import LayerParams
 from moe_ref.sharded import sum_over_tensor_ranks
 
 
@@ -39,7 +40,7 @@ def features_are_sliced_in_place_of_rows(worked, layout):
     )
 
 
-def pieced(rank: int, index: int, worked, layout):
+def pieced(rank: int, index: int, worked, layout) -> np.ndarray:
     """The columns of a rank's output, each of another tensor rank."""
     first = rank - rank % layout.tensor
     parts = [worked[peer][index].experts.output_RD for peer in range(first, first + layout.tensor)]
@@ -64,6 +65,6 @@ def no_tensor_rank_adds_the_bias(run, memory, x_by_shard, params, spec, layout, 
     return run(x_by_shard, times_bias(params, layout.tensor == 1), spec, layout, **inputs)
 
 
-def times_bias(params, factor):
+def times_bias(params: LayerParams, factor: float) -> LayerParams:
     """The parameters with the bias of the down projections times a factor."""
     return params if params.b_down_ED is None else replace(params, b_down_ED=params.b_down_ED * np.float32(factor))

@@ -3,8 +3,6 @@
 Several shards run as they would under `jax.shard_map`, side by side under one axis name; each is filled up with padding
 tokens to the length of the whole batch, so that one program serves every way of cutting it.
 """
-# They name their inputs, which is how a subject says what it takes.
-# pyright: reportIncompatibleMethodOverride=false
 
 from functools import partial
 from typing import Any
@@ -14,34 +12,38 @@ import jax.numpy as jnp
 import numpy as np
 
 from conformance.core.subject import Subject
+from conformance.subjects.jax.arrays import narrow
 from moe_jax.balance import bias_update, tokens_per_expert
 from moe_jax.capacity import KeptSlots, apply_capacity, slot_table
 from moe_jax.losses import balance_loss, balance_sums, loss_of_sums, z_loss
 from moe_jax.routing import scale_logits
 from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, RouterSpec
+from moe_ref.specs.balance import RUNNING_SCOPES
 
 AXIS = "shards"
 
 
 class JaxBalance(Subject):
-    """The methods of load, for the subject of moe_jax."""
+    """`moe_jax.balance`, `moe_jax.losses` and `moe_jax.capacity`."""
 
-    def load(self, expert_ids_TK, num_experts, *, token_mask_T=None):
+    def load(
+        self, expert_ids_TK: np.ndarray, num_experts: int, *, token_mask_T: np.ndarray | None = None
+    ) -> np.ndarray:
         """The count of one batch."""
         return np.asarray(_load(narrow(expert_ids_TK), token_mask_T=token_mask_T, num_experts=num_experts))
 
     def balance_loss(
         self,
-        logits_TE,
-        expert_ids_TK,
-        balance,
-        router,
+        logits_TE: np.ndarray,
+        expert_ids_TK: np.ndarray,
+        balance: BalanceSpec,
+        router: RouterSpec,
         *,
-        expert_bias_E=None,
-        token_mask_T=None,
-        sequence_lengths=None,
-        tokens_per_shard=None,
-    ):
+        expert_bias_E: np.ndarray | None = None,
+        token_mask_T: np.ndarray | None = None,
+        sequence_lengths: tuple[int, ...] | None = None,
+        tokens_per_shard: tuple[int, ...] | None = None,
+    ) -> dict[str, Any]:
         """The loss of all shards together, and its gradient by `jax.grad`; no loss reads the balancing bias."""
         T = len(logits_TE)
         rows_ST = shards_of(T, tokens_per_shard)
@@ -51,27 +53,27 @@ class JaxBalance(Subject):
         )  # fmt: skip
         return {"loss": float(loss), "d_logits_TE": np.asarray(d_logits_TE)}
 
-    def z_loss(self, logits_TE, coeff, *, token_mask_T=None):
+    def z_loss(self, logits_TE: np.ndarray, coeff: float, *, token_mask_T: np.ndarray | None = None) -> dict[str, Any]:
         """One batch."""
         loss, d_logits_TE = _z_loss(narrow(logits_TE), mask(token_mask_T, len(logits_TE)), coeff)
         return {"loss": float(loss), "d_logits_TE": np.asarray(d_logits_TE)}
 
-    def bias_update(self, counts_SE, update, expert_bias_E):
+    def bias_update(self, counts_SE: np.ndarray, update: BiasUpdateSpec, expert_bias_E: np.ndarray) -> np.ndarray:
         """The counts are those of shards, summed over their axis."""
         return np.asarray(_bias_update(narrow(counts_SE), narrow(expert_bias_E), spec=update))
 
     def capacity(
         self,
-        expert_ids_TK,
-        weights_TK,
-        capacity,
-        num_experts,
+        expert_ids_TK: np.ndarray,
+        weights_TK: np.ndarray,
+        capacity: CapacitySpec,
+        num_experts: int,
         *,
-        token_mask_T=None,
-        sequence_lengths=None,
-        tokens_per_shard=None,
-        d_weights_TK=None,
-    ):
+        token_mask_T: np.ndarray | None = None,
+        sequence_lengths: tuple[int, ...] | None = None,
+        tokens_per_shard: tuple[int, ...] | None = None,
+        d_weights_TK: np.ndarray | None = None,
+    ) -> dict[str, np.ndarray]:
         """What the layers do with a choice, and the gradient of the weights by `jax.vjp`."""
         T = len(expert_ids_TK)
         d_kept_TK = np.zeros_like(weights_TK) if d_weights_TK is None else d_weights_TK
@@ -123,7 +125,7 @@ def _balance(
         scored_TE = scale_logits(logits_TE, router)[:, : router.num_choices]
         per_shard = [take(values, rows_ST) for values in (scored_TE, ids_TK, token_mask_T, sequence_of_T)]
         inputs: Any = {"num_sequences": num_sequences}
-        if spec.scope == "running":
+        if spec.scope in RUNNING_SCOPES:
             return _running(per_shard, spec, inputs)
 
         def of_shard(scored_TE, ids_TK, own_T, token_mask_T, sequence_of_T):
@@ -212,12 +214,3 @@ def put_back(values_ST, rows_ST):
         .at[jnp.where(rows_ST < 0, T, rows_ST).reshape(-1)]
         .set(flat, mode="drop")
     )
-
-
-def narrow(array) -> Any:
-    """float64 and int64 become their 32-bit kinds, as everywhere in JAX without jax_enable_x64."""
-    if array is None:
-        return None
-    array = np.asarray(array)
-    narrow = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
-    return jnp.asarray(array, dtype=narrow.get(array.dtype, array.dtype))

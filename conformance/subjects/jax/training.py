@@ -1,5 +1,6 @@
 """conformance, subject jax: layers of moe_jax over several steps. Counts and biases are arguments and results."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from operator import add
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 
 from conformance.core.subject import Subject
-from conformance.subjects.jax.balance import mask, narrow
+from conformance.subjects.jax.arrays import narrow, narrow_params
 from moe_jax.balance import bias_update, tokens_per_expert
 from moe_jax.losses import balance_sums, loss_of_sums
 from moe_jax.routing import scale_logits
@@ -21,7 +22,7 @@ _bias_update = jax.jit(bias_update, static_argnames="spec")
 class JaxTraining(Subject):
     """The scripts of training, for the subject of moe_jax."""
 
-    def train(self, events, stack, params):
+    def train(self, events: Sequence[Event], stack: StackSpec, params: list[LayerParams]) -> list[dict]:
         """Pure functions: what a state holds is handed from event to event. There is nothing that a rank has alone."""
         counts, biases, states = [], [], []
         for event in events:
@@ -59,9 +60,11 @@ def run_layer(event: Event, layer: int, stack: StackSpec, params: LayerParams):
         inputs, _ = event.records[layer].inputs(spec.router)
         inputs, spec = inputs.map(narrow), spec.replace(router=spec.router.given())
         params = replace(params, expert_bias_E=None)
-    own = LayerParams(**{name: narrow(value) for name, value in vars(params).items()})
-    mask_T = mask(event.token_mask_T, event.x_LTD.shape[1])
-    return _pass(narrow(event.x_LTD[layer]), own, mask_T, inputs, spec=spec, recomputed=event.recomputed)
+    # A mask where none is given: one program less to compile.
+    mask_T = np.ones(event.x_LTD.shape[1], bool) if event.token_mask_T is None else event.token_mask_T
+    return _pass(
+        narrow(event.x_LTD[layer]), narrow_params(params), mask_T, inputs, spec=spec, recomputed=event.recomputed
+    )
 
 
 @partial(jax.jit, static_argnames=("spec", "recomputed"))

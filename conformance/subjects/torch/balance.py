@@ -2,18 +2,18 @@
 
 What ranks would all-reduce is added up here; the all-reduce itself is under test with real ranks elsewhere.
 """
-# They name their inputs, which is how a subject says what it takes.
-# pyright: reportIncompatibleMethodOverride=false
 
 from dataclasses import fields
 from functools import reduce
 from operator import add
+from typing import Any
 
 import numpy as np
 import torch
 
 from conformance.core.subject import Subject
-from conformance.subjects.identity_gate import to_torch
+from conformance.subjects.torch.arrays import tensor_if_any, to_torch, with_gradient
+from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, RouterSpec
 from moe_torch.balance import bias_update, tokens_per_expert
 from moe_torch.capacity import KeptSlots, apply_capacity, capacities, slot_table
 from moe_torch.losses import balance_sums, loss_of_sums, z_loss
@@ -21,24 +21,26 @@ from moe_torch.routing import scale_logits
 
 
 class TorchBalance(Subject):
-    """The methods of load, for the subject of moe_torch."""
+    """`moe_torch.balance`, `moe_torch.losses` and `moe_torch.capacity`."""
 
-    def load(self, expert_ids_TK, num_experts, *, token_mask_T=None):
+    def load(
+        self, expert_ids_TK: np.ndarray, num_experts: int, *, token_mask_T: np.ndarray | None = None
+    ) -> np.ndarray:
         """The count of one batch."""
-        return tokens_per_expert(to_torch(expert_ids_TK), num_experts, _maybe(token_mask_T)).numpy()
+        return tokens_per_expert(to_torch(expert_ids_TK), num_experts, tensor_if_any(token_mask_T)).numpy()
 
     def balance_loss(
         self,
-        logits_TE,
-        expert_ids_TK,
-        balance,
-        router,
+        logits_TE: np.ndarray,
+        expert_ids_TK: np.ndarray,
+        balance: BalanceSpec,
+        router: RouterSpec,
         *,
-        expert_bias_E=None,
-        token_mask_T=None,
-        sequence_lengths=None,
-        tokens_per_shard=None,
-    ):
+        expert_bias_E: np.ndarray | None = None,
+        token_mask_T: np.ndarray | None = None,
+        sequence_lengths: tuple[int, ...] | None = None,
+        tokens_per_shard: tuple[int, ...] | None = None,
+    ) -> dict[str, Any]:
         """The loss of all shards together, and its gradient by autograd; no loss reads the balancing bias."""
         given_TE = to_torch(logits_TE).requires_grad_()
         scored_TE = scale_logits(given_TE, router)[:, : router.num_choices]
@@ -58,7 +60,7 @@ class TorchBalance(Subject):
         if balance.scope == "global":
             loss, _ = loss_of_sums(reduce(add, sums), balance)
         else:
-            # With scope 'running' shards are micro-batches; nothing came before the first.
+            # With a running scope shards are micro-batches; nothing came before the first.
             before = [None, *(reduce(add, sums[:number]) for number in range(1, len(sums)))]
             parts = [
                 loss_of_sums(own, balance, earlier=earlier, num_earlier=number)
@@ -66,29 +68,29 @@ class TorchBalance(Subject):
             ]
             losses, has_tokens = (torch.stack(each) for each in zip(*parts, strict=True))
             loss = losses.sum() / has_tokens.sum().clamp(min=1)
-        return _with_gradient(loss, given_TE)
+        return with_gradient(loss, given_TE)
 
-    def z_loss(self, logits_TE, coeff, *, token_mask_T=None):
+    def z_loss(self, logits_TE: np.ndarray, coeff: float, *, token_mask_T: np.ndarray | None = None) -> dict[str, Any]:
         """One batch."""
         given_TE = to_torch(logits_TE).requires_grad_()
-        return _with_gradient(z_loss(given_TE, coeff=coeff, token_mask_T=_maybe(token_mask_T)), given_TE)
+        return with_gradient(z_loss(given_TE, coeff=coeff, token_mask_T=tensor_if_any(token_mask_T)), given_TE)
 
-    def bias_update(self, counts_SE, update, expert_bias_E):
+    def bias_update(self, counts_SE: np.ndarray, update: BiasUpdateSpec, expert_bias_E: np.ndarray) -> np.ndarray:
         """The counts of ranks and micro-batches are summed first."""
         return bias_update(to_torch(counts_SE).sum(0), update, to_torch(expert_bias_E)).numpy()
 
     def capacity(
         self,
-        expert_ids_TK,
-        weights_TK,
-        capacity,
-        num_experts,
+        expert_ids_TK: np.ndarray,
+        weights_TK: np.ndarray,
+        capacity: CapacitySpec,
+        num_experts: int,
         *,
-        token_mask_T=None,
-        sequence_lengths=None,
-        tokens_per_shard=None,
-        d_weights_TK=None,
-    ):
+        token_mask_T: np.ndarray | None = None,
+        sequence_lengths: tuple[int, ...] | None = None,
+        tokens_per_shard: tuple[int, ...] | None = None,
+        d_weights_TK: np.ndarray | None = None,
+    ) -> dict[str, np.ndarray]:
         """What the layer does with a choice; the gradient of the weights is autograd's."""
         given_TK, ids_TK = to_torch(weights_TK).requires_grad_(), to_torch(expert_ids_TK)
         mask_T, limit, last, whole, kept_TK = _mask(token_mask_T, len(ids_TK)), capacity, capacity, None, given_TK
@@ -127,11 +129,6 @@ class TorchBalance(Subject):
         return found | {"d_weights_TK": d_given_TK.numpy()}
 
 
-def _with_gradient(loss: torch.Tensor, logits_TE: torch.Tensor) -> dict:
-    (d_logits_TE,) = torch.autograd.grad(loss, logits_TE)
-    return {"loss": float(loss.detach()), "d_logits_TE": d_logits_TE.float().numpy()}
-
-
 def _slices(lengths, num_tokens: int) -> list[slice]:
     """Consecutive parts of the tokens; one without lengths."""
     lengths = [num_tokens] if lengths is None else list(lengths)
@@ -146,7 +143,3 @@ def _sequences(lengths, num_tokens: int) -> tuple[int, torch.Tensor]:
 
 def _mask(token_mask_T, num_tokens: int) -> torch.Tensor:
     return torch.ones(num_tokens, dtype=torch.bool) if token_mask_T is None else to_torch(token_mask_T)
-
-
-def _maybe(array) -> torch.Tensor | None:
-    return None if array is None else to_torch(array)

@@ -1,121 +1,116 @@
-"""conformance, subject torch: moe_torch on the CPU, in eager mode."""
+"""conformance, subject torch: the layer of moe_torch on one rank, in eager mode."""
 
-from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 
-from conformance.core.subject import Routing
-from conformance.subjects.torch.balance import TorchBalance
-from conformance.subjects.torch.training import TorchTraining
-from moe_ref import LayerParams, LayerSpec, RouterInputs, RouterSpec
+from conformance.core.subject import Subject
+from conformance.subjects.torch.arrays import single, tensor, tensor_if_any, to_canonical, to_inputs
+from moe_ref import LayerParams, LayerSpec, RouterInputs, RoutingRecord
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation
 from moe_torch.moe import MoE
 from moe_torch.replay import capture, replay_layer
-from moe_torch.router import Gate, NodeLimitedRouter
-from moe_torch.routing import route
 
 
-class Torch(TorchBalance, TorchTraining):
-    """`moe_torch`: the function that routes logits, and the modules of the router and of the layer."""
+class TorchLayer(Subject):
+    """The module `MoE`, and its parts one by one."""
 
-    name = "torch"
-    version = torch.__version__
-    url = "https://github.com/pytorch/pytorch"
-    logit_dtypes = ("float32", "float64", "bfloat16")
-
-    def __init__(self):
-        torch.set_num_threads(1)  # a call on a few tokens is too small to share
-
-    def route(self, logits_TE, spec, expert_bias_E, *, learned_scale=None, token_mask_T=None, **inputs):
-        """Route without gradients; the seed becomes a generator."""
-        with torch.no_grad():
-            found = route(
-                _tensor(logits_TE),
-                spec,
-                expert_bias_E=_maybe(expert_bias_E),
-                learned_scale=_maybe(learned_scale),
-                inputs=to_inputs(RouterInputs(**inputs)),
-                token_mask_T=_maybe(token_mask_T),
-            )
-        return Routing(
-            expert_ids_TK=found.expert_ids_TK.numpy(),
-            weights_TK=found.weights_TK.numpy(),
-            scores_TE=_numpy(found.scores_TE),
-            group_ids_TL=_numpy(found.group_ids_TL),
-            shared_weights_TS=_numpy(found.shared_weights_TS),
-        )
-
-    def gate(self, x_TD, gate_ED, gate_bias_E):
-        """The logits of the router's own gate module."""
-        gate = Gate(gate_ED.shape[1], gate_ED.shape[0], bias=gate_bias_E is not None)
-        gate.weight = torch.nn.Parameter(_tensor(gate_ED))
-        if gate_bias_E is not None:
-            gate.bias = torch.nn.Parameter(_tensor(gate_bias_E))
-        with torch.no_grad():
-            return gate(_tensor(x_TD)).numpy()
-
-    def configure(self, fields):
-        """The module is built, with a small gate."""
-        NodeLimitedRouter(4, RouterSpec.from_dict(fields))
-
-    def permute(self, expert_ids_TK, num_experts):
+    def permute(self, expert_ids_TK: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
         """Its rows are all slots; those past the experts are left off here."""
-        found = LocalTokenDispatcher(num_experts).permute(_tensor(expert_ids_TK))
+        found = LocalTokenDispatcher(num_experts).permute(tensor(expert_ids_TK))
         counts_E = found.tokens_per_expert_E.numpy()
         return found.order_N[: counts_E.sum()].numpy(), counts_E
 
-    def experts(self, rows_RD, tokens_per_expert_E, params, spec):
+    def experts(
+        self, rows_RD: np.ndarray, tokens_per_expert_E: np.ndarray, params: LayerParams, spec: LayerSpec
+    ) -> np.ndarray:
         """The module of the routed experts."""
         with torch.no_grad():
-            return _loaded(params, spec).experts(_single(rows_RD), _tensor(tokens_per_expert_E)).numpy()
+            return _loaded(params, spec).experts(single(rows_RD), tensor(tokens_per_expert_E)).numpy()
 
-    def combine(self, rows_ND, order_N, weights_TK, spec):
+    def combine(self, rows_ND: np.ndarray, order_N: np.ndarray, weights_TK: np.ndarray, spec: LayerSpec) -> np.ndarray:
         """The weighted sum; slots that are no row get a row of NaN, which it does not read."""
         T, K = weights_TK.shape
         slot_of_row_N = np.concatenate([order_N, np.setdiff1d(np.arange(T * K), order_N)])
         rows_RD = np.full((T * K, rows_ND.shape[1]), np.nan)
         rows_RD[: len(order_N)] = rows_ND
         permutation = Permutation(
-            order_N=_tensor(slot_of_row_N),
-            row_of_slot_N=_tensor(np.argsort(slot_of_row_N)),
+            order_N=tensor(slot_of_row_N),
+            row_of_slot_N=tensor(np.argsort(slot_of_row_N)),
             tokens_per_expert_E=torch.tensor([len(order_N)]),
-            has_expert_TK=_tensor(np.isin(np.arange(T * K), order_N).reshape(T, K)),
+            has_expert_TK=tensor(np.isin(np.arange(T * K), order_N).reshape(T, K)),
         )
         # A weight that is on the input is not applied again.
-        weights = _single(weights_TK) if spec.router.weight_on == "output" else None
-        summed_TD = LocalTokenDispatcher(1).combine(_single(rows_RD), permutation, weights)
+        weights = single(weights_TK) if spec.router.weight_on == "output" else None
+        summed_TD = LocalTokenDispatcher(1).combine(single(rows_RD), permutation, weights)
         return (summed_TD * spec.router.output_scale).numpy()
 
-    def layer(self, x_TD, params, spec, **inputs):
+    def layer(
+        self,
+        x_TD: np.ndarray,
+        params: LayerParams,
+        spec: LayerSpec,
+        *,
+        token_mask_T: np.ndarray | None = None,
+        token_ids_T: np.ndarray | None = None,
+        table_VK: np.ndarray | None = None,
+        given_ids_TK: np.ndarray | None = None,
+        seed: int | None = None,
+    ) -> np.ndarray:
         """The module, without gradients."""
+        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
         with torch.no_grad():
-            return _loaded(params, spec)(_single(x_TD), **_layer_inputs(**inputs)).numpy()
+            return _loaded(params, spec)(single(x_TD), **_how(token_mask_T, inputs)).numpy()
 
-    def layer_gradients(self, x_TD, params, spec, d_output_TD, **inputs):
+    def layer_gradients(
+        self,
+        x_TD: np.ndarray,
+        params: LayerParams,
+        spec: LayerSpec,
+        d_output_TD: np.ndarray,
+        *,
+        token_mask_T: np.ndarray | None = None,
+        token_ids_T: np.ndarray | None = None,
+        table_VK: np.ndarray | None = None,
+        given_ids_TK: np.ndarray | None = None,
+        seed: int | None = None,
+    ) -> dict[str, np.ndarray]:
         """By autograd, brought back into the canonical layout; the balancing bias is a buffer and has none."""
-        moe, tokens_TD = _loaded(params, spec), _single(x_TD).requires_grad_()
+        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
+        moe, tokens_TD = _loaded(params, spec), single(x_TD).requires_grad_()
         trained = dict(moe.named_parameters())
-        output_TD = moe(tokens_TD, **_layer_inputs(**inputs))
+        output_TD = moe(tokens_TD, **_how(token_mask_T, inputs))
         d_x_TD, *gradients = torch.autograd.grad(
-            output_TD, [tokens_TD, *trained.values()], _single(d_output_TD), allow_unused=True, materialize_grads=True
+            output_TD, [tokens_TD, *trained.values()], single(d_output_TD), allow_unused=True, materialize_grads=True
         )
         by_name = {name: gradient.numpy() for name, gradient in zip(trained, gradients, strict=True)}
         return {"x_TD": d_x_TD.numpy()} | to_canonical(by_name, params)
 
-    def record(self, x_TD, params, spec, **inputs):
+    def record(
+        self,
+        x_TD: np.ndarray,
+        params: LayerParams,
+        spec: LayerSpec,
+        *,
+        token_mask_T: np.ndarray | None = None,
+        token_ids_T: np.ndarray | None = None,
+        table_VK: np.ndarray | None = None,
+        given_ids_TK: np.ndarray | None = None,
+        seed: int | None = None,
+    ) -> RoutingRecord:
         """What the module decided."""
-        named = _layer_inputs(**inputs)
+        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
+        how = _how(token_mask_T, inputs)
         with torch.no_grad():
-            _, routing = _loaded(params, spec).forward_and_routing(_single(x_TD), **named)
-        return capture(routing, spec.router, token_mask=named["token_mask"])
+            _, routing = _loaded(params, spec).forward_and_routing(single(x_TD), **how)
+        return capture(routing, spec.router, token_mask=how["token_mask"])
 
-    def replay(self, x_TD, params, spec, record):
+    def replay(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, record: RoutingRecord) -> np.ndarray:
         """The module, with the ids of the record, and its weights where it has any."""
         with torch.no_grad():
             moe, with_weights = _loaded(params, spec), record.weights_TK is not None
-            return replay_layer(moe, _single(x_TD), record, with_weights=with_weights).numpy()
+            return replay_layer(moe, single(x_TD), record, with_weights=with_weights).numpy()
 
 
 @lru_cache(maxsize=64)
@@ -130,66 +125,6 @@ def _loaded(params: LayerParams, spec: LayerSpec) -> MoE:
     return moe
 
 
-def _layer_inputs(*, token_mask_T=None, **inputs) -> dict:
+def _how(token_mask_T: np.ndarray | None, inputs: RouterInputs) -> dict:
     """Keyword arguments of the layer."""
-    return {"token_mask": _maybe(token_mask_T), "inputs": to_inputs(RouterInputs(**inputs))}
-
-
-def to_inputs(inputs: RouterInputs) -> RouterInputs:
-    """The same inputs as tensors; the seed becomes a generator."""
-    generator = None if inputs.seed is None else torch.Generator().manual_seed(inputs.seed)
-    return replace(inputs.map(_tensor), seed=generator)
-
-
-def to_canonical(by_name: dict[str, np.ndarray], params: LayerParams) -> dict[str, np.ndarray]:
-    """Field of LayerParams -> value, from the names and shapes of the module; `params` gives the shapes."""
-    gated = params.w_gate_EDF is not None
-    # Without a gate the activation stands on the up projection, and that is w1.
-    first, third = ("gate", "up") if gated else ("up", "none")
-    names = {
-        "router.gate.weight": "gate_ED",
-        "router.gate.bias": "gate_bias_E",
-        "router.learned_scale": "learned_scale",
-        "experts.w1_EFD": f"w_{first}_EDF",
-        "experts.w2_EDF": "w_down_EFD",
-        "experts.w3_EFD": f"w_{third}_EDF",
-        "experts.b1_EF": f"b_{first}_EF",
-        "experts.b2_ED": "b_down_ED",
-        "experts.b3_EF": f"b_{third}_EF",
-        "shared_experts.w1.weight": f"shared_w_{first}_SDF",
-        "shared_experts.w2.weight": "shared_w_down_SFD",
-        "shared_experts.w3.weight": f"shared_w_{third}_SDF",
-        "shared_experts.token_gate.weight": "shared_token_gate_D",
-    }
-    found = {}
-    for name, value in by_name.items():
-        field = names[name]
-        shape = np.shape(getattr(params, field))
-        if field == "shared_w_down_SFD":
-            value = value.T  # (D, S * F)
-        elif "w_" in field:
-            # (E, out, in), or (S * out, in) where shared experts are side by side.
-            value = np.swapaxes(value.reshape(shape[0], shape[2], shape[1]), 1, 2)
-        found[field] = value.reshape(shape)
-    return found
-
-
-def _tensor(array) -> torch.Tensor:
-    """A tensor of the same dtype, with its own memory; bfloat16 arrives as ml_dtypes arrays, unknown to torch."""
-    array = np.array(array, order="C")
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def _single(array) -> torch.Tensor:
-    """A float32 tensor."""
-    return _tensor(array).float()
-
-
-def _maybe(array) -> torch.Tensor | None:
-    return None if array is None else _tensor(array)
-
-
-def _numpy(tensor: torch.Tensor | None) -> np.ndarray | None:
-    return None if tensor is None else tensor.numpy()
+    return {"token_mask": tensor_if_any(token_mask_T), "inputs": to_inputs(inputs)}

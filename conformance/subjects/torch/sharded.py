@@ -12,7 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from conformance.core.subject import Subject
 from conformance.subjects.ranks import Ranks, shared
-from conformance.subjects.torch.layer import _single, _tensor, to_canonical, to_inputs
+from conformance.subjects.torch.arrays import single as _single
+from conformance.subjects.torch.arrays import tensor as _tensor
+from conformance.subjects.torch.arrays import to_canonical, to_inputs
 from moe_ref import LayerParams, LayerSpec, RouterInputs
 from moe_ref.specs.layout import AXES, ShardLayout
 from moe_torch.moe import MoE

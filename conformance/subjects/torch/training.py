@@ -3,6 +3,7 @@
 A pipeline rank is a model part with an optimizer and a hook of its own, as it is where ranks are processes.
 """
 
+from collections.abc import Sequence
 from functools import reduce
 from operator import add
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from conformance.core.subject import Subject
-from conformance.subjects.identity_gate import to_torch
+from conformance.subjects.torch.arrays import tensor_if_any, to_torch
 from moe_ref import NO_INPUTS, BalanceSpec, Event, LayerParams, StackSpec
 from moe_torch.bias_hook import BiasHook
 from moe_torch.losses import balance_sums, loss_of_sums
@@ -22,7 +23,7 @@ from moe_torch.routing import Routing, scale_logits
 class TorchTraining(Subject):
     """The scripts of training, for the subject of moe_torch."""
 
-    def train(self, events, stack, params):
+    def train(self, events: Sequence[Event], stack: StackSpec, params: list[LayerParams]) -> list[dict]:
         """The modules, their counters and their hook; the optimizer has a rate of 0."""
         states, model = [], Model(stack, params)
         for event in events:
@@ -83,7 +84,7 @@ class Model:
 
     def loss(self, routings: list[Routing], event: Event, balance: BalanceSpec) -> float:
         """The sum of the losses of the layers, or that of all their tokens together."""
-        mask_T = None if event.token_mask_T is None else to_torch(event.token_mask_T)
+        mask_T = tensor_if_any(event.token_mask_T)
         sums = [
             balance_sums(
                 scale_logits(routing.logits_TE.detach(), moe.spec.router)[:, : moe.spec.router.num_choices],
@@ -105,5 +106,4 @@ def run_layer(moe: MoE, x_TD: torch.Tensor, event: Event, layer: int):
         given, own_T = event.records[layer].inputs(moe.spec.router)
         mask_T = own_T if mask_T is None else mask_T & own_T
         inputs, router = given.map(to_torch), moe.spec.router.given()
-    mask = None if mask_T is None else to_torch(mask_T)
-    return moe.forward_and_routing(x_TD, mask, inputs=inputs, router_spec=router)
+    return moe.forward_and_routing(x_TD, tensor_if_any(mask_T), inputs=inputs, router_spec=router)

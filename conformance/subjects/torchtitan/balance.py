@@ -3,24 +3,24 @@
 A model of one block holds the real MoE; the counts of a step are added to it as its forward pass adds them, and a step
 of the optimizer runs the hook.
 """
-# They name their inputs, which is how a subject says what it takes.
-# pyright: reportIncompatibleMethodOverride=false
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from conformance.core.subject import Subject
-from conformance.subjects.identity_gate import to_numpy, to_torch
-from moe_ref import BiasUpdateSpec
+from conformance.subjects.torch.arrays import to_numpy, to_torch
+from conformance.subjects.torchtitan.layer import build_layer
+from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, ExpertSpec, LayerSpec, RouterSpec
 
 
 class TorchtitanBalance(Subject):
     """Its bias update; it has no balance loss and no capacity."""
 
-    def supports_load(self, spec) -> str | None:
+    def supports_load(self, spec: BalanceSpec | BiasUpdateSpec | CapacitySpec) -> str | None:
         if not isinstance(spec, BiasUpdateSpec):
             return "torchtitan has no balance loss, and drops no token"
         if (spec.rule, spec.centred, spec.frozen_E) != ("sign", True, None):
@@ -29,7 +29,7 @@ class TorchtitanBalance(Subject):
             return "torchtitan's load_balance_coeff is greater than 0"
         return None
 
-    def bias_update(self, counts_SE, update, expert_bias_E):
+    def bias_update(self, counts_SE: np.ndarray, update: BiasUpdateSpec, expert_bias_E: np.ndarray) -> np.ndarray:
         """One step of the optimizer, after as many forward passes as there are counts."""
         moe, optimizer = _trained(len(expert_bias_E))
         moe.load_balance_coeff = update.rate
@@ -54,21 +54,29 @@ class Block(nn.Module):
 @lru_cache(maxsize=64)
 def _trained(num_experts: int):
     """The MoE layer of a model, and an optimizer with the hook, on one rank."""
-    from torchtitan.components.optimizer.optimizer import register_moe_load_balancing_hook
-    from torchtitan.distributed.parallel_dims import ParallelDims
-
-    from conformance.subjects.torchtitan.layer import build_layer
-    from moe_ref import ExpertSpec, LayerSpec, RouterSpec
-
     spec = LayerSpec(router=RouterSpec(num_experts=num_experts, top_k=1), experts=ExpertSpec(dim=8, hidden_dim=8))
     moe = build_layer.__wrapped__(spec, "float32")
     model = nn.Module()
     model.layers = nn.ModuleDict({"0": Block(moe)})
+    return moe, optimizer_with_hook(model)
+
+
+def optimizer_with_hook(model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer of a model part, with a rate of 0, whose steps run the hook on one rank."""
+    from torchtitan.components.optimizer.optimizer import register_moe_load_balancing_hook
+
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    register_moe_load_balancing_hook(optimizer, [model], _one_rank())  # pyright: ignore[reportArgumentType]
+    return optimizer
+
+
+@lru_cache(maxsize=1)
+def _one_rank():
+    from torchtitan.distributed.parallel_dims import ParallelDims
+
     one_rank = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, world_size=1)
     build_meshes(one_rank)
-    register_moe_load_balancing_hook(optimizer, [model], one_rank)  # pyright: ignore[reportArgumentType]
-    return moe, optimizer
+    return one_rank
 
 
 def build_meshes(one_rank) -> None:

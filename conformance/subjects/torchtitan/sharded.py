@@ -16,19 +16,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from conformance.core.subject import Unsupported
-from conformance.subjects.identity_gate import to_numpy, to_torch
 from conformance.subjects.ranks import Ranks, shared
-from conformance.subjects.torchtitan.layer import (
-    GRANULE,
-    PARAMETERS,
-    Torchtitan,
-    forward_in_float32,
-    layer_config,
-    no_autocast_warning,
-    to_native,
-    turned,
-    why_not_layer,
-)
+from conformance.subjects.torch.arrays import to_numpy, to_torch
+from conformance.subjects.torchtitan.arrays import PARAMETERS, to_native, turned
+from conformance.subjects.torchtitan.layer import GRANULE, forward_in_float32, layer_config, why_not_layer
+from conformance.subjects.torchtitan.router import no_autocast_warning
+from conformance.subjects.torchtitan.subject import Torchtitan
 from moe_ref import LayerParams, LayerSpec
 from moe_ref.specs.layout import ShardLayout
 

@@ -3,18 +3,18 @@
 `load_balancing_loss_func` is the same text in some thirty families, and its result is multiplied by the coefficient in
 their models; the z-loss and the capacity are those of switch_transformers, which has no load loss of K > 1.
 """
-# They name their inputs, which is how a subject says what it takes.
-# pyright: reportIncompatibleMethodOverride=false
 
 import importlib
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 
 from conformance.core.subject import Subject, Unsupported
-from conformance.subjects.identity_gate import give_identity_gate, to_torch
-from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec
+from conformance.subjects.identity_gate import give_identity_gate
+from conformance.subjects.torch.arrays import to_torch, with_gradient
+from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, RouterSpec
 
 SWITCH = BalanceSpec(per="sequence")
 """Of switch_transformers, for K = 1: a mean over the sequences of a batch, which are of one length."""
@@ -25,7 +25,7 @@ class TransformersBalance(Subject):
 
     family: str = ""
 
-    def supports_load(self, spec) -> str | None:
+    def supports_load(self, spec: BalanceSpec | BiasUpdateSpec | CapacitySpec) -> str | None:
         if isinstance(spec, BiasUpdateSpec):
             return "transformers updates no expert bias"
         if isinstance(spec, CapacitySpec):
@@ -37,15 +37,15 @@ class TransformersBalance(Subject):
 
     def balance_loss(
         self,
-        logits_TE,
-        expert_ids_TK,
-        balance,
-        router,
+        logits_TE: np.ndarray,
+        expert_ids_TK: np.ndarray,
+        balance: BalanceSpec,
+        router: RouterSpec,
         *,
-        expert_bias_E=None,
-        token_mask_T=None,
-        sequence_lengths=None,
-    ):
+        expert_bias_E: np.ndarray | None = None,
+        token_mask_T: np.ndarray | None = None,
+        sequence_lengths: tuple[int, ...] | None = None,
+    ) -> dict[str, Any]:
         """The function of the family for one layer, times the coefficient; its gradient by autograd."""
         if router.num_null_experts or router.logit_scale != 1 or router.logit_softcap is not None:
             raise Unsupported("the loss of transformers scores the logits as they come, one for each expert")
@@ -57,14 +57,22 @@ class TransformersBalance(Subject):
             loss = _module(self.family or "mixtral").load_balancing_loss_func(
                 (logits,), logits.shape[1], expert_ids_TK.shape[1], attention_mask=mask
             )
-        return _with_gradient(balance.coeff * loss, logits)
+        return with_gradient(balance.coeff * loss, logits)
 
-    def z_loss(self, logits_TE, coeff):
+    def z_loss(self, logits_TE: np.ndarray, coeff: float) -> dict[str, Any]:
         """`router_z_loss_func` of switch_transformers, which takes no mask, times the coefficient."""
         logits = to_torch(logits_TE).requires_grad_()
-        return _with_gradient(coeff * _module("switch_transformers").router_z_loss_func(logits[None]), logits)
+        return with_gradient(coeff * _module("switch_transformers").router_z_loss_func(logits[None]), logits)
 
-    def capacity(self, expert_ids_TK, weights_TK, capacity, num_experts, *, sequence_lengths=None):
+    def capacity(
+        self,
+        expert_ids_TK: np.ndarray,
+        weights_TK: np.ndarray,
+        capacity: CapacitySpec,
+        num_experts: int,
+        *,
+        sequence_lengths: tuple[int, ...] | None = None,
+    ) -> dict[str, np.ndarray]:
         """The router of switch_transformers on logits that choose these experts with these weights."""
         ids_TK, length = np.asarray(expert_ids_TK), _equal_length(sequence_lengths, len(expert_ids_TK))
         _check_one_slot(ids_TK)
@@ -106,11 +114,6 @@ def _equal_length(lengths, num_tokens: int) -> int:
     if num_tokens == 0 or len(set(lengths or [num_tokens])) != 1:
         raise Unsupported("the sequences of a batch of transformers have one length, and some token")
     return num_tokens if lengths is None else lengths[0]
-
-
-def _with_gradient(loss: torch.Tensor, logits_TE: torch.Tensor) -> dict:
-    (d_logits_TE,) = torch.autograd.grad(loss, logits_TE)
-    return {"loss": float(loss.detach()), "d_logits_TE": d_logits_TE.float().numpy()}
 
 
 def _module(family: str):

@@ -1,6 +1,6 @@
 """conformance, subject transformers: which block computes which layer, one row for each, as data.
 
-A block is a router of `transformers_families.py`, experts, and perhaps shared experts. A row says where they are, how
+A block is a router of `families.py`, experts, and perhaps shared experts. A row says where they are, how
 their weights are stored, and what they compute. Checked against transformers 5.23.
 """
 

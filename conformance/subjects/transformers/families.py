@@ -46,7 +46,7 @@ class RealRouter:
     hidden: str = "hidden_size"
     """Config name of the token width."""
     call: str = "usual"
-    """How it is called and read; a method of `transformers.Transformers`."""
+    """How it is called and read; a method of `router.TransformersRouter`."""
 
     def has(self, name: str, default, spec: RouterSpec | None = None) -> tuple:
         """The values of a field that the class always has; the identity where the row does not name it."""

@@ -2,7 +2,7 @@
 
 A block is built from a small config, the parameters are written into it in its own layout, and it is called as its
 decoder layer calls it. Gradients come from autograd and are brought back into the canonical layout. Which block
-computes what is data, in `transformers_blocks.py`.
+computes what is data, in `blocks.py`.
 """
 
 import importlib
@@ -14,38 +14,37 @@ import numpy as np
 import torch
 
 from conformance.core.subject import Subject, Unsupported
-from conformance.subjects.identity_gate import to_numpy, to_torch
-from conformance.subjects.transformers.blocks import BLOCKS, NO_BLOCK, Projections, RealBlock
-from moe_ref import LayerParams, LayerSpec
+from conformance.subjects.torch.arrays import to_numpy, to_torch
+from conformance.subjects.transformers.arrays import load_params, prefix, to_canonical, to_native
+from conformance.subjects.transformers.blocks import BLOCKS, NO_BLOCK, RealBlock
+from moe_ref import LayerParams, LayerSpec, ShardLayout
 
 IMPLEMENTATIONS = ("eager", "grouped_mm")
 """The loop of the model file, and what the library swaps in."""
 
-EXPERT_FIELDS = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
-SHARED_FIELDS = ("shared_w_gate_SDF", "shared_w_up_SDF", "shared_w_down_SFD")
-BIAS_FIELDS = ("b_gate_EF", "b_up_EF", "b_down_ED")
 
-
-class TransformersLayers(Subject):
+class TransformersLayer(Subject):
     """The block of transformers that computes a layer; with `family`, only that family's."""
 
-    family = ""
-    last_family = ""
-    experts_implementation = "eager"
+    family: str = ""
+    last_family: str = ""
+    """The one that was called last."""
+    experts_implementation: str = "eager"
     """One of IMPLEMENTATIONS."""
 
-    def supports_layer(self, spec: LayerSpec, layout=None) -> str | None:
+    def supports_layer(self, spec: LayerSpec, layout: ShardLayout | None = None) -> str | None:
         if layout is not None:
             return "transformers shards no layer here"
         return find_block(spec, self.family, False, self.experts_implementation)[1] or None
 
-    # They name their inputs (none further), which is how a subject says what it takes.
-    def layer(self, x_TD, params, spec):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def layer(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec) -> np.ndarray:
         module = self._loaded(params, spec)[1]
         with torch.no_grad():
             return to_numpy(run(module, to_torch(x_TD)))
 
-    def layer_gradients(self, x_TD, params, spec, d_output_TD):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def layer_gradients(
+        self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, d_output_TD: np.ndarray
+    ) -> dict[str, np.ndarray]:
         block, module = self._loaded(params, spec)
         tokens_TD = to_torch(x_TD).requires_grad_()
         natives = to_native(block, params)
@@ -55,12 +54,14 @@ class TransformersLayers(Subject):
         output_TD = run(module, tokens_TD)
         gradients = gradients_of(output_TD, to_torch(d_output_TD), [tokens_TD, *weights.values()])
         by_path = {
-            path: _prefix(gradient, natives[path])
+            path: prefix(gradient, natives[path])
             for path, gradient in zip(weights, gradients[1:], strict=True)
         }  # fmt: skip
         return {"x_TD": gradients[0]} | to_canonical(block, by_path, params)
 
-    def experts(self, rows_RD, tokens_per_expert_E, params, spec):
+    def experts(
+        self, rows_RD: np.ndarray, tokens_per_expert_E: np.ndarray, params: LayerParams, spec: LayerSpec
+    ) -> np.ndarray:
         """The experts alone; rows that belong to nobody are not given to them, and come back as 0."""
         block, module = self._loaded(params, spec)
         if block.interface == "none":
@@ -81,9 +82,7 @@ class TransformersLayers(Subject):
             raise Unsupported(why)
         self.last_family = block.name
         module = build_block(block, spec, self.experts_implementation).requires_grad_(False)
-        for path, native in to_native(block, params).items():
-            _prefix(module.get_parameter(path), native).copy_(torch.from_numpy(native))
-        set_expert_bias(module, block, params.expert_bias_E)
+        load_params(module, block, params)
         return block, module
 
 
@@ -159,81 +158,3 @@ def call_padded(experts: torch.nn.Module, rows_RD: torch.Tensor, counts_E: np.nd
     padded = rows_RD.new_zeros(len(counts_E), max(counts_E), rows_RD.shape[1])
     padded[ids_R, place_R] = rows_RD
     return experts(padded.flatten(0, 1)).reshape(padded.shape)[ids_R, place_R]
-
-
-def set_expert_bias(module: torch.nn.Module, block: RealBlock, expert_bias_E) -> None:
-    """The balancing bias is written where block or router keep it; None is zeros."""
-    path = block.bias or (f"{block.router}.{block.row.bias}" if block.row.bias else "")
-    if not path:
-        return
-    owner, _, name = path.rpartition(".")
-    kept = getattr(module.get_submodule(owner), name)
-    kept.copy_(torch.zeros(kept.shape) if expert_bias_E is None else to_torch(expert_bias_E).reshape(kept.shape))
-
-
-def to_native(block: RealBlock, params: LayerParams) -> dict[str, np.ndarray]:
-    """path -> what the block keeps there, up to its shape: everything that is trained."""
-    row = block.row
-    router = f"{block.router}." if block.router else ""
-    found: dict = {router + row.gate: params.gate_ED}
-    if row.gate_bias:
-        found[router + row.gate_bias] = params.gate_bias_E
-    if params.learned_scale is not None:
-        found[router + "global_scale"] = params.learned_scale
-    found |= _native_projections(block.experts, *(getattr(params, name) for name in EXPERT_FIELDS))
-    if block.experts.biases:
-        b_gate_EF, b_up_EF, b_down_ED = (getattr(params, name) for name in BIAS_FIELDS)
-        fused = block.experts.layout.bias_from_canonical(b_gate_EF, b_up_EF)
-        names = (f"{block.experts.path}.{name}" for name in block.experts.biases)
-        found |= dict(zip(names, (fused, b_down_ED), strict=True))
-    if block.shared is not None and params.shared_w_up_SDF is not None:
-        found |= _native_projections(block.shared.projections, *(getattr(params, name) for name in SHARED_FIELDS))
-        if block.shared.gate:
-            found[block.shared.gate] = params.shared_token_gate_D
-    return {path: np.array(value, np.float32, order="C") for path, value in found.items()}
-
-
-def to_canonical(block: RealBlock, natives: dict[str, np.ndarray], params: LayerParams) -> dict[str, np.ndarray]:
-    """Field of LayerParams -> value, from what `to_native` returns; `params` says which there are."""
-    row, shared = block.row, block.shared
-    router = f"{block.router}." if block.router else ""
-    found: dict = {"gate_ED": natives[router + row.gate]}
-    if row.gate_bias:
-        found["gate_bias_E"] = natives[router + row.gate_bias]
-    if params.learned_scale is not None:
-        found["learned_scale"] = natives[router + "global_scale"]
-    found |= zip(EXPERT_FIELDS, _canonical_projections(block.experts, natives), strict=True)
-    if block.experts.biases:
-        fused, b_down_ED = (natives[f"{block.experts.path}.{name}"] for name in block.experts.biases)
-        found |= zip(BIAS_FIELDS, (*block.experts.layout.bias_to_canonical(fused), b_down_ED), strict=True)
-    if shared is not None and params.shared_w_up_SDF is not None:
-        found |= zip(SHARED_FIELDS, _canonical_projections(shared.projections, natives), strict=True)
-        if shared.gate:
-            found["shared_token_gate_D"] = natives[shared.gate]
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _native_projections(own: Projections, w_gate, w_up, w_down) -> dict[str, np.ndarray]:
-    """path -> weights of experts, routed or shared."""
-    gate_up, down = own.layout.from_canonical(w_gate, w_up, w_down)
-    if own.down_order == "in_out":
-        down = w_down
-    parts = [each for each in gate_up if each is not None] if isinstance(gate_up, tuple) else [gate_up]
-    names = (f"{own.path}.{name}" for name in (*own.gate_up, own.down))
-    return dict(zip(names, (*parts, down), strict=True))
-
-
-def _canonical_projections(own: Projections, natives: dict[str, np.ndarray]):
-    """w_gate (None where experts are not gated), w_up, w_down."""
-    *parts, down = (natives[f"{own.path}.{name}"] for name in (*own.gate_up, own.down))
-    gate_up = parts[0] if own.layout.fused != "separate" else (parts[0] if len(parts) == 2 else None, parts[-1])
-    w_gate, w_up, w_down = own.layout.to_canonical(gate_up, down)
-    return w_gate, w_up, down if own.down_order == "in_out" else w_down
-
-
-def _prefix(values, native: np.ndarray):
-    """The numbers that have a canonical name, in the shape of `native`.
-
-    longcat_flash keeps up projections for its null experts too, after the others.
-    """
-    return values.reshape(-1)[: native.size].reshape(native.shape)

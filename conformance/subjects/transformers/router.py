@@ -1,25 +1,23 @@
-"""conformance, subject transformers: the routers and MoE blocks of huggingface/transformers, as they are.
+"""conformance, subject transformers: the routers of huggingface/transformers, as they are.
 
 For each spec the router class that computes it is built from a small config, its gate is replaced by an identity
 (`identity_gate`), and it is called as its block calls it. Which class computes what is data, in
-`transformers_families.py`. Whole layers are in `transformers_layers.py`. Nothing is downloaded.
+`families.py`. Nothing is downloaded.
 """
 
 import importlib
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import torch
 
-from conformance.core.subject import Routing, Unsupported
-from conformance.subjects.identity_gate import give_identity_gate, to_numpy, to_torch
-from conformance.subjects.transformers.balance import TransformersBalance
+from conformance.core.subject import Routing, Subject, Unsupported
+from conformance.subjects.identity_gate import give_identity_gate
+from conformance.subjects.torch.arrays import numpy_if_any, to_numpy, to_torch
 from conformance.subjects.transformers.families import DEFAULTS, ROUTERS, RealRouter
-from conformance.subjects.transformers.layer import IMPLEMENTATIONS, TransformersLayers
-from moe_ref import RouterSpec
-from moe_ref.specs.checks import nearest
+from moe_ref import RouterSpec, ShardLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,33 +31,28 @@ class Returned:
     shared_weights_TS: torch.Tensor | None = None
 
 
-class Transformers(TransformersBalance, TransformersLayers):  # pyright: ignore[reportIncompatibleMethodOverride]
+class TransformersRouter(Subject):
     """The router or block of transformers that computes a spec; with `family`, only that family's."""
 
-    name = "transformers"
-    url = "https://github.com/huggingface/transformers"
-    logit_dtypes = ("float32", "bfloat16")
+    family: str = ""
+    last_family: str = ""
+    """The one that was called last."""
 
-    def __init__(self, family: str = "", experts_implementation: str = ""):
-        family = family or self.family
-        if family and family not in ROUTERS:
-            raise ValueError(f"family is {family!r}{nearest(family, ROUTERS)}")
-        self.family = family
-        self.experts_implementation = experts_implementation or self.experts_implementation
-        if self.experts_implementation not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"experts_implementation is {experts_implementation!r}; it is one of {', '.join(IMPLEMENTATIONS)}"
-            )
-        self.version = version("transformers")
-        torch.set_num_threads(1)  # a router call is too small to share
-
-    def supports(self, spec: RouterSpec, layout=None) -> str | None:
+    def supports(self, spec: RouterSpec, layout: ShardLayout | None = None) -> str | None:
         if layout is not None:
             return "transformers shards no router"
         return find(spec, self.family, False)[1] or None
 
-    # It names its inputs, which is how a subject says what it takes.
-    def route(self, logits_TE, spec, expert_bias_E, *, learned_scale=None, token_ids_T=None, table_VK=None) -> Routing:
+    def route(
+        self,
+        logits_TE: np.ndarray,
+        spec: RouterSpec,
+        expert_bias_E: np.ndarray | None,
+        *,
+        learned_scale: np.ndarray | None = None,
+        token_ids_T: np.ndarray | None = None,
+        table_VK: np.ndarray | None = None,
+    ) -> Routing:
         row, why = find(spec, self.family, expert_bias_E is not None)
         if row is None:
             raise Unsupported(why)
@@ -73,11 +66,11 @@ class Transformers(TransformersBalance, TransformersLayers):  # pyright: ignore[
         return Routing(
             expert_ids_TK=to_numpy(found.expert_ids_TK),
             weights_TK=to_numpy(found.weights_TK),
-            scores_TE=None if found.scores_TE is None else to_numpy(found.scores_TE),
-            shared_weights_TS=None if found.shared_weights_TS is None else to_numpy(found.shared_weights_TS),
+            scores_TE=numpy_if_any(found.scores_TE),
+            shared_weights_TS=numpy_if_any(found.shared_weights_TS),
         )
 
-    def gate(self, x_TD, gate_ED, gate_bias_E) -> np.ndarray:
+    def gate(self, x_TD: np.ndarray, gate_ED: np.ndarray, gate_bias_E: np.ndarray | None) -> np.ndarray:
         row = ROUTERS[self.family or ("mixtral" if gate_bias_E is None else "gpt_oss")]
         if not row.plain_gate:
             raise Unsupported(f"the logits of {row.name} are not the product of tokens and gate alone")
@@ -96,7 +89,7 @@ class Transformers(TransformersBalance, TransformersLayers):  # pyright: ignore[
             found = getattr(self, f"_call_{row.call}")(router, tokens_TD, bias_E, no_inputs(len(x_TD), spec.top_k))
         return to_numpy(found.logits_TE)
 
-    def configure(self, fields: dict) -> None:
+    def configure(self, fields: dict[str, Any]) -> None:
         """Config, router and a forward pass of two tokens; whatever the library raises passes through."""
         row, why = find_config(fields, self.family)
         if row is None:
@@ -168,13 +161,6 @@ class Transformers(TransformersBalance, TransformersLayers):  # pyright: ignore[
         ids_TK = torch.empty_like(slot_N).scatter_(0, slot_N, expert_N).reshape(-1, router.top_k)
         weights_TK = torch.empty_like(weight_N).scatter_(0, slot_N, weight_N).reshape(ids_TK.shape)
         return Returned(logits_TE=logits_TE, weights_TK=weights_TK, expert_ids_TK=ids_TK)
-
-
-class TransformersGroupedMm(Transformers):
-    """The same with experts on grouped matmuls, which is what a model uses unless it is told otherwise."""
-
-    name = "transformers-grouped-mm"
-    experts_implementation = "grouped_mm"
 
 
 @lru_cache(maxsize=4096)

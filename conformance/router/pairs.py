@@ -1,0 +1,255 @@
+"""conformance, router, pairs: few cases that have, together, every pair of what a case is made of.
+
+A fault often needs two things at once: a bias with a masked logit, a p-norm with a learned scale. Each value of a
+field, kind of logits, kind of bias, dtype and class of size meets each other one, where the two can meet at all.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from conformance.core.drawing import one_of
+from conformance.core.judge import Judge
+from conformance.router.case import RouterCase
+from conformance.router.check import RouterCheck
+from conformance.router.draw import BIASES, LOGITS, SPECS, THIN_SPECS, make_case
+from moe_ref import RouterSpec
+
+
+class Setting(NamedTuple):
+    """What a case is made of, but for the numbers."""
+
+    spec: RouterSpec
+    logits: str
+    bias: str
+    dtype: str
+    tokens: int
+
+
+Fact = tuple[str, Any]
+"""(what, which): a part of a setting."""
+
+SHAPES: dict[str, dict[str, tuple[int, int, int]]] = {
+    "none": {"few": (8, 0, 0), "some": (33, 0, 0), "many": (130, 0, 0)},
+    "one": {"few": (8, 1, 1), "some": (33, 1, 1), "many": (130, 1, 1)},
+    "each expert": {"few": (8, 8, 2), "some": (33, 33, 2), "many": (130, 130, 2)},
+    "all kept": {"few": (12, 4, 4), "some": (36, 4, 4), "many": (132, 4, 4)},
+    "pairs": {"few": (8, 4, 2), "some": (34, 17, 2), "many": (130, 65, 2)},
+    "triples": {"few": (12, 4, 2), "some": (33, 11, 2), "many": (129, 43, 2)},
+    "larger": {"few": (16, 4, 2), "some": (64, 8, 4), "many": (256, 8, 4)},
+}
+"""Groups -> experts -> (num_experts, num_expert_groups, num_limited_groups)."""
+
+FIELDS: dict[str, tuple] = {
+    "score_func": ("softmax", "sigmoid", "sqrtsoftplus"),
+    "score_over": ("all", "selected"),
+    "logit_scale": (1.0, 0.25),
+    "logit_softcap": (None, 1.5),
+    "group_score_k": (2, 1, 3),
+    "mask_fill": (-np.inf, 0.0),
+    "selector": ("top_k", "table", "given", "round_robin", "random", "sparsemixer"),
+    "select_by": ("score", "logit"),
+    "weights_from": ("scores", "masked_scores"),
+    "route_norm": (False, True),
+    "norm_form": ("add_eps", "clamp"),
+    "norm_eps": (0.0, 1e-20, 0.25),
+    "norm_p": (1.0, 2.0),
+    "norm_with_shared": (False, True),
+    "route_scale": (1.0, 2.5),
+    "learned_scale": ("none", "per_expert", "global"),
+    "num_null_experts": (0, 1, 3),
+    "null_kind": ("identity", "skip"),
+    "num_scored_shared_experts": (0, 2),
+    "weight_on": ("output", "input"),
+    "output_scale": (1.0, 2.0),
+}
+"""Values of each field of a spec, the identity first."""
+PARTS: dict[str, tuple] = FIELDS | {
+    "groups": tuple(SHAPES),
+    "experts": ("few", "some", "many"),
+    "top_k": ("one", "two", "nine", "all"),
+    "logits": LOGITS,
+    "bias": BIASES,
+    "dtype": ("float32", "float64", "bfloat16", "float16"),
+    "tokens": ("one", "few", "some", "many"),
+}
+"""Everything that a setting is chosen from."""
+TOKENS = {"one": 1, "few": 7, "some": 33, "many": 130}
+TOP_K = {"one": 1, "two": 2, "nine": 9}
+
+GROUPED = tuple(name for name in SHAPES if name != "none")
+IMPLIES: tuple[tuple[str, tuple, str, tuple], ...] = (
+    ("score_over", ("selected",), "score_func", ("softmax",)),
+    ("score_over", ("selected",), "select_by", ("logit",)),
+    ("score_over", ("selected",), "selector", ("top_k", "table", "given", "round_robin", "random")),
+    ("selector", ("sparsemixer",), "select_by", ("logit",)),
+    ("selector", ("sparsemixer",), "score_func", ("softmax",)),
+    ("selector", ("round_robin",), "num_null_experts", (0,)),
+    ("num_scored_shared_experts", (2,), "score_func", ("sigmoid", "sqrtsoftplus")),
+    ("norm_with_shared", (True,), "num_scored_shared_experts", (2,)),
+    ("groups", GROUPED, "selector", ("top_k",)),
+    ("groups", GROUPED, "num_null_experts", (0,)),
+    ("groups", ("none",), "group_score_k", (2,)),
+    ("groups", ("none",), "mask_fill", (-np.inf,)),
+    ("groups", ("none",), "weights_from", ("scores",)),
+    ("groups", ("each expert",), "group_score_k", (1,)),
+    ("groups", ("each expert",), "top_k", ("one", "two", "all")),
+    ("groups", ("pairs",), "group_score_k", (1, 2)),
+    ("groups", ("pairs", "triples"), "top_k", ("one", "two", "all")),
+    ("top_k", ("nine",), "experts", ("some", "many")),
+    ("bias", BIASES[1:], "selector", ("top_k",)),
+)
+"""(part, values, another part, values): where the first has one of these values, the second has one of those.
+
+What a spec forbids is for RouterSpec to say; these find settings that it allows.
+"""
+
+
+def setting_with(first: Fact, second: Fact, rng: np.random.Generator) -> Setting | None:
+    """A setting that has both facts, the rest by chance; None where none has."""
+    chosen = {part: one_of(rng, values) for part, values in PARTS.items()}
+    fixed = dict((first, second))
+    if any(fixed[part] != value for part, value in (first, second)):
+        return None
+    chosen |= fixed
+    for _ in range(30):
+        broken = [rule for rule in IMPLIES if chosen[rule[0]] in rule[1] and chosen[rule[2]] not in rule[3]]
+        if not broken:
+            return _setting(chosen)
+        part, values, other, allowed = broken[0]
+        if other not in fixed:
+            chosen[other] = one_of(rng, allowed)
+        elif part not in fixed:
+            chosen[part] = one_of(rng, [value for value in PARTS[part] if value not in values])
+        else:
+            return None
+    return None
+
+
+def _setting(chosen: dict[str, Any]) -> Setting | None:
+    E, G, L = SHAPES[chosen["groups"]][chosen["experts"]]
+    groups = {"num_expert_groups": G, "num_limited_groups": L} if G else {}
+    choices = L * (E // G) if G else E + chosen["num_null_experts"]
+    try:
+        spec = RouterSpec(
+            num_experts=E,
+            top_k=TOP_K.get(chosen["top_k"], choices),
+            **groups,
+            **{name: chosen[name] for name in FIELDS},
+        )
+    except ValueError:  # two fields contradict each other
+        return None
+    return Setting(spec, chosen["logits"], chosen["bias"], chosen["dtype"], TOKENS[chosen["tokens"]])
+
+
+def facts(setting: Setting) -> frozenset[Fact]:
+    """What a setting is made of. Of a number that is not listed, what is nearest to it counts."""
+    spec = setting.spec
+    found: set[Fact] = {(name, _nearest(getattr(spec, name), values)) for name, values in FIELDS.items()}
+    P, G, L = spec.experts_per_group, spec.num_expert_groups, spec.num_limited_groups
+    of_size = {1: "each expert", 2: "pairs", 3: "triples"}.get(P, "larger")
+    groups = "none" if G is None else "one" if G == 1 else "all kept" if L == G else of_size
+    most = spec.num_choices if G is None or L is None else L * P
+    top_k = "all" if spec.top_k == most else "one" if spec.top_k == 1 else "two" if spec.top_k <= 8 else "nine"
+    experts = "few" if spec.num_experts <= 16 else "some" if spec.num_experts <= 64 else "many"
+    tokens = min(TOKENS, key=lambda name: (TOKENS[name] < setting.tokens, TOKENS[name]))
+    bias = setting.bias if spec.selector == "top_k" else "none"
+    return frozenset(
+        found
+        | {("groups", groups), ("experts", experts), ("top_k", top_k), ("tokens", tokens)}
+        | {("logits", setting.logits), ("bias", bias), ("dtype", setting.dtype)}
+    )
+
+
+def _nearest(value: Any, values: tuple) -> Any:
+    if value in values or isinstance(value, (str, bool)) or value is None:
+        return value
+    others = [each for each in values[1:] if each is not None]
+    return min(others, key=lambda each: abs(float(each) - float(value)))
+
+
+def covering_pairs(settings: Sequence[Setting], known: Sequence[Setting] = ()) -> list[Setting]:
+    """Few of the settings that have, with those that are known, every pair of facts that some setting has."""
+    of_setting = [facts(setting) for setting in settings]
+    place = {fact: i for i, fact in enumerate(sorted({fact for each in of_setting for fact in each}, key=repr))}
+    if not place:
+        return []
+    has = np.zeros((len(settings), len(place)), dtype=np.float32)
+    for row, each in enumerate(of_setting):
+        has[row, [place[fact] for fact in each]] = 1
+    missing = np.triu(has.T @ has > 0, 1)
+    for setting in known:
+        columns = [place[fact] for fact in facts(setting) if fact in place]
+        missing[np.ix_(columns, columns)] = False
+    kept = []
+    while missing.any():
+        first, second = np.unravel_index(missing.argmax(), missing.shape)
+        rows = np.flatnonzero((has[:, first] > 0) & (has[:, second] > 0))
+        gains = ((has[rows] @ missing.astype(np.float32)) * has[rows]).sum(axis=-1)
+        best = int(rows[gains.argmax()])
+        columns = np.flatnonzero(has[best])
+        missing[np.ix_(columns, columns)] = False
+        kept.append(settings[best])
+    return kept
+
+
+@cache
+def every_pair() -> tuple[Setting, ...]:
+    """A setting for each pair of facts that some valid spec allows."""
+    rng = np.random.default_rng(0)
+    of_part = [[(part, value) for value in values] for part, values in PARTS.items()]
+    pairs = [
+        (first, second)
+        for i, some in enumerate(of_part)
+        for others in of_part[i + 1 :]
+        for first in some
+        for second in others
+    ]
+    return tuple(found for first, second in pairs if (found := setting_with(first, second, rng)) is not None)
+
+
+@cache
+def survey() -> tuple[Setting, ...]:
+    """Few settings that have every pair together."""
+    return tuple(covering_pairs(every_pair()))
+
+
+@lru_cache(maxsize=64)
+def survey_of(specs: tuple[RouterSpec, ...], dtypes: tuple[str, ...], tokens: tuple[int, ...]) -> tuple[Setting, ...]:
+    """Few settings with every pair that these specs, dtypes and numbers of tokens make."""
+    rng = np.random.default_rng(1)
+    settings = [
+        Setting(spec, logits, one_of(rng, BIASES), one_of(rng, dtypes), one_of(rng, tokens))
+        for spec in specs
+        for logits in LOGITS
+    ]
+    return tuple(covering_pairs(settings))
+
+
+def settings(judge: Judge, check: RouterCheck) -> list[Setting]:
+    """The settings of a check: those of the survey that the subject supports, and what they leave of its own pairs."""
+    subject = judge.subject
+    dtypes = tuple(dtype for dtype in check.dtypes if dtype in subject.logit_dtypes)
+    dtypes = dtypes or ("float32",)  # given as float64
+    tokens = tuple(TOKENS.values())
+    if subject.compiles:  # programs that other requirements have compiled already
+        dtypes, tokens = dtypes[:1], (7,)
+    found = [
+        setting
+        for setting in (() if subject.compiles else survey())
+        if check.spec(setting.spec) and setting.dtype in dtypes and subject.supports(setting.spec) is None
+    ]
+    if len(found) == len(survey()):
+        return found
+    pool = THIN_SPECS if subject.compiles else SPECS
+    specs = tuple(spec for spec in pool if check.spec(spec) and subject.supports(spec) is None)
+    return found + list(survey_of(specs, dtypes, tokens))
+
+
+def cases(judge: Judge, check: RouterCheck) -> Iterator[RouterCase]:
+    """A case of each setting."""
+    if check.pairs:
+        for number, (spec, logits, bias, dtype, tokens) in enumerate(settings(judge, check)):
+            yield make_case(spec, check, logits=logits, bias=bias, dtype=dtype, tokens=tokens, seed=number)

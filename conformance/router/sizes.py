@@ -1,0 +1,133 @@
+"""conformance, router, sizes: cases past every tile, warp, dtype and table limit, and public models at full size.
+
+Real code breaks at sizes that a toy never reaches: a 33rd expert, a 257th, a top-k of 9, a 1,025th token, row 65,536.
+"""
+
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from conformance.core.judge import Judge
+from conformance.core.kind import settings_of
+from conformance.router.case import RouterCase
+from conformance.router.check import RouterCheck
+from conformance.router.draw import dtypes_of, make_case
+from moe_ref import RouterSpec
+from moe_ref.specs.families import preset
+
+
+class Size(NamedTuple):
+    """How large a case is; no groups where num_expert_groups is 0."""
+
+    tokens: int
+    num_experts: int
+    top_k: int
+    num_expert_groups: int = 0
+    num_limited_groups: int = 0
+
+
+TOKENS = (17, 33, 65, 129, 257, 1025)
+EXPERTS = (*range(1, 34), 64, 127, 128, 129, 255, 256, 257, 384, 512)
+TOP_K = (6, 7, 9, 16, 22, 8)
+
+
+def _plain() -> list[Size]:
+    found = [Size(tokens, experts, 5) for tokens, experts in zip(TOKENS, (33, 12, 40, 9, 16, 24), strict=True)]
+    for i, E in enumerate(EXPERTS):
+        K = TOP_K[i % len(TOP_K)]
+        found.append(Size(5, E, K if K <= E else 1 + i % min(E, 3)))
+    found += [Size(3, 512, 22), Size(3, 257, 9), Size(3, 128, 7), Size(3, 64, 6), Size(3, 33, 16), Size(3, 32, 22)]
+    return found
+
+
+PLAIN = _plain()
+MANY_ROWS = Size(4099, 32, 16)
+"""T * K is past 65,535, the most blocks that a grid of a GPU has in its second direction."""
+GROUPED = (
+    Size(5, 256, 8, 8, 4), Size(3, 512, 8, 8, 4), Size(5, 160, 6, 8, 3), Size(3, 384, 9, 1, 1), Size(1025, 16, 4, 4, 2),
+    Size(17, 8, 2, 8, 3), Size(5, 64, 7, 32, 7), Size(5, 34, 3, 17, 2), Size(5, 33, 5, 11, 3), Size(3, 129, 6, 43, 2),
+    Size(9, 24, 6, 8, 4), Size(33, 64, 16, 8, 4), Size(3, 128, 22, 8, 3), Size(3, 257, 6, 257, 6), Size(5, 40, 9, 4, 4),
+    Size(65, 32, 6, 2, 1), Size(129, 96, 7, 6, 2), Size(257, 30, 4, 5, 2),
+)  # fmt: skip
+COMPILED = (Size(1025, 33, 22), Size(129, 257, 9), MANY_ROWS, Size(17, 8, 2, 8, 3))
+"""What a subject is tried on for which each is a compilation."""
+SHARE = 8
+"""A requirement that does not sweep is tried at every so-manieth size."""
+MOST_TRIES = 30
+"""Specs of the pool that are looked at for one that has a size."""
+
+KIMI_K2 = {"num_experts": 384, "num_expert_groups": 1, "num_limited_groups": 1, "route_scale": 2.827}
+"""https://huggingface.co/moonshotai/Kimi-K2-Instruct: DeepSeek-V3 with more experts, and one group."""
+MODELS: tuple[RouterSpec, ...] = (
+    preset("deepseek_v3"),
+    preset("deepseek_v3", **KIMI_K2),
+    preset("qwen3_next"),
+    preset("gpt_oss"),
+)
+"""Public models at their published size."""
+TOKENS_OF_MODEL = 17
+
+
+def resized(spec: RouterSpec, size: Size, check: RouterCheck, judge: Judge) -> RouterSpec | None:
+    """The spec at a size, or at one with fewer experts for each token; None where there is none for the check."""
+    groups = {"num_expert_groups": size.num_expert_groups, "num_limited_groups": size.num_limited_groups}
+    for top_k in dict.fromkeys((size.top_k, min(spec.top_k, size.num_experts), 1)):
+        sizes = {"num_experts": size.num_experts, "top_k": top_k} | (groups if size.num_expert_groups else {})
+        if size.num_expert_groups:
+            most = size.num_experts // size.num_expert_groups
+            sizes["group_score_k"] = min(spec.group_score_k, most)
+        try:
+            found = spec.replace(**sizes)
+        except ValueError:  # the kept groups hold fewer
+            continue
+        if check.spec(found) and judge.subject.supports(found) is None:
+            return found
+    return None
+
+
+def sizes_of(check: RouterCheck, compiles: bool) -> list[Size]:
+    """The sizes at which a requirement is tried; the largest number of tokens is among them."""
+    if compiles:
+        return list(COMPILED)
+    if check.sweeps:
+        return [*PLAIN, *GROUPED, MANY_ROWS]
+    first = zlib.crc32(check.requirement.encode()) % SHARE
+    longest = [PLAIN[TOKENS.index(1025)], GROUPED[4]]
+    return list(dict.fromkeys([*longest, *PLAIN[first::SHARE], *GROUPED[first % 4 :: 4]]))
+
+
+def specs_of(judge: Judge, check: RouterCheck) -> Iterator[tuple[RouterSpec, int]]:
+    """(spec, tokens): each size with a spec of the pool in turn, then the public models."""
+    pool, _ = settings_of(judge, check)
+    of_groups = {grouped: [spec for spec in pool if (spec.num_expert_groups is not None) == grouped]
+                 for grouped in (False, True)}  # fmt: skip
+    for number, size in enumerate(sizes_of(check, judge.subject.compiles)):
+        specs = of_groups[size.num_expert_groups > 0]
+        tries = min(len(specs), MOST_TRIES)
+        candidates = (specs[(5 * number + i) % len(specs)] for i in range(tries))
+        found = next((each for spec in candidates if (each := resized(spec, size, check, judge))), None)
+        if found is not None:
+            yield found, size.tokens
+    for spec in MODELS:
+        if check.spec(spec) and judge.subject.supports(spec) is None:
+            yield spec, TOKENS_OF_MODEL
+
+
+def cases(judge: Judge, check: RouterCheck) -> Iterator[RouterCase]:
+    """A case of each size, with the check's kinds of logits, bias and dtype in turn."""
+    if check.method != "route" or (judge.subject.compiles and "float32" not in check.dtypes):
+        return
+    if judge.subject.compiles and check.inputs:
+        return  # each further input is another program
+    dtypes = dtypes_of(judge, check)
+    for number, (spec, tokens) in enumerate(specs_of(judge, check)):
+        tokens = 0 if check.tokens == (0,) else tokens
+        yield make_case(
+            spec,
+            check,
+            logits=check.logits[number % len(check.logits)],
+            bias=check.bias[number // 2 % len(check.bias)],
+            dtype=dtypes[number // 3 % len(dtypes)],
+            tokens=tokens,
+            seed=number,
+        )

@@ -1,0 +1,60 @@
+"""conformance, subject jax: the router of moe_jax, compiled."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from conformance.core.subject import Routing, Subject
+from conformance.subjects.jax.arrays import narrow, narrow_inputs, to_numpy
+from moe_jax import routing
+from moe_ref import RouterInputs, RouterSpec
+
+# The spec is static: one program for each spec and shape.
+_route = jax.jit(routing.route, static_argnames="spec")
+_gate = jax.jit(routing.gate)
+
+
+class JaxRouter(Subject):
+    """`moe_jax.routing`."""
+
+    def route(
+        self,
+        logits_TE: np.ndarray,
+        spec: RouterSpec,
+        expert_bias_E: np.ndarray | None,
+        *,
+        learned_scale: np.ndarray | None = None,
+        token_ids_T: np.ndarray | None = None,
+        table_VK: np.ndarray | None = None,
+        given_ids_TK: np.ndarray | None = None,
+        seed: int | None = None,
+        token_mask_T: np.ndarray | None = None,
+    ) -> Routing:
+        """Route on the default device; the seed becomes a key where the selector draws."""
+        if expert_bias_E is None and spec.selector == "top_k":
+            expert_bias_E = np.zeros(spec.num_choices, np.float32)  # one program less to compile
+        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
+        found = _route(
+            narrow(logits_TE),
+            spec=spec,
+            expert_bias_E=narrow(expert_bias_E),
+            learned_scale=narrow(learned_scale),
+            inputs=narrow_inputs(inputs, spec),
+            token_mask_T=token_mask_T,
+        )
+        return Routing(
+            expert_ids_TK=np.asarray(found.expert_ids_TK),
+            weights_TK=np.asarray(found.weights_TK),
+            scores_TE=to_numpy(found.scores_TE),
+            group_ids_TL=to_numpy(found.group_ids_TL),
+            shared_weights_TS=to_numpy(found.shared_weights_TS),
+        )
+
+    def gate(self, x_TD: np.ndarray, gate_ED: np.ndarray, gate_bias_E: np.ndarray | None) -> np.ndarray:
+        """The logits, summed in float32."""
+        return np.asarray(_gate(narrow(x_TD), narrow(gate_ED), narrow(gate_bias_E)))
+
+    def configure(self, fields: dict[str, Any]) -> None:
+        """moe_jax takes the reference's own RouterSpec."""
+        RouterSpec.from_dict(fields)

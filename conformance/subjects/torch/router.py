@@ -1,0 +1,61 @@
+"""conformance, subject torch: the router of moe_torch."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from conformance.core.subject import Routing, Subject
+from conformance.subjects.torch.arrays import numpy_if_any, tensor, tensor_if_any, to_inputs
+from moe_ref import RouterInputs, RouterSpec
+from moe_torch.router import Gate, NodeLimitedRouter
+from moe_torch.routing import route
+
+
+class TorchRouter(Subject):
+    """The function that routes logits, and the module of the router."""
+
+    def route(
+        self,
+        logits_TE: np.ndarray,
+        spec: RouterSpec,
+        expert_bias_E: np.ndarray | None,
+        *,
+        learned_scale: np.ndarray | None = None,
+        token_ids_T: np.ndarray | None = None,
+        table_VK: np.ndarray | None = None,
+        given_ids_TK: np.ndarray | None = None,
+        seed: int | None = None,
+        token_mask_T: np.ndarray | None = None,
+    ) -> Routing:
+        """Route without gradients; the seed becomes a generator."""
+        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
+        with torch.no_grad():
+            found = route(
+                tensor(logits_TE),
+                spec,
+                expert_bias_E=tensor_if_any(expert_bias_E),
+                learned_scale=tensor_if_any(learned_scale),
+                inputs=to_inputs(inputs),
+                token_mask_T=tensor_if_any(token_mask_T),
+            )
+        return Routing(
+            expert_ids_TK=found.expert_ids_TK.numpy(),
+            weights_TK=found.weights_TK.numpy(),
+            scores_TE=numpy_if_any(found.scores_TE),
+            group_ids_TL=numpy_if_any(found.group_ids_TL),
+            shared_weights_TS=numpy_if_any(found.shared_weights_TS),
+        )
+
+    def gate(self, x_TD: np.ndarray, gate_ED: np.ndarray, gate_bias_E: np.ndarray | None) -> np.ndarray:
+        """The logits of the router's own gate module."""
+        gate = Gate(gate_ED.shape[1], gate_ED.shape[0], bias=gate_bias_E is not None)
+        gate.weight = torch.nn.Parameter(tensor(gate_ED))
+        if gate_bias_E is not None:
+            gate.bias = torch.nn.Parameter(tensor(gate_bias_E))
+        with torch.no_grad():
+            return gate(tensor(x_TD)).numpy()
+
+    def configure(self, fields: dict[str, Any]) -> None:
+        """The module is built, with a small gate."""
+        NodeLimitedRouter(4, RouterSpec.from_dict(fields))

@@ -1,0 +1,39 @@
+"""conformance, subject transformers: routers, MoE blocks and losses of huggingface/transformers, as they are."""
+
+from importlib.metadata import version
+
+import torch
+
+from conformance.subjects.transformers.balance import TransformersBalance
+from conformance.subjects.transformers.families import ROUTERS
+from conformance.subjects.transformers.layer import IMPLEMENTATIONS, TransformersLayer
+from conformance.subjects.transformers.router import TransformersRouter
+from moe_ref.specs.checks import nearest
+
+
+class Transformers(TransformersRouter, TransformersLayer, TransformersBalance):
+    """The classes and functions of transformers that compute a spec; with `family`, only that family's."""
+
+    name = "transformers"
+    url = "https://github.com/huggingface/transformers"
+    logit_dtypes = ("float32", "bfloat16")
+
+    def __init__(self, family: str = "", experts_implementation: str = ""):
+        family = family or self.family
+        if family and family not in ROUTERS:
+            raise ValueError(f"family is {family!r}{nearest(family, ROUTERS)}")
+        self.family = family
+        self.experts_implementation = experts_implementation or self.experts_implementation
+        if self.experts_implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"experts_implementation is {experts_implementation!r}; it is one of {', '.join(IMPLEMENTATIONS)}"
+            )
+        self.version = version("transformers")
+        torch.set_num_threads(1)  # a router call is too small to share
+
+
+class TransformersGroupedMm(Transformers):
+    """The same with experts on grouped matmuls, which is what a model uses unless it is told otherwise."""
+
+    name = "transformers-grouped-mm"
+    experts_implementation = "grouped_mm"
