@@ -2,8 +2,8 @@
 
     build -> train (-> train ...) -> step -> train ... ;   evaluate, at any place
 
-Weights stay as they are: what the optimizer does with gradients is no matter of a router. How the layers are spread over
-pipeline ranks is no matter either: layers do not influence each other.
+Weights stay as they are: what the optimizer does with gradients is no matter of a router. How the layers are spread
+over pipeline ranks is no matter either: layers do not influence each other.
 
 Legend: T tokens, K top_k, E choices (experts, then null experts).
 """

@@ -184,7 +184,7 @@ def hold_loss(judge: Judge, found: TrainingState, wanted: TrainingState, title: 
 
 
 def loss_radius(judge: Judge, case: TrainingCase, number: int, loss: float) -> float:
-    """Logits are sums of D products, a score is a share of exp, and the loss is a sum of scores with positive factors."""
+    """Logits are sums of D products, a score is a share of exp, and the loss is a sum of scores that are at least 0."""
     dtype, x_LTD = judge.subject.compute_dtype, case.events[number].x_LTD
     assert x_LTD is not None
     L, T, D = x_LTD.shape

@@ -223,7 +223,7 @@ def hold_all(judge: Judge, case: TrainingCase, title: str) -> None:
         hold_bias(judge, found, wanted, title, case, number, steps=1 + number)
 
 
-SINGLE = tuple(f"STP-{number}" for number in range(1, 13)) + ("STP-16", "STP-17")
+SINGLE = tuple(f"STP-{number}" for number in (*range(1, 13), 16, 17))
 """What is judged event by event."""
 
 

@@ -29,8 +29,8 @@ chapter(
     ("STP-13", MUST, "A model without such layers runs every script too, and its states hold no layer."),
     ("STP-14", MUST, "Layers that are spread over pipeline ranks have the states that they have in one process; a rank "
                  "without a layer takes part.", "pytorch/torchtitan#1593"),
-    ("STP-15", MUST, "The balance loss of a pass is the sum of those of its layers, or that of the tokens of all layers "
-                 "as one batch, as over_layers says, in training and in evaluation.",
+    ("STP-15", MUST, "The balance loss of a pass is the sum of those of its layers, or that of the tokens of all "
+                 "layers as one batch, as over_layers says, in training and in evaluation.",
                  "huggingface/transformers#28255", "huggingface/transformers#31464"),
     ("STP-16", MUST, "A forced choice is counted as it is; neither the router's own choice nor its bias is asked.",
                  "PrimeIntellect-ai/prime-rl#2953", "verl-project/verl#7524"),
