@@ -5,7 +5,7 @@ comes out; a framework lives inside the subject alone.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -16,11 +16,13 @@ from moe_ref import (
     BalanceSpec,
     BiasUpdateSpec,
     CapacitySpec,
+    Event,
     LayerParams,
     LayerSpec,
     RouterSpec,
     RoutingRecord,
     ShardLayout,
+    StackSpec,
 )
 
 
@@ -254,7 +256,7 @@ class Subject:
 
         Inputs:
             token_mask_T: (T,) bools, False where a token is padding.
-            tokens_per_shard: of the consecutive shards, a tuple that sums to T: the mean is over all tokens of all ranks.
+            tokens_per_shard: of the consecutive shards, a tuple that sums to T; the mean is over the tokens of all.
 
         Returns:
             'loss': a number. 'd_logits_TE': its gradient, in the shape of the logits.
@@ -301,11 +303,36 @@ class Subject:
         """
         raise NotImplementedError
 
+    # training: several layers over several steps, as data (moe_ref.StackSpec, moe_ref.Event). Weights stay as they are.
+
+    def supports_training(self, stack: StackSpec) -> str | None:
+        """None, or a sentence that says why this stack cannot be trained; by default as for its layers and rules."""
+        layers = [self.supports_layer(layer) for layer in stack.layers]
+        rules = [self.supports_load(rule) for rule in (*stack.updates, stack.balance) if rule is not None]
+        return next((sentence for sentence in layers + rules if sentence), None)
+
+    def train(self, events: Sequence[Event], stack: StackSpec, params: list[LayerParams]) -> list[dict[str, Any]]:
+        """Optional: what can be seen of a stack of L layers after each event of a script, in the order of time.
+
+        The first event builds the layers, with `params`, the parameters of each, where a bias of None is 0. A later one
+        builds them again; trains on a micro-batch, forward and backward, whose layer l sees event.x_LTD[l]; evaluates
+        one; or is a step of the optimizer. What else an event says is in `moe_ref.Event`; one that cannot be run
+        raises `Unsupported`. Layers of different pipeline ranks (stack.layers_of(rank)) are model parts of their own,
+        each with its hook, where the implementation has such parts.
+
+        Returns:
+            A dict for each event. counts_by_layer: L times (E,) integers, the slots that training passes gave to each
+            choice since the last step. bias_by_layer: L times (E,) expert_bias. loss: for a pass, where the stack has a
+            balance: its loss over all layers, coeff included.
+        """
+        raise NotImplementedError
+
 
 METHODS = (
     "route", "gate", "configure", "permute", "experts", "combine", "layer", "layer_gradients",
     "dispatch", "sharded_layer", "sharded_gradients",
     "load", "balance_loss", "z_loss", "bias_update", "capacity", "record", "replay",
+    "train",
 )  # fmt: skip
 
 

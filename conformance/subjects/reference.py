@@ -1,5 +1,6 @@
 """conformance, subject: the reference itself, in a dtype of your choice. The judge never accuses it."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -11,12 +12,14 @@ from moe_ref import (
     BalanceSpec,
     BiasUpdateSpec,
     CapacitySpec,
+    Event,
     LayerParams,
     LayerSpec,
     RouterInputs,
     RouterSpec,
     RoutingRecord,
     ShardLayout,
+    StackSpec,
 )
 from moe_ref import experts as experts_room
 from moe_ref.backward.routing import scale_logits_backward
@@ -279,6 +282,11 @@ class Reference(Subject):
         if d_weights_TK is not None:
             found["d_weights_TK"] = moe_ref.capacity_backward(trace, capacity, d_weights_TK)
         return found
+
+    # training
+
+    def train(self, events: Sequence[Event], stack: StackSpec, params: list[LayerParams]) -> list[dict]:
+        return [vars(state) for state in moe_ref.train(events, stack, params, dtype=self.compute_dtype)]
 
 
 def named(params: LayerParams) -> dict[str, np.ndarray]:

@@ -284,8 +284,8 @@ def plainer(case: RouterCase) -> RouterCase:
     return tame(visible(without_bias(case).with_(dtype="float32")))
 
 
-OF_THE_CHOICE = ("RUN-3", "GRP-2", "SEL-3", "SEL-11", "SEL-2", "SEL-4", "GRP-1", "GRP-3", "GRP-6", "SEL-9", "SEL-14", "SEL-15",
-                 "SEL-16")  # fmt: skip
+OF_THE_CHOICE = ("RUN-3", "GRP-2", "SEL-3", "SEL-11", "SEL-2", "SEL-4", "GRP-1", "GRP-3", "GRP-6", "SEL-9", "SEL-14",
+                 "SEL-15", "SEL-16")  # fmt: skip
 OF_THE_WEIGHTS = tuple(f"WGT-{number}" for number in (8, 2, 3, 4, 5, 6, 7, 9, 11, 12, 13, 14))
 
 
