@@ -77,6 +77,9 @@ def loss_radius(judge: Judge, case: BalanceCase) -> Loss:
         slope_TE = scale_logits_backward(np.ones_like(z_TE), z_TE, case.router)
         largest = SCALINGS * eps * case.router.logit_scale
         gradient_TE = gradient_TE * np.abs(slope_TE) + s_TE * (pull_TE + mean_T1) * largest
+    # A score that underflows is lost; the square root of one that does is lost far earlier.
+    lost = TINY[dtype] ** 0.5 if spec.score_func == "sqrtsoftplus" else TINY[dtype]
+    loss, gradient_TE = loss + lost * pull_TE.sum(), gradient_TE + lost * (pull_TE + mean_T1)
     return Loss(loss=np.asarray(loss), d_logits_TE=gradient_TE + TINY[dtype])
 
 
