@@ -17,6 +17,7 @@ from conformance.core.chosen import pool_of, tokens_of
 from conformance.core.drawing import covering, one_of
 from conformance.core.judge import Judge
 from conformance.core.kind import settings_of
+from conformance.layer import routed
 from conformance.layer.bounds import stable_T
 from conformance.layer.case import LayerCase
 from conformance.layer.check import LayerCheck
@@ -244,16 +245,20 @@ def make_case(spec: LayerSpec, check: LayerCheck, *, x: str, bias: str, tokens: 
     return case
 
 
-def pool(judge: Judge) -> list[LayerSpec]:
+def pool(judge: Judge, check: LayerCheck) -> list[LayerSpec]:
     """The specs that a subject is tried on."""
+    if check.routed:
+        return routed.THIN_ROUTED_SPECS if judge.subject.compiles else routed.ROUTED_SPECS
     return THIN_LAYER_SPECS if judge.subject.compiles else LAYER_SPECS
 
 
 def settings(judge: Judge, check: LayerCheck) -> tuple[list[LayerSpec], Counter]:
     """The specs that the check wants and the subject supports, each fact about as often as any other."""
-    wanted = [spec for spec in pool_of(judge, LayerSpec, pool(judge)) if check.spec(spec)]
+    wanted = [spec for spec in pool_of(judge, LayerSpec, pool(judge, check)) if check.spec(spec)]
     reasons = [judge.subject.supports_layer(spec) for spec in wanted]
     supported = [spec for spec, why in zip(wanted, reasons, strict=True) if why is None]
+    if check.few and judge.subject.compiles:
+        supported = supported[:1]
     return evenly(supported), Counter(why for why in reasons if why)
 
 
@@ -262,13 +267,18 @@ def draw(judge: Judge, check: LayerCheck, seed: int) -> LayerCase:
     rng, (specs, _) = np.random.default_rng(seed), settings_of(judge, check)
     sizes = tokens_of(judge, check.tokens[:1] if judge.subject.compiles else check.tokens)
     spec, x, bias = one_of(rng, specs), one_of(rng, check.x), one_of(rng, check.bias)
+    if check.routed and routed.prescribes(spec):
+        return routed.make_case(spec, int(rng.integers(2**32)))
     return make_case(spec, check, x=x, bias=bias, tokens=one_of(rng, sizes), seed=int(rng.integers(2**32)))
 
 
 def fixed(judge: Judge, check: LayerCheck) -> Iterator[LayerCase]:
     """A case for each fact that holds for some spec, so that a rare one is not left to luck."""
     supported = set(settings_of(judge, check)[0])
-    specs = [spec for spec in pool_of(judge, LayerSpec, pool(judge)) if spec in supported]
+    specs = [spec for spec in pool_of(judge, LayerSpec, pool(judge, check)) if spec in supported]
+    if check.routed:
+        yield from (routed.make_case(spec, number) for number, spec in enumerate(specs) if routed.prescribes(spec))
+        return
     for number, spec in enumerate(sorted(covering(specs, facts), key=specs.index)):
         x, bias = check.x[number % len(check.x)], check.bias[number % len(check.bias)]
         yield make_case(spec, check, x=x, bias=bias, tokens=tokens_of(judge, check.tokens)[0], seed=number)

@@ -8,10 +8,21 @@ from dataclasses import fields
 import numpy as np
 
 from conformance.core.holding import hold
-from conformance.core.judge import Crash, NotRun
+from conformance.core.judge import Crash, NotRun, accuse
+from conformance.core.show import shown
+from conformance.layer import routed
 from conformance.layer.case import LayerCase
 from conformance.layer.kind import requires
-from conformance.layer.predicates import PARTS, POISON, by_token, poisoned, routed_alone, unmasked
+from conformance.layer.predicates import (
+    PARTS,
+    POISON,
+    WHOLE,
+    by_token,
+    plainly_routed,
+    poisoned,
+    routed_alone,
+    unmasked,
+)
 from conformance.layer.verdicts import ROUTER_IS_WRONG, hold_layer, judged_T, output_of_subject, radius_of_output
 from moe_ref import LayerParams, LayerSpec
 
@@ -228,3 +239,22 @@ def the_same_input_gives_the_same_output(judge, case):
     if np.isnan(first_TD).any():
         raise NotRun("judged where the output is a number")
     hold("another output in a second call", second_TD, first_TD)
+
+
+@requires(
+    "LAY-17",
+    method="layer",
+    routed=True,
+    after=("LAY-1",),
+    simpler=((plainly_routed, (*PARTS, *WHOLE)),),
+    unless=(ROUTER_IS_WRONG,),
+)
+def a_layer_routes_as_its_router_says(judge, case):
+    found_TD, wanted_TD = output_of_subject(judge, case), case.reference.output_TD
+    # A choice, and a weight of a tiny score, may hang on rounding; that the output is a number may not.
+    for token in np.flatnonzero(~np.isfinite(found_TD).all(axis=-1)):
+        accuse("not a number", token=token, expected=shown(wanted_TD[token]), received=shown(found_TD[token]))
+    clear_T = routed.clear_T(case, judge.subject.compute_dtype)
+    judge.near_ties(int((~clear_T).sum()))
+    title = "not the weighted sum of the experts that its logits choose"
+    hold(title, found_TD, wanted_TD, radius_of_output(judge, case), rows=clear_T)

@@ -31,4 +31,6 @@ chapter(
     ("LAY-15", MUST, "Renaming ungrouped experts, gate rows and parameters alike, changes no output."),
     ("LAY-16", SHOULD, "The same input gives the same output, bit for bit.", "vllm-project/vllm#45683",
                   "sgl-project/sglang#40187"),
+    ("LAY-17", MUST, "A layer routes as its router says, whatever logits and expert_bias are: large, small, close, negative.",
+                  "huggingface/transformers#45440", "vllm-project/vllm#37605"),
 )  # fmt: skip
