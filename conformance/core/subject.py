@@ -92,11 +92,20 @@ class Subject:
         raise NotImplementedError
 
     def layer(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Any) -> np.ndarray:
-        """Optional: (T, D) output of the whole layer. `inputs` are those of `moe_ref.moe_layer` that the case has."""
+        """Optional: (T, D) output of the whole layer. `inputs` are those of `moe_ref.moe_layer` that the case has.
+
+        May get token_mask_T; capacity, a CapacitySpec, with sequence_lengths or tokens_per_shard where its scope needs
+        them; and what the selector reads: token_ids_T and table_VK, given_ids_TK and given_weights_TK. A parameter that
+        this method does not name makes the cases that have it unsupported, as for `route`; so does a capacity that
+        `supports_load` refuses. The arrays are the judge's: a method that writes to them changes its caller's.
+        """
         raise NotImplementedError
 
     def layer_gradients(self, x_TD, params: LayerParams, spec: LayerSpec, d_output_TD, **inputs: Any) -> dict:
-        """Optional: gradients of sum(output * d_output): 'x_TD', and each parameter that the layer has, by name."""
+        """Optional: gradients of sum(output * d_output): 'x_TD', and each parameter that the layer has, by name.
+
+        `inputs` are those of `layer`.
+        """
         raise NotImplementedError
 
     # layouts (moe_ref.ShardLayout). What is "by shard" is a list of one array for each token shard, in rank order.

@@ -18,7 +18,7 @@ class LayerCheck(Check):
     """Kinds of expert_bias; a crowded one leaves experts without tokens."""
     routed: bool = False
     """Whether it is tried on the layers of `routed.py`, whose logits are prescribed."""
-    large: bool = False
-    """Whether it is tried on the layers of `large.py` as well, past the limits of tiles and tables."""
+    large: int = 0
+    """Every so many of the layers of `large.py`, past the limits of tiles and tables, are tried as well; 0: none."""
     few: bool = False
     """Whether each of its cases costs a program of its own; then a subject that compiles is tried on one spec."""

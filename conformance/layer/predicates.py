@@ -86,6 +86,26 @@ def plainly_routed(case: OfLayer) -> OfLayer | None:
     )
 
 
+def unlimited(case: OfLayer) -> OfLayer:
+    """The same without a capacity."""
+    return case.with_inputs(capacity=None, sequence_lengths=None, tokens_per_shard=None)
+
+
+def unlimited_and_unmasked(case: OfLayer) -> OfLayer:
+    """The same without a capacity, none of the tokens padding."""
+    return unmasked(unlimited(case))
+
+
+def takes_ids(spec: LayerSpec) -> bool:
+    """Routers whose choice is given."""
+    return spec.router.selector == "given"
+
+
+def without_given_weights(case: OfLayer) -> OfLayer:
+    """The same choice with the router's own weights."""
+    return case.with_inputs(given_weights_TK=None)
+
+
 def unmasked(case: OfLayer) -> OfLayer:
     """The same tokens, none of them padding."""
     return case.with_inputs(token_mask_T=None)

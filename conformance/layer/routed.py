@@ -1,4 +1,4 @@
-"""conformance, layer: layers whose logits are prescribed, so that a subject with nothing but `layer` shows how it routes.
+"""conformance, layer: prescribed logits, so that a subject with nothing but `layer` shows how it routes.
 
 The gate has one row for each of the first features of a token, which are its logits. Every router of the kind router is
 tried, and the tokens of one case have logits of all kinds.

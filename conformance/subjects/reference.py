@@ -61,7 +61,7 @@ class Reference(ReferenceBalance):
 
     def layer_gradients(self, x_TD, params, spec, d_output_TD, **inputs):
         trace = moe_ref.moe_layer(x_TD, params, spec, dtype=self.compute_dtype, **named(inputs))
-        grads = moe_ref.layer_backward(trace, params, spec, d_output_TD)
+        grads = moe_ref.layer_backward(trace, params, spec, d_output_TD, capacity=inputs.get("capacity"))
         found = {f.name: getattr(grads.params, f.name) for f in fields(grads.params)}
         return {"x_TD": grads.x_TD} | {name: grad for name, grad in found.items() if grad is not None}
 

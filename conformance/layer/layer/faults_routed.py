@@ -29,7 +29,7 @@ def the_layer_clips_its_logits(scaled_logits_TE, spec):
     return score(np.clip(scaled_logits_TE, -20, 20), spec)
 
 
-@replaces("route", breaks="LAY-17", links=("vllm-project/vllm#14027",))
+@replaces("route", breaks="LAY-2", links=("vllm-project/vllm#14027",))
 def the_layer_rounds_its_logits(logits_TE, spec, **inputs):
     """The layer keeps its logits in bfloat16, which cannot tell close ones apart."""
     return route(rounded(logits_TE, 8), spec, **inputs)

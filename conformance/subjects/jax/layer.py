@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conformance.core.subject import Routing
+from conformance.core.subject import Routing, Unsupported
 from conformance.subjects.jax.balance import JaxBalance
 from conformance.subjects.jax.balance import narrow as _narrow
 from moe_jax import routing
@@ -83,17 +83,14 @@ class Jax(JaxBalance):
 
     def layer(self, x_TD, params, spec, **inputs):
         """`sparse_matmul`, whose second output, the routing, is not read."""
-        named = _layer_inputs(spec, **inputs)
-        return np.asarray(_layer(_narrow(x_TD), _with_bias(params, spec), spec=spec, inputs=named))
+        named, limits = _layer_inputs(spec, **inputs)
+        return np.asarray(_layer(_narrow(x_TD), _with_bias(params, spec), spec=spec, inputs=named, **limits))
 
     def layer_gradients(self, x_TD, params, spec, d_output_TD, **inputs):
         """By `jax.grad` of the sum of output times d_output."""
+        named, limits = _layer_inputs(spec, **inputs)
         d_x_TD, d_params = _layer_gradients(
-            _narrow(x_TD),
-            _with_bias(params, spec),
-            _narrow(d_output_TD),
-            spec=spec,
-            inputs=_layer_inputs(spec, **inputs),
+            _narrow(x_TD), _with_bias(params, spec), _narrow(d_output_TD), spec=spec, inputs=named, **limits
         )
         found = {"x_TD": np.asarray(d_x_TD)}
         for field in fields(LayerParams):
@@ -103,8 +100,8 @@ class Jax(JaxBalance):
 
     def record(self, x_TD, params, spec, **inputs):
         """What `sparse_matmul` decided."""
-        named = _layer_inputs(spec, **inputs)
-        decided = _decided(_narrow(x_TD), _with_bias(params, spec), spec=spec, inputs=named)
+        named, limits = _layer_inputs(spec, **inputs)
+        decided = _decided(_narrow(x_TD), _with_bias(params, spec), spec=spec, inputs=named, **limits)
         return capture(decided, spec.router, token_mask_T=inputs.get("token_mask_T"))
 
     def replay(self, x_TD, params, spec, record):
@@ -117,20 +114,23 @@ class Jax(JaxBalance):
         return np.asarray(_layer(_narrow(x_TD), params, spec=forced, inputs=named))
 
 
-@partial(jax.jit, static_argnames="spec")
-def _layer(x_TD, params: LayerParams, *, spec: LayerSpec, inputs: dict):
-    return sparse_matmul(x_TD, params, spec, **inputs)[0]
+STATIC = ("spec", "capacity", "num_sequences")
 
 
-@partial(jax.jit, static_argnames="spec")
-def _decided(x_TD, params: LayerParams, *, spec: LayerSpec, inputs: dict):
-    return sparse_matmul(x_TD, params, spec, **inputs)[1]
+@partial(jax.jit, static_argnames=STATIC)
+def _layer(x_TD, params: LayerParams, *, spec: LayerSpec, inputs: dict, **limits):
+    return sparse_matmul(x_TD, params, spec, **inputs, **limits)[0]
 
 
-@partial(jax.jit, static_argnames="spec")
-def _layer_gradients(x_TD, params: LayerParams, d_output_TD, *, spec: LayerSpec, inputs: dict):
+@partial(jax.jit, static_argnames=STATIC)
+def _decided(x_TD, params: LayerParams, *, spec: LayerSpec, inputs: dict, **limits):
+    return sparse_matmul(x_TD, params, spec, **inputs, **limits)[1]
+
+
+@partial(jax.jit, static_argnames=STATIC)
+def _layer_gradients(x_TD, params: LayerParams, d_output_TD, *, spec: LayerSpec, inputs: dict, **limits):
     def loss(x_TD, params):
-        return jnp.sum(sparse_matmul(x_TD, params, spec, **inputs)[0] * d_output_TD)
+        return jnp.sum(sparse_matmul(x_TD, params, spec, **inputs, **limits)[0] * d_output_TD)
 
     return jax.grad(loss, argnums=(0, 1))(x_TD, params)
 
@@ -153,9 +153,17 @@ def _combine(rows_RD, metadata: RouteMetadata, weights_TK, *, spec: LayerSpec):
     return summed_TD * spec.router.output_scale
 
 
-def _layer_inputs(spec: LayerSpec, *, token_mask_T=None, **inputs) -> dict:
-    """Keyword arguments of `sparse_matmul`."""
-    return {"token_mask_T": token_mask_T, "inputs": _inputs(spec.router, inputs)}
+def _layer_inputs(
+    spec: LayerSpec, *, token_mask_T=None, capacity=None, sequence_lengths=None, tokens_per_shard=None, **inputs
+) -> tuple[dict, dict]:
+    """Keyword arguments of `sparse_matmul`: those that are arrays, and those of a capacity."""
+    if tokens_per_shard is not None:
+        raise Unsupported("a layer of moe_jax is on one rank, and has no shards")
+    limits = {} if capacity is None else {"capacity": capacity}
+    if sequence_lengths is not None:
+        sequence_of_T = np.repeat(np.arange(len(sequence_lengths)), sequence_lengths)
+        limits |= {"sequence_of_T": _narrow(sequence_of_T), "num_sequences": len(sequence_lengths)}
+    return {"token_mask_T": token_mask_T, "inputs": _inputs(spec.router, inputs)}, limits
 
 
 def _inputs(spec: RouterSpec, named: dict) -> RouterInputs:

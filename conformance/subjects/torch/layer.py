@@ -1,14 +1,16 @@
 """conformance, subject torch: moe_torch on the CPU, in eager mode."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
-from conformance.core.subject import Routing
+from conformance.core.subject import Routing, Unsupported
 from conformance.subjects.torch.balance import TorchBalance
-from moe_ref import LayerParams, LayerSpec, RouterInputs, RouterSpec
+from moe_ref import CapacitySpec, LayerParams, LayerSpec, RouterInputs, RouterSpec
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation
 from moe_torch.moe import MoE
 from moe_torch.replay import capture, replay_layer
@@ -90,11 +92,12 @@ class Torch(TorchBalance):
     def layer(self, x_TD, params, spec, **inputs):
         """The module, without gradients."""
         with torch.no_grad():
-            return _loaded(params, spec)(_single(x_TD), **_layer_inputs(**inputs)).numpy()
+            moe, named = _loaded(params, spec, inputs), _layer_inputs(**inputs)
+            return moe(_single(x_TD), **named).numpy()
 
     def layer_gradients(self, x_TD, params, spec, d_output_TD, **inputs):
         """By autograd, brought back into the canonical layout; the balancing bias is a buffer and has none."""
-        moe, tokens_TD = _loaded(params, spec), _single(x_TD).requires_grad_()
+        moe, tokens_TD = _loaded(params, spec, inputs), _single(x_TD).requires_grad_()
         trained = dict(moe.named_parameters())
         output_TD = moe(tokens_TD, **_layer_inputs(**inputs))
         d_x_TD, *gradients = torch.autograd.grad(
@@ -107,7 +110,7 @@ class Torch(TorchBalance):
         """What the module decided."""
         named = _layer_inputs(**inputs)
         with torch.no_grad():
-            _, routing = _loaded(params, spec).forward_and_routing(_single(x_TD), **named)
+            _, routing = _loaded(params, spec, inputs).forward_and_routing(_single(x_TD), **named)
         return capture(routing, spec.router, token_mask=named["token_mask"])
 
     def replay(self, x_TD, params, spec, record):
@@ -118,20 +121,23 @@ class Torch(TorchBalance):
 
 
 @lru_cache(maxsize=64)
-def _built(spec: LayerSpec) -> MoE:
-    return MoE(spec).eval()
+def _built(spec: LayerSpec, capacity: CapacitySpec | None) -> MoE:
+    return MoE(spec, capacity=capacity).eval()
 
 
-def _loaded(params: LayerParams, spec: LayerSpec) -> MoE:
-    """The layer of a spec with these parameters."""
-    moe = _built(spec)
+def _loaded(params: LayerParams, spec: LayerSpec, inputs: Mapping = MappingProxyType({})) -> MoE:
+    """The layer of a spec with these parameters, and with the capacity among the inputs."""
+    moe = _built(spec, inputs.get("capacity"))
     moe.load_params(params)
     return moe
 
 
-def _layer_inputs(*, token_mask_T=None, **inputs) -> dict:
-    """Keyword arguments of the layer."""
-    return {"token_mask": _maybe(token_mask_T), "inputs": to_inputs(RouterInputs(**inputs))}
+def _layer_inputs(*, token_mask_T=None, capacity=None, sequence_lengths=None, tokens_per_shard=None, **inputs) -> dict:
+    """Keyword arguments of the layer; its capacity is one of the module."""
+    if tokens_per_shard is not None:
+        raise Unsupported("a layer of moe_torch is on one rank, and has no shards")
+    named = {"token_mask": _maybe(token_mask_T), "inputs": to_inputs(RouterInputs(**inputs))}
+    return named if sequence_lengths is None else named | {"sequence_lengths": sequence_lengths}
 
 
 def to_inputs(inputs: RouterInputs) -> RouterInputs:
