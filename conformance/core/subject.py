@@ -147,7 +147,11 @@ class Subject:
 
         Inputs:
             token_mask_T: (T,) bools; the output of a padding token (False) is 0.
-            token_ids_T, table_VK, given_ids_TK, seed: as `route` gets them.
+            capacity: a CapacitySpec, whose dropped slots add nothing. One that `supports_load` refuses is unsupported.
+            sequence_lengths, tokens_per_shard: the consecutive parts of the tokens that a scope of the capacity needs.
+            token_ids_T, table_VK, given_ids_TK, given_weights_TK, seed: as `route` gets them.
+
+        The arrays are the judge's: a method that writes to one changes what its caller computes with.
         """
         raise NotImplementedError
 

@@ -102,13 +102,18 @@ class Reference(Subject):
         spec: LayerSpec,
         *,
         token_mask_T: np.ndarray | None = None,
+        capacity: CapacitySpec | None = None,
+        sequence_lengths: Sequence[int] | None = None,
+        tokens_per_shard: Sequence[int] | None = None,
         token_ids_T: np.ndarray | None = None,
         table_VK: np.ndarray | None = None,
         given_ids_TK: np.ndarray | None = None,
+        given_weights_TK: np.ndarray | None = None,
         seed: int | None = None,
     ) -> np.ndarray:
-        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
-        return self._traced(x_TD, params, spec, token_mask_T, inputs).output_TD
+        inputs = RouterInputs(token_ids_T, table_VK, given_ids_TK, given_weights_TK, seed=seed)
+        limits = {"capacity": capacity, "sequence_lengths": sequence_lengths, "tokens_per_shard": tokens_per_shard}
+        return self._traced(x_TD, params, spec, token_mask_T, inputs, **limits).output_TD
 
     def layer_gradients(
         self,
@@ -118,14 +123,19 @@ class Reference(Subject):
         d_output_TD: np.ndarray,
         *,
         token_mask_T: np.ndarray | None = None,
+        capacity: CapacitySpec | None = None,
+        sequence_lengths: Sequence[int] | None = None,
+        tokens_per_shard: Sequence[int] | None = None,
         token_ids_T: np.ndarray | None = None,
         table_VK: np.ndarray | None = None,
         given_ids_TK: np.ndarray | None = None,
+        given_weights_TK: np.ndarray | None = None,
         seed: int | None = None,
     ) -> dict[str, np.ndarray]:
-        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
-        trace = self._traced(x_TD, params, spec, token_mask_T, inputs)
-        grads = moe_ref.layer_backward(trace, params, spec, d_output_TD)
+        inputs = RouterInputs(token_ids_T, table_VK, given_ids_TK, given_weights_TK, seed=seed)
+        limits = {"capacity": capacity, "sequence_lengths": sequence_lengths, "tokens_per_shard": tokens_per_shard}
+        trace = self._traced(x_TD, params, spec, token_mask_T, inputs, **limits)
+        grads = moe_ref.layer_backward(trace, params, spec, d_output_TD, capacity=capacity)
         return {"x_TD": grads.x_TD} | named(grads.params)
 
     def record(
@@ -135,13 +145,18 @@ class Reference(Subject):
         spec: LayerSpec,
         *,
         token_mask_T: np.ndarray | None = None,
+        capacity: CapacitySpec | None = None,
+        sequence_lengths: Sequence[int] | None = None,
+        tokens_per_shard: Sequence[int] | None = None,
         token_ids_T: np.ndarray | None = None,
         table_VK: np.ndarray | None = None,
         given_ids_TK: np.ndarray | None = None,
+        given_weights_TK: np.ndarray | None = None,
         seed: int | None = None,
     ) -> RoutingRecord:
-        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
-        trace = self._traced(x_TD, params, spec, token_mask_T, inputs)
+        inputs = RouterInputs(token_ids_T, table_VK, given_ids_TK, given_weights_TK, seed=seed)
+        limits = {"capacity": capacity, "sequence_lengths": sequence_lengths, "tokens_per_shard": tokens_per_shard}
+        trace = self._traced(x_TD, params, spec, token_mask_T, inputs, **limits)
         return moe_ref.capture(trace.routing, spec.router, token_mask_T=token_mask_T)
 
     def replay(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, record: RoutingRecord) -> np.ndarray:
@@ -149,8 +164,9 @@ class Reference(Subject):
         trace = moe_ref.replay_layer(record, x_TD, params, spec, with_weights=with_weights, dtype=self.compute_dtype)
         return np.asarray(trace.output_TD)
 
-    def _traced(self, x_TD, params: LayerParams, spec: LayerSpec, token_mask_T, inputs: RouterInputs):
-        return moe_ref.moe_layer(x_TD, params, spec, token_mask_T=token_mask_T, inputs=inputs, dtype=self.compute_dtype)
+    def _traced(self, x_TD, params: LayerParams, spec: LayerSpec, token_mask_T, inputs: RouterInputs, **limits):
+        named = {"token_mask_T": token_mask_T, "inputs": inputs} | limits
+        return moe_ref.moe_layer(x_TD, params, spec, dtype=self.compute_dtype, **named)
 
     # sharded
 
