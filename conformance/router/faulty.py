@@ -8,7 +8,7 @@ import moe_ref
 from conformance.core.fault import Fault, surrounds
 from conformance.core.subject import Routing, Subject
 from conformance.router.case import RouterCase
-from moe_ref import RouterSpec, RoutingTrace
+from moe_ref import RouterInputs, RouterSpec, RoutingTrace
 
 
 def routing_under(fault: Fault, case: RouterCase, *, dtype: str = "float64") -> RoutingTrace:
@@ -20,7 +20,8 @@ def _route(fault: Fault, memory: dict, logits_TE, spec: RouterSpec, expert_bias_
     """Faults work on the whole trace, whatever the subject shows of it."""
 
     def route(logits_TE, spec, expert_bias_E, **inputs) -> RoutingTrace:
-        return moe_ref.route(logits_TE, spec, expert_bias_E=expert_bias_E, dtype=dtype, **inputs)
+        named = RouterInputs.keywords(inputs)
+        return moe_ref.route(logits_TE, spec, expert_bias_E=expert_bias_E, dtype=dtype, **named)
 
     return fault.run(route, memory, logits_TE, spec, expert_bias_E, **inputs)
 
