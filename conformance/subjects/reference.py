@@ -111,7 +111,13 @@ class Reference(Subject):
         given_weights_TK: np.ndarray | None = None,
         seed: int | None = None,
     ) -> np.ndarray:
-        inputs = RouterInputs(token_ids_T, table_VK, given_ids_TK, given_weights_TK, seed=seed)
+        inputs = RouterInputs(
+            token_ids_T=token_ids_T,
+            table_VK=table_VK,
+            given_ids_TK=given_ids_TK,
+            given_weights_TK=given_weights_TK,
+            seed=seed,
+        )
         limits = {"capacity": capacity, "sequence_lengths": sequence_lengths, "tokens_per_shard": tokens_per_shard}
         return self._traced(x_TD, params, spec, token_mask_T, inputs, **limits).output_TD
 
@@ -132,7 +138,13 @@ class Reference(Subject):
         given_weights_TK: np.ndarray | None = None,
         seed: int | None = None,
     ) -> dict[str, np.ndarray]:
-        inputs = RouterInputs(token_ids_T, table_VK, given_ids_TK, given_weights_TK, seed=seed)
+        inputs = RouterInputs(
+            token_ids_T=token_ids_T,
+            table_VK=table_VK,
+            given_ids_TK=given_ids_TK,
+            given_weights_TK=given_weights_TK,
+            seed=seed,
+        )
         limits = {"capacity": capacity, "sequence_lengths": sequence_lengths, "tokens_per_shard": tokens_per_shard}
         trace = self._traced(x_TD, params, spec, token_mask_T, inputs, **limits)
         grads = moe_ref.layer_backward(trace, params, spec, d_output_TD, capacity=capacity)
@@ -154,7 +166,13 @@ class Reference(Subject):
         given_weights_TK: np.ndarray | None = None,
         seed: int | None = None,
     ) -> RoutingRecord:
-        inputs = RouterInputs(token_ids_T, table_VK, given_ids_TK, given_weights_TK, seed=seed)
+        inputs = RouterInputs(
+            token_ids_T=token_ids_T,
+            table_VK=table_VK,
+            given_ids_TK=given_ids_TK,
+            given_weights_TK=given_weights_TK,
+            seed=seed,
+        )
         limits = {"capacity": capacity, "sequence_lengths": sequence_lengths, "tokens_per_shard": tokens_per_shard}
         trace = self._traced(x_TD, params, spec, token_mask_T, inputs, **limits)
         return moe_ref.capture(trace.routing, spec.router, token_mask_T=token_mask_T)

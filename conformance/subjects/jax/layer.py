@@ -61,7 +61,13 @@ class JaxLayer(Subject):
         seed: int | None = None,
     ) -> np.ndarray:
         """`sparse_matmul`, whose second output, the routing, is not read."""
-        inputs = RouterInputs(token_ids_T, table_VK, given_ids_TK, given_weights_TK, seed=seed)
+        inputs = RouterInputs(
+            token_ids_T=token_ids_T,
+            table_VK=table_VK,
+            given_ids_TK=given_ids_TK,
+            given_weights_TK=given_weights_TK,
+            seed=seed,
+        )
         how = _how(spec, token_mask_T, inputs, sequence_lengths)
         limits = _limits(capacity, sequence_lengths)
         return np.asarray(_layer(narrow(x_TD), with_bias(params, spec), spec=spec, how=how, **limits))
@@ -83,7 +89,13 @@ class JaxLayer(Subject):
         seed: int | None = None,
     ) -> dict[str, np.ndarray]:
         """By `jax.grad` of the sum of output times d_output."""
-        inputs = RouterInputs(token_ids_T, table_VK, given_ids_TK, given_weights_TK, seed=seed)
+        inputs = RouterInputs(
+            token_ids_T=token_ids_T,
+            table_VK=table_VK,
+            given_ids_TK=given_ids_TK,
+            given_weights_TK=given_weights_TK,
+            seed=seed,
+        )
         how = _how(spec, token_mask_T, inputs, sequence_lengths)
         limits = _limits(capacity, sequence_lengths)
         d_x_TD, d_params = _layer_gradients(
@@ -108,7 +120,13 @@ class JaxLayer(Subject):
         seed: int | None = None,
     ) -> RoutingRecord:
         """What `sparse_matmul` decided."""
-        inputs = RouterInputs(token_ids_T, table_VK, given_ids_TK, given_weights_TK, seed=seed)
+        inputs = RouterInputs(
+            token_ids_T=token_ids_T,
+            table_VK=table_VK,
+            given_ids_TK=given_ids_TK,
+            given_weights_TK=given_weights_TK,
+            seed=seed,
+        )
         how = _how(spec, token_mask_T, inputs, sequence_lengths)
         limits = _limits(capacity, sequence_lengths)
         decided = _decided(narrow(x_TD), with_bias(params, spec), spec=spec, how=how, **limits)

@@ -63,7 +63,13 @@ class TorchLayer(Subject):
         seed: int | None = None,
     ) -> np.ndarray:
         """The module, without gradients."""
-        inputs = RouterInputs(token_ids_T, table_VK, given_ids_TK, given_weights_TK, seed=seed)
+        inputs = RouterInputs(
+            token_ids_T=token_ids_T,
+            table_VK=table_VK,
+            given_ids_TK=given_ids_TK,
+            given_weights_TK=given_weights_TK,
+            seed=seed,
+        )
         with torch.no_grad():
             return _loaded(params, spec, capacity)(single(x_TD), **_how(token_mask_T, inputs, sequence_lengths)).numpy()
 
@@ -84,7 +90,13 @@ class TorchLayer(Subject):
         seed: int | None = None,
     ) -> dict[str, np.ndarray]:
         """By autograd, brought back into the canonical layout; the balancing bias is a buffer and has none."""
-        inputs = RouterInputs(token_ids_T, table_VK, given_ids_TK, given_weights_TK, seed=seed)
+        inputs = RouterInputs(
+            token_ids_T=token_ids_T,
+            table_VK=table_VK,
+            given_ids_TK=given_ids_TK,
+            given_weights_TK=given_weights_TK,
+            seed=seed,
+        )
         moe, tokens_TD = _loaded(params, spec, capacity), single(x_TD).requires_grad_()
         trained = dict(moe.named_parameters())
         output_TD = moe(tokens_TD, **_how(token_mask_T, inputs, sequence_lengths))
@@ -110,7 +122,13 @@ class TorchLayer(Subject):
         seed: int | None = None,
     ) -> RoutingRecord:
         """What the module decided."""
-        inputs = RouterInputs(token_ids_T, table_VK, given_ids_TK, given_weights_TK, seed=seed)
+        inputs = RouterInputs(
+            token_ids_T=token_ids_T,
+            table_VK=table_VK,
+            given_ids_TK=given_ids_TK,
+            given_weights_TK=given_weights_TK,
+            seed=seed,
+        )
         how = _how(token_mask_T, inputs, sequence_lengths)
         with torch.no_grad():
             _, routing = _loaded(params, spec, capacity).forward_and_routing(single(x_TD), **how)
