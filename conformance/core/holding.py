@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from conformance.core.judge import accuse
-from conformance.core.show import shown
+from conformance.core.show import shown_apart
 
 
 def hold(
@@ -35,6 +35,7 @@ def hold(
         wrong = ~(np.abs(found - wanted) <= radius)
     wrong_R = wrong.any(axis=tuple(range(1, wrong.ndim)))
     for row in np.flatnonzero(wrong_R if rows is None else wrong_R & rows).tolist():
-        expected, received = (f"{name} {shown(numbers[row])}".lstrip() for numbers in (wanted, found))
+        rows_apart = shown_apart(wanted[row % len(wanted)], found[row % len(found)], wrong[row])
+        expected, received = (f"{name} {numbers}".lstrip() for numbers in rows_apart)
         where = {"token": row} if label is None else {}
         accuse(title if label is None else f"{title}: {label(row)}", expected=expected, received=received, **where)

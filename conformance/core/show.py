@@ -7,11 +7,33 @@ MOST_NUMBERS = 12
 MOST_CHARACTERS = 400
 
 
-def shown(values) -> str:
+DIGITS, MORE_DIGITS = 6, 10
+"""Of a number; more where two rows look alike with fewer."""
+
+
+def shown(values: np.ndarray, digits: int = DIGITS) -> str:
     """A row of numbers, its first ones."""
     flat = np.ravel(values)
-    numbers = " ".join(f"{v:.6g}" for v in flat[:MOST_NUMBERS])
+    numbers = " ".join(f"{v:.{digits}g}" for v in flat[:MOST_NUMBERS])
     return f"[{numbers}{' ...' if len(flat) > MOST_NUMBERS else ''}]"
+
+
+def shown_apart(wanted: np.ndarray, found: np.ndarray, wrong: np.ndarray) -> tuple[str, str]:
+    """Two rows of numbers, from the first one that a reader has to see, with as many digits as tell them apart.
+
+    Args:
+        wanted, found: two rows.
+        wrong: bools, of the same shape: which numbers differ by too much.
+    """
+    wanted, found, wrong = (np.ravel(each) for each in np.broadcast_arrays(wanted, found, wrong))
+    first = int(np.argmax(wrong)) if wrong.any() else 0
+    start = first if first >= MOST_NUMBERS else 0
+    at = f"from number {start} on " if start else ""
+    for digits in (DIGITS, MORE_DIGITS):
+        rows = [shown(each[start:], digits) for each in (wanted, found)]
+        if rows[0] != rows[1]:
+            break
+    return f"{at}{rows[0]}", f"{at}{rows[1]}"
 
 
 def numbers(values) -> str:

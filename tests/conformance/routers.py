@@ -11,8 +11,8 @@ class Sigmoid(Subject):
     name, version = "right", "1"
 
     def supports(self, spec, layout=None):
-        if spec.num_expert_groups == spec.num_experts:
-            return "top-2 group scores, not groups of one"
+        if spec.num_expert_groups == spec.num_experts or spec.num_null_experts:
+            return "top-2 group scores, no groups of one, no null experts"
         plain = type(spec)(
             num_experts=spec.num_experts,
             top_k=spec.top_k,

@@ -30,7 +30,8 @@ def test_a_right_router_is_accused_of_nothing(tmp_path):
     printed = run("Sigmoid", cwd=tmp_path, code=0)
     assert "0 NEW" in printed
     assert "ok          SEL-3   An expert of a dropped group is never selected" in printed
-    assert "unsupported SCR-3" in printed
+    assert "unsupported sigmoid, top-2 groups, sum norm and scale alone: " in printed
+    assert "ok          SCR-3 " not in printed
 
 
 def test_a_wrong_router_is_accused_with_a_page_a_replay_and_reports(tmp_path):
