@@ -77,10 +77,10 @@ def loss_radius(judge: Judge, case: BalanceCase) -> Loss:
         slope_TE = scale_logits_backward(np.ones_like(z_TE), z_TE, case.router)
         largest = SCALINGS * eps * case.router.logit_scale
         gradient_TE = gradient_TE * np.abs(slope_TE) + s_TE * (pull_TE + mean_T1) * largest
-    # A score that underflows is lost; the square root of one that does is lost far earlier.
-    lost = TINY[dtype] ** 0.5 if spec.score_func == "sqrtsoftplus" else TINY[dtype]
-    loss, gradient_TE = loss + lost * pull_TE.sum(), gradient_TE + lost * (pull_TE + mean_T1)
-    return Loss(loss=np.asarray(loss), d_logits_TE=gradient_TE + TINY[dtype])
+    # A score that vanishes does so before it is pulled; its square root is of what has vanished.
+    floor = np.sqrt(TINY[dtype]) if spec.score_func == "sqrtsoftplus" else TINY[dtype]
+    floor_TE = TINY[dtype] + floor * (pull_TE + mean_T1)
+    return Loss(loss=np.asarray(loss + floor_TE.sum()), d_logits_TE=gradient_TE + floor_TE)
 
 
 def z_loss_radius(judge: Judge, case: BalanceCase) -> Loss:
@@ -100,7 +100,9 @@ def z_loss_radius(judge: Judge, case: BalanceCase) -> Loss:
     p_TE = np.exp(shown_TE - np.logaddexp.reduce(shown_TE, axis=-1)[:, None])
     away_T1 = 2 * largest_T[:, None] + E + ROUNDINGS
     gradient_TE = share_T[:, None] * p_TE * (off_T[:, None] + (log_sum_T + off_T)[:, None] * eps * 2 * away_T1)
-    return Loss(loss=np.asarray(loss + TINY[dtype]), d_logits_TE=gradient_TE + TINY[dtype])
+    # A share that vanishes does so before it is multiplied.
+    floor_T1 = TINY[dtype] * (1 + share_T * (log_sum_T + off_T))[:, None]
+    return Loss(loss=np.asarray(loss + TINY[dtype]), d_logits_TE=gradient_TE + floor_T1)
 
 
 def bias_radius(judge: Judge, case: BalanceCase, wanted_E: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""conformance, balance: load. Counts, balance losses, z-loss and the update of expert_bias."""
+"""conformance, balance: load. Counts, balance losses and the z-loss."""
 
 from dataclasses import replace
 
@@ -15,22 +15,19 @@ from conformance.balance.case import LENGTHS, BalanceCase
 from conformance.balance.draw import cut, ids_of_kind, logits_of_kind
 from conformance.balance.kind import requires
 from conformance.balance.verdicts import (
-    bias_of_subject,
     counts_of_subject,
     hold_arrays,
     hold_balance,
-    hold_bias,
     hold_counts,
     hold_cut_z_losses,
     hold_gradient,
     hold_loss,
-    hold_unchanged,
     loss_of_subject,
     z_loss_of_subject,
 )
 from conformance.core.check import given
 from conformance.core.judge import Judge
-from moe_ref import BalanceSpec, BiasUpdateSpec, tokens_per_expert
+from moe_ref import BalanceSpec, tokens_per_expert
 
 # counts
 
@@ -376,117 +373,3 @@ def a_z_loss_changes_no_array(judge, case):
 )
 def large_logits_have_finite_losses(judge, case):
     hold_balance(judge, case, "not the loss of large logits", gradient=True)
-
-
-# updates of the bias
-
-ONE_COUNT = given("judged on the counts of one rank or micro-batch", lambda case: len(case.counts_SE) == 1)
-
-
-def summed(case: BalanceCase) -> BalanceCase:
-    """The same case with the counts of all ranks and micro-batches in one."""
-    return case.with_(counts_SE=case.counts_SE.sum(axis=0, keepdims=True))
-
-
-def small(case: BalanceCase) -> BalanceCase:
-    """The same case with counts that begin at 0; their differences are the same."""
-    return summed(case.with_(counts_SE=case.counts_SE - case.counts_SE.min()))
-
-
-def summed_and_small(case: BalanceCase) -> BalanceCase:
-    """One rank's counts, which are small."""
-    return summed(few(case))
-
-
-@requires(
-    "LOD-19",
-    method="bias_update",
-    spec=lambda s: s.update == BiasUpdateSpec(rate=s.update.rate),
-    num_counts=(1,),
-    given=(ONE_COUNT,),
-)
-def the_bias_moves_against_the_load(judge, case):
-    hold_bias(judge, case, "not one step")
-
-
-@requires(
-    "LOD-20",
-    method="bias_update",
-    spec=lambda s: s.update.rule == "sign",
-    simpler=((summed, ("LOD-19", "LOD-23", "LOD-24")),),
-)
-def counts_are_summed_before_the_sign_is_taken(judge, case):
-    hold_bias(judge, case, "not the sign of the summed counts")
-
-
-def few(case: BalanceCase) -> BalanceCase:
-    """The same ranks with counts of which each sum is small."""
-    return case.with_(counts_SE=case.counts_SE % 4)
-
-
-@requires(
-    "LOD-30",
-    method="bias_update",
-    counts=("many_ranks", "edges"),
-    num_counts=(64,),
-    spec=lambda s: s.update.rule == "sign" and s.update.frozen_E is None,
-    simpler=((few, ("LOD-20",)), (summed_and_small, ("LOD-19", "LOD-23"))),
-)
-def the_counts_of_many_ranks_are_summed_exactly(judge, case):
-    hold_bias(judge, case, "not the sign of the exact sum")
-
-
-@requires("LOD-39", method="bias_update", spec=lambda s: s.update.frozen_E is None)
-def an_update_changes_no_array(judge, case):
-    bias_of_subject(judge, case)
-    hold_unchanged(judge, {"counts": case.counts_SE, "expert_bias": case.expert_bias_E})
-
-
-@requires(
-    "LOD-21",
-    method="bias_update",
-    counts=("equal", "one_at_mean", "zero"),
-    spec=lambda s: s.update.frozen_E is None,
-)
-def a_balanced_expert_keeps_its_bias(judge, case):
-    counts_E = case.counts_SE.sum(axis=0)
-    hold_bias(judge, case, "an expert with the mean count", of_E=counts_E * len(counts_E) == counts_E.sum())
-
-
-@requires("LOD-22", method="bias_update", spec=lambda s: s.update.rule != "sign" and s.update.frozen_E is None)
-def a_proportional_step_is_as_large_as_the_excess(judge, case):
-    hold_bias(judge, case, "not in proportion")
-
-
-@requires(
-    "LOD-23",
-    method="bias_update",
-    spec=lambda s: s.update.centred and s.update.frozen_E is None,
-    counts=("mixed", "one_at_mean"),
-    num_counts=(1,),
-    given=(ONE_COUNT,),
-)
-def centred_steps_have_the_mean_0(judge, case):
-    hold_bias(judge, case, "not centred")
-
-
-@requires(
-    "LOD-24",
-    method="bias_update",
-    spec=lambda s: s.update.frozen_E is not None,
-    num_counts=(1,),
-    given=(ONE_COUNT,),
-)
-def a_frozen_bias_stays(judge, case):
-    hold_bias(judge, case, "with frozen experts")
-
-
-@requires(
-    "LOD-25",
-    method="bias_update",
-    counts=("large",),
-    spec=lambda s: s.update.rule == "sign" and s.update.frozen_E is None,
-    simpler=((small, ("LOD-19", "LOD-23")),),
-)
-def large_counts_move_the_bias(judge, case):
-    hold_bias(judge, case, "not the sign of large counts")

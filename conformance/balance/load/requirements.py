@@ -59,8 +59,8 @@ chapter(
                   "NVIDIA/Megatron-LM#7081"),
     ("LOD-30", MUST, "Counts whose total is below 2 ** 24 move the bias by the sign of their exact sum, over however "
                   "many ranks.", "NVIDIA/Megatron-LM#7081"),
-    ("LOD-31", MUST, "An expert with the logit -inf has no score in a loss and no gradient; the others have "
-                  "theirs."),
+    ("LOD-31", MUST, "An expert with the logit -inf has no score in a loss and no gradient, and is none of the best "
+                  "scores that a loss counts, though fewer than top_k are left; the others have theirs."),
     ("LOD-32", MUST, "The z-loss and its gradient are finite and right for logits that are large, saturated, negative "
                   "throughout, or -inf for some experts."),
     ("LOD-33", MUST, "An unused slot (-1) is counted for no expert in a loss, and stays one of the slots that f is a "
