@@ -5,7 +5,7 @@ calls are made twice, one after the other, so that a fault that keeps something 
 returns the same from the first call on, or after the calls have been made once.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, is_dataclass
@@ -19,7 +19,7 @@ from conformance.core.fault import Fault
 from conformance.core.judge import Crash, Judge, NotRun, Violation
 from conformance.core.register import REQUIREMENTS
 from conformance.core.rounding import EPSILON, TINY
-from conformance.core.subject import Subject
+from conformance.core.subject import Subject, capabilities
 
 ROUNDINGS = 2**6
 """Granted to a number, of the largest one of its array: the reference of a fault and the subject are both rounded."""
@@ -102,9 +102,21 @@ def same_result(call: Call, found: Any, rounding: Rounding) -> bool:
     return same(found, call.result, rounding.tolerance, rounding.floor)
 
 
+def same_rows(call: Call, found: Any, rounding: Rounding) -> bool:
+    """Number by number, each as exact as its own row."""
+    return same(found, call.result, rounding.tolerance, rounding.floor, by_row=True)
+
+
 def same_form(call: Call, found: Any, rounding: Rounding) -> bool:
     """Number by number, with the very same names."""
     return same_result(call, found, rounding) and same(call.result, found, rounding.tolerance, rounding.floor)
+
+
+class _Caller(Judge):
+    """A judge that calls a subject and keeps no ledger: many are made."""
+
+    def __init__(self, subject: Subject):
+        self.subject, self.capabilities, self.handed = subject, capabilities(subject), ((), {})
 
 
 def explaining(
@@ -112,20 +124,21 @@ def explaining(
     violation: Violation,
     faults: Iterable[Fault],
     subject_with: Callable[[Fault], Subject],
-    alike: Alike = same_result,
+    alike: Sequence[Alike] = (same_result, same_rows, same_form),
 ) -> list[Fault]:
     """The faults that return what the subject returned, in every call that the check makes on the violation's case.
 
     The likeliest comes first: one that breaks this very requirement, then one of its stage, one whose own requirement
     has not been found to hold, and one that is about the method of the check. None, where the clean reference returns
-    the same. What is not told by the numbers is told by the form of the results, then by what is the same bit for bit.
+    the same.
 
     Args:
         judge: of the subject.
         violation: with a case.
         faults: that may explain it; those of methods that the check does not call do not.
         subject_with: the reference in float32 with a fault in it, whose memory is empty.
-        alike: when two results are the same.
+        alike: when two results are the same; a stricter one is asked where the clean reference returns the same. At
+            last it is asked what is the same bit for bit.
     """
     check, case = CHECKS[violation.requirement], violation.case or violation.tried
     if case is None:
@@ -135,7 +148,7 @@ def explaining(
     methods = {call.method for call in calls[0]}
     asked = [fault for fault in faults if fault.method in methods]
     found: list[Fault] = []
-    for likeness in (_Numbers(calls, alike, judge), _Numbers(calls, same_form, judge), _Bits(calls, judge)):
+    for likeness in (*(_Numbers(calls, each, judge) for each in alike), _Bits(calls, judge)):
         if likeness.tells(subject_with(clean)):
             found = [fault for fault in asked if likeness.holds(lambda fault=fault: subject_with(fault))]
         if found:
@@ -160,17 +173,17 @@ class _Numbers:
         self.rounding, self.telling = Rounding.of(judge.subject), list[Call]()
 
     def tells(self, clean: Subject) -> bool:
-        other = Judge(clean)
+        other = _Caller(clean)
         self.telling = [call for call in self.first if not self._repeats(call, other)]
         return bool(self.telling) or not self._repeats_all(self.second, other)
 
     def holds(self, subject: Callable[[], Subject]) -> bool:
-        fresh = Judge(subject())
+        fresh = _Caller(subject())
         if self.telling and self._repeats_all(self.first, fresh):
             return True
         if self.telling and not getattr(fresh.subject, "memory", None):
             return False
-        warmed = Judge(subject())
+        warmed = _Caller(subject())
         for call in self.first:
             self._repeats(call, warmed)
         return self._repeats_all(self.second, warmed)
@@ -212,7 +225,7 @@ class _Bits:
 
     def _results(self, subject: Subject) -> list | None:
         """What the subject returns in the calls; None where it cannot be like this one."""
-        judge, results = Judge(subject), []
+        judge, results = _Caller(subject), []
         for number, call in enumerate(self.calls):
             arguments, inputs = deepcopy((call.arguments, call.inputs))
             try:
@@ -299,23 +312,24 @@ def _like(call: Call, found: Any, rounding: Rounding, alike: Alike = same_result
         return False
 
 
-def same(found: Any, wanted: Any, tolerance: float, floor: float) -> bool:
+def same(found: Any, wanted: Any, tolerance: float, floor: float, *, by_row: bool = False) -> bool:
     """Whether two results are the same: whole numbers and bools exactly, others but for rounding.
 
     Args:
         found, wanted: arrays, numbers, None; lists; dataclasses; mappings, of which `found` may have more names.
         tolerance: granted to a number, as a part of the largest finite one of its array.
         floor: granted to each number besides.
+        by_row: the largest number is that of the row, along the last axis.
     """
     if is_dataclass(found) and is_dataclass(wanted):
         found, wanted = vars(found), vars(wanted)
     if isinstance(found, Mapping) and isinstance(wanted, Mapping):
         return wanted.keys() <= found.keys() and all(
-            same(found[name], wanted[name], tolerance, floor) for name in wanted
+            same(found[name], wanted[name], tolerance, floor, by_row=by_row) for name in wanted
         )
     if isinstance(found, (list, tuple)) and isinstance(wanted, (list, tuple)):
         pairs = zip(found, wanted, strict=False)
-        return len(found) == len(wanted) and all(same(*pair, tolerance, floor) for pair in pairs)
+        return len(found) == len(wanted) and all(same(*pair, tolerance, floor, by_row=by_row) for pair in pairs)
     try:
         found, wanted = np.asarray(found), np.asarray(wanted)
         if found.shape != wanted.shape:
@@ -326,5 +340,7 @@ def same(found: Any, wanted: Any, tolerance: float, floor: float) -> bool:
         found, wanted = found.astype(np.float64), wanted.astype(np.float64)
     except (TypeError, ValueError):  # a number or an array, and something that is none
         return False
-    radius = floor + tolerance * np.abs(wanted[np.isfinite(wanted)]).max(initial=0)
+    sizes = np.abs(np.where(np.isfinite(wanted), wanted, 0))
+    by_row = by_row and wanted.ndim > 0
+    radius = floor + tolerance * (sizes.max(axis=-1, keepdims=True, initial=0) if by_row else sizes.max(initial=0))
     return bool(np.isclose(found, wanted, rtol=tolerance, atol=radius, equal_nan=True).all())

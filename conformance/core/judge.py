@@ -1,6 +1,6 @@
 """conformance, the judge: runs a subject on a case, holds the result against the reference, and keeps the ledger."""
 
-import inspect
+import sysconfig
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -14,8 +14,11 @@ from conformance.core.check import CHECKS, Check
 from conformance.core.chosen import Chosen
 from conformance.core.register import REQUIREMENTS
 from conformance.core.rounding import EPSILON
-from conformance.core.subject import Subject, Unsupported, capabilities
+from conformance.core.subject import Subject, Unsupported, capabilities, named_inputs
 from moe_ref.specs.checks import require
+
+LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+"""Folders whose files are not the user's own."""
 
 
 class NotRun(Exception):
@@ -53,17 +56,26 @@ class Crash(Violation):
     def __init__(
         self, error: Exception, *, expected: str = "a result", requirement: str = "", case: Case | None = None
     ):
-        where = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         super().__init__(
             "raised an error",
             expected=expected,
-            received=f"{text} ({where.filename}:{where.lineno})",
+            received=f"{text} ({_where(error)})",
             requirement=requirement,
             case=case,
         )
         self.refused = isinstance(error, ValueError)
         """Whether it is the error by which an input is refused."""
+
+
+def _where(error: Exception) -> str:
+    """The last frame of the user's own files, where there is one, and the last one of all."""
+    frames = traceback.extract_tb(error.__traceback__)[1:] or traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(("<", *LIBRARIES))]
+    last = f"{frames[-1].filename}:{frames[-1].lineno}"
+    if not own or own[-1] is frames[-1]:
+        return last
+    return f"{own[-1].filename}:{own[-1].lineno} in {own[-1].name}, which called {last}"
 
 
 def accuse(title: str, *, token: int | None = None, expected: object = "", received: object = "") -> NoReturn:
@@ -139,7 +151,7 @@ class Judge:
         if sentence := case.why_not(self.subject, method):
             raise NotRun(sentence)
         inputs = {name: _as_given(value) for name, value in inputs.items()}
-        parameters = inspect.signature(getattr(self.subject, method)).parameters
+        parameters = named_inputs(self.subject, method)
         for name in inputs:
             # **inputs names none: what is swallowed unread is not what the case asks for.
             if name not in parameters:

@@ -53,7 +53,7 @@ def still_violated(judge: Judge, requirement: str, case: Case) -> Violation | No
 def _smaller(case: Case, token: int | None) -> Iterator[Case]:
     """Simpler neighbours of a case, the greatest simplification first."""
     if case.num_tokens > 1:
-        if token is not None:
+        if token is not None and token < case.num_tokens:  # a check may make further tokens
             yield case.tokens(np.array([token]))
         if case.num_tokens > TOKENS_TRIED:  # one by one would take as many runs as there are tokens
             rows = np.arange(case.num_tokens)

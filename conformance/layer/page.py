@@ -4,6 +4,7 @@ from conformance.core.judge import Judge, NotRun, Violation
 from conformance.core.show import numbers, spec_fields
 from conformance.layer.case import LayerCase
 from conformance.layer.verdicts import output_of_subject
+from moe_ref import CapacitySpec
 
 
 def rows_of_page(case: LayerCase, token: int | None) -> list[tuple[str, str]]:
@@ -34,7 +35,8 @@ def rows_of_token(case: LayerCase, token: int | None) -> list[tuple[str, str]]:
         ]
     if case.params.expert_bias_E is not None:
         rows.append(("bias", numbers(case.params.expert_bias_E)))
-    return rows + [(name, numbers(value)) for name, value in case.inputs.items()]
+    further = {n: v if not isinstance(v, CapacitySpec) else spec_fields(v) for n, v in case.inputs.items()}
+    return rows + [(name, numbers(value)) for name, value in further.items()]
 
 
 def side_by_side(judge: Judge, case: LayerCase, most_tokens: int = 4) -> str:

@@ -11,7 +11,7 @@ from conformance.router.case import RouterCase
 
 
 def same_routing(call: Call, found: Any, rounding: Rounding) -> bool:
-    """Whether a routing is that of a call; what no router returns is compared as it is."""
+    """Whether a routing is that of a call, slots in any order; what is no routing is compared as it is."""
     if call.method != "route" or not isinstance(call.case, RouterCase):
         return same_result(call, found, rounding)
     (ids_TK, weights_TK), (wanted_ids_TK, wanted_TK) = _by_id(found), _by_id(call.result)
@@ -21,17 +21,24 @@ def same_routing(call: Call, found: Any, rounding: Rounding) -> bool:
     shared, wanted = found.shared_weights_TS, call.result.shared_weights_TS
     if (shared is None) != (wanted is None):
         return False
-    floor = rounding.floor + TINY[rounding.dtype]
-    return _near(weights_TK, wanted_TK, error_TK, floor) and (
-        shared is None or _near(np.asarray(shared), np.asarray(wanted), error_TK.max(-1, keepdims=True, initial=0), floor)
-    )
+    floor, worst_T1 = rounding.floor + TINY[rounding.dtype], error_TK.max(axis=-1, keepdims=True, initial=0)
+    if shared is not None and not _near(np.asarray(shared), np.asarray(wanted), worst_T1, floor):
+        return False
+    return _near(weights_TK, wanted_TK, error_TK, floor)
+
+
+def same_slots(call: Call, found: Any, rounding: Rounding) -> bool:
+    """Whether a routing is that of a call, slot by slot."""
+    if call.method != "route" or not isinstance(call.case, RouterCase):
+        return same_result(call, found, rounding)
+    return same(found.expert_ids_TK, call.result.expert_ids_TK, 0.0, 0.0) and same_routing(call, found, rounding)
 
 
 def _error(case: RouterCase, ids_TK: np.ndarray, rounding: Rounding) -> np.ndarray:
     """(T, K) how far rounding can take each of two weights apart, relatively; at least as far as any other number."""
     if not case.is_routable or ids_TK.shape != (case.num_tokens, case.spec.top_k):
         return np.full(ids_TK.shape, rounding.tolerance)
-    bounded_TK = 2 * weight_error(case, np.clip(ids_TK, 0, case.spec.num_choices - 1), rounding.dtype)
+    bounded_TK = 2 * weight_error(case, np.clip(ids_TK, 0, case.spec.num_choices - 1).astype(np.int64), rounding.dtype)
     return np.fmax(bounded_TK, rounding.tolerance)
 
 

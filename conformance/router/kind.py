@@ -11,7 +11,7 @@ from conformance.core.kind import Kind
 from conformance.router import draw, page, pairs, sizes, small_worlds
 from conformance.router.case import RouterCase
 from conformance.router.check import RouterCheck
-from conformance.router.diagnosis import same_routing
+from conformance.router.diagnosis import same_routing, same_slots
 from conformance.router.faulty import FaultyRouter
 
 
@@ -46,7 +46,7 @@ class RouterKind(Kind):
         return FaultyRouter(fault, **how)
 
     def diagnose(self, judge: Judge, violation: Violation, faults: Iterable[Fault]) -> list[Fault]:
-        return explaining(judge, violation, faults, self.faulty, same_routing)
+        return explaining(judge, violation, faults, self.faulty, (same_routing, same_slots))
 
 
 ROUTER = RouterKind()

@@ -198,7 +198,7 @@ def pytest_runtest_makereport(item, call):
 
 def _restate(report, records: list[dict], judge: Judge) -> None:
     """The outcome of the pytest test: SHOULD never fails, unsupported never passes."""
-    pages = [r["failure"]["page"] for r in records if r["status"] in ("NEW", "STALE") and "failure" in r]
+    pages = [_page(r) for r in records if r["status"] in ("NEW", "STALE") and "failure" in r]
     if pages:
         report.outcome, report.longrepr = "failed", "\n\n".join(pages)
     elif any(r["status"] == "advice" for r in records):
@@ -209,6 +209,15 @@ def _restate(report, records: list[dict], judge: Judge) -> None:
             "skipped",
             (report.location[0], report.location[1] or 0, f"unsupported: {reason}"),
         )
+
+
+def _page(record: dict) -> str:
+    """The page of a record, or where it is."""
+    first = record["failure"]["first"]
+    if first is None:
+        return record["failure"]["page"]
+    title = f"{record['id']} {record['level']}  {record['sentence']}"
+    return f"{title}\n\n    {record['failure']['title']}: see the page of {first['requirement']}, {first['why']}"
 
 
 def pytest_configure(config):

@@ -3,8 +3,10 @@
 import json
 import xml.etree.ElementTree as ET
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+from conformance.core.fault import Fault
 from conformance.core.judge import Entry, Judge, Violation
 from conformance.core.kind import kind_of
 from conformance.core.register import REQUIREMENTS, SPEC_VERSION, STAGES, stage_order
@@ -18,28 +20,91 @@ ALIKE = 3
 SLOWEST = 5
 
 
-def failure_page(judge: Judge, violation: Violation, diagnoses=()) -> str:
+def failure_page(judge: Judge, violation: Violation, causes: Sequence[Fault] = ()) -> str:
     """One violation as a page: the sentence, expected and received, the case, and how to run it again."""
-    requirement, case = REQUIREMENTS[violation.requirement], violation.case
-    token = "" if violation.token is None else f", token {violation.token}"
-    rows: list[tuple[str, str]] = [("expected", violation.expected), ("received", violation.received), ("", "")]
-    if case is not None:
-        rows += kind_of(violation.requirement).rows_of_page(case, violation.token)
-        rows.append(("tags", " ".join(sorted(case.tags))))
-    for fault in diagnoses[:MOST_SHOWN]:
-        rows.append(("looks like", f"{fault.name}: {fault.summary} {fault.link}".rstrip()))
+    return _page(_failure(judge, violation, causes))
+
+
+def _failure(judge: Judge, violation: Violation, causes: Sequence[Fault]) -> dict:
+    """A violation as plain data: what its page is made of."""
+    case, kind = violation.case, kind_of(violation.requirement)
+    return {
+        "requirement": violation.requirement,
+        "subject": judge.name,
+        "title": violation.title,
+        "expected": violation.expected,
+        "received": violation.received,
+        "token": violation.token,
+        "tags": sorted(case.tags) if case is not None else [],
+        "case": case.to_json() if case is not None else None,
+        "replay": case_id(violation.requirement, case) if case is not None else None,
+        "rows": kind.rows_of_page(case, violation.token) if case is not None else [],
+        "looks_like": {fault.name: f"{fault.name}: {fault.summary} {fault.link}".rstrip() for fault in causes},
+        "first": None,
+        "also_broken": {},
+    }
+
+
+def _page(failure: dict) -> str:
+    """The page of a failure."""
+    requirement = REQUIREMENTS[failure["requirement"]]
+    rows: list[tuple[str, str]] = [("expected", failure["expected"]), ("received", failure["received"]), ("", "")]
+    rows += [(name, text) for name, text in failure["rows"]]
+    if failure["case"] is not None:
+        rows.append(("tags", " ".join(failure["tags"])))
+    rows += [("looks like", text) for text in list(failure["looks_like"].values())[:MOST_SHOWN]]
+    rows += [("also broken", f"by {why}: {', '.join(names)}") for why, names in failure["also_broken"].items()]
     rows += [("went wrong in", ", ".join(requirement.links))] if requirement.links else []
     rows.append(("", ""))
-    if case is not None:
-        rows.append(("replay", f"moe-conformance replay {case_id(violation.requirement, case)} --subject {judge.name}"))
+    if failure["replay"] is not None:
+        rows.append(("replay", f"moe-conformance replay {failure['replay']} --subject {failure['subject']}"))
     width = max(len(name) for name, _ in rows)
     body = [f"    {name:<{width}}  {text}".rstrip() for name, text in rows]
+    token = "" if failure["token"] is None else f", token {failure['token']}"
     title = f"{requirement.id} {requirement.level}  {requirement.sentence}"
-    return "\n".join([title, "", f"    {judge.name}: {violation.title}{token}", *body])
+    return "\n".join([title, "", f"    {failure['subject']}: {failure['title']}{token}", *body])
 
 
-def record(judge: Judge, requirement: str, entry: Entry, page: str = "") -> dict:
-    """What is known of one requirement and one subject, as plain data."""
+SAME_CASE, SAME_FAULT = "the same case", "the same fault"
+
+
+def folded(records: list[dict]) -> list[dict]:
+    """The records of one subject whose pages of one fault are one page: the first has a line for the others.
+
+    A record that is told on the page of another one keeps its own page, and says in `first` whose page tells of it.
+    Those on one page look like what all of them look like.
+    """
+    found = [r | {"failure": dict(r["failure"])} if "failure" in r else r for r in records]
+    by_id = {r["id"]: r["failure"] for r in found if "failure" in r}
+    for r in sorted(found, key=lambda r: stage_order(r["id"])):
+        own = by_id.get(r["id"])
+        first = by_id.get(own["first"]["requirement"]) if own is not None and own["first"] is not None else None
+        if own is None or first is None:
+            if own is not None:
+                own["first"] = None
+            continue
+        why = own["first"]["why"]
+        first["also_broken"] = first["also_broken"] | {why: [*first["also_broken"].get(why, ()), r["id"]]}
+        both = {name: text for name, text in first["looks_like"].items() if name in own["looks_like"]}
+        first["looks_like"] = both or first["looks_like"]
+        first["page"] = _page(first)
+    return found
+
+
+def is_told_elsewhere(r: dict) -> bool:
+    """Whether the page of another requirement tells of this one."""
+    return r.get("failure", {}).get("first") is not None
+
+
+def record(
+    judge: Judge, requirement: str, entry: Entry, causes: Sequence[Fault] = (), first: dict | None = None
+) -> dict:
+    """What is known of one requirement and one subject, as plain data.
+
+    Args:
+        causes: the known faults that explain its violation, the likeliest first.
+        first: {"requirement", "why"} of the page that tells of this violation as well.
+    """
     row, violation = REQUIREMENTS[requirement], entry.violation
     found = {
         "id": requirement,
@@ -60,22 +125,16 @@ def record(judge: Judge, requirement: str, entry: Entry, page: str = "") -> dict
         "unsupported": [] if entry.judged else [why for why, _ in (entry.reasons + entry.not_run).most_common(5)],
     }
     if violation is not None:
-        found["failure"] = {
-            "title": violation.title,
-            "expected": violation.expected,
-            "received": violation.received,
-            "token": violation.token,
-            "tags": sorted(violation.case.tags) if violation.case is not None else [],
-            "case": violation.case.to_json() if violation.case is not None else None,
-            "replay": case_id(requirement, violation.case) if violation.case is not None else None,
-            "page": page,
-        }
+        failure = _failure(judge, violation, causes)
+        found["failure"] = failure | {"first": first, "page": _page(failure)}
     return found
 
 
 def assemble(subjects: list[dict], records: list[dict], environment: dict, *, complete: bool) -> dict:
     """The whole report: `report.json`."""
-    order = sorted(records, key=lambda r: (r["subject"], stage_order(r["id"])))
+    names = sorted({r["subject"] for r in records})
+    whole = [r for name in names for r in folded([r for r in records if r["subject"] == name])]
+    order = sorted(whole, key=lambda r: (r["subject"], stage_order(r["id"])))
     return {
         "schema": 1,
         "spec": SPEC_VERSION,
@@ -167,7 +226,11 @@ def markdown(report: dict) -> str:
         lines.append(f"| {r.id} | {r.level} | {r.sentence} | " + " | ".join(cells) + " |")
     for r in report["requirements"]:
         if "failure" in r:
-            lines += ["", f"## {r['subject']}: {r['id']} {r['status']}", "", "```text", r["failure"]["page"], "```"]
+            lines += ["", f"## {r['subject']}: {r['id']} {r['status']}", ""]
+            if is_told_elsewhere(r):
+                lines.append(f"See {r['failure']['first']['requirement']}: {r['failure']['first']['why']}.")
+            else:
+                lines += ["```text", r["failure"]["page"], "```"]
         for d in r["known"]:
             lines += ["", f"- {r['subject']} {d['deviation']} ({d['kind']}): {d['reason']} <{d['link']}>"]
     return "\n".join(lines) + "\n"

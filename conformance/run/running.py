@@ -21,7 +21,7 @@ from conformance.run.conclude import CASES
 from conformance.run.deviations import read
 from conformance.run.plugin import merge
 from conformance.run.progress import Progress
-from conformance.run.report import FAILING, assemble, durations, matrix, table, write
+from conformance.run.report import FAILING, assemble, durations, is_told_elsewhere, matrix, table, write
 from conformance.run.subjects_by_name import BUILT_IN, DEFAULT, known_names, subject_named
 from conformance.run.watch import where
 
@@ -324,8 +324,9 @@ def _report(finished: list[Process], options) -> dict:
 
 
 def _print_pages(report: dict, statuses: tuple[str, ...]) -> None:
-    """The page of each requirement with one of these statuses."""
-    pages = [r["failure"]["page"] for r in report["requirements"] if r["status"] in statuses and "failure" in r]
+    """The page of each fault that violates a requirement with one of these statuses."""
+    failing = [r for r in report["requirements"] if r["status"] in statuses and "failure" in r]
+    pages = [r["failure"]["page"] for r in failing if not is_told_elsewhere(r)]
     for page in pages:
         print(f"\n{'-' * 100}\n{page}")
     if pages:

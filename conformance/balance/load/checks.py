@@ -13,22 +13,25 @@ from conformance.balance.bounds import (
     z_loss_radius,
 )
 from conformance.balance.case import LENGTHS, BalanceCase
-from conformance.balance.draw import cut
+from conformance.balance.draw import cut, ids_of_kind, logits_of_kind
 from conformance.balance.kind import requires
 from conformance.balance.verdicts import (
     bias_of_subject,
     counts_of_subject,
+    hold_arrays,
     hold_balance,
     hold_counts,
+    hold_cut_z_losses,
     hold_gradient,
     hold_loss,
+    hold_unchanged,
     loss_of_subject,
     z_loss_of_subject,
 )
 from conformance.core.check import given
 from conformance.core.judge import Judge, accuse
 from conformance.core.show import shown
-from moe_ref import BiasUpdateSpec, bias_update, tokens_per_expert
+from moe_ref import BalanceSpec, BiasUpdateSpec, bias_update, tokens_per_expert
 
 # counts
 
@@ -53,7 +56,7 @@ def every_slot_is_counted(judge, case):
     hold_counts_of_slots(judge, case)
 
 
-@requires("LOD-3", method="load", ids=("unused",), spec=lambda s: s.top_k > 1, after=("LOD-1",))
+@requires("LOD-3", method="load", ids=("unused", "idle"), spec=lambda s: s.top_k > 1, after=("LOD-1",))
 def unused_slots_and_null_choices_are_counted_for_nobody(judge, case):
     hold_counts_of_slots(judge, case)
 
@@ -61,6 +64,34 @@ def unused_slots_and_null_choices_are_counted_for_nobody(judge, case):
 @requires("LOD-4", method="load", spec=without_null, after=("LOD-1",))
 def counting_again_counts_the_same(judge, case):
     hold_counts(judge, case, counts_of_subject(judge, case), "other counts on the second call")
+
+
+def few_tokens(case: BalanceCase) -> BalanceCase:
+    """The first tokens of the case."""
+    return case.tokens(np.arange(min(case.num_tokens, 12)))
+
+
+EDGES = (65_537, 2**24 + 1, 65_536, 65_535, 2049, 2048, 2047, 257, 256, 255)
+"""Of what 16 bits, float32, float16, bfloat16 and a byte hold."""
+
+
+@requires(
+    "LOD-29",
+    method="load",
+    ids=("collapsed", "own", "unused"),
+    tokens=(257,),
+    sizes=EDGES,
+    spec=lambda s: s.top_k == 1,
+    after=("LOD-1",),
+    simpler=((few_tokens, ("LOD-2", "LOD-3", "LOD-4")),),
+)
+def counts_are_exact_at_any_size(judge, case):
+    hold_counts_of_slots(judge, case)
+
+
+@requires("LOD-36", method="load", spec=lambda s: s.top_k > 1, ids=("own", "unused"), after=("LOD-1",))
+def counting_changes_no_array(judge, case):
+    hold_arrays(judge, case, counts_of_subject, {"expert_ids": case.expert_ids_TK})
 
 
 # balance losses
@@ -124,7 +155,30 @@ def the_slots_that_the_spec_names_are_counted(judge, case):
     hold_balance(judge, case, "not the loss of these counts")
 
 
-@requires("LOD-10", method="balance_loss", spec=one_batch, after=(*FORM, "LOD-6", "LOD-7", "LOD-8"))
+def plain_router(case: BalanceCase) -> BalanceCase | None:
+    """The same logits and choice, of a router that does nothing else."""
+    return case.with_(spec=replace(case.spec, router=None)) if case.spec.router is not None else None
+
+
+@requires(
+    "LOD-27",
+    method="balance_loss",
+    routers=True,
+    spec=lambda s: s.router is not None,
+    after=FORM,
+    simpler=((plain_router, ("LOD-6", "LOD-7", "LOD-8", "LOD-9")),),
+)
+def nothing_else_of_the_router_reaches_a_loss(judge, case):
+    hold_balance(judge, case, "not the loss of the scaled logits by its own scores", gradient=True)
+
+
+@requires(
+    "LOD-10",
+    method="balance_loss",
+    routers=True,
+    spec=one_batch,
+    after=(*FORM, "LOD-6", "LOD-7", "LOD-8", "LOD-27"),
+)
 def the_bias_enters_no_score_of_a_loss(judge, case):
     found = loss_of_subject(judge, case, expert_bias_E=case.expert_bias_E)
     hold_loss("changed by expert_bias", found, wanted_loss(case), loss_radius(judge, case))
@@ -172,9 +226,10 @@ def the_gradient_is_that_of_the_loss(judge, case):
     "LOD-13",
     method="balance_loss",
     inputs=("sequence_lengths",),
+    routers=True,
     spec=lambda s: s.balance.scope == "global",
     tokens=(12,),
-    after=(*FORM, "LOD-6", "LOD-7", "LOD-8", "LOD-11", "LOD-12"),
+    after=(*FORM, "LOD-6", "LOD-7", "LOD-8", "LOD-9", "LOD-11", "LOD-12", "LOD-27"),
 )
 def a_global_loss_does_not_depend_on_the_cut(judge, case):
     radius, evenly = loss_radius(judge, case), judge.subject.compiles
@@ -227,7 +282,99 @@ def the_gradient_of_the_z_loss(judge, case):
     hold_gradient("not the gradient of the z-loss", found, wanted_z_loss(case), z_loss_radius(judge, case))
 
 
-@requires("LOD-18", method="balance_loss", logits=("large",), spec=one_batch, after=FORM)
+@requires(
+    "LOD-28",
+    method="z_loss",
+    spec=lambda s: without_null(s) and s.top_k == 2,
+    tokens=(12,),
+    after=("LOD-16", "LOD-17"),
+)
+def the_z_loss_does_not_depend_on_the_cut(judge, case):
+    hold_cut_z_losses(judge, case)
+
+
+def ordinary(case: BalanceCase) -> BalanceCase:
+    """The same case with ordinary logits."""
+    return case.with_(logits_TE=logits_of_kind("normal", case.logits_TE.shape, case.rng()))
+
+
+@requires(
+    "LOD-32",
+    method="z_loss",
+    logits=("large", "saturated", "negative", "barred"),
+    spec=without_null,
+    simpler=((ordinary, ("LOD-16", "LOD-17")),),
+)
+def the_z_loss_of_extreme_logits_is_finite(judge, case):
+    found = z_loss_of_subject(judge, case)
+    hold_loss("not the z-loss of these logits", found, wanted_z_loss(case), z_loss_radius(judge, case))
+
+
+@requires(
+    "LOD-31",
+    method="balance_loss",
+    logits=("barred",),
+    after=FORM,
+    simpler=((ordinary, ("LOD-6", "LOD-7", "LOD-8", "LOD-9", "LOD-11", "LOD-12", "LOD-14", "LOD-26")),),
+)
+def an_expert_at_minus_infinity_has_no_score(judge, case):
+    hold_balance(judge, case, "not the loss of the other experts", gradient=True)
+
+
+def used(case: BalanceCase) -> BalanceCase:
+    """The same case with every slot used."""
+    ids_TK = ids_of_kind("own", case.logits_TE, case.spec, case.rng())
+    return case.with_(expert_ids_TK=ids_TK)
+
+
+@requires(
+    "LOD-33",
+    method="balance_loss",
+    ids=("unused", "idle"),
+    spec=one_batch,
+    after=FORM,
+    simpler=((used, ("LOD-6", "LOD-7", "LOD-8", "LOD-12")),),
+)
+def an_unused_slot_is_counted_for_nobody_in_a_loss(judge, case):
+    hold_balance(judge, case, "not the loss of the used slots", gradient=True)
+
+
+NOTHING = (0,)
+
+
+def switch_or_transformers(spec) -> bool:
+    """The two losses of one batch that are most used; an empty batch is alike for all."""
+    return spec.balance in (BalanceSpec(), BalanceSpec.of("transformers"))
+
+
+@requires("LOD-34", method="balance_loss", tokens=NOTHING, spec=switch_or_transformers)
+def no_token_has_the_loss_0(judge, case):
+    hold_loss("not 0 without a token", loss_of_subject(judge, case), Loss.zero(case), Loss.zero(case))
+
+
+@requires("LOD-35", method="z_loss", tokens=NOTHING, spec=lambda s: without_null(s) and s.top_k == 2)
+def no_token_has_the_z_loss_0(judge, case):
+    hold_loss("not 0 without a token", z_loss_of_subject(judge, case), Loss.zero(case), Loss.zero(case))
+
+
+@requires("LOD-37", method="balance_loss", ids=("own", "unused"), after=FORM)
+def a_balance_loss_changes_no_array(judge, case):
+    hold_arrays(judge, case, loss_of_subject, {"logits": case.logits_TE, "expert_ids": case.expert_ids_TK})
+
+
+@requires("LOD-38", method="z_loss", spec=without_null)
+def a_z_loss_changes_no_array(judge, case):
+    hold_arrays(judge, case, z_loss_of_subject, {"logits": case.logits_TE})
+
+
+@requires(
+    "LOD-18",
+    method="balance_loss",
+    logits=("large", "saturated", "negative"),
+    spec=one_batch,
+    after=FORM,
+    simpler=((ordinary, ("LOD-6", "LOD-7", "LOD-8", "LOD-12")),),
+)
 def large_logits_have_finite_losses(judge, case):
     hold_balance(judge, case, "not the loss of large logits", gradient=True)
 
@@ -245,6 +392,11 @@ def summed(case: BalanceCase) -> BalanceCase:
 def small(case: BalanceCase) -> BalanceCase:
     """The same case with counts that begin at 0; their differences are the same."""
     return summed(case.with_(counts_SE=case.counts_SE - case.counts_SE.min()))
+
+
+def summed_and_small(case: BalanceCase) -> BalanceCase:
+    """One rank's counts, which are small."""
+    return summed(few(case))
 
 
 def hold_bias(judge: Judge, case: BalanceCase, title: str, *, of_E: np.ndarray | bool = True) -> None:
@@ -276,6 +428,29 @@ def the_bias_moves_against_the_load(judge, case):
 )
 def counts_are_summed_before_the_sign_is_taken(judge, case):
     hold_bias(judge, case, "not the sign of the summed counts")
+
+
+def few(case: BalanceCase) -> BalanceCase:
+    """The same ranks with counts of which each sum is small."""
+    return case.with_(counts_SE=case.counts_SE % 4)
+
+
+@requires(
+    "LOD-30",
+    method="bias_update",
+    counts=("many_ranks", "edges"),
+    num_counts=(64,),
+    spec=lambda s: s.update.rule == "sign" and s.update.frozen_E is None,
+    simpler=((few, ("LOD-20",)), (summed_and_small, ("LOD-19", "LOD-23"))),
+)
+def the_counts_of_many_ranks_are_summed_exactly(judge, case):
+    hold_bias(judge, case, "not the sign of the exact sum")
+
+
+@requires("LOD-39", method="bias_update", spec=lambda s: s.update.frozen_E is None)
+def an_update_changes_no_array(judge, case):
+    bias_of_subject(judge, case)
+    hold_unchanged(judge, {"counts": case.counts_SE, "expert_bias": case.expert_bias_E})
 
 
 @requires(

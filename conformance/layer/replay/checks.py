@@ -107,17 +107,17 @@ def a_replay_returns_one_output_for_each_token(judge, case):
     replay_of_subject(judge, case, any_record(case, weights=False))
 
 
-@requires("RPL-2", method="replay", spec=weighs_apart, bias=("none",), after=(*FORWARD, "RPL-4"))
+@requires("RPL-2", large=2, method="replay", spec=weighs_apart, bias=("none",), after=(*FORWARD, "RPL-4"))
 def ids_alone_take_this_routers_weights(judge, case):
     hold_replay(judge, case, any_record(case, weights=False), "not this router's weights")
 
 
-@requires("RPL-3", method="replay", spec=replayable, bias=("none",), after=FORWARD)
+@requires("RPL-3", large=3, method="replay", spec=replayable, bias=("none",), after=FORWARD)
 def recorded_weights_are_taken_as_they_are(judge, case):
     hold_replay(judge, case, any_record(case, weights=True), "not the recorded weights")
 
 
-@requires("RPL-4", method="replay", spec=replayable, bias=("mixed", "crowded"), after=FORWARD)
+@requires("RPL-4", large=1, method="replay", spec=replayable, bias=("mixed", "crowded"), after=FORWARD)
 def the_recorded_experts_are_taken(judge, case):
     # With one weight for all, only the choice of experts makes a difference.
     record = any_record(case, weights=True)
@@ -131,7 +131,7 @@ def an_unused_slot_adds_nothing(judge, case):
         hold_replay(judge, case, any_record(case, weights=weights, unused=0.4), "with unused slots")
 
 
-@requires("RPL-6", method="replay", spec=replayable, after=(*FORWARD, "RPL-3", "RPL-4"), tokens=(7,))
+@requires("RPL-6", large=3, method="replay", spec=replayable, after=(*FORWARD, "RPL-3", "RPL-4"), tokens=(7,))
 def padding_of_a_record_has_the_output_0(judge, case):
     mask_T = case.rng().random(case.num_tokens) < 0.6
     mask_T[0], mask_T[-1] = False, True
