@@ -11,12 +11,21 @@ from typing import Any
 
 import numpy as np
 
-from conformance.balance.bounds import Loss, loss_radius, mask_of, wanted_loss, wanted_z_loss, z_loss_radius
+from conformance.balance.bounds import (
+    Loss,
+    bias_radius,
+    loss_radius,
+    mask_of,
+    wanted_loss,
+    wanted_z_loss,
+    z_loss_radius,
+)
 from conformance.balance.case import BalanceCase
 from conformance.balance.draw import cut
 from conformance.core.holding import hold
 from conformance.core.judge import Judge, NotRun, Violation, accuse
-from moe_ref import UNUSED
+from conformance.core.show import shown
+from moe_ref import UNUSED, bias_update
 
 
 def counts_of_subject(judge: Judge, case: BalanceCase) -> np.ndarray:
@@ -168,3 +177,13 @@ def hold_cut_z_losses(judge: Judge, case: BalanceCase) -> None:
         found = z_loss_of_subject(judge, case.with_inputs(tokens_per_shard=lengths))
         title = f"another z-loss on shards of {lengths} tokens"
         hold_loss(title, found, wanted_z_loss(case), z_loss_radius(judge, case))
+
+
+def hold_bias(judge: Judge, case: BalanceCase, title: str, *, of_E: np.ndarray | bool = True) -> None:
+    """The bias is the reference's, or that of some experts is."""
+    counts_E = case.counts_SE.sum(axis=0)
+    wanted_E, found_E = bias_update(counts_E, case.rule("update"), case.expert_bias_E), bias_of_subject(judge, case)
+    right_E = np.abs(found_E - wanted_E) <= bias_radius(judge, case, wanted_E)
+    if (~right_E & of_E).any():
+        before = f"{title}; before {shown(case.expert_bias_E)}, counts {counts_E.tolist()}"
+        accuse(before, expected=shown(wanted_E), received=shown(found_E))

@@ -100,24 +100,6 @@ def best_T(expert_ids_TK: np.ndarray, choice_TE: np.ndarray, error_TE: np.ndarra
     return worst_in_T >= best_out_T
 
 
-<<<<<<< HEAD
-def group_sets(spec: RouterSpec, with_groups: Iterable[int] = ()) -> Iterator[np.ndarray]:
-    """Every set of num_limited_groups groups that holds these ones, as (sets, G) bools, many sets at a time."""
-    G, L = spec.num_expert_groups or 1, spec.num_limited_groups or 1
-    used = sorted(set(with_groups))
-    if len(used) > L:
-        return
-    more = combinations([g for g in range(G) if g not in used], L - len(used))
-    while some := list(islice(more, SETS_AT_A_TIME)):
-        kept = np.zeros((len(some), G), dtype=bool)
-        kept[:, used] = True
-        if len(used) < L:
-            kept[np.arange(len(some))[:, None], np.array(some)] = True
-        yield kept
-
-
-=======
->>>>>>> 2c4ac5fea117f11db4c69ce1c11de165232b1238
 def groups_of(ids_K: np.ndarray, spec: RouterSpec) -> list[int]:
     """The groups of these experts."""
     return np.unique(np.asarray(ids_K) // spec.experts_per_group).tolist()
@@ -137,7 +119,8 @@ def can_be_kept(ids_K: np.ndarray, choice_E: np.ndarray, error_E: np.ndarray, sp
 
 def best_in_some_groups(ids_K: np.ndarray, choice_E: np.ndarray, error_E: np.ndarray, spec: RouterSpec) -> bool:
     """The ids are the best ones of some num_limited_groups groups, whichever these are."""
-    used, L, possible_G = groups_of(ids_K, spec), spec.num_limited_groups or 1, can_be_kept(ids_K, choice_E, error_E, spec)
+    used, L = groups_of(ids_K, spec), spec.num_limited_groups or 1
+    possible_G = can_be_kept(ids_K, choice_E, error_E, spec)
     return len(used) <= L <= possible_G.sum() and bool(possible_G[used].all())
 
 
@@ -180,17 +163,6 @@ def admissible(
     return False
 
 
-<<<<<<< HEAD
-def keeps(kept: np.ndarray, choice_NE: np.ndarray, spec: RouterSpec, dtype: str) -> np.ndarray:
-    """(sets,) whether the reference keeps these groups for these choice scores, but for the rounding of the sums."""
-    grouped_NGP = choice_NE.reshape(len(kept), -1, spec.experts_per_group)
-    best_first_NGP = -np.sort(-grouped_NGP, axis=-1)[..., : spec.group_score_k]
-    scores_NG = best_first_NGP.sum(axis=-1)
-    sizes_NG = np.abs(np.nan_to_num(best_first_NGP, neginf=0.0)).sum(axis=-1)
-    slack_N = (spec.group_score_k - 1) * EPSILON[dtype] * sizes_NG.max(axis=-1, initial=0)
-    worst_kept_N = np.where(kept, scores_NG, np.inf).min(axis=-1)
-    return worst_kept_N + slack_N >= np.where(kept, -np.inf, scores_NG).max(axis=-1)
-=======
 def sums_of_best(choice_NP: np.ndarray, spec: RouterSpec, dtype: str) -> tuple[np.ndarray, float]:
     """(groups,) scores of groups, and how far their sums may be off."""
     best_first_NP = -np.sort(-choice_NP, axis=-1)[..., : spec.group_score_k]
@@ -220,7 +192,6 @@ def _admissible_with_fill_0(ids_K, choice_E, error_E, spec: RouterSpec, dtype: s
         if ((worst_in_N1 >= best_out_N1)[:, 0] & keeps_N).any():
             return True
     return False
->>>>>>> 2c4ac5fea117f11db4c69ce1c11de165232b1238
 
 
 def expected_weights(case: RouterCase, expert_ids_TK) -> np.ndarray:

@@ -22,16 +22,11 @@ def _route(fault: Fault, memory: dict, logits_TE, spec: RouterSpec, expert_bias_
     """Faults work on the whole trace, whatever the subject shows of it."""
 
     def route(logits_TE, spec, expert_bias_E, **inputs) -> RoutingTrace:
-<<<<<<< HEAD
         # A fault may take another selector: what that one does not read is left out.
         own, rest = RouterInputs.from_named(inputs)
         return moe_ref.route(
             logits_TE, spec, expert_bias_E=expert_bias_E, dtype=dtype, inputs=own.read_by(spec), **rest
         )
-=======
-        named = RouterInputs.keywords(inputs)
-        return moe_ref.route(logits_TE, spec, expert_bias_E=expert_bias_E, dtype=dtype, **named)
->>>>>>> 2c4ac5fea117f11db4c69ce1c11de165232b1238
 
     return fault.run(route, memory, logits_TE, spec, expert_bias_E, **inputs)
 

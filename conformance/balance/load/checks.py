@@ -6,7 +6,6 @@ import numpy as np
 
 from conformance.balance.bounds import (
     Loss,
-    bias_radius,
     loss_radius,
     wanted_loss,
     wanted_z_loss,
@@ -20,6 +19,7 @@ from conformance.balance.verdicts import (
     counts_of_subject,
     hold_arrays,
     hold_balance,
+    hold_bias,
     hold_counts,
     hold_cut_z_losses,
     hold_gradient,
@@ -29,9 +29,8 @@ from conformance.balance.verdicts import (
     z_loss_of_subject,
 )
 from conformance.core.check import given
-from conformance.core.judge import Judge, accuse
-from conformance.core.show import shown
-from moe_ref import BalanceSpec, BiasUpdateSpec, bias_update, tokens_per_expert
+from conformance.core.judge import Judge
+from moe_ref import BalanceSpec, BiasUpdateSpec, tokens_per_expert
 
 # counts
 
@@ -397,16 +396,6 @@ def small(case: BalanceCase) -> BalanceCase:
 def summed_and_small(case: BalanceCase) -> BalanceCase:
     """One rank's counts, which are small."""
     return summed(few(case))
-
-
-def hold_bias(judge: Judge, case: BalanceCase, title: str, *, of_E: np.ndarray | bool = True) -> None:
-    """The bias is the reference's, or that of some experts is."""
-    counts_E = case.counts_SE.sum(axis=0)
-    wanted_E, found_E = bias_update(counts_E, case.rule("update"), case.expert_bias_E), bias_of_subject(judge, case)
-    right_E = np.abs(found_E - wanted_E) <= bias_radius(judge, case, wanted_E)
-    if (~right_E & of_E).any():
-        before = f"{title}; before {shown(case.expert_bias_E)}, counts {counts_E.tolist()}"
-        accuse(before, expected=shown(wanted_E), received=shown(found_E))
 
 
 @requires(
