@@ -74,6 +74,7 @@ def _pass(x_TD, params: LayerParams, token_mask_T, inputs: RouterInputs, *, spec
     def forward(x_TD):
         output_TD, decided = sparse_matmul(x_TD, params, spec, token_mask_T=token_mask_T, inputs=inputs)
         counts_E = tokens_per_expert(decided.expert_ids_TK, spec.router.num_choices, token_mask_T)
+        assert decided.logits_TE is not None
         logits_TE = scale_logits(decided.logits_TE, spec.router)[:, : spec.router.num_choices]
         return output_TD.sum(), (counts_E, logits_TE, decided.expert_ids_TK)
 

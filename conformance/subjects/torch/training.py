@@ -85,15 +85,11 @@ class Model:
     def loss(self, routings: list[Routing], event: Event, balance: BalanceSpec) -> float:
         """The sum of the losses of the layers, or that of all their tokens together."""
         mask_T = tensor_if_any(event.token_mask_T)
-        sums = [
-            balance_sums(
-                scale_logits(routing.logits_TE.detach(), moe.spec.router)[:, : moe.spec.router.num_choices],
-                routing.expert_ids_TK,
-                balance,
-                token_mask_T=mask_T,
-            )
-            for routing, moe in zip(routings, self.layers, strict=True)
-        ]
+        sums = []
+        for routing, moe in zip(routings, self.layers, strict=True):
+            assert routing.logits_TE is not None
+            logits_TE = scale_logits(routing.logits_TE.detach(), moe.spec.router)[:, : moe.spec.router.num_choices]
+            sums.append(balance_sums(logits_TE, routing.expert_ids_TK, balance, token_mask_T=mask_T))
         if balance.over_layers == "pooled" and sums:
             sums = [reduce(add, sums)]
         return float(sum(loss_of_sums(each, balance)[0] for each in sums))

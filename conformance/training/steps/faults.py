@@ -31,16 +31,18 @@ def counts_of_training_are_fractions(run, memory, events, stack, params):
 def counts_begin_with_what_the_memory_held(event, before, stack, params, *, dtype=np.float64):
     """New layers have the counts that were in their memory."""
     found = after(event, before, stack, params, dtype=dtype)
-    stale = event.kind == "build" and before is not None
-    return replace(found, counts_by_layer=before.counts_by_layer) if stale else found
+    if event.kind != "build" or before is None:
+        return found
+    return replace(found, counts_by_layer=before.counts_by_layer)
 
 
 @replaces("training.after", breaks="STP-2")
 def biases_begin_with_what_the_memory_held(event, before, stack, params, *, dtype=np.float64):
     """New layers have the biases that were in their memory."""
     found = after(event, before, stack, params, dtype=dtype)
-    stale = event.kind == "build" and before is not None
-    return replace(found, bias_by_layer=before.bias_by_layer) if stale else found
+    if event.kind != "build" or before is None:
+        return found
+    return replace(found, bias_by_layer=before.bias_by_layer)
 
 
 @replaces("training.built", breaks="STP-2", links=("pytorch/torchtitan#1403",))
@@ -309,9 +311,9 @@ def one_size(stack) -> bool:
 @replaces("training.pooled_loss", breaks="STP-15", links=("huggingface/transformers#28255",))
 def layers_are_always_pooled(event, choices, stack, dtype):
     """The tokens of all layers are one batch, also where each has a loss of its own."""
-    pool = stack.balance is not None and one_size(stack)
-    balance = stack.balance.replace(over_layers="pooled") if pool else stack.balance
-    return pooled_loss(event, choices, stack.replace(balance=balance), dtype)
+    if stack.balance is None or not one_size(stack):
+        return pooled_loss(event, choices, stack, dtype)
+    return pooled_loss(event, choices, stack.replace(balance=stack.balance.replace(over_layers="pooled")), dtype)
 
 
 @replaces("training.pooled_loss", breaks="STP-15")
@@ -325,8 +327,9 @@ def layers_are_never_pooled(event, choices, stack, dtype):
 def losses_of_layers_are_averaged(event, choices, stack, dtype):
     """The sum over layers is divided by their number."""
     loss = pooled_loss(event, choices, stack, dtype)
-    separate = stack.balance is not None and stack.balance.over_layers == "separate"
-    return loss / max(1, len(stack.layers)) if separate else loss
+    if loss is None or stack.balance.over_layers == "pooled":
+        return loss
+    return loss / max(1, len(stack.layers))
 
 
 @replaces("training.pooled_loss", breaks="STP-15")

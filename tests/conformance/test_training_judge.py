@@ -18,6 +18,7 @@ from conformance.run.kinds import case_of_json, load_faults
 from conformance.run.report import failure_page
 from conformance.subjects.reference import Reference
 from conformance.training.case import MARGIN, TrainingCase
+from conformance.training.check import TrainingCheck
 from conformance.training.draw import LETTERS, STACKS, make_case
 from conformance.training.kind import TRAINING
 from conformance.training.verdicts import script_of, states_of_subject
@@ -87,6 +88,7 @@ class Plain(Subject):
                 raise Unsupported("no choice is forced")
             elif event.kind == "train":
                 for layer, spec in enumerate(stack.layers):
+                    assert event.x_LTD is not None
                     logits_TE = event.x_LTD[layer].astype(float) @ params[layer].gate_ED.T.astype(float)
                     shares_TE = np.exp(logits_TE) / np.exp(logits_TE).sum(-1, keepdims=True)
                     is_softmax = spec.router.score_func == "softmax"
@@ -154,6 +156,7 @@ def test_a_failure_shrinks_replays_and_reads_like_a_page(name):
 
 def test_a_replay_shows_both_states_after_every_event():
     judge, violation, _ = shrunk("evaluation-is-counted")
+    assert isinstance(violation.case, TrainingCase)
     text = TRAINING.side_by_side(judge, violation.case)
     assert text.count("reference") == text.count("evaluation-is-counted ") == 2
     assert "1 evaluate (1 tokens)" in text
@@ -162,13 +165,15 @@ def test_a_replay_shows_both_states_after_every_event():
 def test_a_replay_of_a_result_of_another_form_says_so():
     judge = Judge(Forgetful())
     (violation,) = accuse(judge, ids=["STP-1"]).values()
+    assert isinstance(violation.case, TrainingCase)
     assert "returned nothing that can be shown: not a state for each event" in TRAINING.side_by_side(
         judge, violation.case
     )
 
 
 def test_every_stack_and_every_letter_is_drawn_by_a_requirement_and_its_choices_are_clear():
-    checks = [CHECKS[name] for name in REQUIREMENTS]
+    checks = [check for name in REQUIREMENTS if isinstance(check := CHECKS[name], TrainingCheck)]
+    assert len(checks) == len(REQUIREMENTS)
     assert set().union(*(set(script) for check in checks for script in check.scripts)) == LETTERS.keys()
     assert [stack for stack in STACKS if not any(check.spec(stack) for check in checks)] == []
     assert all(script.startswith("b") for check in checks for script in check.scripts)
@@ -184,10 +189,9 @@ def test_a_case_without_some_of_its_layers_and_events_is_a_case():
     for each in (*smaller, case.tokens([1])):
         assert len(each.states) == len(each.events)
     assert case.tokens([1]).num_tokens == 1
-    assert (
-        states_of_subject(Judge(Reference()), case)[-1].counts_by_layer[0].sum()
-        == 2 * case.events[4].token_mask_T.sum()
-    )
+    valid_T, last = case.events[4].token_mask_T, states_of_subject(Judge(Reference()), case)[-1]
+    assert valid_T is not None
+    assert last.counts_by_layer[0].sum() == 2 * valid_T.sum()
 
 
 STORED = sorted((Path(conformance.__file__).parent / "deviations_of" / "witnesses").glob("STP-*.json"))
