@@ -40,6 +40,8 @@ class Violation(AssertionError):
         self.title, self.token = title, None if token is None else int(token)
         self.expected, self.received = str(expected), str(received)
         self.requirement, self.case = requirement, case
+        self.rows: list[tuple[str, str]] = []
+        """(name, text): what its page shows besides the case."""
 
     def __str__(self) -> str:
         return f"{self.requirement} {self.title}".strip()

@@ -24,6 +24,7 @@ def failure_page(judge: Judge, violation: Violation, diagnoses=()) -> str:
     rows: list[tuple[str, str]] = [("expected", violation.expected), ("received", violation.received), ("", "")]
     if case is not None:
         rows += kind_of(violation.requirement).rows_of_page(case, violation.token)
+        rows += violation.rows
         rows.append(("tags", " ".join(sorted(case.tags))))
     for fault in diagnoses:
         rows.append(("looks like", f"{fault.name}: {fault.summary} {fault.link}".rstrip()))
