@@ -173,7 +173,8 @@ def _thin() -> list[LayerSpec]:
         LayerSpec(router=ROUTERS[10], experts=ExpertSpec(dim=5, hidden_dim=7, clamp=0.25, clamp_at="after"),
                   shared=SharedSpec(hidden_dim=3, combine="average")),
         LayerSpec(router=ROUTERS[11], experts=ExpertSpec(dim=6, hidden_dim=3), gate_bias=True),
-        LayerSpec(router=ROUTERS[14].replace(selector="given"), experts=ExpertSpec(dim=5, hidden_dim=7, gated=False, activation="relu2"),
+        LayerSpec(router=ROUTERS[14].replace(selector="given"),
+                  experts=ExpertSpec(dim=5, hidden_dim=7, gated=False, activation="relu2"),
                   shared=SHARED[0]),
     ]  # fmt: skip
 
