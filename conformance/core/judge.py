@@ -45,6 +45,8 @@ class Violation(AssertionError):
         self.requirement, self.case = requirement, case
         self.tried: Case | None = case
         """The case that it was found on, also where a failure shows none."""
+        self.rows: list[tuple[str, str]] = []
+        """(name, text): what its page shows besides the case."""
 
     def __str__(self) -> str:
         return f"{self.requirement} {self.title}".strip()

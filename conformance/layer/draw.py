@@ -173,7 +173,8 @@ def _thin() -> list[LayerSpec]:
         LayerSpec(router=ROUTERS[10], experts=ExpertSpec(dim=5, hidden_dim=7, clamp=0.25, clamp_at="after"),
                   shared=SharedSpec(hidden_dim=3, combine="average")),
         LayerSpec(router=ROUTERS[11], experts=ExpertSpec(dim=6, hidden_dim=3), gate_bias=True),
-        LayerSpec(router=ROUTERS[14], experts=ExpertSpec(dim=5, hidden_dim=7, gated=False, activation="relu2"),
+        LayerSpec(router=ROUTERS[14].replace(selector="given"),
+                  experts=ExpertSpec(dim=5, hidden_dim=7, gated=False, activation="relu2"),
                   shared=SHARED[0]),
     ]  # fmt: skip
 
@@ -262,8 +263,10 @@ def limits_of(number: int, num_tokens: int, rng: np.random.Generator) -> dict:
     return inputs
 
 
-def make_case(spec: LayerSpec, check: LayerCheck, *, x: str, bias: str, tokens: int, seed: int) -> LayerCase:
-    """The case of these choices."""
+def make_case(
+    spec: LayerSpec, check: LayerCheck, *, x: str, bias: str, tokens: int, seed: int, limits: int = 2**32
+) -> LayerCase:
+    """The case of these choices; `limits`: so many capacities may occur."""
     rng = np.random.default_rng(seed)
     size = {"normal": 1.0, "large": 8.0, "small": 0.02}[x]
 
@@ -279,7 +282,7 @@ def make_case(spec: LayerSpec, check: LayerCheck, *, x: str, bias: str, tokens: 
         seed=seed,
     )
     if "capacity" in check.inputs:
-        case = case.with_inputs(**limits_of(seed, tokens, rng))
+        case = case.with_inputs(**limits_of(seed % limits, tokens, rng))
     # Among hundreds of experts hardly a choice is clear in float16.
     for dtype in [CLEARLY] * DRAWS + ["float32"] * DRAWS:
         clear_T = stable_T(case, dtype)
@@ -313,7 +316,8 @@ def draw(judge: Judge, check: LayerCheck, seed: int) -> LayerCase:
     spec, x, bias = one_of(rng, specs), one_of(rng, check.x), one_of(rng, check.bias)
     if check.routed and routed.prescribes(spec):
         return routed.make_case(spec, int(rng.integers(2**32)))
-    return make_case(spec, check, x=x, bias=bias, tokens=one_of(rng, sizes), seed=int(rng.integers(2**32)))
+    size, own_seed = one_of(rng, sizes), int(rng.integers(2**32))
+    return make_case(spec, check, x=x, bias=bias, tokens=size, seed=own_seed, limits=_limits(judge))
 
 
 def fixed(judge: Judge, check: LayerCheck) -> Iterator[LayerCase]:
@@ -325,9 +329,16 @@ def fixed(judge: Judge, check: LayerCheck) -> Iterator[LayerCase]:
         return
     for number, spec in enumerate(sorted(covering(specs, facts), key=specs.index)):
         x, bias = check.x[number % len(check.x)], check.bias[number % len(check.bias)]
-        yield make_case(spec, check, x=x, bias=bias, tokens=tokens_of(judge, check.tokens)[0], seed=number)
+        yield make_case(
+            spec, check, x=x, bias=bias, tokens=tokens_of(judge, check.tokens)[0], seed=number, limits=_limits(judge)
+        )
     if check.large and judge.chosen is None and not (judge.subject.compiles and check.large > 1):
         yield from _large(judge, check)
+
+
+def _limits(judge: Judge) -> int:
+    """A capacity is static: each one more is a program of its own for a subject that compiles."""
+    return 2 if judge.subject.compiles else 2**32
 
 
 def _large(judge: Judge, check: LayerCheck) -> Iterator[LayerCase]:

@@ -30,7 +30,7 @@ def rows_of_token(case: LayerCase, token: int | None) -> list[tuple[str, str]]:
     if case.num_tokens:
         rows += [
             (f"token[{t}]", numbers(case.x_TD[t])),
-            (f"ids[{t}]", numbers(routing.expert_ids_TK[t])),
+            (f"ids[{t}]", f"{numbers(routing.expert_ids_TK[t])} of its own router"),
             (f"weights[{t}]", numbers(routing.weights_TK[t])),
         ]
     if case.params.expert_bias_E is not None:

@@ -76,13 +76,13 @@ def arguments_of(case: LayerCase) -> tuple:
     return case.x_TD.astype(np.float32), case.params.astype(np.float32), case.spec
 
 
-def hold_unchanged(judge: Judge, case: LayerCase, method: str, arguments: tuple, inputs: dict) -> None:
+def hold_unchanged(judge: Judge, case: LayerCase, method: str, arguments: tuple) -> None:
     """A method leaves the arrays that it is given as they are. The arrays are writable."""
     given = {f"argument {number}": value for number, value in enumerate(arguments) if isinstance(value, np.ndarray)}
     for params in (value for value in arguments if isinstance(value, LayerParams)):
         given |= {f.name: getattr(params, f.name) for f in fields(params) if getattr(params, f.name) is not None}
     before = {name: value.copy() for name, value in given.items()}
-    judge.call(case, method, *arguments, **inputs)
+    judge.call(case, method, *arguments, **case.inputs)
     for name, value in given.items():
         if not np.array_equal(value, before[name], equal_nan=True):
             accuse(f"{name} is another after the call", expected=shown(before[name]), received=shown(value))

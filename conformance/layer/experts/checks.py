@@ -169,7 +169,9 @@ def a_row_depends_on_that_row_alone(judge, case):
 @requires("EXP-9", method="experts", tokens=(1,), bias=("none",))
 def zero_rows_give_zero_outputs(judge, case):
     counts_E = np.zeros(case.spec.router.num_experts, dtype=np.int64)
-    rows_of_subject(judge, case, np.zeros((0, case.spec.experts.dim)), counts_E)
+    # Without any row, and with rows that all are past the counts.
+    for rows in (0, TAIL):
+        rows_of_subject(judge, case, np.full((rows, case.spec.experts.dim), np.nan), counts_E)
 
 
 @requires("EXP-10", method="experts", after=FORMS)

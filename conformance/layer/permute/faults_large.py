@@ -18,10 +18,5 @@ def slots_are_numbered_in_16_bits(run, memory, expert_ids_TK, num_experts):
 @surrounds(breaks="PRM-9")
 def slots_past_a_grid_are_left_out(run, memory, expert_ids_TK, num_experts):
     """A grid has 65,535 blocks, one for each slot; there is no row for what comes later."""
-    within = expert_ids_TK.size <= 65_535
-    return run(
-        expert_ids_TK
-        if within
-        else np.where(np.arange(expert_ids_TK.size).reshape(expert_ids_TK.shape) < 65_535, expert_ids_TK, -1),
-        num_experts,
-    )
+    number_TK = np.arange(expert_ids_TK.size).reshape(expert_ids_TK.shape)
+    return run(np.where(number_TK < 65_535, expert_ids_TK, -1), num_experts)
