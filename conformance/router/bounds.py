@@ -107,19 +107,23 @@ def groups_of(ids_K: np.ndarray, spec: RouterSpec) -> list[int]:
 
 def in_groups(values_E: np.ndarray, spec: RouterSpec) -> np.ndarray:
     """(G, P)."""
-    return values_E.reshape(spec.num_expert_groups, spec.experts_per_group)
+    return values_E.reshape(-1, spec.experts_per_group)
 
 
 def can_be_kept(ids_K: np.ndarray, choice_E: np.ndarray, error_E: np.ndarray, spec: RouterSpec) -> np.ndarray:
     """(G,) groups that have no better expert than these ids, within the error."""
     chosen_E = np.isin(np.arange(spec.num_experts), ids_K)
     worst_in = (choice_E + error_E)[chosen_E].min()
-    return in_groups(chosen_E | (choice_E - error_E <= worst_in), spec).all(axis=-1)
+    return np.asarray(in_groups(chosen_E | (choice_E - error_E <= worst_in), spec).all(axis=-1))
 
 
 def best_in_some_groups(ids_K: np.ndarray, choice_E: np.ndarray, error_E: np.ndarray, spec: RouterSpec) -> bool:
     """The ids are the best ones of some num_limited_groups groups, whichever these are."""
-    used, L, possible_G = groups_of(ids_K, spec), spec.num_limited_groups or 1, can_be_kept(ids_K, choice_E, error_E, spec)
+    used, L, possible_G = (
+        groups_of(ids_K, spec),
+        spec.num_limited_groups or 1,
+        can_be_kept(ids_K, choice_E, error_E, spec),
+    )
     return len(used) <= L <= possible_G.sum() and bool(possible_G[used].all())
 
 
