@@ -5,6 +5,7 @@ The pool is bounded so that compiled code is reused; the data vary freely, all o
 
 from collections import Counter
 from dataclasses import fields, replace
+from functools import cache
 
 import numpy as np
 
@@ -148,10 +149,11 @@ def evenly(specs: list[RouterSpec]) -> list[RouterSpec]:
     return [group[i % len(group)] for i in range(longest) for group in groups]
 
 
-def _changed(spec: RouterSpec) -> set[str]:
+@cache
+def _changed(spec: RouterSpec) -> frozenset[str]:
     """Fields, sizes apart, that differ from their default."""
     names = {f.name for f in fields(spec) if getattr(spec, f.name) != f.default}
-    return names - {"num_experts", "top_k", "num_limited_groups"}
+    return frozenset(names - {"num_experts", "top_k", "num_limited_groups"})
 
 
 def logits_of_kind(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:

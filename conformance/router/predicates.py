@@ -46,6 +46,13 @@ def without_bias(case: RouterCase) -> RouterCase:
     return case.with_(expert_bias_E=None)
 
 
+def above_zero(case: RouterCase) -> RouterCase | None:
+    """The groups are at fault, not the sign, where the same biases above zero go wrong as well."""
+    if case.spec.select_by != "score" or case.expert_bias_E is None:
+        return None
+    return case.with_(expert_bias_E=case.expert_bias_E - min(0.0, float(case.expert_bias_E.min())))
+
+
 def untied(case: RouterCase) -> RouterCase:
     """The same case with logits that are all apart."""
     T, E = case.logits_TE.shape
@@ -116,6 +123,16 @@ LEAVES_GROUPS = Condition(
     sentence="judged where no expert of a dropped group is selected",
     holds=lambda judge, case: not keeps_to_groups(judge, case),
 )
+
+
+def sign_matters(requirement: str) -> Condition:
+    """The requirement holds where every bias is above zero: how dropped experts are masked is at fault (SEL-3)."""
+
+    def holds(judge: Judge, case: RouterCase) -> bool:
+        lifted = above_zero(case)
+        return lifted is not None and judge.holds(requirement, lifted)
+
+    return Condition(sentence="judged where the sign of the bias is no matter", holds=holds)
 
 
 def weighs_wrong_with(**changes) -> Condition:

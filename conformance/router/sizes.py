@@ -125,8 +125,8 @@ def cases(judge: Judge, check: RouterCheck) -> Iterator[RouterCase]:
     """A case of each size, with the check's kinds of logits, bias and dtype in turn."""
     if check.method != "route" or (judge.subject.compiles and "float32" not in check.dtypes):
         return
-    if judge.subject.compiles and check.inputs:
-        return  # each further input is another program
+    if judge.subject.compiles and (check.inputs or check.tokens == (0,)):
+        return  # a further input, or no token, is another program
     dtypes = dtypes_of(judge, check)
     for number, (spec, tokens) in enumerate(specs_of(judge, check)):
         tokens = 0 if check.tokens == (0,) else tokens

@@ -138,7 +138,7 @@ class Uint8Ids(Closed):
             return "an id of 8 bits is at most 255"
         return "unused slots have no unsigned id" if spec.selector == "given" else None
 
-    def route(self, logits_TE, spec, expert_bias_E, *, learned_scale=None, token_ids_T=None, table_VK=None, seed=0):
+    def route(self, logits_TE, spec, expert_bias_E, *, learned_scale=None, token_ids_T=None, table_VK=None, seed=None):
         named = {"learned_scale": learned_scale, "token_ids_T": token_ids_T, "table_VK": table_VK, "seed": seed}
         inputs = {name: value for name, value in named.items() if value is not None}
         found = super().route(logits_TE, spec, expert_bias_E, **inputs)

@@ -62,9 +62,8 @@ def test_a_subject_that_compiles_gets_at_most_ten_further_programs():
         if check.method == "route"
         for case in cases_of(judge, requirement)
     }
-    assert {tokens for _, tokens, _ in found} == {0, 17, 129, 1025, 4099}
-    assert len({each for each in found if each[1]}) <= 10
-    assert TOKENS_OF_MODEL in {tokens for _, tokens, _ in found}
+    assert {tokens for _, tokens, _ in found} == {TOKENS_OF_MODEL, 129, 1025, 4099}
+    assert len(found) <= 10
 
 
 def test_separated_and_close_logits_of_512_experts_are_apart_in_float32():

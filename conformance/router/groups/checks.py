@@ -16,6 +16,7 @@ from conformance.router.predicates import (
     UNBIASED,
     panel,
     selects_right,
+    sign_matters,
     untied,
     without_bias,
 )
@@ -121,7 +122,7 @@ def of_equal_groups_the_lower_is_kept(judge, case):
     bias=("none", "mixed", "negative"),
     logits=MODERATE,
     after=("SEL-3",),
-    unless=(SELECTS_WRONG, SELECTS_WRONG_UNBIASED, LEAVES_GROUPS),
+    unless=(SELECTS_WRONG, SELECTS_WRONG_UNBIASED, LEAVES_GROUPS, sign_matters("GRP-5")),
 )
 def renaming_groups_renames_the_selection(judge, case):
     spec, order = case.spec, case.rng().permutation(case.spec.num_expert_groups)

@@ -222,11 +222,11 @@ def sigmoid_by_tanh(scaled_logits_TE, spec):
 
 @replaces("score", breaks="SCR-7")
 def sigmoid_of_exp_over_exp(scaled_logits_TE, spec):
-    """The sigmoid is exp(z) / (1 + exp(z)), infinity over infinity."""
+    """The sigmoid is exp(z) / (1 + exp(z)); infinity over infinity is cleaned to 0."""
     if spec.score_func != "sigmoid":
         return score(scaled_logits_TE, spec)
     exp_TE = np.exp(scaled_logits_TE)
-    return exp_TE / (1 + exp_TE)
+    return np.nan_to_num(exp_TE / (1 + exp_TE))
 
 
 @replaces("score", breaks="SCR-7")

@@ -14,6 +14,7 @@ from conformance.router.predicates import (
     MODERATE,
     SCORES,
     UNBIASED,
+    above_zero,
     ranks,
     untied,
     without_bias,
@@ -41,13 +42,6 @@ def distinct_experts_in_range(judge, case):
 )
 def the_best_choice_scores_are_selected(judge, case):
     hold_selection(judge, case)
-
-
-def above_zero(case):
-    """The groups are at fault, not the sign, where the same biases above zero go wrong as well."""
-    if case.spec.select_by != "score" or case.expert_bias_E is None:
-        return None
-    return case.with_(expert_bias_E=case.expert_bias_E - min(0.0, float(case.expert_bias_E.min())))
 
 
 @requires(

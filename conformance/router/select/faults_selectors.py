@@ -7,6 +7,13 @@ import numpy as np
 from conformance.core.fault import replaces, surrounds
 from moe_ref import UNUSED
 from moe_ref.routing import choose, ids_array, sparsemixer
+from moe_ref.specs.inputs import READS
+
+
+def read_by(spec, inputs: dict) -> dict:
+    """The inputs without those that the spec's selector does not read: the reference refuses them."""
+    known = {name for names in READS.values() for name in names}
+    return {name: value for name, value in inputs.items() if name in READS[spec.selector] or name not in known}
 
 
 @replaces("sparsemixer", breaks="SEL-13")
@@ -45,7 +52,7 @@ def table_ignored(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """The table is ignored; the best scores are selected."""
     if spec.selector == "table":
         spec = spec.replace(selector="top_k")
-    return route(logits_TE, spec, expert_bias_E, **inputs)
+    return route(logits_TE, spec, expert_bias_E, **read_by(spec, inputs))
 
 
 @surrounds(breaks="SEL-15")
@@ -53,7 +60,7 @@ def given_ids_ignored(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Given ids are ignored; the best scores are selected."""
     if spec.selector == "given":
         spec = spec.replace(selector="top_k")
-    return route(logits_TE, spec, expert_bias_E, **inputs)
+    return route(logits_TE, spec, expert_bias_E, **read_by(spec, inputs))
 
 
 @surrounds(breaks="SEL-15", links=("radixark/miles#645",))
@@ -61,7 +68,7 @@ def one_unused_slot_ends_the_replay(route, memory, logits_TE, spec, expert_bias_
     """Given ids are ignored for the whole batch where one slot is unused."""
     if spec.selector == "given" and (inputs["given_ids_TK"] == UNUSED).any():
         spec = spec.replace(selector="top_k")
-    return route(logits_TE, spec, expert_bias_E, **inputs)
+    return route(logits_TE, spec, expert_bias_E, **read_by(spec, inputs))
 
 
 @replaces("choose", breaks="SEL-15", links=("PrimeIntellect-ai/prime-rl#1807",))
@@ -113,8 +120,7 @@ def random_follows_the_logits(route, memory, logits_TE, spec, expert_bias_E, **i
     """Random selection draws, but the logits decide."""
     if spec.selector == "random":
         spec = spec.replace(selector="top_k")
-        inputs = {k: v for k, v in inputs.items() if k != "seed"}
-    return route(logits_TE, spec, expert_bias_E, **inputs)
+    return route(logits_TE, spec, expert_bias_E, **read_by(spec, inputs))
 
 
 @surrounds(breaks="SEL-17")
