@@ -37,10 +37,7 @@ class TransformersLayers(Subject):
     def supports_layer(self, spec: LayerSpec, layout=None) -> str | None:
         if layout is not None:
             return "transformers shards no layer here"
-        block, why = find_block(spec, self.family, False, self.experts_implementation)
-        if block is not None and block.interface == "none" and spec.router.top_k == 1:
-            return f"the layer of {block.name} cannot index a single slot"  # its squeeze() takes the axis away
-        return why or None
+        return find_block(spec, self.family, False, self.experts_implementation)[1] or None
 
     # They name their inputs (none further), which is how a subject says what it takes.
     def layer(self, x_TD, params, spec):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -82,6 +79,9 @@ class TransformersLayers(Subject):
         block, why = find_block(spec, self.family, with_bias, self.experts_implementation)
         if block is None:
             raise Unsupported(why)
+        if block.interface == "none" and spec.router.top_k == 1:
+            # It takes the axis of the only slot away.
+            raise Unsupported(f"the layer of {block.name} takes no token that has a single expert")
         self.last_family = block.name
         module = build_block(block, spec, self.experts_implementation).requires_grad_(False)
         for path, native in to_native(block, params).items():
