@@ -6,7 +6,7 @@ tried, and the tokens of one case have logits of all kinds.
 Legend: T tokens, D model dim, E columns of the logits, K top_k.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,9 @@ def make_case(spec: LayerSpec, seed: int) -> LayerCase:
         bias_E = np.round(bias_E) + rng.permutation(len(bias_E)) * CLOSE
     inputs: dict[str, Any] = inputs_of(router, T, (), rng)
     learned_scale = inputs.pop("learned_scale", None)
-    params = LayerParams.init(spec, int(rng.integers(2**31)))
+    made = LayerParams.init(spec, int(rng.integers(2**31)))
+    values = {f.name: getattr(made, f.name) for f in fields(made)}
+    params = LayerParams(**{name: value if value is None else float32(value) for name, value in values.items()})
     params = replace(
         params,
         gate_ED=SCALE * np.eye(E, D),

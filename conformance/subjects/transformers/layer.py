@@ -35,10 +35,7 @@ class TransformersLayer(Subject):
     def supports_layer(self, spec: LayerSpec, layout: ShardLayout | None = None) -> str | None:
         if layout is not None:
             return "transformers shards no layer here"
-        block, why = find_block(spec, self.family, False, self.experts_implementation)
-        if block is not None and block.interface == "none" and spec.router.top_k == 1:
-            return f"the layer of {block.name} cannot index a single slot"  # its squeeze() takes the axis away
-        return why or None
+        return find_block(spec, self.family, False, self.experts_implementation)[1] or None
 
     def layer(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec) -> np.ndarray:
         module = self._loaded(params, spec)[1]
@@ -83,6 +80,9 @@ class TransformersLayer(Subject):
         block, why = find_block(spec, self.family, with_bias, self.experts_implementation)
         if block is None:
             raise Unsupported(why)
+        if block.interface == "none" and spec.router.top_k == 1:
+            # It takes the axis of the only slot away.
+            raise Unsupported(f"the layer of {block.name} takes no token that has a single expert")
         self.last_family = block.name
         module = build_block(block, spec, self.experts_implementation).requires_grad_(False)
         load_params(module, block, params)
