@@ -66,6 +66,6 @@ def replay_layer(
         options: further ones of it.
     """
     forced = spec.replace(router=spec.router.given(with_weights=with_weights))
-    inputs, mask_T = record.inputs(spec.router, with_weights=with_weights)
+    inputs, mask_T = record.inputs(spec.router, with_weights=with_weights, num_tokens=x_TD.shape[0])
     # A balancing bias takes part in a choice alone.
     return layer(x_TD, replace(params, expert_bias_E=None), forced, token_mask_T=mask_T, inputs=inputs, **options)

@@ -30,8 +30,10 @@ from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.params import LayerParams, WeightLayout
 from moe_ref.specs.record import RoutingRecord, load_records, save_records
 from moe_ref.specs.router import RouterSpec
+from moe_ref.specs.training import Event, StackSpec
 from moe_ref.strategies import STRATEGIES
 from moe_ref.strategies.base import RankPlan
+from moe_ref.training import TrainingState, train
 
 __all__ = [
     "BALANCE_FORMS",
@@ -43,6 +45,7 @@ __all__ = [
     "BiasUpdateSpec",
     "CapacitySpec",
     "CapacityTrace",
+    "Event",
     "ExpertSpec",
     "LayerGradients",
     "LayerParams",
@@ -59,6 +62,8 @@ __all__ = [
     "ShardedGradients",
     "ShardedTrace",
     "SharedSpec",
+    "StackSpec",
+    "TrainingState",
     "WeightLayout",
     "apply_capacity",
     "balance",
@@ -86,6 +91,7 @@ __all__ = [
     "sharded_backward",
     "sharded_layer",
     "tokens_per_expert",
+    "train",
     "unpermute",
     "z_loss",
     "z_loss_backward",

@@ -53,7 +53,7 @@ def replay(
 
     An unused slot stays unused. Recorded weights are constants: no gradient goes to the logits.
     """
-    inputs, mask_T = record.inputs(spec, with_weights=with_weights)
+    inputs, mask_T = record.inputs(spec, with_weights=with_weights, num_tokens=len(logits_TE))
     forced = spec.given(with_weights=with_weights)
     return route(logits_TE, forced, learned_scale=learned_scale, inputs=inputs, token_mask_T=mask_T, dtype=dtype)
 
@@ -68,7 +68,7 @@ def replay_layer(
     dtype: DTypeLike = np.float64,
 ) -> LayerTrace:
     """The layer with the recorded choice; expert_bias takes part in a choice alone, and is not asked. [RPL-4]"""
-    inputs, mask_T = record.inputs(spec.router, with_weights=with_weights)
+    inputs, mask_T = record.inputs(spec.router, with_weights=with_weights, num_tokens=len(x_TD))
     forced = spec.replace(router=spec.router.given(with_weights=with_weights))
     without_bias = replace(params, expert_bias_E=None)
     return moe_layer(x_TD, without_bias, forced, inputs=inputs, token_mask_T=mask_T, dtype=dtype)

@@ -11,7 +11,15 @@ from moe_torch.bias_hook import BiasHook
 from moe_torch.capacity import KeptSlots, apply_capacity, slot_table
 from moe_torch.dispatcher import LocalTokenDispatcher, TokenDispatcher
 from moe_torch.experts import GroupedExperts
-from moe_torch.losses import BalanceSums, balance_loss, balance_sums, loss_of_sums, z_loss
+from moe_torch.losses import (
+    BalanceSums,
+    balance_loss,
+    balance_sums,
+    loss_of_sums,
+    z_loss,
+    z_loss_of_sums,
+    z_sums,
+)
 from moe_torch.moe import MoE, SharedExperts
 from moe_torch.replay import capture, replay_layer
 from moe_torch.router import Gate, NodeLimitedRouter
@@ -63,4 +71,6 @@ __all__ = [
     "sync_gradients",
     "tokens_per_expert",
     "z_loss",
+    "z_loss_of_sums",
+    "z_sums",
 ]

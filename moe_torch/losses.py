@@ -239,14 +239,27 @@ def z_loss(
     """
     if scope not in ("global", "local"):
         raise ValueError(f"scope is {scope!r}; it is 'global' or 'local'")
-    logits_TE = _masked(logits_TE, token_mask_T)
-    squares_T = torch.logsumexp(logits_TE, dim=-1).square()
+    sums_2 = z_sums(logits_TE, token_mask_T=token_mask_T)
+    if scope == "local":
+        return _mean_of_ranks(z_loss_of_sums(sums_2, coeff=coeff), sums_2[1] > 0, group)
+    return z_loss_of_sums(_sum_over(group, sums_2), coeff=coeff)
+
+
+def z_sums(logits_TE: Tensor, *, token_mask_T: Tensor | None = None) -> Tensor:
+    """(2,) the sum of log(sum(exp(logits))) ** 2 over the valid tokens, and their number.
+
+    Those of micro-batches and chunks can be added, so that the mean is over the tokens of all (`z_loss_of_sums`).
+    """
+    squares_T = torch.logsumexp(_masked(logits_TE, token_mask_T), dim=-1).square()
     num_tokens = torch.tensor(float(len(logits_TE)), dtype=squares_T.dtype, device=squares_T.device)
     if token_mask_T is not None:
         squares_T, num_tokens = squares_T.masked_fill(~token_mask_T, 0), token_mask_T.sum().to(squares_T.dtype)
-    if scope == "local":
-        return coeff * _mean_of_ranks(squares_T.sum() / num_tokens.clamp(min=1), num_tokens > 0, group)
-    total, num_tokens = _sum_over(group, torch.stack([squares_T.sum(), num_tokens])).unbind()
+    return torch.stack([squares_T.sum(), num_tokens])
+
+
+def z_loss_of_sums(sums_2: Tensor, *, coeff: float = 1.0) -> Tensor:
+    """coeff times the mean over the valid tokens that the sums are of; 0 where there is none. [LOD-16, LOD-28]"""
+    total, num_tokens = sums_2.unbind()
     return coeff * total / num_tokens.detach().clamp(min=1)
 
 

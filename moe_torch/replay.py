@@ -49,7 +49,8 @@ def replay_layer(layer: MoE, x: Tensor, record: RoutingRecord, *, with_weights: 
     The layer is called as a module, so that hooks and sharding see a forward pass like any other. Its capacity is not
     asked: what was dropped is unused in the record. Recorded weights are constants.
     """
-    inputs, mask_T = record.inputs(layer.spec.router, with_weights=with_weights)
+    num_tokens = x.shape[:-1].numel()
+    inputs, mask_T = record.inputs(layer.spec.router, with_weights=with_weights, num_tokens=num_tokens)
     own_inputs = inputs.map(lambda array: torch.tensor(array, device=x.device))
     mask = torch.tensor(mask_T, device=x.device).reshape(x.shape[:-1])
     return layer(x, mask, inputs=own_inputs, router_spec=layer.spec.router.given(with_weights=with_weights))

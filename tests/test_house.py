@@ -27,14 +27,15 @@ FLOORS = {
         "conformance.layer": 3,
         "conformance.sharded": 4,
         "conformance.balance": 4,
+        "conformance.training": 4,
         "conformance.pictures": 5,
         "conformance.run": 6,
         "conformance.suite": 7,
     },
 }
-KINDS = ("router", "layer", "sharded", "balance")
+KINDS = ("router", "layer", "sharded", "balance", "training")
 MOST_LINES = 500
-ID = re.compile(r"\b(?:CFG|RUN|GAT|SCR|GRP|SEL|WGT|PRM|EXP|CMB|LAY|BWD|RPL|DSP|LYT|LOD|CAP|MSK)-\d+\b")
+ID = re.compile(r"\b(?:CFG|RUN|GAT|SCR|GRP|SEL|WGT|PRM|EXP|CMB|LAY|BWD|RPL|DSP|LYT|LOD|CAP|MSK|STP)-\d+\b")
 
 Arrows = frozenset[tuple[str, str]]
 

@@ -12,7 +12,10 @@ from conformance.balance.case import BalanceCase
 from conformance.core.judge import Judge
 from conformance.core.rounding import EPSILON, TINY
 from moe_ref import BalanceSpec, BiasUpdateSpec, z_loss, z_loss_backward
+from moe_ref.backward.routing import scale_logits_backward
 
+SCALINGS = 8
+"""Granted to a logit that is scaled and capped, and to the slope of that."""
 ROUNDINGS = 32
 """Granted to a sum of products besides one for each term: exp, log and divisions."""
 
@@ -36,7 +39,7 @@ def wanted_loss(case: BalanceCase) -> Loss:
 
 
 def wanted_z_loss(case: BalanceCase) -> Loss:
-    """The reference's z-loss."""
+    """The reference's z-loss; of scope 'global', to which no cut makes a difference."""
     how = {"coeff": case.spec.coeff, **mask_of(case)}
     return Loss(loss=np.asarray(z_loss(case.logits_TE, **how)), d_logits_TE=z_loss_backward(case.logits_TE, **how))
 
@@ -47,8 +50,8 @@ def mask_of(case: BalanceCase) -> dict[str, Any]:
 
 
 def _valid_logits(case: BalanceCase) -> np.ndarray:
-    """(T, E) the logits; 0 where they are infinite, and for padding."""
-    return np.where(case.valid_T[:, None], np.nan_to_num(case.logits_TE, neginf=0.0, posinf=0.0), 0)
+    """(T, E) the logits as they are scored; 0 where they are infinite, and for padding."""
+    return np.where(case.valid_T[:, None], np.nan_to_num(case.scaled_logits_TE, neginf=0.0, posinf=0.0), 0)
 
 
 def loss_radius(judge: Judge, case: BalanceCase) -> Loss:
@@ -60,7 +63,7 @@ def loss_radius(judge: Judge, case: BalanceCase) -> Loss:
     terms = ROUNDINGS + T + E
     z_TE = _valid_logits(case)
     away_TE = np.abs(z_TE - z_TE.max(axis=-1, keepdims=True, initial=-np.inf)) if T else z_TE
-    error_TE = eps * (terms + np.maximum(np.abs(z_TE), away_TE))
+    error_TE = eps * (terms + SCALINGS * np.abs(z_TE) * case.scales_logits + np.maximum(np.abs(z_TE), away_TE))
     error_TE = error_TE + error_TE.max(axis=-1, keepdims=True, initial=0)  # of the sum that divides
     share_U = spec.coeff * float(E) ** spec.expert_power * trace.weights_U / np.maximum(trace.tokens_U, 1)
     pull_TE = (share_U[:, None] * trace.fractions_UE)[trace.unit_of_T]  # d loss / d score
@@ -70,7 +73,14 @@ def loss_radius(judge: Judge, case: BalanceCase) -> Loss:
     mean_T1 = (pull_TE * s_TE).sum(axis=-1, keepdims=True) if spec.scores_sum_to_1 else 0
     mean_error_T1 = (pull_TE * s_TE * error_TE).sum(axis=-1, keepdims=True) if spec.scores_sum_to_1 else 0
     gradient_TE = s_TE * ((pull_TE + mean_T1) * (error_TE + terms * eps) + mean_error_T1)
-    return Loss(loss=np.asarray(loss), d_logits_TE=gradient_TE + TINY[dtype])
+    if case.scales_logits:
+        slope_TE = scale_logits_backward(np.ones_like(z_TE), z_TE, case.router)
+        largest = SCALINGS * eps * case.router.logit_scale
+        gradient_TE = gradient_TE * np.abs(slope_TE) + s_TE * (pull_TE + mean_T1) * largest
+    # A score that vanishes does so before it is pulled; its square root is of what has vanished.
+    floor = np.sqrt(TINY[dtype]) if spec.score_func == "sqrtsoftplus" else TINY[dtype]
+    floor_TE = TINY[dtype] + floor * (pull_TE + mean_T1)
+    return Loss(loss=np.asarray(loss + floor_TE.sum()), d_logits_TE=gradient_TE + floor_TE)
 
 
 def z_loss_radius(judge: Judge, case: BalanceCase) -> Loss:
@@ -80,15 +90,19 @@ def z_loss_radius(judge: Judge, case: BalanceCase) -> Loss:
     T, E = case.logits_TE.shape
     z_TE = _valid_logits(case)
     largest_T = np.abs(z_TE).max(axis=-1, initial=0)
-    log_sum_T = np.abs(np.logaddexp.reduce(z_TE, axis=-1))
+    log_sum_T = largest_T + np.log(max(E, 1))
     off_T = eps * (4 * largest_T + E + ROUNDINGS)
     tokens = max(1, int(case.valid_T.sum()))
     share_T = 2 * case.spec.coeff / tokens * case.valid_T
     loss = (share_T * (log_sum_T + off_T) * off_T).sum() + (T + ROUNDINGS) * eps * abs(float(wanted.loss))
-    p_TE = np.exp(z_TE - np.logaddexp.reduce(z_TE, axis=-1)[:, None])
+    finite_TE = np.isfinite(case.logits_TE) | ~case.valid_T[:, None]
+    shown_TE = np.where(finite_TE, z_TE, -np.inf)
+    p_TE = np.exp(shown_TE - np.logaddexp.reduce(shown_TE, axis=-1)[:, None])
     away_T1 = 2 * largest_T[:, None] + E + ROUNDINGS
     gradient_TE = share_T[:, None] * p_TE * (off_T[:, None] + (log_sum_T + off_T)[:, None] * eps * 2 * away_T1)
-    return Loss(loss=np.asarray(loss + TINY[dtype]), d_logits_TE=gradient_TE + TINY[dtype])
+    # A share that vanishes does so before it is multiplied.
+    floor_T1 = TINY[dtype] * (1 + share_T * (log_sum_T + off_T))[:, None]
+    return Loss(loss=np.asarray(loss + TINY[dtype]), d_logits_TE=gradient_TE + floor_T1)
 
 
 def bias_radius(judge: Judge, case: BalanceCase, wanted_E: np.ndarray) -> np.ndarray:

@@ -23,8 +23,10 @@ from moe_ref import (
     balance_loss_backward,
     capacity_backward,
 )
+from moe_ref.backward.routing import scale_logits_backward
 from moe_ref.balance import BalanceTrace
 from moe_ref.capacity import CapacityTrace
+from moe_ref.routing import scale_logits
 
 RULES = {"load": None, "z_loss": None, "balance_loss": "balance", "bias_update": "update", "capacity": "capacity"}
 """Methods of a subject, and the field of a BatchSpec with the rule that each gets."""
@@ -50,6 +52,8 @@ class BatchSpec:
     balance: BalanceSpec | None = None
     update: BiasUpdateSpec | None = None
     capacity: CapacitySpec | None = None
+    router: RouterSpec | None = None
+    """What the router does besides scoring; None: nothing."""
     coeff: float = 1.0
     """Of the z-loss."""
 
@@ -75,7 +79,7 @@ class BatchSpec:
     @classmethod
     def from_dict(cls, values: dict) -> Self:
         """Reads what `to_dict` wrote."""
-        rules = {"balance": BalanceSpec, "update": BiasUpdateSpec, "capacity": CapacitySpec}
+        rules = {"balance": BalanceSpec, "update": BiasUpdateSpec, "capacity": CapacitySpec, "router": RouterSpec}
         return cls(**{name: rules[name].from_dict(v) if name in rules else v for name, v in values.items()})
 
 
@@ -100,14 +104,26 @@ class BalanceCase(Case):
     expert_bias_E: np.ndarray
 
     @cached_property
+    def scaled_logits_TE(self) -> np.ndarray:
+        """What the loss scores: the logits as the router scales and caps them."""
+        return scale_logits(self.logits_TE, self.router)
+
+    @property
+    def scales_logits(self) -> bool:
+        """Whether the router scales or caps its logits."""
+        return self.router.logit_scale != 1 or self.router.logit_softcap is not None
+
+    @cached_property
     def balance_trace(self) -> BalanceTrace:
         """The oracle's trace of the balance loss."""
-        return balance(self.logits_TE, self.expert_ids_TK, self.rule("balance"), **self.inputs)
+        return balance(self.scaled_logits_TE, self.expert_ids_TK, self.rule("balance"), **self.inputs)
 
     @cached_property
     def balance_gradient_TE(self) -> np.ndarray:
         """The oracle's gradient of the balance loss by the logits."""
-        return balance_loss_backward(self.logits_TE, self.expert_ids_TK, self.rule("balance"), **self.inputs)
+        scaled_TE = self.scaled_logits_TE
+        d_scaled_TE = balance_loss_backward(scaled_TE, self.expert_ids_TK, self.rule("balance"), **self.inputs)
+        return scale_logits_backward(d_scaled_TE, scaled_TE, self.router)
 
     @cached_property
     def capacity_trace(self) -> CapacityTrace:
@@ -129,7 +145,9 @@ class BalanceCase(Case):
 
     @property
     def router(self) -> RouterSpec:
-        """A router of these sizes that scores as the loss does."""
+        """The router of the spec, or one of these sizes that scores as the loss does."""
+        if self.spec.router is not None:
+            return self.spec.router
         score_func = self.spec.balance.score_func if self.spec.balance else "softmax"
         return RouterSpec(
             num_experts=self.spec.num_experts,
@@ -162,7 +180,9 @@ class BalanceCase(Case):
         if len(self.counts_SE) > 1:
             yield from (self.with_(counts_SE=np.delete(self.counts_SE, s, axis=0)) for s in range(len(self.counts_SE)))
         yield from (self.with_(expert_bias_E=each) for each in rounder(self.expert_bias_E))
-        yield from (self.with_(logits_TE=each) for each in rounder(self.logits_TE))
+        # Not so far that experts are equal, of which either may be counted.
+        several = _different(self.logits_TE)
+        yield from (self.with_(logits_TE=each) for each in rounder(self.logits_TE) if _different(each) == several)
 
     def why_not(self, subject: Subject, method: str) -> str | None:
         """By the rule, where the method gets one."""
@@ -171,7 +191,7 @@ class BalanceCase(Case):
 
     def to_json(self) -> dict:
         """Plain data."""
-        arrays = {name: plain(getattr(self, name)) for name in ARRAYS}
+        arrays = {name: _packed(getattr(self, name)) for name in ARRAYS}
         inputs = {name: plain(v) if isinstance(v, np.ndarray) else list(v) for name, v in self.inputs.items()}
         return {"load_spec": self.spec.to_dict(), **arrays, "inputs": inputs, "seed": self.seed}
 
@@ -186,12 +206,35 @@ class BalanceCase(Case):
         arrays = {}
         for name, dtype in ARRAYS.items():
             shape = (-1,) if name == "expert_bias_E" else (-1, width[name[-1]])
-            arrays[name] = np.array(data[name], dtype=dtype).reshape(shape)
+            arrays[name] = np.asarray(_unpacked(data[name], dtype)).reshape(shape)
         inputs = {
             name: np.array(value, dtype=bool) if name == "token_mask_T" else tuple(value)
             for name, value in data.get("inputs", {}).items()
         }
         return cls(spec=spec, inputs=inputs, seed=data.get("seed", 0), **arrays)
+
+
+def _different(logits_TE: np.ndarray) -> int:
+    """How many different logits the tokens have between them, each token counted by itself."""
+    return sum(len(np.unique(row)) for row in logits_TE) if len(logits_TE) < MANY_ROWS else 0
+
+
+MANY_ROWS = 4096
+
+
+def _packed(array: np.ndarray) -> Any:
+    """Plain data; an array of many rows that are all the same as one of them and their number."""
+    if len(array) > MANY_ROWS and (array == array[:1]).all():
+        return {"rows": len(array), "row": plain(array[0])}
+    return plain(array)
+
+
+def _unpacked(data: Any, dtype: Any) -> np.ndarray:
+    """What `_packed` made plain."""
+    if isinstance(data, dict):
+        row = np.array(data["row"], dtype=dtype)
+        return np.broadcast_to(row, (data["rows"], *row.shape))
+    return np.array(data, dtype=dtype)
 
 
 def _has(name: str, /, **wanted) -> Callable[[BalanceCase], bool]:
@@ -220,6 +263,12 @@ BalanceCase.TAGS = {
     "centred": _has("update", centred=True),
     "frozen": lambda c: c.spec.update is not None and any(c.spec.update.frozen_E or ()),
     "large_counts": lambda c: bool((c.counts_SE >= 2**24).any()),
+    "many_tokens": lambda c: c.num_tokens > 256,
+    "many_experts": lambda c: c.spec.num_experts > 32,
+    "scaled_logits": lambda c: c.scales_logits,
+    "grouped_router": lambda c: (c.router.num_expert_groups or 1) > 1,
+    "barred_experts": lambda c: bool(np.isneginf(c.logits_TE).any()),
+    "unused_tokens": lambda c: bool((c.expert_ids_TK == UNUSED).all(axis=-1).any()),
     "equal_counts": lambda c: len(set(c.counts_SE.sum(axis=0).tolist())) == 1,
     "several_counts": lambda c: len(c.counts_SE) > 1,
     "capacity": _has("capacity"),

@@ -17,7 +17,7 @@ from conformance.core.chosen import pool_of
 from conformance.core.drawing import one_of
 from conformance.core.judge import Judge
 from conformance.core.kind import settings_of
-from moe_ref import BALANCE_FORMS, UNUSED, BalanceSpec, BiasUpdateSpec, CapacitySpec
+from moe_ref import BALANCE_FORMS, UNUSED, BalanceSpec, BiasUpdateSpec, CapacitySpec, RouterSpec
 from moe_ref.specs.balance import RUNNING_SCOPES
 
 SIGMOID = {"score_func": "sigmoid", "norm_scores": True}
@@ -60,11 +60,26 @@ CAPACITIES = (
     CapacitySpec(factor=0.5, renormalise="after", weight_sum=2.5),
     CapacitySpec(factor=0.75, drop_order="slot_major", scope="sequence", renormalise="after"),
     CapacitySpec(factor=1.0, pad_to_capacity=True),
+    CapacitySpec(factor=16.0, pad_to_capacity=True),
     CapacitySpec(factor=0.75, pad_to_capacity=True, drop_order="slot_major"),
     CapacitySpec(factor=0.75, pad_to_capacity=True, drop_order="by_weight", scope="rank"),
     CapacitySpec(factor=1.5, scope="rank", then=CapacitySpec(factor=0.75)),
     CapacitySpec(factor=1.0, scope="sequence", then=CapacitySpec(factor=0.75, renormalise="after")),
 )
+ROUTED = (
+    (BalanceSpec(), RouterSpec(num_experts=5, top_k=2, logit_scale=0.5, logit_softcap=1.5, score_func="sigmoid")),
+    (BalanceSpec(), RouterSpec(num_experts=6, top_k=3, score_over="selected", select_by="logit", route_scale=2.5)),
+    (
+        BalanceSpec(**SIGMOID, score_eps=1e-20),
+        RouterSpec(num_experts=8, top_k=3, score_func="sigmoid", num_expert_groups=4, num_limited_groups=2,
+                   route_norm=True, route_scale=2.5),
+    ),
+    (BalanceSpec.of("transformers"), RouterSpec(num_experts=6, top_k=2, num_expert_groups=3, num_limited_groups=2)),
+    (BalanceSpec(score_func="sigmoid"), RouterSpec(num_experts=5, top_k=2, route_norm=True, logit_scale=1.5)),
+)  # fmt: skip
+"""Losses of routers that group, scale, cap, norm, or score as the loss does not."""
+WIDE = {(33, 6): 257, (64, 8): 1025, (129, 9): 257, (257, 8): 257}
+"""(E, K), and how many tokens a case of it has: past the tables, bytes and tiles of small sizes."""
 SIZES = ((5, 2), (7, 3), (5, 1), (8, 4))
 """(E, K); mostly primes, so that no axis fits another."""
 
@@ -84,20 +99,42 @@ def _pool() -> list[BatchSpec]:
         E, K = SIZES[number % 4]
         found += [BatchSpec(num_experts=E, top_k=K, capacity=rule), BatchSpec(num_experts=5, top_k=3, capacity=rule)]
     found += [BatchSpec(num_experts=3, top_k=3, num_null_experts=2, capacity=rule) for rule in CAPACITIES[:4]]
+    found += [
+        BatchSpec(num_experts=router.num_experts, top_k=router.top_k, balance=rule, router=router)
+        for rule, router in ROUTED
+    ]
+    wide = [{"num_experts": E, "top_k": K} for E, K in WIDE]
+    found += [BatchSpec(**size) for size in wide]
+    found += [BatchSpec(**size, update=rule) for size, rule in zip(wide, UPDATES[:2], strict=False)]
+    for name, rules in (("balance", BALANCES), ("capacity", CAPACITIES)):
+        # Each third rule is enough: what breaks at size does so whatever the rule.
+        found += [BatchSpec(**wide[number % len(wide)], **{name: rule}) for number, rule in enumerate(rules[::3])]
     return list(dict.fromkeys(found))
 
 
 BATCH_SPECS: list[BatchSpec] = _pool()
 
 
+def is_wide(spec: BatchSpec) -> bool:
+    """Whether a batch is of one of the large sizes, which are tried once each."""
+    return (spec.num_experts, spec.top_k) in WIDE
+
+
 def _thin() -> list[BatchSpec]:
-    """Every batch without a rule, each rule on the first of its batches, and one loss of normed scores with K = 1."""
+    """Every small batch without a rule, each rule on the first of its batches, one loss of normed scores with K = 1,
+    one of a router that caps its logits, and a loss and a capacity of many experts."""
     first = {}
     for spec in BATCH_SPECS:
         first.setdefault(spec.rule, spec)
+    routed = next(spec for spec in BATCH_SPECS if spec.router is not None)
+    wide = [next(s for s in BATCH_SPECS if is_wide(s) and getattr(s, name)) for name in ("balance", "capacity")]
     one_slot = BatchSpec(num_experts=5, top_k=1, balance=BalanceSpec(coeff=0.01, **SIGMOID, score_eps=1e-20))
     assert one_slot in BATCH_SPECS
-    return [spec for spec in BATCH_SPECS if spec.rule is None or spec in (first[spec.rule], one_slot)]
+    return [
+        spec
+        for spec in BATCH_SPECS
+        if (spec.rule is None and not is_wide(spec)) or spec in (first[spec.rule], one_slot, routed, *wide)
+    ]
 
 
 THIN_BATCH_SPECS: list[BatchSpec] = _thin()
@@ -108,18 +145,26 @@ def logits_of_kind(kind: str, shape: tuple[int, int], rng: np.random.Generator) 
     """(T, E) logits of which no two of a token are near each other."""
     T, E = shape
     steps_TE = np.argsort(rng.random((T, E)), axis=-1) - (E - 1) / 2
-    logits_TE = 0.5 * steps_TE + rng.uniform(-0.1, 0.1, (T, E)) + rng.normal(0, 0.5, (T, 1))
+    step = min(0.5, 8 / E)  # so that the scores of many experts do not saturate
+    logits_TE = step * (steps_TE + rng.uniform(-0.2, 0.2, (T, E))) + rng.normal(0, 0.5, (T, 1))
     if kind == "large":
         # The largest is at least 0: where all scores underflow there is nothing to compare.
         logits_TE = 40 * (logits_TE - logits_TE.max(axis=-1, keepdims=True, initial=-np.inf))
         logits_TE = logits_TE + rng.uniform(0, 200, (T, 1))
+    if kind == "saturated":
+        logits_TE = np.where(steps_TE == steps_TE.max(axis=-1, keepdims=True, initial=-np.inf), 1e4, -1e4) + logits_TE
+    if kind == "negative":
+        logits_TE = logits_TE - rng.uniform(60, 80, (T, 1))
+    if kind == "barred":
+        # At least one stays.
+        logits_TE = np.where((rng.random((T, E)) < 0.4) & (steps_TE < (E - 1) / 2), -np.inf, logits_TE)
     return float32(logits_TE)
 
 
 def ids_of_kind(kind: str, logits_TE: np.ndarray, spec: BatchSpec, rng: np.random.Generator) -> np.ndarray:
     """(T, K) distinct choices: of biased scores, the same for every token, with unused slots, or of one hot expert.
 
-    With a hot expert the last token alone begins with another one.
+    With a hot expert the last token alone begins with another one; of 'idle' the first token, at least, has none.
     """
     T, K = len(logits_TE), spec.top_k
     null_TZ = rng.normal(0, 1.5, (T, spec.num_null_experts))
@@ -130,6 +175,8 @@ def ids_of_kind(kind: str, logits_TE: np.ndarray, spec: BatchSpec, rng: np.rando
         ranked_TE = np.tile(rng.random(spec.num_choices), (T, 1))
         ranked_TE[-1:] = np.roll(ranked_TE[-1:], 1, axis=-1)
     ids_TK = np.argsort(-ranked_TE, axis=-1, kind="stable")[:, :K]
+    if kind == "idle":
+        return np.where((rng.random(T) < 0.3) | (np.arange(T) == 0), UNUSED, ids_TK.T).T
     return np.where(rng.random((T, K)) < 0.3, UNUSED, ids_TK) if kind == "unused" else ids_TK
 
 
@@ -140,6 +187,15 @@ def counts_of_kind(kind: str, shape: tuple[int, int], rng: np.random.Generator) 
     if kind == "large":
         counts_SE[:] = 0
         counts_SE[0] = 2**25 + rng.permutation(num_experts) - num_experts // 2
+    if kind == "many_ranks":
+        # So many that their sum is not one of bfloat16 (NVIDIA/Megatron-LM#7081).
+        counts_SE = rng.integers(608, 677, shape)
+    if kind == "edges":
+        # Neighbours of the limits of bytes, bfloat16, float16 and 16 bits, and of a total of 2 ** 24.
+        sums_E = rng.choice([256, 2048, 65_536, 2**24 // num_experts - num_experts]) + rng.permutation(num_experts)
+        sums_E = sums_E - num_experts // 2
+        counts_SE[:] = sums_E // len(counts_SE)
+        counts_SE[rng.integers(len(counts_SE))] += sums_E - counts_SE.sum(axis=0)
     if kind in ("equal", "one_at_mean"):
         # The ranks differ; their sums do not, or one of them is the mean of the others.
         counts_SE[0] += counts_SE.sum(axis=0).max() - counts_SE.sum(axis=0)
@@ -245,6 +301,19 @@ def make_case(
     return case.with_inputs(token_mask_T=mask_of_kind(masks, case, rng)) if "token_mask_T" in check.inputs else case
 
 
+def sized_case(spec: BatchSpec, tokens: int) -> BalanceCase:
+    """So many tokens that all have the same experts, in no more memory than one of them takes."""
+    E, K = spec.num_experts, spec.top_k
+
+    def rows(row) -> np.ndarray:
+        return np.broadcast_to(np.asarray(row), (tokens, len(row)))
+
+    return BalanceCase(
+        spec=spec, logits_TE=rows(np.zeros(E)), expert_ids_TK=rows(np.arange(K)), weights_TK=rows(np.zeros(K)),
+        d_weights_TK=rows(np.zeros(K)), counts_SE=np.zeros((1, E), np.int64), expert_bias_E=np.zeros(E),
+    )  # fmt: skip
+
+
 def settings(judge: Judge, check: BalanceCheck) -> tuple[list[BatchSpec], Counter]:
     """The specs that the check wants and the subject supports, and why the others are not run."""
     pool = pool_of(judge, BatchSpec, THIN_BATCH_SPECS if judge.subject.compiles else BATCH_SPECS)
@@ -263,6 +332,7 @@ DRAWN = ("logits", "ids", "weights", "counts", "num_counts", "masks", "tokens")
 def draw(judge: Judge, check: BalanceCheck, seed: int) -> BalanceCase:
     """The case of a seed."""
     rng, (specs, _), compiles = np.random.default_rng(seed), settings_of(judge, check), judge.subject.compiles
+    specs = [spec for spec in specs if not is_wide(spec)] or specs
     spec, choices = one_of(rng, specs), {name: one_of(rng, getattr(check, name)) for name in DRAWN}
     if compiles:
         choices["tokens"] = check.tokens[0]
@@ -270,8 +340,14 @@ def draw(judge: Judge, check: BalanceCheck, seed: int) -> BalanceCase:
 
 
 def fixed(judge: Judge, check: BalanceCheck) -> Iterator[BalanceCase]:
-    """A case of each spec, so that no rare rule is left to luck; the choices take turns."""
-    for number, spec in enumerate(settings_of(judge, check)[0]):
+    """A case of each spec, so that no rare rule is left to luck; the choices take turns. Then the sizes."""
+    specs, compiles = settings_of(judge, check)[0], judge.subject.compiles
+    for number, spec in enumerate(specs):
         choices = {name: getattr(check, name)[number % len(getattr(check, name))] for name in DRAWN}
-        choices |= {"ids": check.ids[0], "tokens": check.tokens[0]}
-        yield make_case(spec, check, **choices, seed=number, evenly=judge.subject.compiles)
+        if is_wide(spec):
+            choices["tokens"] = WIDE[spec.num_experts, spec.top_k] if check.tokens[0] > 1 else check.tokens[0]
+        else:
+            choices |= {"ids": check.ids[0], "tokens": check.tokens[0]}
+        yield make_case(spec, check, **choices, seed=number, evenly=compiles)
+    for tokens in check.sizes[:1] if compiles else check.sizes:
+        yield from (sized_case(spec, tokens) for spec in specs)

@@ -13,6 +13,8 @@ from conformance.core.judge import Judge, NotRun, Violation
 from conformance.core.show import numbers, shortened, spec_fields
 from moe_ref import bias_update, tokens_per_expert
 
+MOST_ROWS = 256
+"""Of the tokens of a case, before their text is shortened."""
 OF_A_LOSS = ("scores_TE", "counts_UE", "fractions_UE", "mean_scores_UE", "losses_U", "weights_U")
 OF_A_CAPACITY = ("capacity_U", "wanted_UE", "taken_UE", "expert_ids_TK", "weights_TK")
 """Steps of the reference that are shown."""
@@ -26,13 +28,13 @@ def rows_of_page(case: BalanceCase, token: int | None) -> list[tuple[str, str]]:
     rows = [("sizes", sizes), ("rule", rule)]
     if spec.update is not None:
         return [*rows, ("counts", _text(case.counts_SE)), ("bias", _text(case.expert_bias_E))]
-    rows.append(("ids", _text(case.expert_ids_TK)))
+    rows.append(("ids", _text(case.expert_ids_TK[:MOST_ROWS])))
     if spec.capacity is not None:
-        rows.append(("weights", _text(case.weights_TK)))
+        rows.append(("weights", _text(case.weights_TK[:MOST_ROWS])))
     elif case.num_tokens:
         t = token or 0
         rows.append((f"logits[{t}]", _text(case.logits_TE[t])))
-    return rows + [(name, _text(value)) for name, value in case.inputs.items()]
+    return rows + [(name, _text(value[:MOST_ROWS])) for name, value in case.inputs.items()]
 
 
 def side_by_side(judge: Judge, case: BalanceCase, most_tokens: int) -> str:

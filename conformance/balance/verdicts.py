@@ -5,15 +5,24 @@ An error, and a result of another form, violate the requirement of the check tha
 Legend: T tokens, K top_k, E experts, U units, C capacity.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from conformance.balance.bounds import Loss, loss_radius, mask_of, wanted_loss
+from conformance.balance.bounds import (
+    Loss,
+    loss_radius,
+    mask_of,
+    wanted_loss,
+    wanted_z_loss,
+    z_loss_radius,
+)
 from conformance.balance.case import BalanceCase
+from conformance.balance.draw import cut
 from conformance.core.holding import hold
-from conformance.core.judge import Judge, Violation, accuse
+from conformance.core.judge import Judge, NotRun, Violation, accuse
 from moe_ref import UNUSED
 
 
@@ -36,7 +45,7 @@ def loss_of_subject(judge: Judge, case: BalanceCase, **inputs: Any) -> Loss:
 def z_loss_of_subject(judge: Judge, case: BalanceCase) -> Loss:
     """The subject's z-loss."""
     given = (case.logits_TE.astype(np.float32), case.spec.coeff)
-    return _loss(case, judge.call(case, "z_loss", *given, **mask_of(case)))
+    return _loss(case, judge.call(case, "z_loss", *given, **case.inputs))
 
 
 def _loss(case: BalanceCase, returned: Any) -> Loss:
@@ -99,6 +108,34 @@ def kept_by_subject(judge: Judge, case: BalanceCase, *, gradient: bool = False) 
 # holding what is returned against the reference
 
 
+def hold_unchanged(judge: Judge, before: dict[str, Any]) -> None:
+    """Each array that the subject was last given, arguments first, holds what it held before."""
+    arguments, inputs = judge.handed
+    after = [value for value in (*arguments, *inputs.values()) if isinstance(value, np.ndarray)]
+    for (name, was), found in zip(before.items(), after, strict=True):
+        changed = np.argwhere(np.asarray(was).astype(found.dtype) != found)
+        if len(changed):
+            place = tuple(changed[0].tolist())
+            accuse(f"{name} is changed at {list(place)}", expected=was[place], received=found[place])
+
+
+def hold_arrays(judge: Judge, case: BalanceCase, of_subject: Callable, before: dict[str, Any]) -> None:
+    """A method changes none of its arrays, nor a mask, where it takes one.
+
+    Args:
+        of_subject: of a judge and a case; it calls the method.
+        before: the arguments of the method that are arrays, in their order.
+    """
+    of_subject(judge, case)
+    hold_unchanged(judge, before)
+    mask_T = case.rng().random(case.num_tokens) < 0.6
+    try:
+        of_subject(judge, case.with_inputs(token_mask_T=mask_T))
+    except NotRun:  # it takes no mask
+        return
+    hold_unchanged(judge, before | {"token_mask": mask_T})
+
+
 def hold_loss(title: str, found: Loss, wanted: Loss, radius: Loss, *, gradient: bool = True) -> None:
     """The loss is within its radius of the wanted one, and the gradient too, where it is asked for."""
     if not abs(found.loss - wanted.loss) <= radius.loss:
@@ -128,3 +165,13 @@ def hold_counts(judge: Judge, case: BalanceCase, wanted_E: np.ndarray, title: st
 def hold_kept(judge: Judge, case: BalanceCase, title: str) -> None:
     """The kept slots are the reference's."""
     hold(title, kept_by_subject(judge, case).expert_ids_TK, case.capacity_trace.expert_ids_TK)
+
+
+def hold_cut_z_losses(judge: Judge, case: BalanceCase) -> None:
+    """The z-loss of the case is the same on two cuts of it."""
+    for seed in range(2):
+        rng = np.random.default_rng([case.seed, seed])
+        lengths = cut(case.num_tokens, rng, evenly=judge.subject.compiles)
+        found = z_loss_of_subject(judge, case.with_inputs(tokens_per_shard=lengths))
+        title = f"another z-loss on shards of {lengths} tokens"
+        hold_loss(title, found, wanted_z_loss(case), z_loss_radius(judge, case))

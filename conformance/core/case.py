@@ -15,6 +15,9 @@ import numpy as np
 
 from conformance.core.subject import Subject
 
+LARGE = 8.0
+"""Larger numbers are hard to read."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case(ABC):
@@ -114,8 +117,11 @@ def float32(values) -> np.ndarray:
     return np.asarray(values).astype(np.float32).astype(np.float64)
 
 
-def rounder(values) -> Iterator[np.ndarray]:
-    """The values with fewer digits; only where that changes something."""
+def rounder(values: np.ndarray) -> Iterator[np.ndarray]:
+    """The values smaller, where they are large, and with fewer digits; only where that changes something."""
+    largest = np.abs(values[np.isfinite(values)]).max(initial=0)
+    if largest > LARGE:
+        yield float32(values * (LARGE / 2 / largest))
     for step in (1.0, 0.5, 0.125):
         rounded = np.round(values / step) * step
         if not np.array_equal(rounded, values, equal_nan=True):

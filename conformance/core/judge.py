@@ -1,6 +1,5 @@
 """conformance, the judge: runs a subject on a case, holds the result against the reference, and keeps the ledger."""
 
-import inspect
 import sysconfig
 import traceback
 from collections import Counter
@@ -15,7 +14,7 @@ from conformance.core.check import CHECKS, Check
 from conformance.core.chosen import Chosen
 from conformance.core.register import REQUIREMENTS
 from conformance.core.rounding import EPSILON
-from conformance.core.subject import Subject, Unsupported, capabilities
+from conformance.core.subject import Subject, Unsupported, capabilities, named_inputs
 from moe_ref.specs.checks import require
 
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
@@ -46,6 +45,8 @@ class Violation(AssertionError):
         self.requirement, self.case = requirement, case
         self.tried: Case | None = case
         """The case that it was found on, also where a failure shows none."""
+        self.rows: list[tuple[str, str]] = []
+        """(name, text): what its page shows besides the case."""
 
     def __str__(self) -> str:
         return f"{self.requirement} {self.title}".strip()
@@ -152,7 +153,7 @@ class Judge:
         if sentence := case.why_not(self.subject, method):
             raise NotRun(sentence)
         inputs = {name: _as_given(value) for name, value in inputs.items()}
-        parameters = inspect.signature(getattr(self.subject, method)).parameters
+        parameters = named_inputs(self.subject, method)
         for name in inputs:
             # **inputs names none: what is swallowed unread is not what the case asks for.
             if name not in parameters:

@@ -1,4 +1,4 @@
-"""conformance, the kind: one sort of thing that is judged. A router, a layer, a sharded layer, a balance.
+"""conformance, the kind: one sort of thing that is judged. A router, a layer, a sharded layer, a balance, a training.
 
 The core asks the kind and never names one. A kind is a folder with a module `kind.py`; `conformance.run.kinds` has the
 list of them.

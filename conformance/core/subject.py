@@ -4,7 +4,10 @@ A subject is one class. The methods it defines are its capabilities; `route` is 
 comes out; a framework lives inside the subject alone.
 """
 
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -13,11 +16,13 @@ from moe_ref import (
     BalanceSpec,
     BiasUpdateSpec,
     CapacitySpec,
+    Event,
     LayerParams,
     LayerSpec,
     RouterSpec,
     RoutingRecord,
     ShardLayout,
+    StackSpec,
 )
 
 
@@ -46,7 +51,8 @@ class Subject:
 
     A method gets the arguments that stand here by position, and by keyword those further inputs that its docstring
     lists and that a case has. Your method names those that it takes, with a default of None: that is how it says what
-    it can do. An input that it does not name makes the cases that have it unsupported, with or without `**inputs`.
+    it can do. An input that it does not name makes the cases that have it unsupported, with or without `**inputs`; a
+    method that overrides that of another subject and has `**inputs` takes what the other one names too.
     """
 
     name: str = ""
@@ -65,6 +71,16 @@ class Subject:
 
     equal_shards: bool = False
     """Whether the token shards of a layout have as many tokens each; then no others are tried."""
+
+    def __init_subclass__(cls, **how: Any):
+        """`supports`, `supports_layer` and `supports_load` may raise a ValueError: it is the sentence that says no.
+
+        So do specs that are made of some fields of another one, to compare with it.
+        """
+        super().__init_subclass__(**how)
+        for name in ("supports", "supports_layer", "supports_load"):
+            if name in vars(cls):
+                setattr(cls, name, _refusing(vars(cls)[name]))
 
     # routers
 
@@ -131,7 +147,11 @@ class Subject:
 
         Inputs:
             token_mask_T: (T,) bools; the output of a padding token (False) is 0.
-            token_ids_T, table_VK, given_ids_TK, seed: as `route` gets them.
+            capacity: a CapacitySpec, whose dropped slots add nothing. One that `supports_load` refuses is unsupported.
+            sequence_lengths, tokens_per_shard: the consecutive parts of the tokens that a scope of the capacity needs.
+            token_ids_T, table_VK, given_ids_TK, given_weights_TK, seed: as `route` gets them.
+
+        The arrays are the judge's: a method that writes to one changes what its caller computes with.
         """
         raise NotImplementedError
 
@@ -240,6 +260,7 @@ class Subject:
 
         Inputs:
             token_mask_T: (T,) bools, False where a token is padding.
+            tokens_per_shard: of the consecutive shards, a tuple that sums to T; the mean is over the tokens of all.
 
         Returns:
             'loss': a number. 'd_logits_TE': its gradient, in the shape of the logits.
@@ -286,14 +307,62 @@ class Subject:
         """
         raise NotImplementedError
 
+    # training: several layers over several steps, as data (moe_ref.StackSpec, moe_ref.Event). Weights stay as they are.
+
+    def supports_training(self, stack: StackSpec) -> str | None:
+        """None, or a sentence that says why this stack cannot be trained; by default as for its layers and rules."""
+        layers = [self.supports_layer(layer) for layer in stack.layers]
+        rules = [self.supports_load(rule) for rule in (*stack.updates, stack.balance) if rule is not None]
+        return next((sentence for sentence in layers + rules if sentence), None)
+
+    def train(self, events: Sequence[Event], stack: StackSpec, params: list[LayerParams]) -> list[dict[str, Any]]:
+        """Optional: what can be seen of a stack of L layers after each event of a script, in the order of time.
+
+        The first event builds the layers, with `params`, the parameters of each, where a bias of None is 0. A later one
+        builds them again; trains on a micro-batch, forward and backward, whose layer l sees event.x_LTD[l]; evaluates
+        one; or is a step of the optimizer. What else an event says is in `moe_ref.Event`; one that cannot be run
+        raises `Unsupported`. Layers of different pipeline ranks (stack.layers_of(rank)) are model parts of their own,
+        each with its hook, where the implementation has such parts.
+
+        Returns:
+            A dict for each event. counts_by_layer: L times (E,) integers, the slots that training passes gave to each
+            choice since the last step. bias_by_layer: L times (E,) expert_bias. loss: for a pass, where the stack has a
+            balance: its loss over all layers, coeff included.
+        """
+        raise NotImplementedError
+
 
 METHODS = (
     "route", "gate", "configure", "permute", "experts", "combine", "layer", "layer_gradients",
     "dispatch", "sharded_layer", "sharded_gradients",
     "load", "balance_loss", "z_loss", "bias_update", "capacity", "record", "replay",
+    "train",
 )  # fmt: skip
 
 
 def capabilities(subject: Subject) -> set[str]:
     """Names of the optional methods that the subject defines."""
     return {name for name in METHODS if getattr(type(subject), name) is not getattr(Subject, name)}
+
+
+def _refusing(supports: Callable) -> Callable:
+    @wraps(supports)
+    def asked(self, *arguments: Any, **more: Any) -> str | None:
+        try:
+            return supports(self, *arguments, **more)
+        except ValueError as error:
+            return f"{supports.__name__}() raises a ValueError: {error}"
+
+    return asked
+
+
+def named_inputs(subject: Subject, method: str) -> set[str]:
+    """The parameters that a method names; where it has `**inputs`, those of the one that it overrides too."""
+    found: set[str] = set()
+    defined = [vars(cls)[method] for cls in type(subject).__mro__ if method in vars(cls) and cls is not Subject]
+    for function in ([getattr(subject, method)] if method in vars(subject) else []) + defined:
+        parameters = inspect.signature(function).parameters
+        found |= parameters.keys()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return found

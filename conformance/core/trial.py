@@ -87,14 +87,14 @@ def why_not(judge: Judge, check: Check) -> str | None:
 
 def survey(judge: Judge, check: Check) -> None:
     """Examine the fixed cases of a check, once; what they found is raised each time, so that none is flaky."""
-    surveyed: dict[str, Violation | None] = judge.memory.setdefault("surveyed", {})
+    surveyed: dict[str, Exception | None] = judge.memory.setdefault("surveyed", {})
     if check.requirement not in surveyed:
         surveyed[check.requirement] = None
         try:
             for case in kind_of(check.requirement).fixed(judge, check):
                 judge.examine(check, case)
-        except Violation as violation:
-            surveyed[check.requirement] = violation
+        except Exception as error:  # a violation, or an error of the judge
+            surveyed[check.requirement] = error
     if found := surveyed[check.requirement]:
         raise found
 

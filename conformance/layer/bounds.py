@@ -49,6 +49,7 @@ def layer(case: LayerCase, dtype: str, expert_dtype: str) -> LayerBall:
     x_TD = exact(trace.x_TD, dtype)
     logits_TE = gate(case, dtype)
     weights_TK, shared_weights_TS = routing_weights(case, logits_TE)
+    weights_TK = kept(case, weights_TK)
     slot_inputs_TKD = x_TD.made(*(np.repeat(v[:, None], spec.router.top_k, axis=1) for v in (x_TD.centre, x_TD.radius)))
     if spec.router.weight_on == "input":
         slot_inputs_TKD = slot_inputs_TKD * weights_TK[:, :, None]
@@ -60,7 +61,7 @@ def layer(case: LayerCase, dtype: str, expert_dtype: str) -> LayerBall:
         made = feed_forward(slot_inputs_TKD[tokens, slots], params.expert(expert_id), spec.experts)
         experts[expert_id] = made
         centre[tokens, slots], radius[tokens, slots] = made.output_RD.centre, made.output_RD.radius
-    identity_TK = identity_slots(trace.routing.expert_ids_TK, spec.router)
+    identity_TK = identity_slots(trace.expert_ids_TK, spec.router)
     centre[identity_TK], radius[identity_TK] = (
         slot_inputs_TKD.centre[identity_TK],
         slot_inputs_TKD.radius[identity_TK],
@@ -122,6 +123,8 @@ def relative_weight_error(case: LayerCase, logits_TE: Ball) -> np.ndarray:
 def routing_weights(case: LayerCase, logits_TE: Ball) -> tuple[Ball, Ball]:
     """The weights of the slots, and of router-scored shared experts."""
     routing = case.reference.routing
+    if routing.weights_are_given:
+        return exact(routing.weights_TK, logits_TE.dtype), logits_TE.made(*(np.zeros((case.num_tokens, 0)),) * 2)
     from_logits_T1 = relative_weight_error(case, logits_TE)
     error_TK = weight_error(case.router_case, routing.expert_ids_TK, logits_TE.dtype) + from_logits_T1
     weights_TK = logits_TE.made(routing.weights_TK, error_TK * np.abs(routing.weights_TK))
@@ -135,6 +138,14 @@ def routing_weights(case: LayerCase, logits_TE: Ball) -> tuple[Ball, Ball]:
         error_TK.max(axis=-1, keepdims=True) + from_logits_T1 + 2 * (ROUNDINGS + size_T1) * EPSILON[logits_TE.dtype]
     )
     return weights_TK, logits_TE.made(routing.shared_weights_TS, error_T1 * np.abs(routing.shared_weights_TS))
+
+
+def kept(case: LayerCase, values_TK: Ball) -> Ball:
+    """What a capacity leaves of the weights, or of their gradients: 0 in a slot that it dropped."""
+    trace = case.reference.capacity
+    if trace is None:
+        return values_TK
+    return values_TK.made(np.where(trace.kept_TK, values_TK.centre, 0), np.where(trace.kept_TK, values_TK.radius, 0))
 
 
 def shared_factors(case: LayerCase, x_TD: Ball, shared_weights_TS: Ball) -> Ball:
@@ -160,9 +171,9 @@ def gradients(case: LayerCase, dtype: str, expert_dtype: str) -> dict[str, Ball]
     d_slots_T1D = d_output_TD.times(spec.router.output_scale)[:, None]
     on_input = spec.router.weight_on == "input"
     weights_TK1 = ball.weights_TK.to(narrow)[:, :, None]
-    used_TK1 = (trace.routing.expert_ids_TK != UNUSED)[:, :, None]
+    used_TK1 = (trace.expert_ids_TK != UNUSED)[:, :, None]
     d_outputs_TKD = (d_slots_T1D if on_input else d_slots_T1D * weights_TK1).times(used_TK1 * 1.0)
-    d_rows = d_outputs_TKD.times(identity_slots(trace.routing.expert_ids_TK, spec.router)[:, :, None] * 1.0)
+    d_rows = d_outputs_TKD.times(identity_slots(trace.expert_ids_TK, spec.router)[:, :, None] * 1.0)
     found = {name: [exact(np.zeros(shape), narrow)] * spec.router.num_experts for name, shape in _routed(params)}
     for expert_id, tokens, slots in rows_of_experts(case):
         d_input_RD, grads = feed_forward_backward(
@@ -179,6 +190,7 @@ def gradients(case: LayerCase, dtype: str, expert_dtype: str) -> dict[str, Ball]
     else:
         d_weights_TK = (d_slots_T1D * ball.slot_outputs_TKD).sum(2)
         d_x_TD = d_rows.sum(1)
+    d_weights_TK = kept(case, d_weights_TK)
     d_shared_weights_TS = ball.factors_TS.made(*(np.zeros(ball.factors_TS.centre.shape) for _ in range(2)))
     shared_grads: list[dict[str, Ball]] = []
     for s, each in enumerate(ball.shared):
@@ -224,6 +236,8 @@ def router_gradients(
     relative = weights.radius / np.where(weights.centre == 0, 1, np.abs(weights.centre)) + from_logits_T1
     terms = weights.largest * (d_weights.radius + 2 * relative * d_weights.largest)
     radius_T1 = spec.logit_scale * terms.sum(axis=-1, keepdims=True)
+    if routing.weights_are_given:  # constants, of which nothing is a function
+        terms, radius_T1 = 0 * terms, 0 * radius_T1
     found = {"logits_TE": weights.made(case.gradients.logits_TE, np.broadcast_to(radius_T1, routing.logits_TE.shape))}
     if spec.learned_scale != "none":
         scale = np.asarray(case.params.learned_scale)

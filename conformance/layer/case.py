@@ -10,19 +10,24 @@ import numpy as np
 from conformance.core.case import Case, float32, plain, rounder
 from conformance.core.subject import Subject
 from conformance.router.case import RouterCase, input_of_json
-from moe_ref import LayerParams, LayerSpec, RouterInputs, gate, layer_backward, moe_layer
+from moe_ref import CapacitySpec, LayerParams, LayerSpec, RouterInputs, gate, layer_backward, moe_layer
 from moe_ref.specs.inputs import BY_TOKEN
 from moe_ref.specs.params import param_shapes
 
 ROW_INPUTS = ("token_mask_T", *BY_TOKEN)
 """Inputs with one entry for each token."""
+LENGTHS = ("sequence_lengths", "tokens_per_shard")
+"""Inputs that cut the tokens into consecutive parts."""
+PAST_THE_ROUTER = ("capacity", *LENGTHS)
+"""Inputs that the router does not get."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCase(Case):
     """A layer and the arrays that go with it, in float64; the subject is given them in float32, which holds them.
 
-    `inputs`: further ones of moe_ref.moe_layer: token_mask_T, token_ids_T, table_VK, given_ids_TK.
+    `inputs`: further ones of moe_ref.moe_layer: token_mask_T, token_ids_T, table_VK, given_ids_TK, given_weights_TK,
+    capacity, sequence_lengths, tokens_per_shard.
     """
 
     KEYS = frozenset({"spec", "x_TD", "params", "d_output_TD"})
@@ -41,7 +46,8 @@ class LayerCase(Case):
     @cached_property
     def gradients(self):
         """The oracle's gradients of this case."""
-        return layer_backward(self.reference, self.params, self.spec, self.d_output_TD)
+        capacity = self.inputs.get("capacity")
+        return layer_backward(self.reference, self.params, self.spec, self.d_output_TD, capacity=capacity)
 
     def part(self, kind: type[Case]) -> Case | None:
         """Its router besides."""
@@ -50,7 +56,7 @@ class LayerCase(Case):
     @cached_property
     def router_case(self) -> RouterCase:
         """The router of this layer alone, on its logits in float32."""
-        inputs = dict(self.inputs)
+        inputs = {name: value for name, value in self.inputs.items() if name not in PAST_THE_ROUTER}
         if self.params.learned_scale is not None:
             inputs["learned_scale"] = self.params.learned_scale
         x_TD = np.where(self.valid_T[:, None], self.x_TD, 0)
@@ -72,7 +78,13 @@ class LayerCase(Case):
 
     def tokens(self, rows) -> Self:
         """The case of some of its tokens, in the order given."""
+        lengths = {name: self.inputs[name] for name in LENGTHS if name in self.inputs}
+        if lengths:
+            rows = np.sort(rows)  # a token stays in its sequence
         inputs = {name: value[rows] if name in ROW_INPUTS else value for name, value in self.inputs.items()}
+        for name, own in lengths.items():
+            part_of_T = np.repeat(np.arange(len(own)), own)
+            inputs[name] = tuple(np.bincount(part_of_T[rows], minlength=len(own)).tolist())
         return self.with_(x_TD=self.x_TD[rows], d_output_TD=self.d_output_TD[rows], inputs=inputs)
 
     def simpler(self) -> Iterator[Self]:
@@ -89,8 +101,9 @@ class LayerCase(Case):
         yield from (self.with_(d_output_TD=each) for each in rounder(self.d_output_TD))
 
     def why_not(self, subject: Subject, method: str) -> str | None:
-        """By its spec."""
-        return subject.supports_layer(self.spec)
+        """By its spec, and by its capacity where it has one."""
+        why = subject.supports_layer(self.spec)
+        return why if why or "capacity" not in self.inputs else subject.supports_load(self.inputs["capacity"])
 
     def to_json(self) -> dict:
         """Plain data."""
@@ -100,7 +113,7 @@ class LayerCase(Case):
             "x_TD": plain(self.x_TD),
             "params": {name: plain(value) for name, value in params.items() if value is not None},
             "d_output_TD": plain(self.d_output_TD),
-            "inputs": plain(self.inputs),
+            "inputs": {name: plain(_as_data(value)) for name, value in self.inputs.items()},
             "seed": self.seed,
         }
 
@@ -122,9 +135,19 @@ class LayerCase(Case):
             x_TD=np.array(data["x_TD"], dtype=np.float64).reshape(shape),
             params=params,
             d_output_TD=np.array(data["d_output_TD"], dtype=np.float64).reshape(shape),
-            inputs={name: input_of_json(name, value, spec.router) for name, value in data.get("inputs", {}).items()},
+            inputs={name: _input_of_json(name, value, spec) for name, value in data.get("inputs", {}).items()},
             seed=data.get("seed", 0),
         )
+
+
+def _as_data(value: Any) -> Any:
+    return value.to_dict() if isinstance(value, CapacitySpec) else value
+
+
+def _input_of_json(name: str, value: Any, spec: LayerSpec) -> Any:
+    if name == "capacity":
+        return CapacitySpec.from_dict(value)
+    return tuple(value) if name in LENGTHS else input_of_json(name, value, spec.router)
 
 
 def _of_router(holds: Callable[[RouterCase], bool]) -> Callable[[LayerCase], bool]:
@@ -147,6 +170,8 @@ LayerCase.TAGS = {name: _of_router(holds) for name, holds in RouterCase.TAGS.ite
     "averaged": lambda c: c.spec.shared is not None and c.spec.shared.combine == "average",
     "gate_bias": lambda c: c.spec.gate_bias,
     "weight_on_input": lambda c: c.spec.router.weight_on == "input",
+    "capacity": lambda c: "capacity" in c.inputs,
+    "given_weights": lambda c: "given_weights_TK" in c.inputs,
     "output_scaled": lambda c: c.spec.router.output_scale != 1,
     "idle_expert": lambda c: bool((c.reference.permutation.tokens_per_expert_E == 0).any()),
 }

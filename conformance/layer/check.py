@@ -16,3 +16,9 @@ class LayerCheck(Check):
     """Kinds of tokens."""
     bias: tuple[str, ...] = ("none", "mixed", "crowded")
     """Kinds of expert_bias; a crowded one leaves experts without tokens."""
+    routed: bool = False
+    """Whether it is tried on the layers of `routed.py`, whose logits are prescribed."""
+    large: int = 0
+    """Every so many of the layers of `large.py`, past the limits of tiles and tables, are tried as well; 0: none."""
+    few: bool = False
+    """Whether each of its cases costs a program of its own; then a subject that compiles is tried on one spec."""

@@ -17,11 +17,13 @@ from conformance.core.chosen import pool_of, tokens_of
 from conformance.core.drawing import covering, one_of
 from conformance.core.judge import Judge
 from conformance.core.kind import settings_of
+from conformance.layer import routed
 from conformance.layer.bounds import stable_T
 from conformance.layer.case import LayerCase
 from conformance.layer.check import LayerCheck
+from conformance.layer.large import LARGE, THIN_LARGE
 from conformance.router.draw import inputs_of as inputs_of_router
-from moe_ref import ExpertSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec
+from moe_ref import CapacitySpec, ExpertSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec
 from moe_ref.specs.families import tiny
 
 GRID = 2.0**-7
@@ -83,6 +85,16 @@ EXPERTS = (
     ExpertSpec(dim=8, hidden_dim=8),
     ExpertSpec(dim=16, hidden_dim=8),
 )
+CAPACITIES = (
+    CapacitySpec(slots=1),
+    CapacitySpec(slots=2, scope="sequence"),
+    CapacitySpec(slots=0),
+    CapacitySpec(factor=0.5),
+    CapacitySpec(slots=1, drop_order="slot_major"),
+    CapacitySpec(slots=1, scope="rank"),
+    CapacitySpec(factor=1.0, rounding="floor", drop_order="slot_major", scope="sequence"),
+)
+"""Of a layer. Those that look at the weights to drop or renorm are judged in the stage capacity, with given weights."""
 SHARED = (
     SharedSpec(hidden_dim=3),
     SharedSpec(hidden_dim=7),
@@ -90,6 +102,15 @@ SHARED = (
     SharedSpec(hidden_dim=3, combine="average"),
     SharedSpec(hidden_dim=3, clamp=0.5),
 )
+
+
+FORMULAS = (
+    ExpertSpec(dim=5, hidden_dim=7, clamp=0.75),
+    ExpertSpec(dim=5, hidden_dim=7, clamp=0.25, clamp_at="after"),
+    ExpertSpec(dim=5, hidden_dim=7, alpha=1.702, up_offset=1.0),
+    ExpertSpec(dim=5, hidden_dim=7, **GPT_OSS),
+)
+"""Of a layer whose shared expert has a clamp."""
 
 
 def _models() -> list[LayerSpec]:
@@ -132,6 +153,8 @@ def _pool() -> list[LayerSpec]:
     found += [LayerSpec(router=ROUTERS[i % 4], experts=each) for i, each in enumerate(EXPERTS[1:])]
     found += [LayerSpec(router=ROUTERS[i % 4], experts=EXPERTS[0], shared=each) for i, each in enumerate(SHARED)]
     found += [LayerSpec(router=ROUTERS[i], experts=EXPERTS[2], shared=SHARED[0], gate_bias=True) for i in (2, 10)]
+    # A shared expert has its own clamp, at the place of the routed ones', and their alpha and offset.
+    found += [LayerSpec(router=ROUTERS[i % 2], experts=e, shared=SHARED[4]) for i, e in enumerate(FORMULAS)]
     return list(dict.fromkeys(found + _models() + _mixed()))
 
 
@@ -150,7 +173,8 @@ def _thin() -> list[LayerSpec]:
         LayerSpec(router=ROUTERS[10], experts=ExpertSpec(dim=5, hidden_dim=7, clamp=0.25, clamp_at="after"),
                   shared=SharedSpec(hidden_dim=3, combine="average")),
         LayerSpec(router=ROUTERS[11], experts=ExpertSpec(dim=6, hidden_dim=3), gate_bias=True),
-        LayerSpec(router=ROUTERS[14], experts=ExpertSpec(dim=5, hidden_dim=7, gated=False, activation="relu2"),
+        LayerSpec(router=ROUTERS[14].replace(selector="given"),
+                  experts=ExpertSpec(dim=5, hidden_dim=7, gated=False, activation="relu2"),
                   shared=SHARED[0]),
     ]  # fmt: skip
 
@@ -177,6 +201,7 @@ def facts(spec: LayerSpec) -> set:
         (slots, router.weight_on, "normed" if router.route_norm else ""),
         ("square", square, experts.bias),
         (shared and (shared.gate, shared.combine), scaled),
+        (shared and shared.clamp is not None, experts.clamp_at, experts.alpha != 1, experts.up_offset != 0),
         ("routed alone", shared is None, router.weight_on, bool(router.num_null_experts), router.top_k == 1),
     }
 
@@ -217,11 +242,31 @@ def inputs_of(spec: RouterSpec, num_tokens: int, wanted: tuple[str, ...], rng: n
     inputs = inputs_of_router(spec.replace(learned_scale="none"), num_tokens, (), rng)
     if "token_mask_T" in wanted:
         inputs["token_mask_T"] = rng.random(num_tokens) < rng.choice([0.6, 0.6, 0.0])  # sometimes all is padding
+    if "given_weights_TK" in wanted:
+        # Weights that no router would give: they sum to anything, and an unused slot may have one.
+        inputs["given_weights_TK"] = rng.integers(-32, 64, (num_tokens, spec.top_k)) / 32
     return inputs
 
 
-def make_case(spec: LayerSpec, check: LayerCheck, *, x: str, bias: str, tokens: int, seed: int) -> LayerCase:
-    """The case of these choices."""
+def limits_of(number: int, num_tokens: int, rng: np.random.Generator) -> dict:
+    """A capacity, the lengths that its scope needs, and sometimes padding."""
+    capacity = CAPACITIES[number % len(CAPACITIES)]
+    inputs: dict[str, Any] = {"capacity": capacity}
+    cuts = np.sort(rng.integers(0, num_tokens + 1, 2))  # a part may have no token
+    lengths = tuple(np.diff(cuts, prepend=0, append=num_tokens).tolist())
+    if capacity.scope == "sequence":
+        inputs["sequence_lengths"] = lengths
+    if capacity.scope == "rank":
+        inputs["tokens_per_shard"] = lengths
+    if number % 5 == 4:
+        inputs["token_mask_T"] = rng.random(num_tokens) < 0.6
+    return inputs
+
+
+def make_case(
+    spec: LayerSpec, check: LayerCheck, *, x: str, bias: str, tokens: int, seed: int, limits: int = 2**32
+) -> LayerCase:
+    """The case of these choices; `limits`: so many capacities may occur."""
     rng = np.random.default_rng(seed)
     size = {"normal": 1.0, "large": 8.0, "small": 0.02}[x]
 
@@ -236,24 +281,31 @@ def make_case(spec: LayerSpec, check: LayerCheck, *, x: str, bias: str, tokens: 
         inputs=inputs_of(spec.router, tokens, check.inputs, rng),
         seed=seed,
     )
-    for _ in range(DRAWS):
-        clear_T = stable_T(case, CLEARLY)
+    if "capacity" in check.inputs:
+        case = case.with_inputs(**limits_of(seed % limits, tokens, rng))
+    # Among hundreds of experts hardly a choice is clear in float16.
+    for dtype in [CLEARLY] * DRAWS + ["float32"] * DRAWS:
+        clear_T = stable_T(case, dtype)
         if clear_T.all():
             break
         case = case.with_(x_TD=np.where(clear_T[:, None], case.x_TD, draw(tokens)))
     return case
 
 
-def pool(judge: Judge) -> list[LayerSpec]:
+def pool(judge: Judge, check: LayerCheck) -> list[LayerSpec]:
     """The specs that a subject is tried on."""
+    if check.routed:
+        return routed.THIN_ROUTED_SPECS if judge.subject.compiles else routed.ROUTED_SPECS
     return THIN_LAYER_SPECS if judge.subject.compiles else LAYER_SPECS
 
 
 def settings(judge: Judge, check: LayerCheck) -> tuple[list[LayerSpec], Counter]:
     """The specs that the check wants and the subject supports, each fact about as often as any other."""
-    wanted = [spec for spec in pool_of(judge, LayerSpec, pool(judge)) if check.spec(spec)]
+    wanted = [spec for spec in pool_of(judge, LayerSpec, pool(judge, check)) if check.spec(spec)]
     reasons = [judge.subject.supports_layer(spec) for spec in wanted]
     supported = [spec for spec, why in zip(wanted, reasons, strict=True) if why is None]
+    if check.few and judge.subject.compiles:
+        supported = supported[:1]
     return evenly(supported), Counter(why for why in reasons if why)
 
 
@@ -262,13 +314,37 @@ def draw(judge: Judge, check: LayerCheck, seed: int) -> LayerCase:
     rng, (specs, _) = np.random.default_rng(seed), settings_of(judge, check)
     sizes = tokens_of(judge, check.tokens[:1] if judge.subject.compiles else check.tokens)
     spec, x, bias = one_of(rng, specs), one_of(rng, check.x), one_of(rng, check.bias)
-    return make_case(spec, check, x=x, bias=bias, tokens=one_of(rng, sizes), seed=int(rng.integers(2**32)))
+    if check.routed and routed.prescribes(spec):
+        return routed.make_case(spec, int(rng.integers(2**32)))
+    size, own_seed = one_of(rng, sizes), int(rng.integers(2**32))
+    return make_case(spec, check, x=x, bias=bias, tokens=size, seed=own_seed, limits=_limits(judge))
 
 
 def fixed(judge: Judge, check: LayerCheck) -> Iterator[LayerCase]:
     """A case for each fact that holds for some spec, so that a rare one is not left to luck."""
     supported = set(settings_of(judge, check)[0])
-    specs = [spec for spec in pool_of(judge, LayerSpec, pool(judge)) if spec in supported]
+    specs = [spec for spec in pool_of(judge, LayerSpec, pool(judge, check)) if spec in supported]
+    if check.routed:
+        yield from (routed.make_case(spec, number) for number, spec in enumerate(specs) if routed.prescribes(spec))
+        return
     for number, spec in enumerate(sorted(covering(specs, facts), key=specs.index)):
         x, bias = check.x[number % len(check.x)], check.bias[number % len(check.bias)]
-        yield make_case(spec, check, x=x, bias=bias, tokens=tokens_of(judge, check.tokens)[0], seed=number)
+        yield make_case(
+            spec, check, x=x, bias=bias, tokens=tokens_of(judge, check.tokens)[0], seed=number, limits=_limits(judge)
+        )
+    if check.large and judge.chosen is None and not (judge.subject.compiles and check.large > 1):
+        yield from _large(judge, check)
+
+
+def _limits(judge: Judge) -> int:
+    """A capacity is static: each one more is a program of its own for a subject that compiles."""
+    return 2 if judge.subject.compiles else 2**32
+
+
+def _large(judge: Judge, check: LayerCheck) -> Iterator[LayerCase]:
+    """Layers that are large in some way; of a kind of tokens and of bias that leaves few of them near a tie."""
+    layers = THIN_LARGE if judge.subject.compiles else LARGE[int(check.requirement[-1]) % check.large :: check.large]
+    for number, (spec, tokens) in enumerate(layers):
+        if check.spec(spec) and judge.subject.supports_layer(spec) is None:
+            bias = check.bias[number % len(check.bias)]
+            yield make_case(spec, check, x=check.x[0], bias=bias, tokens=tokens, seed=number)

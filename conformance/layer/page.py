@@ -4,6 +4,7 @@ from conformance.core.judge import Judge, NotRun, Violation
 from conformance.core.show import numbers, spec_fields
 from conformance.layer.case import LayerCase
 from conformance.layer.verdicts import output_of_subject
+from moe_ref import CapacitySpec
 
 
 def rows_of_page(case: LayerCase, token: int | None) -> list[tuple[str, str]]:
@@ -29,12 +30,13 @@ def rows_of_token(case: LayerCase, token: int | None) -> list[tuple[str, str]]:
     if case.num_tokens:
         rows += [
             (f"token[{t}]", numbers(case.x_TD[t])),
-            (f"ids[{t}]", numbers(routing.expert_ids_TK[t])),
+            (f"ids[{t}]", f"{numbers(routing.expert_ids_TK[t])} of its own router"),
             (f"weights[{t}]", numbers(routing.weights_TK[t])),
         ]
     if case.params.expert_bias_E is not None:
         rows.append(("bias", numbers(case.params.expert_bias_E)))
-    return rows + [(name, numbers(value)) for name, value in case.inputs.items()]
+    further = {n: v if not isinstance(v, CapacitySpec) else spec_fields(v) for n, v in case.inputs.items()}
+    return rows + [(name, numbers(value)) for name, value in further.items()]
 
 
 def side_by_side(judge: Judge, case: LayerCase, most_tokens: int = 4) -> str:

@@ -5,11 +5,12 @@ from typing import TypeVar
 
 import numpy as np
 
+from conformance.core.case import float32
 from conformance.core.check import Condition
 from conformance.core.judge import Judge
 from conformance.layer.bounds import stable_T
 from conformance.layer.case import LayerCase
-from moe_ref import LayerParams, LayerSpec
+from moe_ref import LayerParams, LayerSpec, RouterSpec
 
 PARTS = ("EXP-2", "EXP-3", "EXP-4", "EXP-5", "CMB-2", "CMB-3", "CMB-5", "CMB-7", "LAY-1")
 """Where one of these fails on the same case, the layer fails too, and is not the one to blame."""
@@ -63,6 +64,46 @@ def routed_alone(case: OfLayer) -> OfLayer | None:
     if case.spec.router.num_scored_shared_experts or case.spec.shared is None:
         return None
     return without_shared(case)
+
+
+def plainly_routed(case: OfLayer) -> OfLayer | None:
+    """The same experts under a plain softmax router and ordinary logits; None where columns of the gate are others'."""
+    router, rng = case.spec.router, case.rng()
+    if router.num_logits != router.num_experts:
+        return None
+    plain = RouterSpec(num_experts=router.num_experts, top_k=router.top_k)
+    return case.with_(
+        spec=case.spec.replace(router=plain, gate_bias=False),
+        x_TD=float32(rng.normal(size=case.x_TD.shape)),
+        params=replace(
+            case.params,
+            gate_ED=float32(rng.normal(size=case.params.gate_ED.shape)),
+            gate_bias_E=None,
+            expert_bias_E=None,
+            learned_scale=None,
+        ),
+        inputs={},
+    )
+
+
+def unlimited(case: OfLayer) -> OfLayer:
+    """The same without a capacity."""
+    return case.with_inputs(capacity=None, sequence_lengths=None, tokens_per_shard=None)
+
+
+def unlimited_and_unmasked(case: OfLayer) -> OfLayer:
+    """The same without a capacity, none of the tokens padding."""
+    return unmasked(unlimited(case))
+
+
+def takes_ids(spec: LayerSpec) -> bool:
+    """Routers whose choice is given."""
+    return spec.router.selector == "given"
+
+
+def without_given_weights(case: OfLayer) -> OfLayer:
+    """The same choice with the router's own weights."""
+    return case.with_inputs(given_weights_TK=None)
 
 
 def unmasked(case: OfLayer) -> OfLayer:

@@ -13,6 +13,7 @@ import numpy as np
 from conformance.core.check import Condition
 from conformance.core.holding import hold
 from conformance.core.judge import Judge, NotRun, Violation, accuse
+from conformance.core.show import shown
 from conformance.layer import bounds
 from conformance.layer.balls import Ball, exact, feed_forward, narrower
 from conformance.layer.case import LayerCase
@@ -70,17 +71,32 @@ def sums_of_subject(
     return array_of(judge.call(case, "combine", *given), (len(weights_TK), case.spec.experts.dim))
 
 
+def arguments_of(case: LayerCase) -> tuple:
+    """The first arguments of a layer, in the dtype of a subject, each with its own memory."""
+    return case.x_TD.astype(np.float32), case.params.astype(np.float32), case.spec
+
+
+def hold_unchanged(judge: Judge, case: LayerCase, method: str, arguments: tuple) -> None:
+    """A method leaves the arrays that it is given as they are. The arrays are writable."""
+    given = {f"argument {number}": value for number, value in enumerate(arguments) if isinstance(value, np.ndarray)}
+    for params in (value for value in arguments if isinstance(value, LayerParams)):
+        given |= {f.name: getattr(params, f.name) for f in fields(params) if getattr(params, f.name) is not None}
+    before = {name: value.copy() for name, value in given.items()}
+    judge.call(case, method, *arguments, **case.inputs)
+    for name, value in given.items():
+        if not np.array_equal(value, before[name], equal_nan=True):
+            accuse(f"{name} is another after the call", expected=shown(before[name]), received=shown(value))
+
+
 def output_of_subject(judge: Judge, case: LayerCase) -> np.ndarray:
     """The subject's (T, D) output of the whole layer."""
-    given = (case.x_TD.astype(np.float32), case.params.astype(np.float32), case.spec)
-    return array_of(judge.call(case, "layer", *given, **case.inputs), case.x_TD.shape)
+    return array_of(judge.call(case, "layer", *arguments_of(case), **case.inputs), case.x_TD.shape)
 
 
 def gradients_of_subject(judge: Judge, case: LayerCase) -> dict[str, np.ndarray]:
     """The subject's gradients by name, each of the shape of what it belongs to."""
-    given = (case.x_TD.astype(np.float32), case.params.astype(np.float32), case.spec)
     d_output_TD = case.d_output_TD.astype(np.float32)
-    found = judge.call(case, "layer_gradients", *given, d_output_TD, **case.inputs)
+    found = judge.call(case, "layer_gradients", *arguments_of(case), d_output_TD, **case.inputs)
     wanted = wanted_gradients(case)
     missing = wanted.keys() - found.keys()
     unknown = found.keys() - wanted.keys() - {"expert_bias_E"}

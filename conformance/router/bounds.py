@@ -4,7 +4,6 @@ Errors are relative to the number itself: weights and scores have no cancellatio
 roundings plus what a rounded exponent does to exp (one rounding of z shifts exp(z) by |z| of them).
 """
 
-from collections.abc import Iterable, Iterator
 from itertools import combinations, islice
 
 import numpy as np
@@ -21,7 +20,7 @@ ROUNDINGS = 16
 LOW_PRECISION = ("bfloat16", "float16")
 """dtypes of logits that are narrower than float32, in which scores and weights may be handed on."""
 SETS_AT_A_TIME = 1024
-"""Sets of groups that are looked at together."""
+"""Sets of kept groups that are looked at together."""
 
 
 def coarseness(case: RouterCase) -> float:
@@ -101,33 +100,28 @@ def best_T(expert_ids_TK: np.ndarray, choice_TE: np.ndarray, error_TE: np.ndarra
     return worst_in_T >= best_out_T
 
 
-def group_sets(spec: RouterSpec, with_groups: Iterable[int] = ()) -> Iterator[np.ndarray]:
-    """Every set of num_limited_groups groups that holds these ones, as (sets, G) bools, many sets at a time."""
-    G, L = spec.num_expert_groups or 1, spec.num_limited_groups or 1
-    used = sorted(set(with_groups))
-    if len(used) > L:
-        return
-    more = combinations([g for g in range(G) if g not in used], L - len(used))
-    while some := list(islice(more, SETS_AT_A_TIME)):
-        kept = np.zeros((len(some), G), dtype=bool)
-        kept[:, used] = True
-        if len(used) < L:
-            kept[np.arange(len(some))[:, None], np.array(some)] = True
-        yield kept
-
-
 def groups_of(ids_K: np.ndarray, spec: RouterSpec) -> list[int]:
     """The groups of these experts."""
     return np.unique(np.asarray(ids_K) // spec.experts_per_group).tolist()
 
 
+def in_groups(values_E: np.ndarray, spec: RouterSpec) -> np.ndarray:
+    """(G, P)."""
+    return values_E.reshape(spec.num_expert_groups, spec.experts_per_group)
+
+
+def can_be_kept(ids_K: np.ndarray, choice_E: np.ndarray, error_E: np.ndarray, spec: RouterSpec) -> np.ndarray:
+    """(G,) groups that have no better expert than these ids, within the error."""
+    chosen_E = np.isin(np.arange(spec.num_experts), ids_K)
+    worst_in = (choice_E + error_E)[chosen_E].min()
+    return in_groups(chosen_E | (choice_E - error_E <= worst_in), spec).all(axis=-1)
+
+
 def best_in_some_groups(ids_K: np.ndarray, choice_E: np.ndarray, error_E: np.ndarray, spec: RouterSpec) -> bool:
     """The ids are the best ones of some num_limited_groups groups, whichever these are."""
-    for kept in group_sets(spec, groups_of(ids_K, spec)):
-        choice_NE = np.where(np.repeat(kept, spec.experts_per_group, axis=-1), choice_E, -np.inf)
-        if best_T(np.tile(ids_K, (len(kept), 1)), choice_NE, np.tile(error_E, (len(kept), 1))).any():
-            return True
-    return False
+    used, L = groups_of(ids_K, spec), spec.num_limited_groups or 1
+    possible_G = can_be_kept(ids_K, choice_E, error_E, spec)
+    return len(used) <= L <= possible_G.sum() and bool(possible_G[used].all())
 
 
 def admissible(
@@ -146,36 +140,58 @@ def admissible(
     """
     if spec.num_expert_groups is None:
         return bool(best_T(ids_K[None], choice_E[None], error_E[None])[0])
-    # Where the fill is 0, dropped experts may be selected, at choice score 0: any set of kept groups is possible.
-    within = [] if spec.mask_fill == 0 else groups_of(ids_K, spec)
+    if spec.mask_fill == 0:
+        return _admissible_with_fill_0(ids_K, choice_E, error_E, spec, dtype, group_ids_L)
+    L, used = spec.num_limited_groups or 1, np.zeros(spec.num_expert_groups, dtype=bool)
+    used[groups_of(ids_K, spec)] = True
+    possible = can_be_kept(ids_K, choice_E, error_E, spec)
     chosen_E = np.isin(np.arange(spec.num_experts), ids_K)
-    for kept in group_sets(spec, within):
-        if group_ids_L is not None:
-            kept = kept[(kept == np.isin(np.arange(spec.num_expert_groups), group_ids_L)).all(axis=-1)]
-        kept_NE = np.repeat(kept, spec.experts_per_group, axis=-1)
-        masked_NE = np.where(kept_NE, choice_E, spec.mask_fill)
-        masked_error_NE = np.where(kept_NE, error_E, 0)
-        worst_in_N1 = np.where(chosen_E, masked_NE + masked_error_NE, np.inf).min(axis=-1, keepdims=True)
-        best_out_N1 = np.where(chosen_E, -np.inf, masked_NE - masked_error_NE).max(axis=-1, keepdims=True)
-        favourable_NE = np.where(
-            kept_NE,
-            np.where(chosen_E, choice_E + error_E, np.minimum(choice_E + error_E, worst_in_N1)),
-            choice_E - error_E,
-        )
-        if ((worst_in_N1 >= best_out_N1)[:, 0] & keeps(kept, favourable_NE, spec, dtype)).any():
+    highest_E = choice_E + error_E
+    kept_E = np.where(chosen_E, highest_E, np.minimum(highest_E, highest_E[chosen_E].min()))
+    kept_G, slack = sums_of_best(in_groups(kept_E, spec), spec, dtype)
+    dropped_G, other_slack = sums_of_best(in_groups(choice_E - error_E, spec), spec, dtype)
+    kept_G = np.where(possible, kept_G, -np.inf) + max(slack, other_slack)
+    if group_ids_L is not None:
+        inside = np.isin(np.arange(spec.num_expert_groups), group_ids_L)
+        fits = inside.sum() == L and not (used & ~inside).any() and possible[inside].all()
+        return bool(fits and kept_G[inside].min() >= dropped_G[~inside].max(initial=-np.inf))
+    # Whichever dropped group has the best score: those above it are kept, and every kept one reaches it.
+    for best_dropped in (-np.inf, *dropped_G):
+        inside, reaches = used | (dropped_G > best_dropped), possible & (kept_G >= best_dropped)
+        if inside.sum() <= L <= reaches.sum() and reaches[inside].all():
             return True
     return False
 
 
-def keeps(kept: np.ndarray, choice_NE: np.ndarray, spec: RouterSpec, dtype: str) -> np.ndarray:
-    """(sets,) whether the reference keeps these groups for these choice scores, but for the rounding of the sums."""
-    grouped_NGP = choice_NE.reshape(len(kept), -1, spec.experts_per_group)
-    best_first_NGP = -np.sort(-grouped_NGP, axis=-1)[..., : spec.group_score_k]
-    scores_NG = best_first_NGP.sum(axis=-1)
-    sizes_NG = np.abs(np.nan_to_num(best_first_NGP, neginf=0.0)).sum(axis=-1)
-    slack_N = (spec.group_score_k - 1) * EPSILON[dtype] * sizes_NG.max(axis=-1, initial=0)
-    worst_kept_N = np.where(kept, scores_NG, np.inf).min(axis=-1)
-    return worst_kept_N + slack_N >= np.where(kept, -np.inf, scores_NG).max(axis=-1)
+def sums_of_best(choice_NP: np.ndarray, spec: RouterSpec, dtype: str) -> tuple[np.ndarray, float]:
+    """(groups,) scores of groups, and how far their sums may be off."""
+    best_first_NP = -np.sort(-choice_NP, axis=-1)[..., : spec.group_score_k]
+    sizes_N = np.abs(np.nan_to_num(best_first_NP, neginf=0.0)).sum(axis=-1)
+    return best_first_NP.sum(axis=-1), (spec.group_score_k - 1) * EPSILON[dtype] * sizes_N.max(initial=0)
+
+
+def _admissible_with_fill_0(ids_K, choice_E, error_E, spec: RouterSpec, dtype: str, group_ids_L) -> bool:
+    """Dropped experts may be selected, at choice score 0: any set of kept groups is possible, and each is tried."""
+    G, P = spec.num_expert_groups or 1, spec.experts_per_group
+    sets = combinations(range(G), spec.num_limited_groups or 1)
+    if group_ids_L is not None:
+        sets = iter([tuple(sorted(set(map(int, group_ids_L))))])
+    chosen_E = np.isin(np.arange(spec.num_experts), ids_K)
+    while some := list(islice(sets, SETS_AT_A_TIME)):
+        kept = np.zeros((len(some), G), dtype=bool)
+        kept[np.arange(len(some))[:, None], np.array(some)] = True
+        kept_NE = np.repeat(kept, P, axis=-1)
+        masked_NE, masked_error_NE = np.where(kept_NE, choice_E, 0), np.where(kept_NE, error_E, 0)
+        worst_in_N1 = np.where(chosen_E, masked_NE + masked_error_NE, np.inf).min(axis=-1, keepdims=True)
+        best_out_N1 = np.where(chosen_E, -np.inf, masked_NE - masked_error_NE).max(axis=-1, keepdims=True)
+        in_kept_NE = np.where(chosen_E, choice_E + error_E, np.minimum(choice_E + error_E, worst_in_N1))
+        favourable_NE = np.where(kept_NE, in_kept_NE, choice_E - error_E)
+        scores_NG, slack = sums_of_best(favourable_NE.reshape(len(some), G, P), spec, dtype)
+        worst_kept_N = np.where(kept, scores_NG, np.inf).min(axis=-1)
+        keeps_N = worst_kept_N + slack >= np.where(kept, -np.inf, scores_NG).max(axis=-1)
+        if ((worst_in_N1 >= best_out_N1)[:, 0] & keeps_N).any():
+            return True
+    return False
 
 
 def expected_weights(case: RouterCase, expert_ids_TK) -> np.ndarray:

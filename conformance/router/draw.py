@@ -25,8 +25,8 @@ GROUPED_SIZES = (
     (8, 2, 8, 3), (6, 3, 3, 2), (12, 4, 4, 2), (8, 3, 1, 1), (8, 3, 4, 4),
 )  # fmt: skip
 """(num_experts, top_k, num_expert_groups, num_limited_groups); in most a token needs experts of several groups."""
-LOGITS = ("separated", "close", "normal", "large", "huge", "far", "negative", "below_zero", "saturated", "tied", "equal",
-          "one_hot", "masked")  # fmt: skip
+LOGITS = ("separated", "close", "normal", "large", "huge", "far", "negative", "below_zero", "saturated", "tied",
+          "equal", "one_hot", "masked")  # fmt: skip
 """Kinds of logits that every router routes."""
 SPOILED = ("nan", "nan_row", "infinite_row")
 """Kinds with one token that is routed anyhow, or refused."""

@@ -32,8 +32,8 @@ Fact = tuple[str, Any]
 """(what, which): a part of a setting."""
 
 SHAPES: dict[str, dict[str, tuple[int, int, int]]] = {
-    "none": {"few": (8, 0, 0), "some": (33, 0, 0), "many": (130, 0, 0)},
-    "one": {"few": (8, 1, 1), "some": (33, 1, 1), "many": (130, 1, 1)},
+    "none": {"few": (12, 0, 0), "some": (33, 0, 0), "many": (130, 0, 0)},
+    "one": {"few": (12, 1, 1), "some": (33, 1, 1), "many": (130, 1, 1)},
     "each expert": {"few": (8, 8, 2), "some": (33, 33, 2), "many": (130, 130, 2)},
     "all kept": {"few": (12, 4, 4), "some": (36, 4, 4), "many": (132, 4, 4)},
     "pairs": {"few": (8, 4, 2), "some": (34, 17, 2), "many": (130, 65, 2)},
@@ -86,7 +86,6 @@ IMPLIES: tuple[tuple[str, tuple, str, tuple], ...] = (
     ("score_over", ("selected",), "selector", ("top_k", "table", "given", "round_robin", "random")),
     ("selector", ("sparsemixer",), "select_by", ("logit",)),
     ("selector", ("sparsemixer",), "score_func", ("softmax",)),
-    ("selector", ("round_robin",), "num_null_experts", (0,)),
     ("num_scored_shared_experts", (2,), "score_func", ("sigmoid", "sqrtsoftplus")),
     ("norm_with_shared", (True,), "num_scored_shared_experts", (2,)),
     ("groups", GROUPED, "selector", ("top_k",)),
@@ -98,7 +97,6 @@ IMPLIES: tuple[tuple[str, tuple, str, tuple], ...] = (
     ("groups", ("each expert",), "top_k", ("one", "two", "all")),
     ("groups", ("pairs",), "group_score_k", (1, 2)),
     ("groups", ("pairs", "triples"), "top_k", ("one", "two", "all")),
-    ("top_k", ("nine",), "experts", ("some", "many")),
     ("bias", BIASES[1:], "selector", ("top_k",)),
 )
 """(part, values, another part, values): where the first has one of these values, the second has one of those.
@@ -107,14 +105,23 @@ What a spec forbids is for RouterSpec to say; these find settings that it allows
 """
 
 
+ATTEMPTS, REPAIRS = 8, 30
+
+
 def setting_with(first: Fact, second: Fact, rng: np.random.Generator) -> Setting | None:
-    """A setting that has both facts, the rest by chance; None where none has."""
-    chosen = {part: one_of(rng, values) for part, values in PARTS.items()}
-    fixed = dict((first, second))
-    if any(fixed[part] != value for part, value in (first, second)):
-        return None
+    """A setting that has both facts, the rest by chance; None where none is found."""
+    for _ in range(ATTEMPTS):
+        chosen = {part: one_of(rng, values) for part, values in PARTS.items()}
+        found = _repaired(chosen, dict((first, second)), rng)
+        if found is not None and {first, second} <= facts(found):
+            return found
+    return None
+
+
+def _repaired(chosen: dict[str, Any], fixed: dict[str, Any], rng: np.random.Generator) -> Setting | None:
+    """The setting after what is not fixed has given way to what is."""
     chosen |= fixed
-    for _ in range(30):
+    for _ in range(REPAIRS):
         broken = [rule for rule in IMPLIES if chosen[rule[0]] in rule[1] and chosen[rule[2]] not in rule[3]]
         if not broken:
             return _setting(chosen)
@@ -131,7 +138,7 @@ def setting_with(first: Fact, second: Fact, rng: np.random.Generator) -> Setting
 def _setting(chosen: dict[str, Any]) -> Setting | None:
     E, G, L = SHAPES[chosen["groups"]][chosen["experts"]]
     groups = {"num_expert_groups": G, "num_limited_groups": L} if G else {}
-    choices = L * (E // G) if G else E + chosen["num_null_experts"]
+    choices = L * (E // G) if G else E + chosen["num_null_experts"] * (chosen["selector"] != "round_robin")
     try:
         spec = RouterSpec(
             num_experts=E,
@@ -151,7 +158,8 @@ def facts(setting: Setting) -> frozenset[Fact]:
     P, G, L = spec.experts_per_group, spec.num_expert_groups, spec.num_limited_groups
     of_size = {1: "each expert", 2: "pairs", 3: "triples"}.get(P, "larger")
     groups = "none" if G is None else "one" if G == 1 else "all kept" if L == G else of_size
-    most = spec.num_choices if G is None or L is None else L * P
+    choices = spec.num_experts if spec.selector == "round_robin" else spec.num_choices
+    most = choices if G is None or L is None else L * P
     top_k = "all" if spec.top_k == most else "one" if spec.top_k == 1 else "two" if spec.top_k <= 8 else "nine"
     experts = "few" if spec.num_experts <= 16 else "some" if spec.num_experts <= 64 else "many"
     tokens = min(TOKENS, key=lambda name: (TOKENS[name] < setting.tokens, TOKENS[name]))

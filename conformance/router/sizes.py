@@ -5,6 +5,7 @@ Real code breaks at sizes that a toy never reaches: a 33rd expert, a 257th, a to
 
 import zlib
 from collections.abc import Iterator
+from math import comb
 from typing import NamedTuple
 
 from conformance.core.judge import Judge
@@ -49,8 +50,14 @@ GROUPED = (
     Size(9, 24, 6, 8, 4), Size(33, 64, 16, 8, 4), Size(3, 128, 22, 8, 3), Size(3, 257, 6, 257, 6), Size(5, 40, 9, 4, 4),
     Size(65, 32, 6, 2, 1), Size(129, 96, 7, 6, 2), Size(257, 30, 4, 5, 2),
 )  # fmt: skip
-COMPILED = (Size(1025, 33, 22), Size(129, 257, 9), MANY_ROWS, Size(17, 8, 2, 8, 3))
-"""What a subject is tried on for which each is a compilation."""
+COMPILED = (
+    (RouterSpec(num_experts=33, top_k=22, score_func="sigmoid", route_norm=True), 1025),
+    (RouterSpec(num_experts=257, top_k=9), 129),
+    (RouterSpec(num_experts=32, top_k=16, route_norm=True), MANY_ROWS.tokens),
+)
+"""(spec, tokens) on which a subject is tried for which each is a compilation, besides the public models."""
+MOST_SETS = 3000
+"""Sets of groups that can be kept where dropped groups are filled with 0: there each one is looked at."""
 SHARE = 8
 """A requirement that does not sweep is tried at every so-manieth size."""
 MOST_TRIES = 30
@@ -80,15 +87,15 @@ def resized(spec: RouterSpec, size: Size, check: RouterCheck, judge: Judge) -> R
             found = spec.replace(**sizes)
         except ValueError:  # the kept groups hold fewer
             continue
+        if found.mask_fill == 0 and comb(size.num_expert_groups, size.num_limited_groups) > MOST_SETS:
+            return None
         if check.spec(found) and judge.subject.supports(found) is None:
             return found
     return None
 
 
-def sizes_of(check: RouterCheck, compiles: bool) -> list[Size]:
+def sizes_of(check: RouterCheck) -> list[Size]:
     """The sizes at which a requirement is tried; the largest number of tokens is among them."""
-    if compiles:
-        return list(COMPILED)
     if check.sweeps:
         return [*PLAIN, *GROUPED, MANY_ROWS]
     first = zlib.crc32(check.requirement.encode()) % SHARE
@@ -101,16 +108,17 @@ def specs_of(judge: Judge, check: RouterCheck) -> Iterator[tuple[RouterSpec, int
     pool, _ = settings_of(judge, check)
     of_groups = {grouped: [spec for spec in pool if (spec.num_expert_groups is not None) == grouped]
                  for grouped in (False, True)}  # fmt: skip
-    for number, size in enumerate(sizes_of(check, judge.subject.compiles)):
+    for number, size in enumerate(() if judge.subject.compiles else sizes_of(check)):
         specs = of_groups[size.num_expert_groups > 0]
         tries = min(len(specs), MOST_TRIES)
         candidates = (specs[(5 * number + i) % len(specs)] for i in range(tries))
         found = next((each for spec in candidates if (each := resized(spec, size, check, judge))), None)
         if found is not None:
             yield found, size.tokens
-    for spec in MODELS:
+    models = [(spec, TOKENS_OF_MODEL) for spec in MODELS]
+    for spec, tokens in [*(COMPILED if judge.subject.compiles else ()), *models]:
         if check.spec(spec) and judge.subject.supports(spec) is None:
-            yield spec, TOKENS_OF_MODEL
+            yield spec, tokens
 
 
 def cases(judge: Judge, check: RouterCheck) -> Iterator[RouterCase]:

@@ -146,6 +146,8 @@ def weights_differ(judge: Judge, seen: Observation, *, in_any_order: bool = Fals
         error_TK = error_TK.max(axis=-1, keepdims=True, initial=0)
     floor_T1 = _amplified(case, seen.expert_ids_TK, wanted_TK, dtype)
     ok_T = close(found_TK, wanted_TK, error_TK, floor_T1).all(axis=-1)
+    if case.spec.weights_from == "masked_scores":  # other groups, of a near tie, mask other scores
+        ok_T |= (np.sort(seen.expert_ids_TK) != np.sort(case.reference.expert_ids_TK)).any(axis=-1)
     return [int(t) for t in np.flatnonzero(~ok_T & case.valid_T)]
 
 
@@ -154,7 +156,8 @@ def _amplified(case: RouterCase, expert_ids_TK, wanted_TK, dtype: str) -> np.nda
     if case.reference.scores_TE is None:
         return np.full((case.num_tokens, 1), smallest(case, dtype) * max(1.0, case.spec.route_scale))
     raw_TK = gather(case.reference.scores_TE, expert_ids_TK)
-    factor_TK = np.where(raw_TK > 0, wanted_TK / np.where(raw_TK > 0, raw_TK, 1), 1)
+    with np.errstate(over="ignore"):  # of a subnormal score
+        factor_TK = np.where(raw_TK > 0, wanted_TK / np.where(raw_TK > 0, raw_TK, 1), 1)
     return score_floor(case, dtype) * factor_TK.max(axis=-1, keepdims=True, initial=1)
 
 

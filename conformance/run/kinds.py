@@ -12,8 +12,9 @@ from conformance.core.register import STAGES
 from conformance.layer.kind import LAYER
 from conformance.router.kind import ROUTER
 from conformance.sharded.kind import SHARDED
+from conformance.training.kind import TRAINING
 
-KINDS: tuple[Kind, ...] = (ROUTER, LAYER, SHARDED, BALANCE)
+KINDS: tuple[Kind, ...] = (ROUTER, LAYER, SHARDED, BALANCE, TRAINING)
 """Every kind of thing that is judged, in the order of the data. A further kind is a folder and one line here."""
 
 

@@ -38,7 +38,7 @@ def _failure(judge: Judge, violation: Violation, causes: Sequence[Fault]) -> dic
         "tags": sorted(case.tags) if case is not None else [],
         "case": case.to_json() if case is not None else None,
         "replay": case_id(violation.requirement, case) if case is not None else None,
-        "rows": kind.rows_of_page(case, violation.token) if case is not None else [],
+        "rows": [*kind.rows_of_page(case, violation.token), *violation.rows] if case is not None else [],
         "looks_like": {fault.name: f"{fault.name}: {fault.summary} {fault.link}".rstrip() for fault in causes},
         "first": None,
         "also_broken": {},

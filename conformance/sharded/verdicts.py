@@ -6,7 +6,6 @@ runs.
 Legend: T tokens, D model dim.
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from conformance.core.check import Condition
 from conformance.core.holding import hold
 from conformance.core.judge import Judge, NotRun, Violation, accuse
+from conformance.core.subject import named_inputs
 from conformance.layer import bounds
 from conformance.layer.verdicts import array_of, dtypes, hold_parameter, judged_T, wanted_gradients
 from conformance.sharded.case import ShardedCase
@@ -79,7 +79,7 @@ def fills_of_buffers(judge: Judge, method: str) -> list[tuple[str, dict[str, flo
     A subject that names buffer_fill lets us fill the rows of its buffers that nobody sends; of another one we know that
     it was called with noise.
     """
-    if "buffer_fill" in inspect.signature(getattr(judge.subject, method)).parameters:
+    if "buffer_fill" in named_inputs(judge.subject, method):
         return [(f"buffers that held {fill:g}", {"buffer_fill": fill}) for fill in POISON]
     return [("a call with huge tokens", {})] * len(POISON)
 

@@ -1,5 +1,6 @@
 """conformance, subject: the reference itself, in a dtype of your choice. The judge never accuses it."""
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -11,17 +12,21 @@ from moe_ref import (
     BalanceSpec,
     BiasUpdateSpec,
     CapacitySpec,
+    Event,
     LayerParams,
     LayerSpec,
     RouterInputs,
     RouterSpec,
     RoutingRecord,
     ShardLayout,
+    StackSpec,
 )
 from moe_ref import experts as experts_room
+from moe_ref.backward.routing import scale_logits_backward
 from moe_ref.backward.sharded import sharded_backward
 from moe_ref.dispatch import plan
 from moe_ref.permute import permute, unpermute
+from moe_ref.routing import scale_logits
 from moe_ref.sharded import sharded_layer
 
 
@@ -97,13 +102,24 @@ class Reference(Subject):
         spec: LayerSpec,
         *,
         token_mask_T: np.ndarray | None = None,
+        capacity: CapacitySpec | None = None,
+        sequence_lengths: Sequence[int] | None = None,
+        tokens_per_shard: Sequence[int] | None = None,
         token_ids_T: np.ndarray | None = None,
         table_VK: np.ndarray | None = None,
         given_ids_TK: np.ndarray | None = None,
+        given_weights_TK: np.ndarray | None = None,
         seed: int | None = None,
     ) -> np.ndarray:
-        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
-        return self._traced(x_TD, params, spec, token_mask_T, inputs).output_TD
+        inputs = RouterInputs(
+            token_ids_T=token_ids_T,
+            table_VK=table_VK,
+            given_ids_TK=given_ids_TK,
+            given_weights_TK=given_weights_TK,
+            seed=seed,
+        )
+        limits = {"capacity": capacity, "sequence_lengths": sequence_lengths, "tokens_per_shard": tokens_per_shard}
+        return self._traced(x_TD, params, spec, token_mask_T, inputs, **limits).output_TD
 
     def layer_gradients(
         self,
@@ -113,14 +129,25 @@ class Reference(Subject):
         d_output_TD: np.ndarray,
         *,
         token_mask_T: np.ndarray | None = None,
+        capacity: CapacitySpec | None = None,
+        sequence_lengths: Sequence[int] | None = None,
+        tokens_per_shard: Sequence[int] | None = None,
         token_ids_T: np.ndarray | None = None,
         table_VK: np.ndarray | None = None,
         given_ids_TK: np.ndarray | None = None,
+        given_weights_TK: np.ndarray | None = None,
         seed: int | None = None,
     ) -> dict[str, np.ndarray]:
-        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
-        trace = self._traced(x_TD, params, spec, token_mask_T, inputs)
-        grads = moe_ref.layer_backward(trace, params, spec, d_output_TD)
+        inputs = RouterInputs(
+            token_ids_T=token_ids_T,
+            table_VK=table_VK,
+            given_ids_TK=given_ids_TK,
+            given_weights_TK=given_weights_TK,
+            seed=seed,
+        )
+        limits = {"capacity": capacity, "sequence_lengths": sequence_lengths, "tokens_per_shard": tokens_per_shard}
+        trace = self._traced(x_TD, params, spec, token_mask_T, inputs, **limits)
+        grads = moe_ref.layer_backward(trace, params, spec, d_output_TD, capacity=capacity)
         return {"x_TD": grads.x_TD} | named(grads.params)
 
     def record(
@@ -130,13 +157,24 @@ class Reference(Subject):
         spec: LayerSpec,
         *,
         token_mask_T: np.ndarray | None = None,
+        capacity: CapacitySpec | None = None,
+        sequence_lengths: Sequence[int] | None = None,
+        tokens_per_shard: Sequence[int] | None = None,
         token_ids_T: np.ndarray | None = None,
         table_VK: np.ndarray | None = None,
         given_ids_TK: np.ndarray | None = None,
+        given_weights_TK: np.ndarray | None = None,
         seed: int | None = None,
     ) -> RoutingRecord:
-        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
-        trace = self._traced(x_TD, params, spec, token_mask_T, inputs)
+        inputs = RouterInputs(
+            token_ids_T=token_ids_T,
+            table_VK=table_VK,
+            given_ids_TK=given_ids_TK,
+            given_weights_TK=given_weights_TK,
+            seed=seed,
+        )
+        limits = {"capacity": capacity, "sequence_lengths": sequence_lengths, "tokens_per_shard": tokens_per_shard}
+        trace = self._traced(x_TD, params, spec, token_mask_T, inputs, **limits)
         return moe_ref.capture(trace.routing, spec.router, token_mask_T=token_mask_T)
 
     def replay(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, record: RoutingRecord) -> np.ndarray:
@@ -144,8 +182,9 @@ class Reference(Subject):
         trace = moe_ref.replay_layer(record, x_TD, params, spec, with_weights=with_weights, dtype=self.compute_dtype)
         return np.asarray(trace.output_TD)
 
-    def _traced(self, x_TD, params: LayerParams, spec: LayerSpec, token_mask_T, inputs: RouterInputs):
-        return moe_ref.moe_layer(x_TD, params, spec, token_mask_T=token_mask_T, inputs=inputs, dtype=self.compute_dtype)
+    def _traced(self, x_TD, params: LayerParams, spec: LayerSpec, token_mask_T, inputs: RouterInputs, **limits):
+        named = {"token_mask_T": token_mask_T, "inputs": inputs} | limits
+        return moe_ref.moe_layer(x_TD, params, spec, dtype=self.compute_dtype, **named)
 
     # sharded
 
@@ -228,13 +267,23 @@ class Reference(Subject):
             "sequence_lengths": sequence_lengths,
             "tokens_per_shard": tokens_per_shard,
         }
+        scaled_TE = scale_logits(logits_TE.astype(self.compute_dtype), router)
+        d_scaled_TE = moe_ref.balance_loss_backward(scaled_TE, expert_ids_TK, balance, **how)
         return {
-            "loss": moe_ref.balance_loss(logits_TE, expert_ids_TK, balance, **how),
-            "d_logits_TE": moe_ref.balance_loss_backward(logits_TE, expert_ids_TK, balance, **how),
+            "loss": moe_ref.balance_loss(scaled_TE, expert_ids_TK, balance, **how),
+            "d_logits_TE": scale_logits_backward(d_scaled_TE, scaled_TE, router),
         }
 
-    def z_loss(self, logits_TE: np.ndarray, coeff: float, *, token_mask_T: np.ndarray | None = None) -> dict[str, Any]:
-        how: dict[str, Any] = {"coeff": coeff, "token_mask_T": token_mask_T, "dtype": self.compute_dtype}
+    def z_loss(
+        self,
+        logits_TE: np.ndarray,
+        coeff: float,
+        *,
+        token_mask_T: np.ndarray | None = None,
+        tokens_per_shard: tuple[int, ...] | None = None,
+    ) -> dict[str, Any]:
+        cut: dict[str, Any] = {"token_mask_T": token_mask_T, "tokens_per_shard": tokens_per_shard}
+        how = {"coeff": coeff, "dtype": self.compute_dtype, **cut}
         return {"loss": moe_ref.z_loss(logits_TE, **how), "d_logits_TE": moe_ref.z_loss_backward(logits_TE, **how)}
 
     def bias_update(self, counts_SE: np.ndarray, update: BiasUpdateSpec, expert_bias_E: np.ndarray) -> np.ndarray:
@@ -267,6 +316,11 @@ class Reference(Subject):
         if d_weights_TK is not None:
             found["d_weights_TK"] = moe_ref.capacity_backward(trace, capacity, d_weights_TK)
         return found
+
+    # training
+
+    def train(self, events: Sequence[Event], stack: StackSpec, params: list[LayerParams]) -> list[dict]:
+        return [vars(state) for state in moe_ref.train(events, stack, params, dtype=self.compute_dtype)]
 
 
 def named(params: LayerParams) -> dict[str, np.ndarray]:

@@ -123,11 +123,20 @@ class RoutingRecord:
             spec=spec,
         )
 
-    def inputs(self, spec: RouterSpec, *, with_weights: bool = False) -> tuple[RouterInputs, np.ndarray]:
+    def inputs(
+        self, spec: RouterSpec, *, with_weights: bool = False, num_tokens: int | None = None
+    ) -> tuple[RouterInputs, np.ndarray]:
         """What a router with as many choices reads to replay this record (`RouterSpec.given`), and the token mask.
 
         Recorded weights are constants: no gradient goes to the logits.
+
+        Args:
+            spec: of the router that replays.
+            with_weights: whether the recorded weights are replayed too.
+            num_tokens: of the batch, where it is known; the record has as many.
         """
+        T = len(self.expert_ids_TK)
+        require(num_tokens in (None, T), f"the record has {T} tokens and the batch {num_tokens}")
         for field in ("top_k", "num_choices"):
             recorded, wanted = getattr(self.spec, field), getattr(spec, field)
             require(recorded == wanted, f"{field} is {wanted}; the record has {recorded}")

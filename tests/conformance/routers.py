@@ -19,6 +19,7 @@ class Sigmoid(Subject):
             score_func="sigmoid",
             num_expert_groups=spec.num_expert_groups,
             num_limited_groups=spec.num_limited_groups,
+            group_score_k=min(2, spec.experts_per_group),
             route_norm=spec.route_norm,
             norm_eps=spec.norm_eps,
             route_scale=spec.route_scale,

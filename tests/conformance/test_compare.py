@@ -77,7 +77,7 @@ def test_a_failing_case_shrinks_to_one_token_that_still_fails():
     violation = shrink(judge, accuse(judge, seed=0, ids=["SEL-3"])["SEL-3"])
     assert violation.case is not None
     assert violation.case.num_tokens == 1
-    assert set(violation.case.logits_TE.ravel().tolist()) <= set(np.arange(-8, 8, 0.5)), "round numbers suffice"
+    assert (np.round(2 * violation.case.logits_TE) == 2 * violation.case.logits_TE).all(), "round numbers suffice"
 
 
 def test_what_is_forgiven_is_counted():

@@ -134,6 +134,8 @@ class Uint8Ids(Closed):
     """Ids of uint8, where no slot is unused."""
 
     def supports(self, spec, layout=None):
+        if spec.num_choices > 256:
+            return "an id of 8 bits is at most 255"
         return "unused slots have no unsigned id" if spec.selector == "given" else None
 
     def route(self, logits_TE, spec, expert_bias_E, *, learned_scale=None, token_ids_T=None, table_VK=None, seed=0):

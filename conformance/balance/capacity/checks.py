@@ -6,8 +6,8 @@ from conformance.balance.bounds import weight_gradient_radius, weights_radius
 from conformance.balance.case import LENGTHS, BalanceCase
 from conformance.balance.draw import weights_of_kind
 from conformance.balance.kind import requires
-from conformance.balance.verdicts import hold_kept, kept_by_subject
-from conformance.core.check import Condition
+from conformance.balance.verdicts import hold_arrays, hold_kept, kept_by_subject
+from conformance.core.check import Condition, given
 from conformance.core.holding import hold
 from conformance.core.judge import Judge, NotRun, Violation, accuse
 from conformance.core.show import shown
@@ -174,7 +174,17 @@ def a_second_limit_holds_for_what_is_kept(judge, case):
     hold_kept(judge, case, "not what both limits keep")
 
 
-@requires("CAP-15", method="capacity", ids=("unused",), spec=lambda s: simple(s) and s.top_k > 1, after=("CAP-1",))
+SOME_UNUSED = given("judged where some slot is unused", lambda case: (case.expert_ids_TK == UNUSED).any())
+
+
+@requires(
+    "CAP-15",
+    method="capacity",
+    ids=("unused", "idle"),
+    spec=lambda s: simple(s) and s.top_k > 1,
+    given=(SOME_UNUSED,),
+    after=("CAP-1",),
+)
 def unused_slots_take_no_place(judge, case):
     hold_kept(judge, case, "an unused slot or a null choice takes a place")
 
@@ -193,3 +203,8 @@ def distinct(case: BalanceCase) -> BalanceCase:
 )
 def of_equal_weights_the_earlier_is_kept(judge, case):
     hold_kept(judge, case, "not the earlier of equal weights")
+
+
+@requires("CAP-17", method="capacity", ids=("own", "unused"), after=("CAP-1",))
+def a_capacity_changes_no_array(judge, case):
+    hold_arrays(judge, case, kept_by_subject, {"expert_ids": case.expert_ids_TK, "weights": case.weights_TK})

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from conformance.core.fault import replaces, surrounds
-from moe_ref import UNUSED
+from conformance.core.fault import replaces, rounded, surrounds
+from moe_ref import UNUSED, apply_capacity
 from moe_ref.capacity import drop_order
 
 
@@ -136,3 +136,41 @@ def the_later_of_equal_weights(weights_TK, spec):
     if spec.drop_order != "by_weight":
         return drop_order(weights_TK, spec)
     return np.argsort(weights_TK.reshape(-1), kind="stable")[::-1]
+
+
+@surrounds(breaks="CAP-2")
+def places_are_bytes(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
+    """The place of a slot is kept in 8 bits, so that the one after 255 is the first again."""
+    found = run(ids_TK, weights_TK, capacity, E, **inputs)
+    if capacity.then is not None or len(ids_TK) <= 256:
+        return found
+    whole = run(ids_TK, weights_TK, capacity.replace(factor=None, slots=len(ids_TK), rounding="ceil"), E, **inputs)
+    trace = apply_capacity(ids_TK, weights_TK, capacity.replace(factor=None, slots=len(ids_TK), rounding="ceil"), E)
+    again_TK = trace.place_TK >= 256
+    return found | {"expert_ids_TK": np.where(again_TK, whole["expert_ids_TK"], found["expert_ids_TK"])}
+
+
+@surrounds(breaks="CAP-3")
+def the_slots_are_counted_in_bfloat16(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
+    """T * K is rounded to 8 bits before it is divided."""
+    N = ids_TK.size
+    share = float(rounded(np.array(float(N)), 8)) / max(N, 1)
+    return run(ids_TK, weights_TK, capacity if share == 1 else factor(capacity, share), E, **inputs)
+
+
+@surrounds(breaks="CAP-13")
+def the_table_ends_at_the_fullest_expert(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
+    """Where nothing is dropped the table has no empty places."""
+    found = run(ids_TK, weights_TK, capacity, E, **inputs)
+    if "slot_table_UEC" not in found or (found["expert_ids_TK"] != ids_TK).any():
+        return found
+    fullest = (found["slot_table_UEC"] >= 0).sum(axis=-1).max(initial=0)
+    return found | {"slot_table_UEC": found["slot_table_UEC"][..., :fullest]}
+
+
+@surrounds(breaks="CAP-17")
+def weights_of_dropped_slots_are_cleared_in_place(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
+    """The array of weights that was given gets the zeros."""
+    found = run(ids_TK, weights_TK, capacity, E, **inputs)
+    weights_TK[found["expert_ids_TK"] == UNUSED] = 0
+    return found

@@ -27,4 +27,5 @@ chapter(
     ("CAP-14", MUST, "A second limit holds for what the first one keeps."),
     ("CAP-15", MUST, "An unused slot and a null choice take no place and are not dropped."),
     ("CAP-16", SHOULD, "Of equal weights 'by_weight' keeps the earlier one."),
+    ("CAP-17", MUST, "A capacity changes no array that it is given."),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""conformance, balance: load. Counts, balance losses, z-loss and the update of expert_bias."""
+"""conformance, balance: load. Counts, balance losses and the z-loss."""
 
 from dataclasses import replace
 
@@ -6,29 +6,28 @@ import numpy as np
 
 from conformance.balance.bounds import (
     Loss,
-    bias_radius,
     loss_radius,
     wanted_loss,
     wanted_z_loss,
     z_loss_radius,
 )
 from conformance.balance.case import LENGTHS, BalanceCase
-from conformance.balance.draw import cut
+from conformance.balance.draw import cut, ids_of_kind, logits_of_kind
 from conformance.balance.kind import requires
 from conformance.balance.verdicts import (
-    bias_of_subject,
     counts_of_subject,
+    hold_arrays,
     hold_balance,
     hold_counts,
+    hold_cut_z_losses,
     hold_gradient,
     hold_loss,
     loss_of_subject,
     z_loss_of_subject,
 )
 from conformance.core.check import given
-from conformance.core.judge import Judge, accuse
-from conformance.core.show import shown
-from moe_ref import BiasUpdateSpec, bias_update, tokens_per_expert
+from conformance.core.judge import Judge
+from moe_ref import BalanceSpec, tokens_per_expert
 
 # counts
 
@@ -53,7 +52,7 @@ def every_slot_is_counted(judge, case):
     hold_counts_of_slots(judge, case)
 
 
-@requires("LOD-3", method="load", ids=("unused",), spec=lambda s: s.top_k > 1, after=("LOD-1",))
+@requires("LOD-3", method="load", ids=("unused", "idle"), spec=lambda s: s.top_k > 1, after=("LOD-1",))
 def unused_slots_and_null_choices_are_counted_for_nobody(judge, case):
     hold_counts_of_slots(judge, case)
 
@@ -61,6 +60,34 @@ def unused_slots_and_null_choices_are_counted_for_nobody(judge, case):
 @requires("LOD-4", method="load", spec=without_null, after=("LOD-1",))
 def counting_again_counts_the_same(judge, case):
     hold_counts(judge, case, counts_of_subject(judge, case), "other counts on the second call")
+
+
+def few_tokens(case: BalanceCase) -> BalanceCase:
+    """The first tokens of the case."""
+    return case.tokens(np.arange(min(case.num_tokens, 12)))
+
+
+EDGES = (65_537, 2**24 + 1, 65_536, 65_535, 2049, 2048, 2047, 257, 256, 255)
+"""Of what 16 bits, float32, float16, bfloat16 and a byte hold."""
+
+
+@requires(
+    "LOD-29",
+    method="load",
+    ids=("collapsed", "own", "unused"),
+    tokens=(257,),
+    sizes=EDGES,
+    spec=lambda s: s.top_k == 1,
+    after=("LOD-1",),
+    simpler=((few_tokens, ("LOD-2", "LOD-3", "LOD-4")),),
+)
+def counts_are_exact_at_any_size(judge, case):
+    hold_counts_of_slots(judge, case)
+
+
+@requires("LOD-36", method="load", spec=lambda s: s.top_k > 1, ids=("own", "unused"), after=("LOD-1",))
+def counting_changes_no_array(judge, case):
+    hold_arrays(judge, case, counts_of_subject, {"expert_ids": case.expert_ids_TK})
 
 
 # balance losses
@@ -124,7 +151,30 @@ def the_slots_that_the_spec_names_are_counted(judge, case):
     hold_balance(judge, case, "not the loss of these counts")
 
 
-@requires("LOD-10", method="balance_loss", spec=one_batch, after=(*FORM, "LOD-6", "LOD-7", "LOD-8"))
+def plain_router(case: BalanceCase) -> BalanceCase | None:
+    """The same logits and choice, of a router that does nothing else."""
+    return case.with_(spec=replace(case.spec, router=None)) if case.spec.router is not None else None
+
+
+@requires(
+    "LOD-27",
+    method="balance_loss",
+    routers=True,
+    spec=lambda s: s.router is not None,
+    after=FORM,
+    simpler=((plain_router, ("LOD-6", "LOD-7", "LOD-8", "LOD-9")),),
+)
+def nothing_else_of_the_router_reaches_a_loss(judge, case):
+    hold_balance(judge, case, "not the loss of the scaled logits by its own scores", gradient=True)
+
+
+@requires(
+    "LOD-10",
+    method="balance_loss",
+    routers=True,
+    spec=one_batch,
+    after=(*FORM, "LOD-6", "LOD-7", "LOD-8", "LOD-27"),
+)
 def the_bias_enters_no_score_of_a_loss(judge, case):
     found = loss_of_subject(judge, case, expert_bias_E=case.expert_bias_E)
     hold_loss("changed by expert_bias", found, wanted_loss(case), loss_radius(judge, case))
@@ -172,9 +222,10 @@ def the_gradient_is_that_of_the_loss(judge, case):
     "LOD-13",
     method="balance_loss",
     inputs=("sequence_lengths",),
+    routers=True,
     spec=lambda s: s.balance.scope == "global",
     tokens=(12,),
-    after=(*FORM, "LOD-6", "LOD-7", "LOD-8", "LOD-11", "LOD-12"),
+    after=(*FORM, "LOD-6", "LOD-7", "LOD-8", "LOD-9", "LOD-11", "LOD-12", "LOD-27"),
 )
 def a_global_loss_does_not_depend_on_the_cut(judge, case):
     radius, evenly = loss_radius(judge, case), judge.subject.compiles
@@ -227,102 +278,98 @@ def the_gradient_of_the_z_loss(judge, case):
     hold_gradient("not the gradient of the z-loss", found, wanted_z_loss(case), z_loss_radius(judge, case))
 
 
-@requires("LOD-18", method="balance_loss", logits=("large",), spec=one_batch, after=FORM)
+@requires(
+    "LOD-28",
+    method="z_loss",
+    spec=lambda s: without_null(s) and s.top_k == 2,
+    tokens=(12,),
+    after=("LOD-16", "LOD-17"),
+)
+def the_z_loss_does_not_depend_on_the_cut(judge, case):
+    hold_cut_z_losses(judge, case)
+
+
+def ordinary(case: BalanceCase) -> BalanceCase:
+    """The same case with ordinary logits."""
+    return case.with_(logits_TE=logits_of_kind("normal", case.logits_TE.shape, case.rng()))
+
+
+@requires(
+    "LOD-32",
+    method="z_loss",
+    logits=("large", "saturated", "negative", "barred"),
+    spec=without_null,
+    simpler=((ordinary, ("LOD-16", "LOD-17")),),
+)
+def the_z_loss_of_extreme_logits_is_finite(judge, case):
+    found = z_loss_of_subject(judge, case)
+    hold_loss("not the z-loss of these logits", found, wanted_z_loss(case), z_loss_radius(judge, case))
+
+
+@requires(
+    "LOD-31",
+    method="balance_loss",
+    logits=("barred",),
+    after=FORM,
+    simpler=((ordinary, ("LOD-6", "LOD-7", "LOD-8", "LOD-9", "LOD-11", "LOD-12", "LOD-14", "LOD-26")),),
+)
+def an_expert_at_minus_infinity_has_no_score(judge, case):
+    hold_balance(judge, case, "not the loss of the other experts", gradient=True)
+
+
+def used(case: BalanceCase) -> BalanceCase:
+    """The same case with every slot used."""
+    ids_TK = ids_of_kind("own", case.logits_TE, case.spec, case.rng())
+    return case.with_(expert_ids_TK=ids_TK)
+
+
+@requires(
+    "LOD-33",
+    method="balance_loss",
+    ids=("unused", "idle"),
+    spec=one_batch,
+    after=FORM,
+    simpler=((used, ("LOD-6", "LOD-7", "LOD-8", "LOD-12")),),
+)
+def an_unused_slot_is_counted_for_nobody_in_a_loss(judge, case):
+    hold_balance(judge, case, "not the loss of the used slots", gradient=True)
+
+
+NOTHING = (0,)
+
+
+def switch_or_transformers(spec) -> bool:
+    """The two losses of one batch that are most used; an empty batch is alike for all."""
+    return spec.balance in (BalanceSpec(), BalanceSpec.of("transformers"))
+
+
+@requires("LOD-34", method="balance_loss", tokens=NOTHING, spec=switch_or_transformers)
+def no_token_has_the_loss_0(judge, case):
+    hold_loss("not 0 without a token", loss_of_subject(judge, case), Loss.zero(case), Loss.zero(case))
+
+
+@requires("LOD-35", method="z_loss", tokens=NOTHING, spec=lambda s: without_null(s) and s.top_k == 2)
+def no_token_has_the_z_loss_0(judge, case):
+    hold_loss("not 0 without a token", z_loss_of_subject(judge, case), Loss.zero(case), Loss.zero(case))
+
+
+@requires("LOD-37", method="balance_loss", ids=("own", "unused"), after=FORM)
+def a_balance_loss_changes_no_array(judge, case):
+    hold_arrays(judge, case, loss_of_subject, {"logits": case.logits_TE, "expert_ids": case.expert_ids_TK})
+
+
+@requires("LOD-38", method="z_loss", spec=without_null)
+def a_z_loss_changes_no_array(judge, case):
+    hold_arrays(judge, case, z_loss_of_subject, {"logits": case.logits_TE})
+
+
+@requires(
+    "LOD-18",
+    method="balance_loss",
+    logits=("large", "saturated", "negative"),
+    spec=one_batch,
+    after=FORM,
+    simpler=((ordinary, ("LOD-6", "LOD-7", "LOD-8", "LOD-12")),),
+)
 def large_logits_have_finite_losses(judge, case):
     hold_balance(judge, case, "not the loss of large logits", gradient=True)
-
-
-# updates of the bias
-
-ONE_COUNT = given("judged on the counts of one rank or micro-batch", lambda case: len(case.counts_SE) == 1)
-
-
-def summed(case: BalanceCase) -> BalanceCase:
-    """The same case with the counts of all ranks and micro-batches in one."""
-    return case.with_(counts_SE=case.counts_SE.sum(axis=0, keepdims=True))
-
-
-def small(case: BalanceCase) -> BalanceCase:
-    """The same case with counts that begin at 0; their differences are the same."""
-    return summed(case.with_(counts_SE=case.counts_SE - case.counts_SE.min()))
-
-
-def hold_bias(judge: Judge, case: BalanceCase, title: str, *, of_E: np.ndarray | bool = True) -> None:
-    """The bias is the reference's, or that of some experts is."""
-    counts_E = case.counts_SE.sum(axis=0)
-    wanted_E, found_E = bias_update(counts_E, case.rule("update"), case.expert_bias_E), bias_of_subject(judge, case)
-    right_E = np.abs(found_E - wanted_E) <= bias_radius(judge, case, wanted_E)
-    if (~right_E & of_E).any():
-        before = f"{title}; before {shown(case.expert_bias_E)}, counts {counts_E.tolist()}"
-        accuse(before, expected=shown(wanted_E), received=shown(found_E))
-
-
-@requires(
-    "LOD-19",
-    method="bias_update",
-    spec=lambda s: s.update == BiasUpdateSpec(rate=s.update.rate),
-    num_counts=(1,),
-    given=(ONE_COUNT,),
-)
-def the_bias_moves_against_the_load(judge, case):
-    hold_bias(judge, case, "not one step")
-
-
-@requires(
-    "LOD-20",
-    method="bias_update",
-    spec=lambda s: s.update.rule == "sign",
-    simpler=((summed, ("LOD-19", "LOD-23", "LOD-24")),),
-)
-def counts_are_summed_before_the_sign_is_taken(judge, case):
-    hold_bias(judge, case, "not the sign of the summed counts")
-
-
-@requires(
-    "LOD-21",
-    method="bias_update",
-    counts=("equal", "one_at_mean", "zero"),
-    spec=lambda s: s.update.frozen_E is None,
-)
-def a_balanced_expert_keeps_its_bias(judge, case):
-    counts_E = case.counts_SE.sum(axis=0)
-    hold_bias(judge, case, "an expert with the mean count", of_E=counts_E * len(counts_E) == counts_E.sum())
-
-
-@requires("LOD-22", method="bias_update", spec=lambda s: s.update.rule != "sign" and s.update.frozen_E is None)
-def a_proportional_step_is_as_large_as_the_excess(judge, case):
-    hold_bias(judge, case, "not in proportion")
-
-
-@requires(
-    "LOD-23",
-    method="bias_update",
-    spec=lambda s: s.update.centred and s.update.frozen_E is None,
-    counts=("mixed", "one_at_mean"),
-    num_counts=(1,),
-    given=(ONE_COUNT,),
-)
-def centred_steps_have_the_mean_0(judge, case):
-    hold_bias(judge, case, "not centred")
-
-
-@requires(
-    "LOD-24",
-    method="bias_update",
-    spec=lambda s: s.update.frozen_E is not None,
-    num_counts=(1,),
-    given=(ONE_COUNT,),
-)
-def a_frozen_bias_stays(judge, case):
-    hold_bias(judge, case, "with frozen experts")
-
-
-@requires(
-    "LOD-25",
-    method="bias_update",
-    counts=("large",),
-    spec=lambda s: s.update.rule == "sign" and s.update.frozen_E is None,
-    simpler=((small, ("LOD-19", "LOD-23")),),
-)
-def large_counts_move_the_bias(judge, case):
-    hold_bias(judge, case, "not the sign of large counts")

@@ -2,8 +2,10 @@
 
 import numpy as np
 
-from conformance.core.fault import replaces, surrounds
+from conformance.core.fault import replaces, rounded, surrounds
+from moe_ref import z_loss, z_loss_backward
 from moe_ref.balance import log_sum_exp
+from moe_ref.routing import limit_groups, score
 
 
 @surrounds(breaks="LOD-1")
@@ -197,3 +199,140 @@ def all_counts_so_far_over_the_last_slots(run, memory, logits_TE, ids_TK, balanc
     """The mean count so far is divided by the slots of the micro-batch that comes last."""
     scope = "running_mean" if balance.scope == "running" else balance.scope
     return run(logits_TE, ids_TK, balance.replace(scope=scope), router, **inputs)
+
+
+@surrounds(breaks="LOD-27")
+def the_loss_scores_as_its_router(run, memory, logits_TE, ids_TK, balance, router, **inputs):
+    """The score function of the router takes the place of the loss's own."""
+    raw = {"norm_scores": False, "score_eps": 0.0} if router.score_func == "softmax" else {}
+    return run(logits_TE, ids_TK, balance.replace(score_func=router.score_func, **raw), router, **inputs)
+
+
+@surrounds(breaks="LOD-27")
+def the_loss_forgets_scale_and_cap(run, memory, logits_TE, ids_TK, balance, router, **inputs):
+    """The logits of the gate are scored as they are, before the router scales and caps them."""
+    return run(logits_TE, ids_TK, balance, router.replace(logit_scale=1.0, logit_softcap=None), **inputs)
+
+
+@surrounds(breaks="LOD-27", links=("ISEEKYAN/Megatron-LM#223",))
+def dropped_groups_have_no_score_in_a_loss(run, memory, logits_TE, ids_TK, balance, router, **inputs):
+    """The loss scores what the groups leave."""
+    if router.num_expert_groups is None:
+        return run(logits_TE, ids_TK, balance, router, **inputs)
+    scores_for_choice_TE = limit_groups(score(logits_TE, router), router)[0]
+    return run(np.where(np.isneginf(scores_for_choice_TE), -np.inf, logits_TE), ids_TK, balance, router, **inputs)
+
+
+@surrounds(breaks="LOD-28", links=("PaddlePaddle/PaddleFleet#1369",))
+def the_z_loss_is_a_mean_of_ranks(run, memory, logits_TE, coeff, *, tokens_per_shard=None, **inputs):
+    """Each rank takes the mean over its own tokens, and the means are averaged."""
+    how = {"coeff": coeff, "tokens_per_shard": tokens_per_shard, "scope": "local", **inputs}
+    return {"loss": z_loss(logits_TE, **how), "d_logits_TE": z_loss_backward(logits_TE, **how)}
+
+
+@surrounds(breaks="LOD-29", links=("NVIDIA/Megatron-LM#7081",))
+def counts_are_bfloat16(run, memory, ids_TK, E, **inputs):
+    """Counts are kept in bfloat16, which is exact to 256."""
+    return rounded(run(ids_TK, E, **inputs).astype(np.float32), 8).astype(np.int64)
+
+
+@surrounds(breaks="LOD-29")
+def counts_have_16_bits(run, memory, ids_TK, E, **inputs):
+    """Counts wrap at 65,536."""
+    return run(ids_TK, E, **inputs).astype(np.uint16)
+
+
+@surrounds(breaks="LOD-29")
+def tokens_are_counted_in_float32(run, memory, ids_TK, E, **inputs):
+    """One is added to a float32 count, which stays at 2 ** 24."""
+    return np.minimum(run(ids_TK, E, **inputs), 2**24)
+
+
+@surrounds(breaks="LOD-30", links=("NVIDIA/Megatron-LM#7081",))
+def counts_are_summed_in_bfloat16(run, memory, counts_SE, update, expert_bias_E):
+    """The counts of the ranks are added in bfloat16."""
+    sum_E = np.zeros(counts_SE.shape[1], np.float32)
+    for counts_E in counts_SE:
+        sum_E = rounded(sum_E + counts_E.astype(np.float32), 8)
+    return run(sum_E.astype(np.int64)[None], update, expert_bias_E)
+
+
+@surrounds(breaks="LOD-31")
+def a_barred_expert_makes_the_loss_nan(run, memory, logits_TE, ids_TK, balance, router, **inputs):
+    """0 times -inf is NaN."""
+    found = run(logits_TE, ids_TK, balance, router, **inputs)
+    return found | {"d_logits_TE": found["d_logits_TE"] + 0 * logits_TE}
+
+
+@surrounds(breaks="LOD-31")
+def a_barred_expert_has_a_score(run, memory, logits_TE, ids_TK, balance, router, **inputs):
+    """-inf becomes 0, which is a logit like any other."""
+    return run(np.where(np.isneginf(logits_TE), 0, logits_TE), ids_TK, balance, router, **inputs)
+
+
+@replaces("log_sum_exp", breaks="LOD-32")
+def exp_overflows_in_the_z_loss(values_TE):
+    """Logits are not shifted before exp."""
+    return np.log(np.exp(values_TE).sum(axis=-1, keepdims=True))
+
+
+@surrounds(breaks="LOD-33")
+def an_unused_slot_is_the_first_expert_of_a_loss(run, memory, logits_TE, ids_TK, balance, router, **inputs):
+    """An id of -1 is read as 0."""
+    return run(logits_TE, np.where(ids_TK < 0, 0, ids_TK), balance, router, **inputs)
+
+
+@surrounds(breaks="LOD-33")
+def f_is_a_share_of_used_slots(run, memory, logits_TE, ids_TK, balance, router, **inputs):
+    """Unused slots are left out of what f is a share of."""
+    found = run(logits_TE, ids_TK, balance, router, **inputs)
+    used = (ids_TK >= 0).mean() if ids_TK.size and (ids_TK >= 0).any() else 1
+    return {name: value / used for name, value in found.items()}
+
+
+@surrounds(breaks="LOD-34")
+def an_empty_batch_divides_by_0(run, memory, logits_TE, ids_TK, balance, router, **inputs):
+    """The mean over no token is 0 / 0."""
+    found = run(logits_TE, ids_TK, balance, router, **inputs)
+    return found if len(logits_TE) else found | {"loss": np.nan}
+
+
+@surrounds(breaks="LOD-35")
+def an_empty_z_loss_divides_by_0(run, memory, logits_TE, coeff, **inputs):
+    """The mean over no token is 0 / 0."""
+    found = run(logits_TE, coeff, **inputs)
+    return found if len(logits_TE) else found | {"loss": np.nan}
+
+
+@surrounds(breaks="LOD-36")
+def unused_ids_are_overwritten(run, memory, ids_TK, E, *, token_mask_T=None):
+    """The ids of padding are set to -1 in place, and those of unused slots to E."""
+    if token_mask_T is not None:
+        ids_TK[~token_mask_T] = -1
+    ids_TK[ids_TK < 0] = E
+    return run(ids_TK, E)
+
+
+@surrounds(breaks="LOD-37")
+def logits_are_shifted_in_place(run, memory, logits_TE, ids_TK, balance, router, **inputs):
+    """The largest logit of a token is subtracted from the array itself."""
+    found = run(logits_TE, ids_TK, balance, router, **inputs)
+    logits_TE -= logits_TE.max(axis=-1, keepdims=True, initial=-np.inf)
+    return found
+
+
+@surrounds(breaks="LOD-38")
+def logits_of_padding_are_cleared_in_place(run, memory, logits_TE, coeff, *, token_mask_T=None, **inputs):
+    """Padding is filled with 0 in the array itself."""
+    found = run(logits_TE, coeff, token_mask_T=token_mask_T, **inputs)
+    if token_mask_T is not None:
+        logits_TE[~token_mask_T] = 0
+    return found
+
+
+@surrounds(breaks="LOD-39")
+def counts_are_cleared_by_the_update(run, memory, counts_SE, update, expert_bias_E):
+    """The counts of the caller are set to 0 for the next step."""
+    found = run(counts_SE, update, expert_bias_E)
+    counts_SE[:] = 0
+    return found

@@ -50,4 +50,25 @@ chapter(
     ("LOD-26", MUST, "With scope 'running' f is the share of all counts so far in all slots so far, those of the "
                   "micro-batch included, so that it sums to 1 for any cut; the loss is the mean over micro-batches.",
                   "NVIDIA/Megatron-LM#7213"),
+    ("LOD-27", MUST, "A balance loss scores the logits, as the router scales and caps them, by its own spec; nothing "
+                  "else of the router reaches it: no groups, norm, scale, or scores over the selected alone.",
+                  "ISEEKYAN/Megatron-LM#223"),
+    ("LOD-28", MUST, "It makes no difference to the z-loss and its gradient how the batch is cut into ranks, "
+                  "micro-batches or chunks: the mean is over all tokens.", "PaddlePaddle/PaddleFleet#1369"),
+    ("LOD-29", MUST, "Counts are exact at any size: 255, 257, 2049, 65,537 and 2 ** 24 + 1 are themselves.",
+                  "NVIDIA/Megatron-LM#7081"),
+    ("LOD-30", MUST, "Counts whose total is below 2 ** 24 move the bias by the sign of their exact sum, over however "
+                  "many ranks.", "NVIDIA/Megatron-LM#7081"),
+    ("LOD-31", MUST, "An expert with the logit -inf has no score in a loss and no gradient, and is none of the best "
+                  "scores that a loss counts, though fewer than top_k are left; the others have theirs."),
+    ("LOD-32", MUST, "The z-loss and its gradient are finite and right for logits that are large, saturated, negative "
+                  "throughout, or -inf for some experts."),
+    ("LOD-33", MUST, "An unused slot (-1) is counted for no expert in a loss, and stays one of the slots that f is a "
+                  "share of; so do all slots of a token that has none."),
+    ("LOD-34", MUST, "Without any token a balance loss is 0, and no error."),
+    ("LOD-35", MUST, "Without any token the z-loss is 0, and no error."),
+    ("LOD-36", MUST, "Counting changes no array that it is given."),
+    ("LOD-37", MUST, "A balance loss changes no array that it is given."),
+    ("LOD-38", MUST, "A z-loss changes no array that it is given."),
+    ("LOD-39", MUST, "An update of the bias changes no array that it is given: it returns the new bias."),
 )  # fmt: skip

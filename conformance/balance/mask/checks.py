@@ -15,6 +15,7 @@ from conformance.balance.kind import requires
 from conformance.balance.verdicts import (
     hold_balance,
     hold_counts,
+    hold_cut_z_losses,
     hold_gradient,
     hold_loss,
     kept_by_subject,
@@ -30,8 +31,10 @@ MASK_AND_LENGTHS = (*MASK, *LENGTHS)
 LOSS = ("LOD-5", "LOD-6", "LOD-7", "LOD-8", "LOD-9", "LOD-11", "LOD-14", "LOD-26")
 LOSS_AND_GRADIENT = (*LOSS, "LOD-12")
 CAPACITY = ("CAP-3", "CAP-5", "CAP-6", "CAP-7", "CAP-8", "CAP-9", "CAP-14")
-POISON = (np.nan, np.inf, 1e30)
+POISON = (np.nan, np.inf, -np.inf, 1e30)
 """What the logits of padding hold, in calls one after the other."""
+POISONED_IDS = (10**6, -7)
+"""What the ids of padding hold, and its weights beside them: NaN, then inf."""
 
 SOME_VALID = given("judged where some token is valid", lambda case: case.valid_T.any())
 ALL_PADDING = given("judged where all is padding", lambda case: not case.valid_T.any())
@@ -52,6 +55,11 @@ def unmasked(case: BalanceCase) -> BalanceCase:
     return case.with_inputs(token_mask_T=None)
 
 
+def poisoned_logits(case: BalanceCase, poison: float) -> BalanceCase:
+    """The same case with this in all logits of padding."""
+    return case.with_(logits_TE=np.where(case.valid_T[:, None], case.logits_TE, poison))
+
+
 def of_batches(spec) -> bool:
     """A batch that is not cut into shards has one mean; then no scope makes a difference."""
     return spec.balance.per == "batch"
@@ -63,7 +71,7 @@ def of_units(spec) -> bool:
     return balance.scope != "running_mean" and (balance.per == "sequence" or balance.scope != "global")
 
 
-@requires("MSK-1", method="load", inputs=MASK, tokens=(12,), simpler=((unmasked, ("LOD-2",)),))
+@requires("MSK-1", method="load", inputs=MASK, tokens=(12, 257, 2049), simpler=((unmasked, ("LOD-2",)),))
 def padding_is_counted_for_nobody(judge, case):
     wanted_E = tokens_per_expert(case.expert_ids_TK, case.spec.num_experts, case.valid_T)
     hold_counts(judge, case, wanted_E, "padding is counted")
@@ -140,8 +148,7 @@ def padding_is_in_no_mean_of_the_z_loss(judge, case):
 )
 def what_padding_holds_reaches_no_loss(judge, case):
     for poison in POISON:
-        poisoned = case.with_(logits_TE=np.where(case.valid_T[:, None], case.logits_TE, poison))
-        found, radius = loss_of_subject(judge, poisoned), loss_radius(judge, case)
+        found, radius = loss_of_subject(judge, poisoned_logits(case, poison)), loss_radius(judge, case)
         hold_loss(f"with {poison:g} in the padding", found, wanted_loss(case), radius)
 
 
@@ -171,3 +178,75 @@ def padding_takes_no_place(judge, case):
 )
 def padding_alone_has_the_loss_0(judge, case):
     hold_loss("not 0 for padding alone", loss_of_subject(judge, case), Loss.zero(case), Loss.zero(case))
+
+
+def without_null_with_two_slots(spec) -> bool:
+    """One size, as the slots of a batch are nothing to a z-loss."""
+    return not spec.num_null_experts and spec.top_k == 2
+
+
+@requires(
+    "MSK-9",
+    method="z_loss",
+    inputs=MASK,
+    spec=without_null_with_two_slots,
+    masks=("some",),
+    tokens=(12,),
+    after=("MSK-5",),
+    simpler=((unmasked, ("LOD-16", "LOD-17", "LOD-28")),),
+)
+def the_z_loss_of_unequal_ranks_is_the_mean_over_valid_tokens(judge, case):
+    hold_cut_z_losses(judge, case)
+
+
+@requires(
+    "MSK-10",
+    method="z_loss",
+    inputs=MASK,
+    spec=without_null_with_two_slots,
+    masks=("some",),
+    tokens=(12,),
+    after=("MSK-5",),
+    simpler=((unmasked, ("LOD-16", "LOD-17")),),
+)
+def what_padding_holds_reaches_no_z_loss(judge, case):
+    for poison in POISON:
+        found, radius = z_loss_of_subject(judge, poisoned_logits(case, poison)), z_loss_radius(judge, case)
+        hold_loss(f"with {poison:g} in the padding", found, wanted_z_loss(case), radius)
+
+
+@requires(
+    "MSK-11",
+    method="capacity",
+    inputs=MASK_AND_LENGTHS,
+    masks=("some",),
+    tokens=(12,),
+    after=("CAP-1", "MSK-7"),
+    simpler=((unmasked, CAPACITY),),
+)
+def what_padding_holds_takes_no_place(judge, case):
+    wanted = case.capacity_trace
+    for poison, weight in zip(POISONED_IDS, (np.nan, np.inf), strict=True):
+        ids_TK = np.where(case.valid_T[:, None], case.expert_ids_TK, poison)
+        weights_TK = np.where(case.valid_T[:, None], case.weights_TK, weight)
+        poisoned = case.with_(expert_ids_TK=ids_TK, weights_TK=weights_TK)
+        found = kept_by_subject(judge, poisoned)
+        hold(f"with the ids {poison} in the padding", found.expert_ids_TK, wanted.expert_ids_TK)
+        hold("with other weights in the padding", found.weights_TK, wanted.weights_TK,
+             weights_radius(judge, wanted.weights_TK))  # fmt: skip
+
+
+@requires(
+    "MSK-12",
+    method="load",
+    inputs=MASK,
+    masks=("some",),
+    tokens=(12, 257),
+    after=("MSK-1",),
+    simpler=((unmasked, ("LOD-2", "LOD-29")),),
+)
+def the_ids_of_padding_are_counted_for_nobody(judge, case):
+    wanted_E = tokens_per_expert(case.expert_ids_TK, case.spec.num_experts, case.valid_T)
+    for poison in POISONED_IDS:
+        ids_TK = np.where(case.valid_T[:, None], case.expert_ids_TK, poison)
+        hold_counts(judge, case.with_(expert_ids_TK=ids_TK), wanted_E, f"with the ids {poison} in the padding")

@@ -75,3 +75,43 @@ def no_token_divides_by_0(run, memory, *arguments, token_mask_T=None, **inputs):
     """The mean over no token is 0 / 0."""
     found = run(*arguments, token_mask_T=token_mask_T, **inputs)
     return found | {"loss": np.nan} if token_mask_T is not None and not token_mask_T.any() else found
+
+
+@surrounds(breaks="MSK-9", links=("PaddlePaddle/PaddleFleet#1369", "NVIDIA/Megatron-LM#3768"))
+def ranks_weigh_as_many_tokens_as_they_have_rows(run, memory, logits_TE, coeff, *, token_mask_T=None,
+                                                 tokens_per_shard=None):  # fmt: skip
+    """The mean of each rank is over its valid tokens, and weighs as much as it has tokens, padding included."""
+    if tokens_per_shard is None or token_mask_T is None:
+        return run(logits_TE, coeff, token_mask_T=token_mask_T)
+    found = {"loss": 0.0, "d_logits_TE": np.zeros_like(logits_TE)}
+    for end, length in zip(np.cumsum(tokens_per_shard), tokens_per_shard, strict=True):
+        own = slice(end - length, end)
+        part = run(logits_TE[own], coeff * length / len(logits_TE), token_mask_T=token_mask_T[own])
+        found["loss"] += part["loss"]
+        found["d_logits_TE"][own] = part["d_logits_TE"]
+    return found
+
+
+@surrounds(breaks="MSK-10")
+def padding_is_multiplied_away_in_the_z_loss(run, memory, logits_TE, coeff, *, token_mask_T=None, **inputs):
+    """Rows of padding are multiplied by 0, which keeps a NaN."""
+    found = run(logits_TE, coeff, token_mask_T=token_mask_T, **inputs)
+    return found if token_mask_T is None else found | {"loss": found["loss"] + (0 * logits_TE[~token_mask_T]).sum()}
+
+
+@surrounds(breaks="MSK-11")
+def weights_of_padding_are_multiplied_by_0(run, memory, ids_TK, weights_TK, capacity, E, *, token_mask_T=None,
+                                           **inputs):  # fmt: skip
+    """0 times what a weight of padding holds is its weight afterwards."""
+    found = run(ids_TK, weights_TK, capacity, E, token_mask_T=token_mask_T, **inputs)
+    if token_mask_T is None:
+        return found
+    return found | {"weights_TK": np.where(token_mask_T[:, None], found["weights_TK"], 0 * weights_TK)}
+
+
+@surrounds(breaks="MSK-12")
+def ids_are_read_before_the_mask(run, memory, ids_TK, E, *, token_mask_T=None):
+    """Each id has to be one of an expert, or -1, that of padding too."""
+    if (ids_TK < UNUSED).any() or (ids_TK > 10**4).any():
+        raise IndexError("index out of range")
+    return run(ids_TK, E, token_mask_T=token_mask_T)

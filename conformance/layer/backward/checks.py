@@ -6,11 +6,13 @@ Legend: T tokens, E experts.
 import numpy as np
 
 from conformance.core.holding import hold
+from conformance.core.show import spec_fields
 from conformance.layer import bounds
 from conformance.layer.kind import requires
 from conformance.layer.predicates import (
     BIASES,
     CHOICE_IS_CLEAR,
+    GRADIENTS,
     IDLE_EXPERT,
     MATRICES,
     PARTS,
@@ -20,17 +22,23 @@ from conformance.layer.predicates import (
     WHOLE,
     by_token,
     poisoned,
+    takes_ids,
+    unlimited,
+    unlimited_and_unmasked,
     unmasked,
+    without_given_weights,
 )
 from conformance.layer.verdicts import (
     ROUTER_IS_WRONG,
+    arguments_of,
     dtypes,
     gradients_of_subject,
     hold_gradients,
     hold_parameter,
+    hold_unchanged,
     wanted_gradients,
 )
-from moe_ref import LayerSpec
+from moe_ref import CapacitySpec, LayerSpec
 
 FORWARD = (*PARTS, *WHOLE, "BWD-1")
 
@@ -47,12 +55,18 @@ def the_backward_pass_runs_and_returns_a_gradient_for_each_parameter(judge, case
     gradients_of_subject(judge, case)
 
 
-@requires("BWD-2", method="layer_gradients", after=(*FORWARD, "BWD-3", "BWD-5", "BWD-10"), unless=(ROUTER_IS_WRONG,))
+@requires(
+    "BWD-2",
+    large=1,
+    method="layer_gradients",
+    after=(*FORWARD, "BWD-3", "BWD-5", "BWD-10"),
+    unless=(ROUTER_IS_WRONG,),
+)
 def the_gradient_of_the_tokens_is_that_of_every_path(judge, case):
     hold_gradients(judge, case, ["x_TD"], "not the gradient of the tokens")
 
 
-@requires("BWD-3", method="layer_gradients", after=FORWARD, unless=(ROUTER_IS_WRONG,))
+@requires("BWD-3", large=1, method="layer_gradients", after=FORWARD, unless=(ROUTER_IS_WRONG,))
 def the_matrices_of_an_expert_get_the_gradients_of_its_rows(judge, case):
     hold_gradients(judge, case, MATRICES, "not the gradient of its rows")
 
@@ -70,6 +84,7 @@ def the_biases_of_an_expert_get_the_gradients_of_its_rows(judge, case):
 
 @requires(
     "BWD-5",
+    large=1,
     method="layer_gradients",
     spec=lambda s: not has_constant_weights(s),
     after=FORWARD,
@@ -79,7 +94,15 @@ def the_router_gets_the_gradients_of_the_weights(judge, case):
     hold_gradients(judge, case, ROUTER, "not the gradient of the weights")
 
 
-@requires("BWD-6", method="layer_gradients", bias=("crowded",), tokens=(7, 1), given=(IDLE_EXPERT,), after=("BWD-1",))
+@requires(
+    "BWD-6",
+    large=3,
+    method="layer_gradients",
+    bias=("crowded",),
+    tokens=(7, 1),
+    given=(IDLE_EXPERT,),
+    after=("BWD-1",),
+)
 def an_expert_without_tokens_gets_gradients_of_0(judge, case):
     idle_E = case.reference.permutation.tokens_per_expert_E == 0
     # Memory that a fuller call has used is not 0.
@@ -105,7 +128,13 @@ def a_constant_weight_sends_no_gradient_to_the_gate(judge, case):
 
 
 @requires(
-    "BWD-9", method="layer_gradients", inputs=("token_mask_T",), tokens=(7,), after=("BWD-1",), given=(CHOICE_IS_CLEAR,)
+    "BWD-9",
+    large=4,
+    method="layer_gradients",
+    inputs=("token_mask_T",),
+    tokens=(7,),
+    after=("BWD-1",),
+    given=(CHOICE_IS_CLEAR,),
 )
 def padding_adds_nothing_to_any_gradient(judge, case):
     valid_T1 = case.valid_T[:, None]
@@ -146,3 +175,55 @@ def the_gradients_of_a_batch_are_the_sums_of_its_parts(judge, case):
 def zero_tokens_give_gradients_of_0(judge, case):
     for name, found in gradients_of_subject(judge, case).items():
         hold_parameter("not 0", name, found, np.zeros(found.shape))
+
+
+def hold_all_gradients(judge, case, title):
+    """Every gradient of the layer is the reference's."""
+    hold_gradients(judge, case, wanted_gradients(case), title)
+
+
+@requires(
+    "BWD-13",
+    large=3,
+    method="layer_gradients",
+    inputs=("capacity",),
+    tokens=(7, 17),
+    after=(*FORWARD, "LAY-19", "BWD-1"),
+    simpler=((unlimited, GRADIENTS), (unlimited_and_unmasked, GRADIENTS)),
+    unless=(ROUTER_IS_WRONG,),
+    few=True,
+)
+def a_dropped_slot_sends_no_gradient(judge, case):
+    title = f"not with a capacity of {spec_fields(case.inputs['capacity'])}"
+    hold_all_gradients(judge, case, title)
+
+
+@requires("BWD-14", method="layer_gradients", tokens=(7,), after=("BWD-1", "LAY-18"), few=True)
+def a_capacity_that_nothing_exceeds_changes_no_gradient(judge, case):
+    first, second = (gradients_of_subject(judge, case) for _ in range(2))
+    limited = gradients_of_subject(judge, case.with_inputs(capacity=CapacitySpec(slots=2**20)))
+    for name in wanted_gradients(case):
+        if np.array_equal(first[name], second[name]):  # bits that differ from call to call are no capacity's
+            hold_parameter("changed by a capacity of 2**20 slots", name, limited[name], first[name])
+
+
+@requires(
+    "BWD-15",
+    method="layer_gradients",
+    spec=takes_ids,
+    inputs=("given_weights_TK",),
+    after=(*FORWARD, "LAY-20", "BWD-1"),
+    simpler=((without_given_weights, GRADIENTS),),
+    few=True,
+)
+def given_weights_send_no_gradient_to_the_gate(judge, case):
+    found = gradients_of_subject(judge, case)
+    for name in (each for each in ROUTER if each in found):
+        hold_parameter("not 0, though the weights are given", name, found[name], np.zeros(found[name].shape))
+    hold_all_gradients(judge, case, "not with given weights")
+
+
+@requires("BWD-16", method="layer_gradients", tokens=(7,), after=("BWD-1",))
+def the_backward_pass_changes_no_array_that_it_is_given(judge, case):
+    arguments = (*arguments_of(case), case.d_output_TD.astype(np.float32))
+    hold_unchanged(judge, case, "layer_gradients", arguments)

@@ -23,4 +23,8 @@ chapter(
     ("BWD-10", MUST, "The shared experts and their gate get the gradients of every token."),
     ("BWD-11", MUST, "The gradients of a batch are the sums of those of its parts.", "NVIDIA-NeMo/Automodel#1260"),
     ("BWD-12", MUST, "Zero tokens give gradients of 0.", "meta-pytorch/MSLK#158"),
+    ("BWD-13", MUST, "A slot that a capacity dropped sends no gradient, and the slots that it kept send theirs."),
+    ("BWD-14", MUST, "A capacity that nothing exceeds changes no gradient, bit for bit."),
+    ("BWD-15", MUST, "Given weights are constants: they send no gradient to the gate."),
+    ("BWD-16", MUST, "The backward pass changes no array that it is given."),
 )  # fmt: skip

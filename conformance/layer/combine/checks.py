@@ -44,12 +44,12 @@ def combine_runs_and_returns_one_sum_for_each_token(judge, case):
     sums_of_subject(judge, case, *rows_of(case))
 
 
-@requires("CMB-2", method="combine", spec=lambda s: on_output(s) and s.router.top_k > 1, after=("CMB-1",))
+@requires("CMB-2", large=1, method="combine", spec=lambda s: on_output(s) and s.router.top_k > 1, after=("CMB-1",))
 def a_sum_is_of_its_slots_times_their_weights(judge, case):
     hold_sums(judge, case, *rows_of(case), "not the weighted sum of its slots")
 
 
-@requires("CMB-3", method="combine", spec=on_output, after=("CMB-1", "CMB-2", "CMB-7"))
+@requires("CMB-3", large=3, method="combine", spec=on_output, after=("CMB-1", "CMB-2", "CMB-7"))
 def a_slot_that_is_no_row_adds_nothing(judge, case):
     rows_ND, order_N, weights_TK = rows_of(case)
     kept = case.rng().random(len(order_N)) < 0.6

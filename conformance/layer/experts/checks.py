@@ -84,7 +84,12 @@ def experts_run_and_return_one_output_for_each_row(judge, case):
 
 
 @requires(
-    "EXP-2", method="experts", spec=lambda s: is_plain(s) and not is_square(s), after=("EXP-1",), tokens=(7, 1, 11)
+    "EXP-2",
+    large=1,
+    method="experts",
+    spec=lambda s: is_plain(s) and not is_square(s),
+    after=("EXP-1",),
+    tokens=(7, 1, 11),
 )
 def a_row_is_the_feed_forward_of_its_expert(judge, case):
     hold_experts(judge, case, *rows_of(case), "not down(act(gate) * up)")
@@ -92,6 +97,7 @@ def a_row_is_the_feed_forward_of_its_expert(judge, case):
 
 @requires(
     "EXP-3",
+    large=1,
     method="experts",
     spec=has_a_formula,
     x=("normal", "large", "small"),
@@ -111,6 +117,7 @@ def alpha_offset_and_clamp_apply_to_every_row(judge, case):
 
 @requires(
     "EXP-4",
+    large=1,
     method="experts",
     spec=lambda s: s.experts.bias,
     after=(*PLAIN, "EXP-3", "EXP-5"),
@@ -121,7 +128,7 @@ def each_row_gets_the_biases_of_its_expert_once(judge, case):
     hold_experts(judge, biased, *rows_of(biased), "not with its expert's biases")
 
 
-@requires("EXP-5", method="experts", spec=is_square, after=PLAIN)
+@requires("EXP-5", large=1, method="experts", spec=is_square, after=PLAIN)
 def square_matrices_are_read_in_their_own_layout(judge, case):
     e, unbiased = case.spec.experts, where_supported(judge, case, without_biases)
     hold_experts(judge, unbiased, *rows_of(unbiased), f"dim {e.dim}, hidden_dim {e.hidden_dim}")
@@ -137,7 +144,7 @@ def an_expert_without_rows_changes_nothing(judge, case):
         hold_experts(judge, plainer, rows_ND, counts_E, f"with counts {counts_E.tolist()}")
 
 
-@requires("EXP-7", method="experts", after=FORMS, bias=("none", "crowded"))
+@requires("EXP-7", large=2, method="experts", after=FORMS, bias=("none", "crowded"))
 def rows_past_the_counts_belong_to_nobody(judge, case):
     rows_ND, counts_E = rows_of(case)
     for poison in (np.nan, 1e30, np.nan):
@@ -162,7 +169,9 @@ def a_row_depends_on_that_row_alone(judge, case):
 @requires("EXP-9", method="experts", tokens=(1,), bias=("none",))
 def zero_rows_give_zero_outputs(judge, case):
     counts_E = np.zeros(case.spec.router.num_experts, dtype=np.int64)
-    rows_of_subject(judge, case, np.zeros((0, case.spec.experts.dim)), counts_E)
+    # Without any row, and with rows that all are past the counts.
+    for rows in (0, TAIL):
+        rows_of_subject(judge, case, np.full((rows, case.spec.experts.dim), np.nan), counts_E)
 
 
 @requires("EXP-10", method="experts", after=FORMS)

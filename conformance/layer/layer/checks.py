@@ -3,17 +3,41 @@
 Legend: T tokens, D model dim, E experts.
 """
 
+from contextlib import suppress
 from dataclasses import fields
 
 import numpy as np
 
 from conformance.core.holding import hold
-from conformance.core.judge import Crash, NotRun
+from conformance.core.judge import Crash, NotRun, accuse
+from conformance.core.show import shown, spec_fields
+from conformance.layer import routed
 from conformance.layer.case import LayerCase
 from conformance.layer.kind import requires
-from conformance.layer.predicates import PARTS, POISON, by_token, poisoned, routed_alone, unmasked
-from conformance.layer.verdicts import ROUTER_IS_WRONG, hold_layer, judged_T, output_of_subject, radius_of_output
-from moe_ref import LayerParams, LayerSpec
+from conformance.layer.predicates import (
+    PARTS,
+    POISON,
+    WHOLE,
+    by_token,
+    plainly_routed,
+    poisoned,
+    routed_alone,
+    takes_ids,
+    unlimited,
+    unlimited_and_unmasked,
+    unmasked,
+    without_given_weights,
+)
+from conformance.layer.verdicts import (
+    ROUTER_IS_WRONG,
+    arguments_of,
+    hold_layer,
+    hold_unchanged,
+    judged_T,
+    output_of_subject,
+    radius_of_output,
+)
+from moe_ref import CapacitySpec, LayerParams, LayerSpec
 
 ROUTED = ("LAY-2", "LAY-12", "LAY-13")
 """What the routed experts return without shared ones."""
@@ -51,6 +75,7 @@ def a_layer_runs_and_returns_one_output_for_each_token(judge, case):
 
 @requires(
     "LAY-2",
+    large=1,
     method="layer",
     spec=weighs_outputs_alone,
     x=("normal", "large"),
@@ -84,20 +109,20 @@ def a_token_depends_on_itself_alone(judge, case):
 
 @requires("LAY-5", method="layer", spec=by_token, tokens=(7,), after=("LAY-1",))
 def a_nan_stays_in_its_token(judge, case):
-    rng = case.rng()
-    token, columns_D = int(rng.integers(case.num_tokens)), rng.random(case.spec.experts.dim) < rng.choice([0.3, 1.0])
-    others = np.arange(case.num_tokens) != token
-    spoiled_TD = np.where(others[:, None] | ~columns_D, case.x_TD, np.nan)
+    rng, D = case.rng(), case.spec.experts.dim
+    token = int(rng.integers(case.num_tokens))
+    others, clear_T = np.arange(case.num_tokens) != token, judged_T(judge, case)
     clean_TD = output_of_subject(judge, case)
-    try:
-        found_TD = output_of_subject(judge, case.with_(x_TD=spoiled_TD))
-    except Crash as crash:
-        if crash.refused:
-            return
-        raise
-    clear_T = judged_T(judge, case)
-    title = f"changed by a NaN in token {token}"
-    hold(title, found_TD, clean_TD, 2 * radius_of_output(judge, case), rows=others & clear_T)
+    for what, columns_D in (("a NaN in", np.arange(D) == rng.integers(D)), ("all NaN in", np.full(D, True))):
+        spoiled_TD = np.where(others[:, None] | ~columns_D, case.x_TD, np.nan)
+        try:
+            found_TD = output_of_subject(judge, case.with_(x_TD=spoiled_TD))
+        except Crash as crash:
+            if crash.refused:
+                continue
+            raise
+        title = f"changed by {what} token {token}"
+        hold(title, found_TD, clean_TD, 2 * radius_of_output(judge, case), rows=others & clear_T)
 
 
 @requires("LAY-6", method="layer", inputs=("token_mask_T",), tokens=(7,), after=("LAY-1",))
@@ -108,7 +133,7 @@ def the_output_of_padding_is_0(judge, case):
         hold(f"padding that holds {poison:g} has an output", found_TD, nothing, rows=~case.valid_T)
 
 
-@requires("LAY-7", method="layer", inputs=("token_mask_T",), tokens=(7,), after=("LAY-1",))
+@requires("LAY-7", large=3, method="layer", inputs=("token_mask_T",), tokens=(7,), after=("LAY-1",))
 def padding_changes_no_other_token(judge, case):
     plain_TD = output_of_subject(judge, unmasked(case))
     clear_T = judged_T(judge, case) & case.valid_T
@@ -120,6 +145,7 @@ def padding_changes_no_other_token(judge, case):
 
 @requires(
     "LAY-8",
+    large=1,
     method="layer",
     spec=lambda s: sums_shared(s) and is_unscaled(s),
     after=PARTS,
@@ -228,3 +254,68 @@ def the_same_input_gives_the_same_output(judge, case):
     if np.isnan(first_TD).any():
         raise NotRun("judged where the output is a number")
     hold("another output in a second call", second_TD, first_TD)
+
+
+@requires(
+    "LAY-17",
+    method="layer",
+    routed=True,
+    after=("LAY-1",),
+    simpler=((plainly_routed, (*PARTS, *WHOLE)),),
+    unless=(ROUTER_IS_WRONG,),
+)
+def a_layer_routes_as_its_router_says(judge, case):
+    found_TD, wanted_TD = output_of_subject(judge, case), case.reference.output_TD
+    # A choice, and a weight of a tiny score, may hang on rounding; that the output is a number may not.
+    for token in np.flatnonzero(~np.isfinite(found_TD).all(axis=-1)):
+        accuse("not a number", token=token, expected=shown(wanted_TD[token]), received=shown(found_TD[token]))
+    clear_T = routed.clear_T(case, judge.subject.compute_dtype)
+    judge.near_ties(int((~clear_T).sum()))
+    title = "not the weighted sum of the experts that its logits choose"
+    hold(title, found_TD, wanted_TD, radius_of_output(judge, case), rows=clear_T)
+
+
+NOTHING_EXCEEDS = (CapacitySpec(slots=2**20), CapacitySpec(factor=1024.0))
+
+
+@requires("LAY-18", method="layer", tokens=(7,), after=("LAY-1", "LAY-16"), few=True)
+def a_capacity_that_nothing_exceeds_changes_nothing(judge, case):
+    plain_TD = output_of_subject(judge, case)
+    for capacity in NOTHING_EXCEEDS[: 1 if judge.subject.compiles else None]:
+        limited_TD = output_of_subject(judge, case.with_inputs(capacity=capacity))
+        hold(f"changed by a capacity of {spec_fields(capacity)}", limited_TD, plain_TD)
+
+
+@requires(
+    "LAY-19",
+    large=3,
+    method="layer",
+    inputs=("capacity",),
+    tokens=(7, 17),
+    after=PARTS,
+    simpler=((unlimited, WHOLE), (unlimited_and_unmasked, WHOLE)),
+    unless=(ROUTER_IS_WRONG,),
+    few=True,
+)
+def a_dropped_slot_adds_nothing(judge, case):
+    hold_layer(judge, case, f"not with a capacity of {spec_fields(case.inputs['capacity'])}")
+
+
+@requires(
+    "LAY-20",
+    method="layer",
+    spec=takes_ids,
+    inputs=("given_weights_TK",),
+    after=PARTS,
+    simpler=((without_given_weights, WHOLE),),
+    few=True,
+)
+def given_weights_are_taken_as_they_are(judge, case):
+    hold_layer(judge, case, "not the given weights")
+
+
+@requires("LAY-21", method="layer", inputs=("token_mask_T",), tokens=(7,), after=("LAY-1",))
+def a_layer_changes_no_array_that_it_is_given(judge, case):
+    hold_unchanged(judge, unmasked(case), "layer", arguments_of(case))
+    with suppress(NotRun):  # of a subject that takes no mask
+        hold_unchanged(judge, case, "layer", arguments_of(case))

@@ -31,4 +31,12 @@ chapter(
     ("LAY-15", MUST, "Renaming ungrouped experts, gate rows and parameters alike, changes no output."),
     ("LAY-16", SHOULD, "The same input gives the same output, bit for bit.", "vllm-project/vllm#45683",
                   "sgl-project/sglang#40187"),
+    ("LAY-17", MUST, "A layer routes as its router says, whatever logits and expert_bias are: large, small, "
+                  "close, negative.", "huggingface/transformers#45440", "vllm-project/vllm#37605"),
+    ("LAY-18", MUST, "A capacity that nothing exceeds changes nothing, bit for bit."),
+    ("LAY-19", MUST, "A slot that a capacity dropped adds nothing, and the slots that it kept add what they did.",
+                  "sgl-project/sglang#40672"),
+    ("LAY-20", MUST, "Given weights are the weights of their slots: neither normed nor scaled again, and none for an "
+                  "unused slot.", "radixark/miles#2722"),
+    ("LAY-21", MUST, "A layer changes no array that it is given."),
 )  # fmt: skip

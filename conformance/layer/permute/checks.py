@@ -14,6 +14,9 @@ from moe_ref import UNUSED, permute
 
 MANY_EXPERTS, MANY_TOKENS = 520, 300
 """Past 256 and 512, where a warp, a byte or a bfloat16 ends; no multiple of a block."""
+PAST_16_BITS = (21_846, 3, 257)
+"""(T, K, E): T * K is 65,538."""
+MOST_TOKENS = 50
 MOST_CHARACTERS = 200
 """Of ids, rows and counts on a page."""
 
@@ -36,20 +39,20 @@ def ids_with_unused(case: LayerCase, share: float) -> np.ndarray:
 def hold_rows(expert_ids_TK: np.ndarray, num_experts: int, order_N: np.ndarray) -> None:
     """Each slot of an expert is a row once, and no other slot is."""
     ids_N, K = expert_ids_TK.reshape(-1), expert_ids_TK.shape[1]
-    used = set(np.flatnonzero((ids_N != UNUSED) & (ids_N < num_experts)).tolist())
-    found = order_N.tolist()
+    used_N = np.flatnonzero((ids_N != UNUSED) & (ids_N < num_experts))
 
     def accuse_slot(title: str, slot: int) -> None:
         token = slot // K if 0 <= slot < len(ids_N) else None
-        expected = f"{len(used)} rows, each slot of an expert once; ids {expert_ids_TK.tolist()}"
-        accuse(title, token=token, expected=shown(expected), received=shown(found))
+        expected = f"{len(used_N)} rows, each slot of an expert once; ids {expert_ids_TK[:MOST_TOKENS].tolist()}"
+        accuse(title, token=token, expected=shown(expected), received=shown(order_N[:MOST_CHARACTERS].tolist()))
 
-    for slot in sorted(used - set(found)):
+    for slot in np.setdiff1d(used_N, order_N)[:1].tolist():
         accuse_slot(f"slot {slot % K} is no row", slot)
-    for slot in sorted(set(found) - used):
+    for slot in np.setdiff1d(order_N, used_N)[:1].tolist():
         accuse_slot(f"slot {slot} is a row, but no expert's slot", slot)
-    if len(found) != len(used):
-        accuse_slot("a slot is several rows", next(slot for slot in found if found.count(slot) > 1))
+    slots, times = np.unique(order_N, return_counts=True)
+    for slot in slots[times > 1][:1].tolist():
+        accuse_slot("a slot is several rows", slot)
 
 
 def hold_sorted(expert_ids_TK: np.ndarray, order_N: np.ndarray) -> None:
@@ -150,3 +153,12 @@ def zero_tokens_are_no_rows(judge, case):
     order_N, counts_E = permutation_of_subject(judge, case, ids_TK, E)
     hold_rows(ids_TK, E, order_N)
     hold_counts(ids_TK, E, counts_E)
+
+
+@requires("PRM-9", method="permute", after=("PRM-1", "PRM-2", "PRM-3", "PRM-4", "PRM-6", "PRM-7"), tokens=(1,))
+def slots_past_16_bits_are_sorted_and_counted(judge, case):
+    T, K, E = PAST_16_BITS
+    rng = case.rng()
+    # The first expert is at any place, and the others follow it: distinct, and cheap to draw.
+    ids_TK = (rng.integers(0, E, (T, 1)) + np.arange(K) * int(rng.integers(1, E // K))) % E
+    hold_permutation(judge, case, np.where(rng.random((T, 1)) < 0.01, UNUSED, ids_TK), E)

@@ -18,4 +18,5 @@ chapter(
     ("PRM-7", MUST, "Hundreds of experts, and hundreds of rows of one expert, are sorted and counted as few are.",
                  "bytedance/flux#186", "ModelTC/LightLLM#1369", "huggingface/transformers#43583"),
     ("PRM-8", MUST, "Zero tokens give no rows, and counts of 0."),
+    ("PRM-9", MUST, "More than 65,535 slots are sorted and counted as few are.", "bytedance/flux#186"),
 )  # fmt: skip

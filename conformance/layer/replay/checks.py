@@ -3,10 +3,14 @@
 Legend: T tokens, D model dim, K top_k.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 
 from conformance.core.holding import hold
-from conformance.core.judge import Judge, accuse
+from conformance.core.judge import Judge, Violation, accuse
+from conformance.core.show import numbers, shortened
 from conformance.layer import bounds
 from conformance.layer.balls import narrower
 from conformance.layer.case import LayerCase
@@ -91,10 +95,26 @@ def radius_of_replay(judge: Judge, case: LayerCase, record: RoutingRecord) -> np
     return radius_TD * np.maximum(1, 4 * ratio_T)[:, None] ** 2
 
 
+@contextmanager
+def showing(record: RoutingRecord) -> Iterator[None]:
+    """What is found wrong meanwhile shows the record on its page: the case has only what the layer would choose."""
+    try:
+        yield
+    except Violation as violation:
+        weights = "none" if record.weights_TK is None else shortened(numbers(record.weights_TK))
+        violation.rows = [
+            ("record ids", f"{shortened(numbers(record.expert_ids_TK))}, one row for each token"),
+            ("record weights", weights),
+            ("record mask", f"{numbers(record.token_mask_T)}, False where a token is padding"),
+        ]
+        raise
+
+
 def hold_replay(judge: Judge, case: LayerCase, record: RoutingRecord, title: str) -> None:
     """The output is that of the reference with this record."""
-    found_TD = replay_of_subject(judge, case, record)
-    hold(title, found_TD, reference_of(case, record).output_TD, radius_of_replay(judge, case, record))
+    with showing(record):
+        found_TD = replay_of_subject(judge, case, record)
+        hold(title, found_TD, reference_of(case, record).output_TD, radius_of_replay(judge, case, record))
 
 
 def with_weights(record: RoutingRecord, weights_TK: np.ndarray) -> RoutingRecord:
@@ -104,20 +124,22 @@ def with_weights(record: RoutingRecord, weights_TK: np.ndarray) -> RoutingRecord
 
 @requires("RPL-1", method="replay", spec=replayable, tokens=(7, 1, 0))
 def a_replay_returns_one_output_for_each_token(judge, case):
-    replay_of_subject(judge, case, any_record(case, weights=False))
+    record = any_record(case, weights=False)
+    with showing(record):
+        replay_of_subject(judge, case, record)
 
 
-@requires("RPL-2", method="replay", spec=weighs_apart, bias=("none",), after=(*FORWARD, "RPL-4"))
+@requires("RPL-2", large=2, method="replay", spec=weighs_apart, bias=("none",), after=(*FORWARD, "RPL-4"))
 def ids_alone_take_this_routers_weights(judge, case):
     hold_replay(judge, case, any_record(case, weights=False), "not this router's weights")
 
 
-@requires("RPL-3", method="replay", spec=replayable, bias=("none",), after=FORWARD)
+@requires("RPL-3", large=3, method="replay", spec=replayable, bias=("none",), after=FORWARD)
 def recorded_weights_are_taken_as_they_are(judge, case):
     hold_replay(judge, case, any_record(case, weights=True), "not the recorded weights")
 
 
-@requires("RPL-4", method="replay", spec=replayable, bias=("mixed", "crowded"), after=FORWARD)
+@requires("RPL-4", large=1, method="replay", spec=replayable, bias=("mixed", "crowded"), after=FORWARD)
 def the_recorded_experts_are_taken(judge, case):
     # With one weight for all, only the choice of experts makes a difference.
     record = any_record(case, weights=True)
@@ -127,18 +149,19 @@ def the_recorded_experts_are_taken(judge, case):
 
 @requires("RPL-5", method="replay", spec=replayable, after=(*FORWARD, "RPL-3", "RPL-4"), tokens=(7,))
 def an_unused_slot_adds_nothing(judge, case):
-    for weights in (False, True):
-        hold_replay(judge, case, any_record(case, weights=weights, unused=0.4), "with unused slots")
+    for weights, unused in ((False, 0.4), (True, 0.4), (False, 1.0)):
+        hold_replay(judge, case, any_record(case, weights=weights, unused=unused), "with unused slots")
 
 
-@requires("RPL-6", method="replay", spec=replayable, after=(*FORWARD, "RPL-3", "RPL-4"), tokens=(7,))
+@requires("RPL-6", large=3, method="replay", spec=replayable, after=(*FORWARD, "RPL-3", "RPL-4"), tokens=(7,))
 def padding_of_a_record_has_the_output_0(judge, case):
     mask_T = case.rng().random(case.num_tokens) < 0.6
     mask_T[0], mask_T[-1] = False, True
     record = any_record(case, weights=True, mask_T=mask_T)
-    found_TD, wanted_TD = replay_of_subject(judge, case, record), reference_of(case, record).output_TD
     radius_TD = np.where(mask_T[:, None], radius_of_replay(judge, case, record), 0)
-    hold("with padding in the record", found_TD, wanted_TD, radius_TD)
+    with showing(record):
+        found_TD, wanted_TD = replay_of_subject(judge, case, record), reference_of(case, record).output_TD
+        hold("with padding in the record", found_TD, wanted_TD, radius_TD)
 
 
 @requires("RPL-7", method="replay", spec=replayable, after=FORWARD, tokens=(7,))
@@ -151,8 +174,9 @@ def each_token_takes_its_own_row(judge, case):
     radius_TD = 2 * radius_of_replay(judge, case, record)
     back_TD = np.empty_like(found_TD)
     back_TD[order] = found_TD
-    hold("another output in another order", back_TD, plain_TD, radius_TD)
-    hold("not its own row", plain_TD, reference_of(case, record).output_TD, radius_TD)
+    with showing(record):
+        hold("another output in another order", back_TD, plain_TD, radius_TD)
+        hold("not its own row", plain_TD, reference_of(case, record).output_TD, radius_TD)
 
 
 @requires("RPL-8", method="record", spec=recordable, inputs=("token_mask_T",), tokens=(7,))

@@ -100,3 +100,10 @@ def a_record_counts_redundant_experts(run, memory, x_TD, params, spec, **inputs)
     """A record names a router with twice the experts, as if each had a redundant copy."""
     record = run(x_TD, params, spec, **inputs)
     return replace(record, spec=record.spec.replace(num_experts=2 * record.spec.num_experts))
+
+
+@surrounds(breaks="RPL-4")
+def a_record_holds_ids_in_a_byte(run, memory, x_TD, params, spec, record):
+    """Recorded ids are carried in 8 bits."""
+    ids_TK = record.expert_ids_TK
+    return run(x_TD, params, spec, replace(record, expert_ids_TK=np.where(ids_TK < 0, ids_TK, ids_TK % 256)))

@@ -9,7 +9,7 @@ from moe_ref import gate
 
 
 def plain(spec) -> bool:
-    return spec == type(spec)(num_experts=spec.num_experts, top_k=spec.top_k)
+    return spec == type(spec)(num_experts=spec.num_choices, top_k=spec.top_k)
 
 
 def hold_gate(judge, case, *, with_bias: bool) -> None:

@@ -229,3 +229,21 @@ def mask_fill_is_the_smallest(biased_scores_TE, spec):
         smallest_T1 = biased_scores_TE.min(axis=-1, keepdims=True)
         choice_TE = np.where(kept_experts(group_ids_TL, spec), biased_scores_TE, smallest_T1)
     return choice_TE, scores_TG, group_ids_TL
+
+
+@replaces("limit_groups", breaks="GRP-1")
+def one_expert_groups_read_the_next(biased_scores_TE, spec):
+    """The two best of a group of one expert are read: the second is the expert of the next group."""
+    scores_TG = group_scores(biased_scores_TE, spec)
+    if spec.experts_per_group == 1:
+        scores_TG = scores_TG + np.roll(scores_TG, -1, axis=-1)
+    return keep(scores_TG, biased_scores_TE, spec)
+
+
+@replaces("limit_groups", breaks="GRP-1")
+def groups_of_three_hold_two(biased_scores_TE, spec):
+    """Experts of a group are read two at a time; the third of three has no part in its score."""
+    if spec.experts_per_group != 3:
+        return limit_groups(biased_scores_TE, spec)
+    read_TGP = in_groups(biased_scores_TE, spec)[:, :, :2]
+    return keep(-np.sort(-read_TGP, axis=-1)[:, :, : spec.group_score_k].sum(axis=-1), biased_scores_TE, spec)

@@ -7,7 +7,7 @@ from conformance.router.case import RouterCase
 from conformance.router.kind import requires
 from conformance.router.observation import RUNS, Observation, given_to, observe, routed
 from conformance.router.predicates import ALL_KINDS, by_token
-from conformance.router.verdicts import differ
+from conformance.router.verdicts import differ, unused
 from moe_ref import UNUSED
 
 
@@ -100,7 +100,14 @@ def a_nan_stays_in_its_token(judge, case):
 
 @requires("RUN-9", tokens=FEW, spec=by_token, logits=("infinite_row",))
 def a_row_of_minus_infinity_stays_in_its_token(judge, case):
-    hold_spoiled(judge, case, np.isneginf(case.logits_TE).all(axis=-1), "nothing but -inf")
+    infinite_T = np.isneginf(case.logits_TE).all(axis=-1)
+    hold_spoiled(judge, case, infinite_T, "nothing but -inf")
+    try:
+        seen = observe(judge, case)
+    except Crash:  # refused
+        return
+    for t in np.flatnonzero(infinite_T & (unused(seen.expert_ids_TK) & (seen.weights_TK != 0)).any(axis=-1)):
+        accuse("a slot of nobody has a weight", token=int(t), expected="0 where the id is -1", received=pairs(seen, t))
 
 
 @requires("RUN-6", tokens=(7,), inputs=("token_mask_T",), spec=lambda spec: spec.selector != "random")

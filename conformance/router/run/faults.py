@@ -221,3 +221,60 @@ def padding_closes_up(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     valid_T = inputs.get("token_mask_T", np.ones(len(logits_TE), dtype=bool))
     order_T = np.argsort(~valid_T, kind="stable")
     return replace(trace, expert_ids_TK=trace.expert_ids_TK[order_T], weights_TK=trace.weights_TK[order_T])
+
+
+@surrounds(breaks="RUN-7")
+def softmax_in_place(route, memory, logits_TE, spec, expert_bias_E, **inputs):
+    """The logits that are given are the buffer in which the softmax is computed."""
+    trace = route(logits_TE, spec, expert_bias_E, **inputs)
+    if spec.score_func == "softmax" and trace.scores_TE is not None:
+        logits_TE[:, : spec.num_choices] = trace.scores_TE.astype(logits_TE.dtype)
+    return trace
+
+
+@surrounds(breaks="RUN-7")
+def masked_logits_cleaned_in_place(route, memory, logits_TE, spec, expert_bias_E, **inputs):
+    """A logit of -inf is replaced, in the array that is given, by the lowest finite number."""
+    trace = route(logits_TE, spec, expert_bias_E, **inputs)
+    logits_TE[np.isneginf(logits_TE.astype(np.float64))] = -3e4
+    return trace
+
+
+@replaces("top_k", breaks="RUN-8", links=("vllm-project/vllm#55514",))
+def ties_by_the_place_in_the_batch(scores_TE, k):
+    """Two threads share a token: of equal scores an even row of the batch takes the lower id, an odd one the higher."""
+    last = scores_TE.shape[1] - 1
+    higher_TK = last - top_k(scores_TE[:, ::-1], k)
+    odd_T1 = (np.arange(len(scores_TE)) % 2 == 1)[:, None]
+    return np.where(odd_T1, higher_TK, top_k(scores_TE, k))
+
+
+def route_zeros_for_infinite(route, logits_TE, spec, expert_bias_E, **inputs):
+    """Which rows hold -inf alone, and a trace in which these rows were 0."""
+    infinite_T = np.isneginf(logits_TE.astype(np.float64)).all(axis=-1)
+    return infinite_T, route(np.where(infinite_T[:, None], 0, logits_TE), spec, expert_bias_E, **inputs)
+
+
+@surrounds(breaks="RUN-9", links=("vllm-project/vllm#39391",))
+def infinite_rows_repeat_expert_0(route, memory, logits_TE, spec, expert_bias_E, **inputs):
+    """No logit beats -inf, so every slot of a row of it keeps the initial id 0."""
+    infinite_T, trace = route_zeros_for_infinite(route, logits_TE, spec, expert_bias_E, **inputs)
+    return replace(trace, expert_ids_TK=np.where(infinite_T[:, None], 0, trace.expert_ids_TK))
+
+
+@surrounds(breaks="RUN-9")
+def infinite_rows_keep_a_weight(route, memory, logits_TE, spec, expert_bias_E, **inputs):
+    """A row of -inf goes nowhere, with weights of 1 / K."""
+    infinite_T, trace = route_zeros_for_infinite(route, logits_TE, spec, expert_bias_E, **inputs)
+    return replace(
+        trace,
+        expert_ids_TK=np.where(infinite_T[:, None], UNUSED, trace.expert_ids_TK),
+        weights_TK=np.where(infinite_T[:, None], 1 / spec.top_k, trace.weights_TK),
+    )
+
+
+@surrounds(breaks="RUN-9")
+def infinite_rows_spread(route, memory, logits_TE, spec, expert_bias_E, **inputs):
+    """A row of -inf makes every weight of its batch NaN."""
+    infinite_T, trace = route_zeros_for_infinite(route, logits_TE, spec, expert_bias_E, **inputs)
+    return replace(trace, weights_TK=trace.weights_TK * (np.nan if infinite_T.any() else 1))

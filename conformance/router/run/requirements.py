@@ -18,6 +18,6 @@ chapter(
     ("RUN-7", MUST, "A router changes no array that it is given."),
     ("RUN-8", MUST, "The same token gets the same experts anywhere in any batch, exact ties included.",
                  "vllm-project/vllm#55514"),
-    ("RUN-9", MUST, "A token whose logits are all -inf is refused, or leaves every other token as it is and every id "
-                 "distinct and in range.", "vllm-project/vllm#39391"),
+    ("RUN-9", MUST, "A token whose logits are all -inf is refused, goes nowhere (ids -1, weights 0), or has "
+                 "distinct ids in range; it leaves every other token as it is.", "vllm-project/vllm#39391"),
 )  # fmt: skip

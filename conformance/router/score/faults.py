@@ -268,3 +268,34 @@ def cap_lifts_masked_logits(logits_TE, spec):
     scaled_TE = logits_TE * spec.logit_scale
     c = spec.logit_softcap
     return scaled_TE if c is None else c * np.tanh(scaled_TE / c)
+
+
+FIRST_TOKENS = 1024
+
+
+@replaces("softmax", breaks="SCR-1", also=("run",))
+def softmax_of_the_first_1024_tokens(logits_TE):
+    """One block has a thread for each token, at most 1,024 of them: later rows of a softmax are even."""
+    scores_TE = softmax(logits_TE)
+    scores_TE[FIRST_TOKENS:] = 1 / max(1, logits_TE.shape[1])
+    return scores_TE
+
+
+@surrounds(breaks="SCR-10")
+def low_precision_ranked_by_its_bits(route, memory, logits_TE, spec, expert_bias_E, **inputs):
+    """Logits of two bytes are ranked as the integers that their bits spell, in which negative ones ascend."""
+    if logits_TE.dtype.itemsize != 2:
+        return route(logits_TE, spec, expert_bias_E, **inputs)
+    values_TE = logits_TE.astype(np.float64)
+    finite_TE = np.where(np.isfinite(values_TE), values_TE, 0)
+    lowest_T1 = np.where(finite_TE < 0, finite_TE, 0).min(axis=-1, keepdims=True, initial=0)
+    turned_TE = np.where((values_TE < 0) & np.isfinite(values_TE), lowest_T1 - values_TE, values_TE)
+    return route(turned_TE, spec, expert_bias_E, **inputs)
+
+
+@surrounds(breaks="SCR-10", links=("vllm-project/vllm#14027",))
+def low_precision_keeps_two_bits(route, memory, logits_TE, spec, expert_bias_E, **inputs):
+    """Logits of two bytes pass through eight bits, of which two are of the mantissa."""
+    if logits_TE.dtype.itemsize != 2:
+        return route(logits_TE, spec, expert_bias_E, **inputs)
+    return route(rounded(logits_TE.astype(np.float64), 3), spec, expert_bias_E, **inputs)

@@ -18,6 +18,6 @@ chapter(
     ("SCR-8", SHOULD, "Low-precision logits are scored and ranked in float32 or wider.", "vllm-project/vllm#14027",
                  "NVIDIA-NeMo/Automodel#3650"),
     ("SCR-9", MUST, "A logit of -inf adds nothing to any score.", "onnx/onnx#7754"),
-    ("SCR-10", MUST, "Low-precision logits are taken as they are given: a selection that no rounding of scores and bias "
-                  "to their dtype explains is none of theirs.", "vllm-project/vllm#14027"),
+    ("SCR-10", MUST, "Low-precision logits are taken as they are given: a selection that no rounding of scores and "
+                  "bias to their dtype explains is none of theirs.", "vllm-project/vllm#14027"),
 )  # fmt: skip

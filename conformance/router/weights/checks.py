@@ -9,7 +9,7 @@ from conformance.router.bounds import ROUNDINGS, coarseness, expected_weights, s
 from conformance.router.case import RouterCase
 from conformance.router.draw import BIASES, LOGITS
 from conformance.router.kind import requires
-from conformance.router.observation import Observation, observe
+from conformance.router.observation import observe
 from conformance.router.predicates import (
     BIASED,
     MODERATE,
@@ -284,8 +284,8 @@ def plainer(case: RouterCase) -> RouterCase:
     return tame(visible(without_bias(case).with_(dtype="float32")))
 
 
-OF_THE_CHOICE = ("RUN-3", "GRP-2", "SEL-3", "SEL-11", "SEL-2", "SEL-4", "GRP-1", "GRP-3", "GRP-6", "SEL-9", "SEL-14", "SEL-15",
-                 "SEL-16")  # fmt: skip
+OF_THE_CHOICE = ("RUN-3", "GRP-2", "SEL-3", "SEL-11", "SEL-2", "SEL-4", "GRP-1", "GRP-3", "GRP-6", "SEL-9", "SEL-14",
+                 "SEL-15", "SEL-16")  # fmt: skip
 OF_THE_WEIGHTS = tuple(f"WGT-{number}" for number in (8, 2, 3, 4, 5, 6, 7, 9, 11, 12, 13, 14))
 
 
@@ -317,7 +317,7 @@ def everything_combines(judge, case):
         return  # its weights are those of its own selection alone: WGT-15
     normal_T = scores_are_normal(judge, case, seen.expert_ids_TK)
     for t in weights_differ(judge, seen):
-        if normal_T[t] and (spec.weights_from == "scores" or same_experts(seen, t)):
+        if normal_T[t]:
             accuse(
                 "other weights",
                 token=t,
@@ -325,11 +325,6 @@ def everything_combines(judge, case):
                 f"{[float(f'{w:.7g}') for w in expected_weights(case, seen.expert_ids_TK)[t]]}",
                 received=[float(f"{w:.7g}") for w in seen.weights_TK[t]],
             )
-
-
-def same_experts(seen: Observation, token: int) -> bool:
-    """Whether a token has the reference's experts: other groups, of a near tie, give masked scores of their own."""
-    return bool(np.isin(seen.expert_ids_TK[token], seen.case.reference.expert_ids_TK[token]).all())
 
 
 def scores_are_normal(judge, case: RouterCase, expert_ids_TK: np.ndarray) -> np.ndarray:

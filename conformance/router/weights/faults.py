@@ -355,3 +355,43 @@ def zero_over_zero(raw_weights_TK, shared_scores_TS, spec):
     if not spec.route_norm or spec.norm_eps > 0 or spec.norm_p != 1 or spec.norm_with_shared:
         return normalise(raw_weights_TK, shared_scores_TS, spec)
     return raw_weights_TK / raw_weights_TK.sum(axis=-1, keepdims=True), shared_scores_TS
+
+
+@replaces("softmax", breaks="WGT-3")
+def softmax_of_the_first_256_experts(logits_TE):
+    """The sum of a softmax runs over 256 experts, however many there are."""
+    scores_TE = softmax(logits_TE)
+    sum_T1 = scores_TE[:, :256].sum(axis=-1, keepdims=True)
+    return scores_TE / np.where(sum_T1 == 0, 1, sum_T1)
+
+
+# WGT-17, WGT-18: what one thing alone does not show
+
+
+@surrounds(breaks="WGT-17", also=("run", "score"))
+def bias_in_the_weights_of_masked_rows(route, memory, logits_TE, spec, expert_bias_E, **inputs):
+    """A token with a logit of -inf takes the slow path, which weighs with the bias."""
+    trace = route(logits_TE, spec, expert_bias_E, **inputs)
+    biased = weights_of_biased_scores(route, memory, logits_TE, spec, expert_bias_E, **inputs)
+    slow_T1 = np.isneginf(trace.logits_TE).any(axis=-1, keepdims=True)
+    return replace(trace, weights_TK=np.where(slow_T1, biased.weights_TK, trace.weights_TK))
+
+
+@surrounds(breaks="WGT-17", also=("run", "score"))
+def scale_missing_in_half_precision(route, memory, logits_TE, spec, expert_bias_E, **inputs):
+    """Logits of two bytes go to a kernel that knows no route_scale."""
+    if logits_TE.dtype.itemsize == 2:
+        spec = spec.replace(route_scale=1.0)
+    return route(logits_TE, spec, expert_bias_E, **inputs)
+
+
+@surrounds(breaks="WGT-18", also=("score",))
+def table_weights_divided_by_their_sum(route, memory, logits_TE, spec, expert_bias_E, **inputs):
+    """Weights of a table's or given ids are divided by their sum, which underflows at ordinary logits."""
+    trace = route(logits_TE, spec, expert_bias_E, **inputs)
+    if spec.selector not in ("table", "given") or not spec.route_norm or trace.scores_TE is None:
+        return trace
+    raw_TK = gather(trace.scores_TE, trace.expert_ids_TK).astype(np.float32)
+    used_T1 = (trace.expert_ids_TK != UNUSED).any(axis=-1, keepdims=True)
+    lost_T1 = used_T1 & (raw_TK.sum(axis=-1, keepdims=True) == 0)
+    return replace(trace, weights_TK=np.where(lost_T1, np.nan, trace.weights_TK))

@@ -29,6 +29,6 @@ chapter(
     ("WGT-16", SHOULD, "They are finite, too, where every selected score underflows to 0.", "NVIDIA/Megatron-LM#1545"),
     ("WGT-17", MUST, "Fields, logits, biases, dtypes and sizes combine: ids and weights are those of every stage in "
                   "order.", "MetaX-MACA/vLLM-metax#270"),
-    ("WGT-18", MUST, "Weights of ids that no score chose, of a table or given, are finite where their scores all underflow, "
-                  "as they do at ordinary logits.", "NVIDIA/Megatron-LM#1545"),
+    ("WGT-18", MUST, "Weights of ids that no score chose, of a table or given, are finite where their scores all "
+                  "underflow, as they do at ordinary logits.", "NVIDIA/Megatron-LM#1545"),
 )  # fmt: skip

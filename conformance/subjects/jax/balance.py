@@ -53,9 +53,17 @@ class JaxBalance(Subject):
         )  # fmt: skip
         return {"loss": float(loss), "d_logits_TE": np.asarray(d_logits_TE)}
 
-    def z_loss(self, logits_TE: np.ndarray, coeff: float, *, token_mask_T: np.ndarray | None = None) -> dict[str, Any]:
-        """One batch."""
-        loss, d_logits_TE = _z_loss(narrow(logits_TE), mask(token_mask_T, len(logits_TE)), coeff)
+    def z_loss(
+        self,
+        logits_TE: np.ndarray,
+        coeff: float,
+        *,
+        token_mask_T: np.ndarray | None = None,
+        tokens_per_shard: tuple[int, ...] | None = None,
+    ) -> dict[str, Any]:
+        """The loss of all shards together."""
+        rows_ST, mask_T = shards_of(len(logits_TE), tokens_per_shard), mask(token_mask_T, len(logits_TE))
+        loss, d_logits_TE = _z_loss(narrow(logits_TE), narrow(rows_ST), mask_T, coeff)
         return {"loss": float(loss), "d_logits_TE": np.asarray(d_logits_TE)}
 
     def bias_update(self, counts_SE: np.ndarray, update: BiasUpdateSpec, expert_bias_E: np.ndarray) -> np.ndarray:
@@ -99,8 +107,15 @@ _load = jax.jit(tokens_per_expert, static_argnames="num_experts")
 
 
 @jax.jit
-def _z_loss(logits_TE, token_mask_T, coeff):
-    return jax.value_and_grad(lambda logits_TE: z_loss(logits_TE, coeff=coeff, token_mask_T=token_mask_T))(logits_TE)
+def _z_loss(logits_TE, rows_ST, token_mask_T, coeff):
+    def of_shard(logits_TE, own_T, token_mask_T):
+        return z_loss(logits_TE, coeff=coeff, token_mask_T=own_T & token_mask_T, axis_name=AXIS)
+
+    def loss(logits_TE):
+        logits, valid = (take(values, rows_ST) for values in (logits_TE, token_mask_T))
+        return jax.vmap(of_shard, axis_name=AXIS)(logits, rows_ST >= 0, valid)[0]
+
+    return jax.value_and_grad(loss)(logits_TE)
 
 
 @partial(jax.jit, static_argnames="spec")

@@ -1,5 +1,6 @@
 """conformance, subject jax: the layer of moe_jax on one device, compiled."""
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
 
@@ -11,7 +12,7 @@ from conformance.core.subject import Subject
 from conformance.subjects.jax.arrays import narrow, narrow_inputs, narrow_params, with_bias
 from moe_jax.replay import capture
 from moe_jax.sparse_matmul import RouteMetadata, activate, gmm_down, gmm_up, permute, sparse_matmul, unpermute
-from moe_ref import LayerParams, LayerSpec, RouterInputs, RoutingRecord
+from moe_ref import CapacitySpec, LayerParams, LayerSpec, RouterInputs, RoutingRecord
 
 _permute = jax.jit(permute, static_argnames="num_experts")
 
@@ -51,15 +52,25 @@ class JaxLayer(Subject):
         spec: LayerSpec,
         *,
         token_mask_T: np.ndarray | None = None,
+        capacity: CapacitySpec | None = None,
+        sequence_lengths: Sequence[int] | None = None,
         token_ids_T: np.ndarray | None = None,
         table_VK: np.ndarray | None = None,
         given_ids_TK: np.ndarray | None = None,
+        given_weights_TK: np.ndarray | None = None,
         seed: int | None = None,
     ) -> np.ndarray:
         """`sparse_matmul`, whose second output, the routing, is not read."""
-        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
-        how = _how(spec, token_mask_T, inputs)
-        return np.asarray(_layer(narrow(x_TD), with_bias(params, spec), spec=spec, how=how))
+        inputs = RouterInputs(
+            token_ids_T=token_ids_T,
+            table_VK=table_VK,
+            given_ids_TK=given_ids_TK,
+            given_weights_TK=given_weights_TK,
+            seed=seed,
+        )
+        how = _how(spec, token_mask_T, inputs, sequence_lengths)
+        limits = _limits(capacity, sequence_lengths)
+        return np.asarray(_layer(narrow(x_TD), with_bias(params, spec), spec=spec, how=how, **limits))
 
     def layer_gradients(
         self,
@@ -69,16 +80,26 @@ class JaxLayer(Subject):
         d_output_TD: np.ndarray,
         *,
         token_mask_T: np.ndarray | None = None,
+        capacity: CapacitySpec | None = None,
+        sequence_lengths: Sequence[int] | None = None,
         token_ids_T: np.ndarray | None = None,
         table_VK: np.ndarray | None = None,
         given_ids_TK: np.ndarray | None = None,
+        given_weights_TK: np.ndarray | None = None,
         seed: int | None = None,
     ) -> dict[str, np.ndarray]:
         """By `jax.grad` of the sum of output times d_output."""
-        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
-        how = _how(spec, token_mask_T, inputs)
+        inputs = RouterInputs(
+            token_ids_T=token_ids_T,
+            table_VK=table_VK,
+            given_ids_TK=given_ids_TK,
+            given_weights_TK=given_weights_TK,
+            seed=seed,
+        )
+        how = _how(spec, token_mask_T, inputs, sequence_lengths)
+        limits = _limits(capacity, sequence_lengths)
         d_x_TD, d_params = _layer_gradients(
-            narrow(x_TD), with_bias(params, spec), narrow(d_output_TD), spec=spec, how=how
+            narrow(x_TD), with_bias(params, spec), narrow(d_output_TD), spec=spec, how=how, **limits
         )
         given = [field.name for field in fields(LayerParams) if getattr(params, field.name) is not None]
         return {"x_TD": np.asarray(d_x_TD)} | {name: np.asarray(getattr(d_params, name)) for name in given}
@@ -90,15 +111,25 @@ class JaxLayer(Subject):
         spec: LayerSpec,
         *,
         token_mask_T: np.ndarray | None = None,
+        capacity: CapacitySpec | None = None,
+        sequence_lengths: Sequence[int] | None = None,
         token_ids_T: np.ndarray | None = None,
         table_VK: np.ndarray | None = None,
         given_ids_TK: np.ndarray | None = None,
+        given_weights_TK: np.ndarray | None = None,
         seed: int | None = None,
     ) -> RoutingRecord:
         """What `sparse_matmul` decided."""
-        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
-        how = _how(spec, token_mask_T, inputs)
-        decided = _decided(narrow(x_TD), with_bias(params, spec), spec=spec, how=how)
+        inputs = RouterInputs(
+            token_ids_T=token_ids_T,
+            table_VK=table_VK,
+            given_ids_TK=given_ids_TK,
+            given_weights_TK=given_weights_TK,
+            seed=seed,
+        )
+        how = _how(spec, token_mask_T, inputs, sequence_lengths)
+        limits = _limits(capacity, sequence_lengths)
+        decided = _decided(narrow(x_TD), with_bias(params, spec), spec=spec, how=how, **limits)
         return capture(decided, spec.router, token_mask_T=how["token_mask_T"])
 
     def replay(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, record: RoutingRecord) -> np.ndarray:
@@ -111,20 +142,23 @@ class JaxLayer(Subject):
         return np.asarray(_layer(narrow(x_TD), params, spec=forced, how=how))
 
 
-@partial(jax.jit, static_argnames="spec")
-def _layer(x_TD, params: LayerParams, *, spec: LayerSpec, how: dict):
-    return sparse_matmul(x_TD, params, spec, **how)[0]
+STATIC = ("spec", "capacity", "num_sequences")
 
 
-@partial(jax.jit, static_argnames="spec")
-def _decided(x_TD, params: LayerParams, *, spec: LayerSpec, how: dict):
-    return sparse_matmul(x_TD, params, spec, **how)[1]
+@partial(jax.jit, static_argnames=STATIC)
+def _layer(x_TD, params: LayerParams, *, spec: LayerSpec, how: dict, **limits):
+    return sparse_matmul(x_TD, params, spec, **how, **limits)[0]
 
 
-@partial(jax.jit, static_argnames="spec")
-def _layer_gradients(x_TD, params: LayerParams, d_output_TD, *, spec: LayerSpec, how: dict):
+@partial(jax.jit, static_argnames=STATIC)
+def _decided(x_TD, params: LayerParams, *, spec: LayerSpec, how: dict, **limits):
+    return sparse_matmul(x_TD, params, spec, **how, **limits)[1]
+
+
+@partial(jax.jit, static_argnames=STATIC)
+def _layer_gradients(x_TD, params: LayerParams, d_output_TD, *, spec: LayerSpec, how: dict, **limits):
     def loss(x_TD, params):
-        return jnp.sum(sparse_matmul(x_TD, params, spec, **how)[0] * d_output_TD)
+        return jnp.sum(sparse_matmul(x_TD, params, spec, **how, **limits)[0] * d_output_TD)
 
     return jax.grad(loss, argnums=(0, 1))(x_TD, params)
 
@@ -147,6 +181,17 @@ def _combine(rows_RD, metadata: RouteMetadata, weights_TK, *, spec: LayerSpec):
     return summed_TD * spec.router.output_scale
 
 
-def _how(spec: LayerSpec, token_mask_T: np.ndarray | None, inputs: RouterInputs) -> dict:
-    """Keyword arguments of `sparse_matmul`."""
-    return {"token_mask_T": token_mask_T, "inputs": narrow_inputs(inputs, spec.router)}
+def _how(
+    spec: LayerSpec, token_mask_T: np.ndarray | None, inputs: RouterInputs, sequence_lengths: Sequence[int] | None
+) -> dict:
+    """Keyword arguments of `sparse_matmul` that are arrays."""
+    how = {"token_mask_T": token_mask_T, "inputs": narrow_inputs(inputs, spec.router)}
+    if sequence_lengths is None:
+        return how
+    return how | {"sequence_of_T": narrow(np.repeat(np.arange(len(sequence_lengths)), sequence_lengths))}
+
+
+def _limits(capacity: CapacitySpec | None, sequence_lengths: Sequence[int] | None) -> dict:
+    """Those that are static."""
+    limits: dict = {} if capacity is None else {"capacity": capacity}
+    return limits if sequence_lengths is None else limits | {"num_sequences": len(sequence_lengths)}

@@ -5,9 +5,10 @@ import jax
 from conformance.subjects.jax.balance import JaxBalance
 from conformance.subjects.jax.layer import JaxLayer
 from conformance.subjects.jax.router import JaxRouter
+from conformance.subjects.jax.training import JaxTraining
 
 
-class Jax(JaxRouter, JaxLayer, JaxBalance):
+class Jax(JaxRouter, JaxLayer, JaxBalance, JaxTraining):
     """moe_jax on one device, compiled."""
 
     name = "jax"

@@ -16,7 +16,7 @@ from conformance.subjects.torch.arrays import tensor_if_any, to_torch, with_grad
 from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, RouterSpec
 from moe_torch.balance import bias_update, tokens_per_expert
 from moe_torch.capacity import KeptSlots, apply_capacity, capacities, slot_table
-from moe_torch.losses import balance_sums, loss_of_sums, z_loss
+from moe_torch.losses import balance_sums, loss_of_sums, z_loss, z_loss_of_sums, z_sums
 from moe_torch.routing import scale_logits
 
 
@@ -70,10 +70,20 @@ class TorchBalance(Subject):
             loss = losses.sum() / has_tokens.sum().clamp(min=1)
         return with_gradient(loss, given_TE)
 
-    def z_loss(self, logits_TE: np.ndarray, coeff: float, *, token_mask_T: np.ndarray | None = None) -> dict[str, Any]:
-        """One batch."""
-        given_TE = to_torch(logits_TE).requires_grad_()
-        return with_gradient(z_loss(given_TE, coeff=coeff, token_mask_T=tensor_if_any(token_mask_T)), given_TE)
+    def z_loss(
+        self,
+        logits_TE: np.ndarray,
+        coeff: float,
+        *,
+        token_mask_T: np.ndarray | None = None,
+        tokens_per_shard: tuple[int, ...] | None = None,
+    ) -> dict[str, Any]:
+        """The loss of all shards together."""
+        given_TE, mask_T = to_torch(logits_TE).requires_grad_(), _mask(token_mask_T, len(logits_TE))
+        if tokens_per_shard is None:
+            return with_gradient(z_loss(given_TE, coeff=coeff, token_mask_T=tensor_if_any(token_mask_T)), given_TE)
+        sums = [z_sums(given_TE[own], token_mask_T=mask_T[own]) for own in _slices(tokens_per_shard, len(given_TE))]
+        return with_gradient(z_loss_of_sums(reduce(add, sums), coeff=coeff), given_TE)
 
     def bias_update(self, counts_SE: np.ndarray, update: BiasUpdateSpec, expert_bias_E: np.ndarray) -> np.ndarray:
         """The counts of ranks and micro-batches are summed first."""

@@ -1,5 +1,6 @@
 """conformance, subject torch: the layer of moe_torch on one rank, in eager mode."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 
 from conformance.core.subject import Subject
 from conformance.subjects.torch.arrays import single, tensor, tensor_if_any, to_canonical, to_inputs
-from moe_ref import LayerParams, LayerSpec, RouterInputs, RoutingRecord
+from moe_ref import CapacitySpec, LayerParams, LayerSpec, RouterInputs, RoutingRecord
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation
 from moe_torch.moe import MoE
 from moe_torch.replay import capture, replay_layer
@@ -53,15 +54,24 @@ class TorchLayer(Subject):
         spec: LayerSpec,
         *,
         token_mask_T: np.ndarray | None = None,
+        capacity: CapacitySpec | None = None,
+        sequence_lengths: Sequence[int] | None = None,
         token_ids_T: np.ndarray | None = None,
         table_VK: np.ndarray | None = None,
         given_ids_TK: np.ndarray | None = None,
+        given_weights_TK: np.ndarray | None = None,
         seed: int | None = None,
     ) -> np.ndarray:
         """The module, without gradients."""
-        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
+        inputs = RouterInputs(
+            token_ids_T=token_ids_T,
+            table_VK=table_VK,
+            given_ids_TK=given_ids_TK,
+            given_weights_TK=given_weights_TK,
+            seed=seed,
+        )
         with torch.no_grad():
-            return _loaded(params, spec)(single(x_TD), **_how(token_mask_T, inputs)).numpy()
+            return _loaded(params, spec, capacity)(single(x_TD), **_how(token_mask_T, inputs, sequence_lengths)).numpy()
 
     def layer_gradients(
         self,
@@ -71,16 +81,25 @@ class TorchLayer(Subject):
         d_output_TD: np.ndarray,
         *,
         token_mask_T: np.ndarray | None = None,
+        capacity: CapacitySpec | None = None,
+        sequence_lengths: Sequence[int] | None = None,
         token_ids_T: np.ndarray | None = None,
         table_VK: np.ndarray | None = None,
         given_ids_TK: np.ndarray | None = None,
+        given_weights_TK: np.ndarray | None = None,
         seed: int | None = None,
     ) -> dict[str, np.ndarray]:
         """By autograd, brought back into the canonical layout; the balancing bias is a buffer and has none."""
-        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
-        moe, tokens_TD = _loaded(params, spec), single(x_TD).requires_grad_()
+        inputs = RouterInputs(
+            token_ids_T=token_ids_T,
+            table_VK=table_VK,
+            given_ids_TK=given_ids_TK,
+            given_weights_TK=given_weights_TK,
+            seed=seed,
+        )
+        moe, tokens_TD = _loaded(params, spec, capacity), single(x_TD).requires_grad_()
         trained = dict(moe.named_parameters())
-        output_TD = moe(tokens_TD, **_how(token_mask_T, inputs))
+        output_TD = moe(tokens_TD, **_how(token_mask_T, inputs, sequence_lengths))
         d_x_TD, *gradients = torch.autograd.grad(
             output_TD, [tokens_TD, *trained.values()], single(d_output_TD), allow_unused=True, materialize_grads=True
         )
@@ -94,16 +113,25 @@ class TorchLayer(Subject):
         spec: LayerSpec,
         *,
         token_mask_T: np.ndarray | None = None,
+        capacity: CapacitySpec | None = None,
+        sequence_lengths: Sequence[int] | None = None,
         token_ids_T: np.ndarray | None = None,
         table_VK: np.ndarray | None = None,
         given_ids_TK: np.ndarray | None = None,
+        given_weights_TK: np.ndarray | None = None,
         seed: int | None = None,
     ) -> RoutingRecord:
         """What the module decided."""
-        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
-        how = _how(token_mask_T, inputs)
+        inputs = RouterInputs(
+            token_ids_T=token_ids_T,
+            table_VK=table_VK,
+            given_ids_TK=given_ids_TK,
+            given_weights_TK=given_weights_TK,
+            seed=seed,
+        )
+        how = _how(token_mask_T, inputs, sequence_lengths)
         with torch.no_grad():
-            _, routing = _loaded(params, spec).forward_and_routing(single(x_TD), **how)
+            _, routing = _loaded(params, spec, capacity).forward_and_routing(single(x_TD), **how)
         return capture(routing, spec.router, token_mask=how["token_mask"])
 
     def replay(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, record: RoutingRecord) -> np.ndarray:
@@ -114,17 +142,18 @@ class TorchLayer(Subject):
 
 
 @lru_cache(maxsize=64)
-def _built(spec: LayerSpec) -> MoE:
-    return MoE(spec).eval()
+def _built(spec: LayerSpec, capacity: CapacitySpec | None) -> MoE:
+    return MoE(spec, capacity=capacity).eval()
 
 
-def _loaded(params: LayerParams, spec: LayerSpec) -> MoE:
-    """The layer of a spec with these parameters."""
-    moe = _built(spec)
+def _loaded(params: LayerParams, spec: LayerSpec, capacity: CapacitySpec | None = None) -> MoE:
+    """The layer of a spec and a capacity with these parameters."""
+    moe = _built(spec, capacity)
     moe.load_params(params)
     return moe
 
 
-def _how(token_mask_T: np.ndarray | None, inputs: RouterInputs) -> dict:
+def _how(token_mask_T: np.ndarray | None, inputs: RouterInputs, sequence_lengths: Sequence[int] | None) -> dict:
     """Keyword arguments of the layer."""
-    return {"token_mask": tensor_if_any(token_mask_T), "inputs": to_inputs(inputs)}
+    how = {"token_mask": tensor_if_any(token_mask_T), "inputs": to_inputs(inputs)}
+    return how if sequence_lengths is None else how | {"sequence_lengths": sequence_lengths}

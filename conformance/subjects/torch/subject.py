@@ -5,9 +5,10 @@ import torch
 from conformance.subjects.torch.balance import TorchBalance
 from conformance.subjects.torch.layer import TorchLayer
 from conformance.subjects.torch.router import TorchRouter
+from conformance.subjects.torch.training import TorchTraining
 
 
-class Torch(TorchRouter, TorchLayer, TorchBalance):
+class Torch(TorchRouter, TorchLayer, TorchBalance, TorchTraining):
     """moe_torch in one process."""
 
     name = "torch"

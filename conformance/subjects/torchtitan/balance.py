@@ -54,18 +54,29 @@ class Block(nn.Module):
 @lru_cache(maxsize=64)
 def _trained(num_experts: int):
     """The MoE layer of a model, and an optimizer with the hook, on one rank."""
-    from torchtitan.components.optimizer.optimizer import register_moe_load_balancing_hook
-    from torchtitan.distributed.parallel_dims import ParallelDims
-
     spec = LayerSpec(router=RouterSpec(num_experts=num_experts, top_k=1), experts=ExpertSpec(dim=8, hidden_dim=8))
     moe = build_layer.__wrapped__(spec, "float32")
     model = nn.Module()
     model.layers = nn.ModuleDict({"0": Block(moe)})
+    return moe, optimizer_with_hook(model)
+
+
+def optimizer_with_hook(model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer of a model part, with a rate of 0, whose steps run the hook on one rank."""
+    from torchtitan.components.optimizer.optimizer import register_moe_load_balancing_hook
+
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    register_moe_load_balancing_hook(optimizer, [model], _one_rank())  # pyright: ignore[reportArgumentType]
+    return optimizer
+
+
+@lru_cache(maxsize=1)
+def _one_rank():
+    from torchtitan.distributed.parallel_dims import ParallelDims
+
     one_rank = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, world_size=1)
     build_meshes(one_rank)
-    register_moe_load_balancing_hook(optimizer, [model], one_rank)  # pyright: ignore[reportArgumentType]
-    return moe, optimizer
+    return one_rank
 
 
 def build_meshes(one_rank) -> None:

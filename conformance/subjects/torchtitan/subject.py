@@ -7,9 +7,10 @@ import torch
 from conformance.subjects.torchtitan.balance import TorchtitanBalance
 from conformance.subjects.torchtitan.layer import TorchtitanLayer
 from conformance.subjects.torchtitan.router import TorchtitanRouter
+from conformance.subjects.torchtitan.training import TorchtitanTraining
 
 
-class Torchtitan(TorchtitanRouter, TorchtitanLayer, TorchtitanBalance):
+class Torchtitan(TorchtitanRouter, TorchtitanLayer, TorchtitanBalance, TorchtitanTraining):
     """torchtitan on one rank; the experts compute in bfloat16."""
 
     name = "torchtitan"

@@ -35,7 +35,10 @@ class TransformersLayer(Subject):
     def supports_layer(self, spec: LayerSpec, layout: ShardLayout | None = None) -> str | None:
         if layout is not None:
             return "transformers shards no layer here"
-        return find_block(spec, self.family, False, self.experts_implementation)[1] or None
+        block, why = find_block(spec, self.family, False, self.experts_implementation)
+        if block is not None and block.interface == "none" and spec.router.top_k == 1:
+            return f"the layer of {block.name} cannot index a single slot"  # its squeeze() takes the axis away
+        return why or None
 
     def layer(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec) -> np.ndarray:
         module = self._loaded(params, spec)[1]

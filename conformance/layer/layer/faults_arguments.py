@@ -1,0 +1,109 @@
+"""conformance, layer, faults of what a layer is given besides tokens: capacities, lengths, weights, and its own arrays.
+
+Legend: T tokens, K top_k, S shared experts.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from conformance.core.fault import patched, replaces, surrounds
+from moe_ref.capacity import apply_capacity
+from moe_ref.experts import run_shared
+from moe_ref.routing import give_weights
+
+
+@surrounds(breaks="LAY-18")
+def a_capacity_renorms_the_weights(run, memory, x_TD, params, spec, *, capacity=None, **inputs):
+    """A layer with a capacity divides the weights by the sum of the kept ones, though the capacity says no."""
+    own = capacity if capacity is None or capacity.then else capacity.replace(renormalise="after")
+    return run(x_TD, params, spec, capacity=own, **inputs)
+
+
+@surrounds(breaks="LAY-18")
+def a_capacity_pads_in_bfloat16(run, memory, x_TD, params, spec, *, capacity=None, **inputs):
+    """With a capacity the last bits of the output go through another kernel."""
+    found_TD = run(x_TD, params, spec, capacity=capacity, **inputs)
+    return found_TD if capacity is None else np.nextafter(found_TD, np.float32(np.inf))
+
+
+@surrounds(breaks="LAY-19")
+def the_capacity_is_ignored(run, memory, x_TD, params, spec, *, capacity=None, **inputs):
+    """Every slot is kept."""
+    for name in ("sequence_lengths", "tokens_per_shard"):
+        inputs.pop(name, None)
+    return run(x_TD, params, spec, **inputs)
+
+
+@surrounds(breaks="LAY-19")
+def sequences_share_a_capacity(run, memory, x_TD, params, spec, *, sequence_lengths=None, **inputs):
+    """The lengths of the sequences are not looked at: the batch is one."""
+    return run(x_TD, params, spec, **inputs)
+
+
+@surrounds(breaks="LAY-19", links=("sgl-project/sglang#40672",))
+def a_dropped_slot_goes_to_expert_0(run, memory, x_TD, params, spec, **inputs):
+    """The row of a dropped slot is one of expert 0, with its weight."""
+
+    def spilled(expert_ids_TK, weights_TK, *rule, **more):
+        kept = apply_capacity(expert_ids_TK, weights_TK, *rule, **more)
+        ids_TK = np.where(kept.dropped_TK, 0, kept.expert_ids_TK)
+        return replace(kept, expert_ids_TK=ids_TK, weights_TK=np.where(kept.dropped_TK, weights_TK, kept.weights_TK))
+
+    with patched({"capacity.apply_capacity": spilled}):
+        return run(x_TD, params, spec, **inputs)
+
+
+@surrounds(breaks="LAY-19")
+def padding_takes_a_place(run, memory, x_TD, params, spec, **inputs):
+    """Where there is padding, it takes one place of every expert."""
+    capacity, mask_T = inputs.get("capacity"), inputs.get("token_mask_T")
+    if capacity is not None and mask_T is not None and capacity.slots:
+        inputs["capacity"] = capacity.replace(slots=max(0, capacity.slots - int((~mask_T).any())))
+    return run(x_TD, params, spec, **inputs)
+
+
+@replaces("give_weights", breaks="LAY-20", links=("radixark/miles#2722",))
+def given_weights_are_normed(routing, given_weights_TK):
+    """The weights that are given are divided by their sum."""
+    found = give_weights(routing, given_weights_TK)
+    if given_weights_TK is None:
+        return found
+    sum_T1 = found.weights_TK.sum(axis=-1, keepdims=True)
+    return replace(found, weights_TK=found.weights_TK / np.where(sum_T1 == 0, 1, sum_T1))
+
+
+@surrounds(breaks="LAY-20")
+def given_weights_are_dropped(run, memory, x_TD, params, spec, *, given_weights_TK=None, **inputs):
+    """The ids alone are taken, with the router's own weights."""
+    return run(x_TD, params, spec, **inputs)
+
+
+@surrounds(breaks="LAY-21")
+def padding_is_cleared_in_place(run, memory, x_TD, params, spec, *, token_mask_T=None, **inputs):
+    """The rows of padding are set to 0 in the array of the caller."""
+    if token_mask_T is not None:
+        x_TD[~token_mask_T] = 0
+    return run(x_TD, params, spec, token_mask_T=token_mask_T, **inputs)
+
+
+@surrounds(breaks="LAY-21")
+def the_gate_is_scaled_in_place(run, memory, x_TD, params, spec, **inputs):
+    """The output is right, and then the layer has scaled its own gate."""
+    found_TD = run(x_TD, params, spec, **inputs)
+    params.gate_ED[:] *= 2
+    return found_TD
+
+
+@replaces("run_shared", breaks="LAY-8")
+def shared_experts_clamped_at_the_other_place(x_TD, params, spec):
+    """A shared expert is clamped before the activation, wherever the routed ones are."""
+    if spec.shared is None or spec.experts.clamp_at == "before":
+        return run_shared(x_TD, params, spec)
+    return run_shared(x_TD, params, spec.replace(experts=spec.experts.replace(clamp_at="before")))
+
+
+@replaces("run_shared", breaks="LAY-8")
+def shared_experts_have_a_plain_silu(x_TD, params, spec):
+    """A shared expert has neither the alpha nor the offset of the routed ones."""
+    return run_shared(x_TD, params, spec.replace(experts=spec.experts.replace(alpha=1.0, up_offset=0.0)))

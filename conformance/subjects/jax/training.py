@@ -1,0 +1,96 @@
+"""conformance, subject jax: layers of moe_jax over several steps. Counts and biases are arguments and results."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial, reduce
+from operator import add
+
+import jax
+import numpy as np
+
+from conformance.core.subject import Subject
+from conformance.subjects.jax.arrays import narrow, narrow_params
+from moe_jax.balance import bias_update, tokens_per_expert
+from moe_jax.losses import balance_sums, loss_of_sums
+from moe_jax.routing import scale_logits
+from moe_jax.sparse_matmul import sparse_matmul
+from moe_ref import NO_INPUTS, BalanceSpec, Event, LayerParams, LayerSpec, RouterInputs, StackSpec
+
+_bias_update = jax.jit(bias_update, static_argnames="spec")
+
+
+class JaxTraining(Subject):
+    """The scripts of training, for the subject of moe_jax."""
+
+    def train(self, events: Sequence[Event], stack: StackSpec, params: list[LayerParams]) -> list[dict]:
+        """Pure functions: what a state holds is handed from event to event. There is nothing that a rank has alone."""
+        counts, biases, states = [], [], []
+        for event in events:
+            loss = None
+            if event.kind == "build":
+                sizes = [spec.router.num_choices for spec in stack.layers]
+                counts = [np.zeros(E, np.int32) for E in sizes]
+                given = [own.expert_bias_E for own in params]
+                biases = [np.zeros(E) if b is None else b for E, b in zip(sizes, given, strict=True)]
+                biases = [np.asarray(narrow(bias_E)) for bias_E in biases]
+            elif event.kind == "step":
+                biases = [
+                    bias_E if rule is None else np.asarray(_bias_update(counts_E, rule, bias_E))
+                    for counts_E, rule, bias_E in zip(counts, stack.updates, biases, strict=True)
+                ]
+                counts = [np.zeros_like(counts_E) for counts_E in counts]
+            else:
+                passes = [
+                    run_layer(event, layer, stack, replace(params[layer], expert_bias_E=biases[layer]))
+                    for layer in range(len(stack.layers))
+                ]
+                if event.kind == "train":
+                    counts = [counts_E + np.asarray(each[0]) for counts_E, each in zip(counts, passes, strict=True)]
+                if stack.balance is not None:
+                    loss = loss_of(passes, event, stack, stack.balance)
+            states.append({"counts_by_layer": list(counts), "bias_by_layer": list(biases), "loss": loss})
+        return states
+
+
+def run_layer(event: Event, layer: int, stack: StackSpec, params: LayerParams):
+    """Counts, scored logits and ids of a layer, with the choice that the event forces, if any."""
+    assert event.x_LTD is not None
+    spec, inputs = stack.layers[layer], NO_INPUTS
+    if event.records is not None:
+        inputs, _ = event.records[layer].inputs(spec.router)
+        inputs, spec = inputs.map(narrow), spec.replace(router=spec.router.given())
+        params = replace(params, expert_bias_E=None)
+    # A mask where none is given: one program less to compile.
+    mask_T = np.ones(event.x_LTD.shape[1], bool) if event.token_mask_T is None else event.token_mask_T
+    return _pass(
+        narrow(event.x_LTD[layer]), narrow_params(params), mask_T, inputs, spec=spec, recomputed=event.recomputed
+    )
+
+
+@partial(jax.jit, static_argnames=("spec", "recomputed"))
+def _pass(x_TD, params: LayerParams, token_mask_T, inputs: RouterInputs, *, spec: LayerSpec, recomputed: bool):
+    """One program for training and evaluation: a gradient is computed, and the counts are a result beside it."""
+
+    def forward(x_TD):
+        output_TD, decided = sparse_matmul(x_TD, params, spec, token_mask_T=token_mask_T, inputs=inputs)
+        counts_E = tokens_per_expert(decided.expert_ids_TK, spec.router.num_choices, token_mask_T)
+        assert decided.logits_TE is not None
+        logits_TE = scale_logits(decided.logits_TE, spec.router)[:, : spec.router.num_choices]
+        return output_TD.sum(), (counts_E, logits_TE, decided.expert_ids_TK)
+
+    run = jax.checkpoint(forward) if recomputed else forward
+    (_, seen), d_x_TD = jax.value_and_grad(run, has_aux=True)(x_TD)
+    return *seen, d_x_TD
+
+
+def loss_of(passes, event: Event, stack: StackSpec, balance: BalanceSpec) -> float:
+    """The sum of the losses of the layers, or that of all their tokens together."""
+    sums = [_sums(logits_TE, ids_TK, event.token_mask_T, spec=balance) for _, logits_TE, ids_TK, _ in passes]
+    if balance.over_layers == "pooled" and sums:
+        sums = [reduce(add, sums)]
+    return float(sum(loss_of_sums(each, balance) for each in sums))
+
+
+@partial(jax.jit, static_argnames="spec")
+def _sums(logits_TE, ids_TK, token_mask_T, *, spec: BalanceSpec):
+    return balance_sums(logits_TE, ids_TK, spec, token_mask_T=token_mask_T)

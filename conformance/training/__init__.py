@@ -1,0 +1,1 @@
+"""conformance, the kind training: several layers over several steps, what they count and how their biases move."""

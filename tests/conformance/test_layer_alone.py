@@ -1,0 +1,119 @@
+"""tests of the judge: a subject with nothing but `layer` is accused of every fault of a router that it betrays."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+import moe_ref
+from conformance.core.check import CHECKS
+from conformance.core.fault import Fault, patched
+from conformance.core.judge import Judge, Violation
+from conformance.core.register import REQUIREMENTS
+from conformance.core.subject import Subject
+from conformance.core.trial import accuse
+from conformance.layer.kind import LAYER
+from conformance.router.kind import ROUTER
+from conformance.run.kinds import load_faults
+from moe_ref import RouterInputs
+from moe_ref.routing import gate, route
+from moe_ref.specs.inputs import NO_INPUTS
+
+FAULTS = {
+    name: fault for name, fault in load_faults().items() if fault.kind is ROUTER and fault.method in ("route", "gate")
+}
+ORDER = "the order of the slots does not show in a sum"
+TIES = "which of two equal scores wins is a SHOULD"
+MASKED = "a gate gives no logit of -inf"
+NAN = "what the row of a NaN selects is free"
+UNUSED_SLOT = "a slot of no expert adds nothing, whatever its id and weight"
+SILENT = {
+    "ties-fall-as-they-come": TIES,
+    "ties-to-the-higher": TIES,
+    "group-ties-to-the-higher": TIES,
+    "weights-by-atomics": "outputs that differ by a rounding from call to call are a SHOULD",
+    "nan-rows-repeat-expert-0": NAN,
+    "nan-rows-out-of-range": NAN,
+    "nan-rows-minus-one": NAN,
+    "nan-dropped-and-an-expert-repeated": NAN,
+    "padding-keeps-weights": UNUSED_SLOT,
+    "skipped-choices-become-expert-0": UNUSED_SLOT,
+    "skipped-choices-weigh": UNUSED_SLOT,
+    "bfloat16-logits-scored-in-bfloat16": "a layer makes its logits itself",
+    "masked-logits-scored-as-0": MASKED,
+    "cap-lifts-masked-logits": MASKED,
+    "masked-logits-read-as-0": MASKED,
+    "bias-lifts-masked-logits": MASKED,
+    "slots-by-id": ORDER,
+    "slots-ascending": ORDER,
+    "sparsemixer-slots-swapped": ORDER,
+    "random-follows-the-logits": "what is drawn at random cannot be foreseen",
+    "seed-ignored": "what is drawn at random cannot be foreseen",
+}
+"""Faults of a router that no output of a layer betrays, and why."""
+OTHERS = ("LAY-1", "LAY-2", "LAY-3", "LAY-5", "LAY-6", "LAY-7")
+
+
+class LayerAlone(Subject):
+    """The reference's layer with a fault in its router; it has no other method."""
+
+    def __init__(self, fault: Fault):
+        self.fault, self.name, self.memory = fault, fault.name, {}
+
+    def layer(self, x_TD, params, spec, **inputs):
+        with patched({"route": self.route_of_layer, "routing.gate": self.gate_of_layer}):
+            return moe_ref.moe_layer(
+                x_TD, params, spec, dtype=self.compute_dtype, **RouterInputs.keywords(inputs)
+            ).output_TD
+
+    def route_of_layer(self, logits_TE, spec, *, expert_bias_E=None, inputs=NO_INPUTS, dtype=np.float64, **more):
+        def clean(logits_TE, spec, expert_bias_E, **named):
+            how = RouterInputs.keywords(named)
+            return route(logits_TE, spec, expert_bias_E=expert_bias_E, dtype=dtype, **how)
+
+        if self.fault.method != "route":
+            return clean(logits_TE, spec, expert_bias_E, inputs=inputs, **more)
+        given = {f.name: getattr(inputs, f.name) for f in fields(inputs)} | more
+        given = {name: value for name, value in given.items() if value is not None}
+        return self.fault.run(clean, self.memory, logits_TE, spec, expert_bias_E, **given)
+
+    def gate_of_layer(self, x_TD, gate_ED, gate_bias_E=None, *, dtype=np.float64):
+        def clean(x_TD, gate_ED, gate_bias_E):
+            return gate(x_TD, gate_ED, gate_bias_E, dtype=dtype)
+
+        if self.fault.method != "gate":
+            return clean(x_TD, gate_ED, gate_bias_E)
+        return self.fault.run(clean, self.memory, x_TD, gate_ED, gate_bias_E)
+
+
+@pytest.fixture(scope="module")
+def routed_cases() -> list:
+    """Made once: their reference is kept."""
+    return list(LAYER.fixed(Judge(LayerAlone(next(iter(FAULTS.values())))), CHECKS["LAY-17"]))
+
+
+def accused_by(judge: Judge, cases: list) -> str | None:
+    """The requirement that accuses a subject first."""
+    check = CHECKS["LAY-17"]
+    for case in cases:
+        try:
+            judge.run(check, case)
+        except Violation as violation:
+            return judge.blame(check, violation).requirement
+    return next(iter(accuse(judge, ids=OTHERS, examples=12, first=True)), None)
+
+
+def test_the_list_names_faults():
+    assert SILENT.keys() <= FAULTS.keys()
+
+
+@pytest.mark.parametrize("name", sorted(FAULTS.keys() - SILENT.keys()))
+def test_a_layer_alone_betrays_a_wrong_router(name, routed_cases):
+    found = accused_by(Judge(LayerAlone(FAULTS[name])), routed_cases)
+    assert found is not None
+    assert (REQUIREMENTS[found].level, REQUIREMENTS[found].stage) == ("MUST", "layer")
+
+
+@pytest.mark.parametrize("name", sorted(SILENT))
+def test_what_no_output_betrays_is_accused_by_no_must(name, routed_cases):
+    assert accused_by(Judge(LayerAlone(FAULTS[name])), routed_cases) is None
