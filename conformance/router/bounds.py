@@ -107,14 +107,14 @@ def groups_of(ids_K: np.ndarray, spec: RouterSpec) -> list[int]:
 
 def in_groups(values_E: np.ndarray, spec: RouterSpec) -> np.ndarray:
     """(G, P)."""
-    return values_E.reshape(spec.num_expert_groups, spec.experts_per_group)
+    return values_E.reshape(-1, spec.experts_per_group)
 
 
 def can_be_kept(ids_K: np.ndarray, choice_E: np.ndarray, error_E: np.ndarray, spec: RouterSpec) -> np.ndarray:
     """(G,) groups that have no better expert than these ids, within the error."""
     chosen_E = np.isin(np.arange(spec.num_experts), ids_K)
     worst_in = (choice_E + error_E)[chosen_E].min()
-    return in_groups(chosen_E | (choice_E - error_E <= worst_in), spec).all(axis=-1)
+    return np.all(in_groups(chosen_E | (choice_E - error_E <= worst_in), spec), axis=-1)
 
 
 def best_in_some_groups(ids_K: np.ndarray, choice_E: np.ndarray, error_E: np.ndarray, spec: RouterSpec) -> bool:
