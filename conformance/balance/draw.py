@@ -7,6 +7,7 @@ Legend: T tokens, E experts, K top_k, S ranks or micro-batches of one step, Z nu
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -103,12 +104,12 @@ def _pool() -> list[BatchSpec]:
         BatchSpec(num_experts=router.num_experts, top_k=router.top_k, balance=rule, router=router)
         for rule, router in ROUTED
     ]
-    wide = [{"num_experts": E, "top_k": K} for E, K in WIDE]
-    found += [BatchSpec(**size) for size in wide]
-    found += [BatchSpec(**size, update=rule) for size, rule in zip(wide, UPDATES[:2], strict=False)]
-    for name, rules in (("balance", BALANCES), ("capacity", CAPACITIES)):
-        # Each third rule is enough: what breaks at size does so whatever the rule.
-        found += [BatchSpec(**wide[number % len(wide)], **{name: rule}) for number, rule in enumerate(rules[::3])]
+    wide = [BatchSpec(num_experts=E, top_k=K) for E, K in WIDE]
+    found += wide
+    found += [replace(size, update=rule) for size, rule in zip(wide, UPDATES[:2], strict=False)]
+    # Each third rule is enough: what breaks at size does so whatever the rule.
+    found += [replace(wide[number % len(wide)], balance=rule) for number, rule in enumerate(BALANCES[::3])]
+    found += [replace(wide[number % len(wide)], capacity=rule) for number, rule in enumerate(CAPACITIES[::3])]
     return list(dict.fromkeys(found))
 
 

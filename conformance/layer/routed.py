@@ -92,7 +92,7 @@ def clear_T(case: LayerCase, dtype: str) -> np.ndarray:
     if trace.scores_TE is not None:
         chosen_TK = gather(trace.scores_TE, trace.expert_ids_TK)
         # Weights of scores that nearly underflow have no relative accuracy.
-        least = score_floor(case.spec.router, dtype) / EPSILON[dtype]
+        least = score_floor(case.router_case, dtype) / EPSILON[dtype]
         found_T &= (chosen_TK.max(axis=-1, initial=0) > least) | (trace.expert_ids_TK == UNUSED).all(axis=-1)
     if case.spec.router.selector == "sparsemixer":
         found_T &= _off_the_band_T(trace.scaled_logits_TE, trace.expert_ids_TK, case.spec.router)

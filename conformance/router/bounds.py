@@ -114,7 +114,7 @@ def can_be_kept(ids_K: np.ndarray, choice_E: np.ndarray, error_E: np.ndarray, sp
     """(G,) groups that have no better expert than these ids, within the error."""
     chosen_E = np.isin(np.arange(spec.num_experts), ids_K)
     worst_in = (choice_E + error_E)[chosen_E].min()
-    return np.asarray(in_groups(chosen_E | (choice_E - error_E <= worst_in), spec).all(axis=-1))
+    return np.all(in_groups(chosen_E | (choice_E - error_E <= worst_in), spec), axis=-1)
 
 
 def best_in_some_groups(ids_K: np.ndarray, choice_E: np.ndarray, error_E: np.ndarray, spec: RouterSpec) -> bool:

@@ -20,7 +20,7 @@ MOST_SHOWN = 3
 """Of the faults that explain a violation."""
 
 
-def causes_of(judge: Judge, *violations: Violation) -> list[Fault]:
+def diagnoses(judge: Judge, *violations: Violation) -> list[Fault]:
     """The known faults that return what the subject returned, the likeliest first.
 
     Args:
@@ -41,8 +41,8 @@ def shrunk_with_causes(judge: Judge, violation: Violation) -> tuple[Violation, l
     """The violation of a smaller case, and the faults that explain it."""
     smaller = shrink(judge, violation)
     if smaller is violation:
-        return smaller, causes_of(judge, violation)
-    return smaller, causes_of(judge, smaller, violation)
+        return smaller, diagnoses(judge, violation)
+    return smaller, diagnoses(judge, smaller, violation)
 
 
 # how often a fault is named

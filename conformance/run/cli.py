@@ -170,7 +170,7 @@ def replay(options) -> int:
 
     from conformance.core.check import CHECKS
     from conformance.core.judge import Judge, NotRun, Violation
-    from conformance.run.causes import causes_of
+    from conformance.run.causes import diagnoses
     from conformance.run.conclude import CASES
     from conformance.run.report import failure_page
 
@@ -183,7 +183,7 @@ def replay(options) -> int:
     try:
         judge.run(CHECKS[requirement], case)
     except Violation as violation:
-        print(failure_page(judge, violation, causes_of(judge, violation)))
+        print(failure_page(judge, violation, diagnoses(judge, violation)))
         print(kind.side_by_side(judge, case))
         return 1
     except NotRun as sentence:

@@ -74,7 +74,7 @@ def folded(records: list[dict]) -> list[dict]:
     A record that is told on the page of another one keeps its own page, and says in `first` whose page tells of it.
     Those on one page look like what all of them look like.
     """
-    found = [r | {"failure": dict(r["failure"])} if "failure" in r else r for r in records]
+    found: list[dict] = [r | {"failure": dict(r["failure"])} if "failure" in r else r for r in records]
     by_id = {r["id"]: r["failure"] for r in found if "failure" in r}
     for r in sorted(found, key=lambda r: stage_order(r["id"])):
         own = by_id.get(r["id"])

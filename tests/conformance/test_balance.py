@@ -14,7 +14,7 @@ from conformance.core.register import of_stage
 from conformance.core.shrink import shrink
 from conformance.core.subject import Subject
 from conformance.core.trial import accuse
-from conformance.run.conclude import diagnoses
+from conformance.run.causes import diagnoses
 from conformance.run.kinds import case_of_json, load_faults
 from conformance.run.report import failure_page
 from conformance.subjects.reference import Reference

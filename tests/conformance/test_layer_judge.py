@@ -21,7 +21,7 @@ from conformance.layer.check import LayerCheck
 from conformance.layer.draw import LAYER_SPECS, THIN_LAYER_SPECS, facts, make_case
 from conformance.layer.kind import LAYER
 from conformance.layer.verdicts import wanted_gradients
-from conformance.run.conclude import diagnoses
+from conformance.run.causes import diagnoses
 from conformance.run.deviations import read_case, write_case
 from conformance.run.kinds import case_of_json, load_faults
 from conformance.run.report import failure_page

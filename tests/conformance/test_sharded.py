@@ -17,7 +17,7 @@ from conformance.core.subject import Subject
 from conformance.core.trial import accuse
 from conformance.layer.case import LayerCase
 from conformance.router.case import RouterCase
-from conformance.run.conclude import diagnoses
+from conformance.run.causes import diagnoses
 from conformance.run.deviations import read_case, write_case
 from conformance.run.kinds import case_of_json, load_faults
 from conformance.run.report import failure_page, record, table
