@@ -67,8 +67,9 @@ def make_case(spec: LayerSpec, seed: int) -> LayerCase:
     inputs: dict[str, Any] = inputs_of(router, T, (), rng)
     learned_scale = inputs.pop("learned_scale", None)
     made = LayerParams.init(spec, int(rng.integers(2**31)))
-    values = {f.name: getattr(made, f.name) for f in fields(made)}
-    params = LayerParams(**{name: value if value is None else float32(value) for name, value in values.items()})
+    values: dict[str, Any] = {f.name: getattr(made, f.name) for f in fields(made)}
+    values = {name: value if value is None else float32(value) for name, value in values.items()}
+    params = LayerParams(**values)
     params = replace(
         params,
         gate_ED=SCALE * np.eye(E, D),
