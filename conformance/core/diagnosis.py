@@ -23,6 +23,8 @@ from conformance.core.subject import Subject, capabilities
 
 ROUNDINGS = 2**6
 """Granted to a number, of the largest one of its array: the reference of a fault and the subject are both rounded."""
+MOST_TOKENS = 2**20
+"""Of a case that is diagnosed: every known fault is tried on it."""
 MOST_ERROR = 2**-5
 """Beyond this part of the largest number nothing is called the same, however coarse the dtype."""
 
@@ -141,7 +143,7 @@ def explaining(
             last it is asked what is the same bit for bit.
     """
     check, case = CHECKS[violation.requirement], violation.case or violation.tried
-    if case is None:
+    if case is None or case.num_tokens > MOST_TOKENS:
         return []
     clean = Fault(name="none", summary="The reference as it is.", requirement=check.requirement)
     calls = calls_of(judge, check, case)

@@ -9,6 +9,8 @@ from conformance.core.check import CHECKS
 from conformance.core.judge import Judge, NotRun, Violation
 
 TRIES = 400
+MOST_TOKENS = 2**20
+"""A case of more is shown as it is: each try takes seconds."""
 TOKENS_TRIED = 20
 """So many tokens are taken away one by one; of more, parts."""
 
@@ -16,7 +18,7 @@ TOKENS_TRIED = 20
 def shrink(judge: Judge, violation: Violation) -> Violation:
     """The violation of a smaller case: fewer tokens, no bias where none is needed, rounder numbers."""
     tries = 0
-    changed = violation.case is not None
+    changed = violation.case is not None and violation.case.num_tokens <= MOST_TOKENS
     while changed:
         changed = False
         assert violation.case is not None

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from conformance.core.check import CHECKS
+from conformance.core.fault import first_killer
 from conformance.core.judge import Crash, Judge, Violation
 from conformance.core.show import shown_apart
 from conformance.core.subject import Subject
@@ -22,12 +23,10 @@ ENOUGH = 0.95
 
 
 def page_of_own_requirement(fault) -> causes.Named:
-    """What the page of the requirement that a fault is meant to break says of it; that of another one if it holds."""
+    """What the page of the requirement that a fault is meant to break says of it, or of another one of its stage."""
+    violation = first_killer(fault)
     judge = Judge(fault.kind.faulty(fault))
-    found = accuse(judge, ids=[fault.requirement])
-    violation = found.get(fault.requirement) or next(iter(found.values()), None)
-    if violation is None:
-        return causes.diagnosed(fault)
+    assert violation is not None, fault.name
     smaller, known = causes.shrunk_with_causes(judge, violation)
     return causes.Named(fault=fault, violation=smaller, causes=known)
 
