@@ -225,9 +225,10 @@ def hold_selection(judge: Judge, case: RouterCase) -> None:
 
 def hold_few_groups(judge: Judge, case: RouterCase) -> None:
     """No token has experts of more groups than are kept."""
-    seen = observe(judge, case)
+    seen, group_ids_TL = observe(judge, case), case.reference.group_ids_TL
+    assert group_ids_TL is not None  # the spec has groups
     for t in leaves_groups(seen):
-        kept = sorted(case.reference.group_ids_TL[t].tolist())
+        kept = sorted(group_ids_TL[t].tolist())
         dropped = [
             f"{i} (group {i // case.spec.experts_per_group})"
             for i in seen.expert_ids_TK[t]

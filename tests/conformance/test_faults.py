@@ -8,7 +8,7 @@ import pytest
 
 from conformance.core.check import CHECKS
 from conformance.core.fault import FAULTS, first_killer, killers, patched
-from conformance.core.judge import Judge
+from conformance.core.judge import Judge, Violation
 from conformance.core.register import REQUIREMENTS, STAGES, stage_order
 from conformance.core.subject import Subject, capabilities
 from conformance.core.trial import accusations
@@ -97,7 +97,7 @@ def of_kind(kind) -> list:
 
 def explained(judge: Judge, case) -> list:
     """What the diagnosis says of a case of a router."""
-    return ROUTER.diagnose(judge, case, of_kind(ROUTER))
+    return ROUTER.diagnose(judge, Violation("", case=case), of_kind(ROUTER))
 
 
 def test_every_public_bug_is_a_fault_or_says_why_not():
