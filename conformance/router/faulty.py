@@ -1,6 +1,7 @@
 """conformance, router: the reference with one fault in it."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import wraps
 from typing import Any
 
@@ -14,8 +15,9 @@ from moe_ref import RouterInputs, RouterSpec, RoutingTrace
 
 
 def routing_under(fault: Fault, case: RouterCase, *, dtype: str = "float64") -> RoutingTrace:
-    """The trace of a case under a fault."""
-    return _route(fault, {}, case.logits_TE, case.spec, case.expert_bias_E, dtype=dtype, **case.inputs)
+    """The trace of a case under a fault, which gets arrays of its own: it may write into them."""
+    logits_TE, bias_E, inputs = deepcopy((case.logits_TE, case.expert_bias_E, case.inputs))
+    return _route(fault, {}, logits_TE, case.spec, bias_E, dtype=dtype, **inputs)
 
 
 def _route(fault: Fault, memory: dict, logits_TE, spec: RouterSpec, expert_bias_E, *, dtype: str, **inputs):

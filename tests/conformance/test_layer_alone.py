@@ -60,11 +60,17 @@ class LayerAlone(Subject):
     def __init__(self, fault: Fault):
         self.fault, self.name, self.memory = fault, fault.name, {}
 
-    def layer(self, x_TD, params, spec, **inputs):
+    def layer(
+        self, x_TD, params, spec, *, token_mask_T=None, token_ids_T=None, table_VK=None, given_ids_TK=None,
+        given_weights_TK=None, seed=None,
+    ):  # fmt: skip
+        inputs = RouterInputs(
+            token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, given_weights_TK=given_weights_TK,
+            seed=seed,
+        )  # fmt: skip
         with patched({"route": self.route_of_layer, "routing.gate": self.gate_of_layer}):
-            return moe_ref.moe_layer(
-                x_TD, params, spec, dtype=self.compute_dtype, **RouterInputs.keywords(inputs)
-            ).output_TD
+            how = {"token_mask_T": token_mask_T, "inputs": inputs, "dtype": self.compute_dtype}
+            return moe_ref.moe_layer(x_TD, params, spec, **how).output_TD
 
     def route_of_layer(self, logits_TE, spec, *, expert_bias_E=None, inputs=NO_INPUTS, dtype=np.float64, **more):
         def clean(logits_TE, spec, expert_bias_E, **named):
