@@ -59,7 +59,14 @@ def parser() -> Parser:
     )
     run.add_argument("--examples", type=_positive, metavar="N", help="cases for each requirement")
     run.add_argument("--seed", type=int, metavar="S", help="other cases than the fixed ones")
-    run.add_argument("--stage", choices=STAGES, metavar="STAGE", help=f"one of {', '.join(STAGES)}")
+    run.add_argument(
+        "--stage",
+        choices=STAGES,
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help=f"of this stage alone, or of these: {', '.join(STAGES)}",
+    )
     run.add_argument("--deviations", action="append", default=[], metavar="FILE", help="TOML of known deviations")
     run.add_argument("--report", type=Path, metavar="DIR", help="write report.json, report.md and junit.xml there")
     run.add_argument(

@@ -31,7 +31,13 @@ def pytest_addoption(parser):
     group.addoption("--moe-deviations", action="append", default=[], metavar="FILE", help="TOML of known deviations")
     group.addoption("--moe-examples", type=int, default=None, metavar="N", help="cases for each requirement")
     group.addoption("--moe-seed", type=int, default=None, metavar="S", help="other cases than the fixed ones")
-    group.addoption("--moe-stage", default=None, metavar="STAGE", help="requirements of this stage alone")
+    group.addoption(
+        "--moe-stage",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="requirements of this stage, or these, alone",
+    )
     group.addoption("--moe-family", nargs="+", default=None, metavar="NAME", help="this family's router alone")
     group.addoption("--moe-spec", default=None, metavar="FILE", help="this RouterSpec or LayerSpec alone, as JSON")
     group.addoption("--moe-tokens", type=int, default=None, metavar="N", help="of each case of a family or spec")
@@ -142,10 +148,14 @@ def pytest_collection_modifyitems(config, items):
     for item in mine:
         if hasattr(item.obj, "requirement"):
             item.obj = _session(config).as_test(item.obj.requirement)
-    if stage := config.getoption("--moe-stage"):
-        from conformance.core.register import REQUIREMENTS
+    if stages := config.getoption("--moe-stage"):
+        from conformance.core.register import REQUIREMENTS, STAGES
+        from moe_ref.specs.checks import nearest
 
-        wanted = {name for name, requirement in REQUIREMENTS.items() if requirement.stage == stage}
+        for stage in stages:
+            if stage not in STAGES:
+                raise pytest.UsageError(f"--moe-stage {stage!r} is no stage{nearest(stage, STAGES)}")
+        wanted = {name for name, requirement in REQUIREMENTS.items() if requirement.stage in stages}
         others = [item for item in mine if getattr(item.obj, "requirement", None) not in wanted]
         items[:] = [item for item in items if item not in others]
         config.hook.pytest_deselected(items=others)

@@ -162,9 +162,14 @@ def table(subject: dict, records: list[dict]) -> str:
     lines = [f"subject {subject['name']} {subject['version']}".rstrip() + f"     spec {SPEC_VERSION}", ""]
     why = Counter(r["unsupported"][0] for r in records if r["status"] == "unsupported" and r["unsupported"])
     alike: dict[str, list[str]] = {}
+    reached = {r["stage"] for r in records if r["status"] != "not judged"}
+    left_out: dict[str, list[str]] = {}
     for r in sorted(records, key=lambda r: stage_order(r["id"])):
         if r["status"] == "unsupported" and r["unsupported"] and why[r["unsupported"][0]] >= ALIKE:
             alike.setdefault(r["unsupported"][0], []).append(r["id"])
+            continue
+        if r["stage"] not in reached:
+            left_out.setdefault(r["stage"], []).append(r["id"])
             continue
         notes = []
         if r["near_ties"]:
@@ -176,6 +181,8 @@ def table(subject: dict, records: list[dict]) -> str:
         note = f"  [{'; '.join(notes)}]" if notes else ""
         lines.append(f"  {r['status']:<11} {r['id']:<6}  {r['sentence']}{note}")
         lines += [f"              declared {d['deviation']}: {d['reason']} {d['link']}" for d in r["known"]]
+    for stage, names in left_out.items():
+        lines.append(f"  {'not judged':<11} {names[0]} .. {names[-1]}, {len(names)} requirements of {stage}")
     for sentence, names in alike.items():
         through = f"{names[0]} .. {names[-1]}, {len(names)} requirements"
         lines.append(f"  {'unsupported':<11} {sentence}: {through}")

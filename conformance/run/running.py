@@ -260,8 +260,8 @@ def _command(name: str, options, folder: Path) -> list[str]:
         command += ["--moe-seed", str(options.seed)]
     for file in options.deviations:
         command += ["--moe-deviations", str(Path(file).resolve())]
-    if options.stage:
-        command += ["--moe-stage", options.stage]
+    for stage in options.stage:
+        command += ["--moe-stage", stage]
     if options.family:
         command += ["--moe-family", *options.family]
     if options.spec:
@@ -316,7 +316,7 @@ def _report(finished: list[Process], options) -> dict:
         "spec": str(options.spec) if options.spec else None,
     }
     complete = (
-        options.stage is None
+        not options.stage
         and all(p.code in (0, 1) for p in finished)
         and all(r["status"] != "not judged" for r in records)
     )

@@ -40,7 +40,7 @@ def test_a_right_router_is_accused_of_nothing(tmp_path):
 def test_a_wrong_router_is_accused_with_a_page_a_replay_and_reports(tmp_path):
     printed = run("MaskedZero", "--stage", "select", "--report", "out", cwd=tmp_path, code=1)
     assert "NEW         SEL-3" in printed
-    assert "not judged  SCR-1" in printed
+    assert "not judged  SCR-1 .. SCR-" in printed
     page = printed[printed.index("SEL-3 MUST") :]
     for part in ("expected", "received", "of dropped groups", "huggingface/transformers#45440", "looks like"):
         assert part in page
@@ -267,6 +267,13 @@ def test_a_subject_that_is_none_is_a_usage_error(subject, message, tmp_path):
 def test_a_mistyped_command_or_stage_is_a_usage_error(tmp_path):
     assert "did you mean run?" in moe("rn", cwd=tmp_path, code=4)
     assert "did you mean select?" in moe("run", "--stage", "selct", cwd=tmp_path, code=4)
+
+
+def test_some_stages_alone_are_judged_and_the_others_are_a_line_each(tmp_path):
+    printed = moe("run", "reference", "--stage", "gate", "--stage", "mask", cwd=tmp_path, code=0)
+    assert "ok          GAT-1 " in printed
+    assert "ok          MSK-1 " in printed
+    assert "not judged  SEL-1 .. " in printed
 
 
 def pytest_run(*arguments, cwd, code: int) -> str:
