@@ -1,5 +1,11 @@
 """tests of the judge: a small router of our own, right and wrong, as a third party would hand it in."""
 
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 
 from conformance import Routing, Subject
@@ -61,6 +67,41 @@ class Crashing(Sigmoid):
 
     def route(self, logits_TE, spec, expert_bias_E):
         raise RuntimeError("kernel launch failed")
+
+
+class Ascending(Sigmoid):
+    """Right, but its slots stand from the worst to the best."""
+
+    name = "ascending"
+
+    def route(self, logits_TE, spec, expert_bias_E):
+        found = super().route(logits_TE, spec, expert_bias_E)
+        return Routing(expert_ids_TK=found.expert_ids_TK[:, ::-1], weights_TK=found.weights_TK[:, ::-1])
+
+
+class Hanging(Sigmoid):
+    """Never returns where there is no token, nor does a process that it starts."""
+
+    name = "hanging"
+
+    def route(self, logits_TE, spec, expert_bias_E):
+        if len(logits_TE) == 0:
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+            with Path("pids.txt").open("a") as file:
+                print(os.getpid(), child.pid, file=file)
+            time.sleep(600)
+        return super().route(logits_TE, spec, expert_bias_E)
+
+
+class Ending(Sigmoid):
+    """Ends the process where there is no token."""
+
+    name = "ending"
+
+    def route(self, logits_TE, spec, expert_bias_E):
+        if len(logits_TE) == 0:
+            os._exit(7)
+        return super().route(logits_TE, spec, expert_bias_E)
 
 
 class Empty(Subject):

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from conformance.core.register import SPEC_VERSION, of_stage
+from conformance.run import kinds  # noqa: F401  (its chapters register)
+
 ROUTERS = Path(__file__).with_name("routers.py")
 EXAMPLES = 60
 """As many as a run has; with 40 the zero mask is missed at SEL-3."""
@@ -51,6 +54,129 @@ def test_a_wrong_router_is_accused_with_a_page_a_replay_and_reports(tmp_path):
     replayed = moe("replay", failure["replay"], "--subject", f"{ROUTERS}:MaskedZero", cwd=tmp_path, code=1)
     assert "reference" in replayed
     assert "holds SEL-3" in moe("replay", failure["replay"], "--subject", f"{ROUTERS}:Sigmoid", cwd=tmp_path, code=0)
+
+
+def requirements_of(report: Path) -> dict[str, dict]:
+    """id -> record, of a report."""
+    return {r["id"]: r for r in json.loads((report / "report.json").read_text())["requirements"]}
+
+
+def test_the_version_is_that_of_the_package_and_of_the_specification(tmp_path):
+    printed = moe("--version", cwd=tmp_path, code=0)
+    assert printed.startswith("moe-conformance ")
+    assert printed.strip().endswith(f"specification {SPEC_VERSION}")
+
+
+def test_a_should_that_does_not_hold_has_a_page_where_advice_is_asked_for(tmp_path):
+    few = ("--stage", "select", "--examples", 4)
+    plain = run("Ascending", *few, cwd=tmp_path, code=0)
+    assert "advice      SEL-6" in plain
+    assert "SEL-6 SHOULD" not in plain
+    assert "slowest" not in plain
+    printed = run("Ascending", *few, "--advice", "--durations", cwd=tmp_path, code=0)
+    page = printed[printed.index("SEL-6 SHOULD") :]
+    assert "ascending: " in page
+    assert "moe-conformance replay SEL-6-" in page
+    stage, slowest = printed.index("  select "), printed.index("  slowest   SEL-")
+    assert stage < slowest < printed.index("SEL-6 SHOULD")
+
+
+def test_requirements_of_a_method_that_is_not_defined_share_one_line(tmp_path):
+    printed = run("Sigmoid", "--stage", "permute", cwd=tmp_path, code=0)
+    ids = of_stage("permute")
+    line = f"unsupported permute() is not defined: {ids[0]} .. {ids[-1]}, {len(ids)} requirements"
+    assert [text.strip() for text in printed.splitlines() if "unsupported PRM" in text or "permute()" in text] == [line]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and is not one that nobody has fetched the exit status of."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "title", "received"),
+    [
+        ("Hanging", ("--limit", 3), "did not return within 3 s", "routers.py"),
+        ("Ending", (), "ended the process, exit status 7", "nothing was printed"),
+    ],
+)
+def test_a_subject_that_hangs_or_dies_is_accused_by_its_case_and_the_rest_is_judged(
+    name, options, title, received, tmp_path
+):
+    few = ("--stage", "run", "--examples", 2)
+    printed = run(name, *few, *options, "--report", "out", cwd=tmp_path, code=1)
+    found = requirements_of(tmp_path / "out")
+    assert f"{name.lower()}: {title}" in printed
+    assert found["RUN-2"]["status"] == "NEW"
+    failure = found["RUN-2"]["failure"]
+    assert failure["title"] == title
+    assert received in failure["received"]
+    assert failure["case"]["logits_TE"] == []
+    others = {name: found[name]["status"] for name in of_stage("run") if name != "RUN-2"}
+    assert others == {name: "unsupported" if name == "RUN-6" else "ok" for name in others}
+    pids = (tmp_path / "pids.txt").read_text().split() if name == "Hanging" else []
+    assert [pid for pid in pids if is_running(int(pid))] == []
+
+
+RECORDING = """
+
+class Recording(Sigmoid):
+    name = "recording"
+
+    def route(self, logits_TE, spec, expert_bias_E):
+        with open("drawn.txt", "a") as file:
+            print(len(logits_TE), logits_TE.sum(), spec, file=file)
+        return super().route(logits_TE, spec, expert_bias_E)
+
+"""
+
+
+def test_constants_of_the_subjects_file_change_no_case(tmp_path):
+    # hypothesis mixes the literals of a user's modules into the integers that it draws, one time in forty.
+    drawn, reports = [], []
+    for number, constants in enumerate(("", f"MORE = {tuple(range(10**6, 10**6 + 200))}\n")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "router.py").write_text(ROUTERS.read_text() + RECORDING + constants)
+        few = ("--stage", "weights", "--examples", 30, "--report", "out")
+        moe("run", "router.py:Recording", *few, cwd=folder, code=0)
+        drawn.append((folder / "drawn.txt").read_text())
+        found = requirements_of(folder / "out")
+        reports.append({name: (r["status"], r["cases"]) for name, r in found.items()})
+    assert drawn[0] == drawn[1]
+    assert reports[0] == reports[1]
+
+
+def a_report(folder: Path, **statuses: str) -> Path:
+    """A folder with a report of these statuses."""
+    rows = [{"subject": "router", "id": name.replace("_", "-"), "status": s} for name, s in statuses.items()]
+    folder.mkdir()
+    (folder / "report.json").write_text(json.dumps({"requirements": rows}))
+    return folder
+
+
+def test_two_reports_are_compared_requirement_by_requirement(tmp_path):
+    before = a_report(tmp_path / "before", SEL_3="ok", SEL_4="ok", WGT_2="NEW")
+    after = a_report(tmp_path / "after", SEL_3="NEW", WGT_2="NEW", WGT_3="ok")
+    printed = moe("compare", before, before / "report.json", cwd=tmp_path, code=0)
+    assert printed == "3 verdicts before, 3 after, 0 differ\n"
+    lines = moe("compare", before, after, cwd=tmp_path, code=1).splitlines()
+    assert [line.split() for line in lines[:-1]] == [
+        ["router", "SEL-3", "ok", "->", "NEW"],
+        ["router", "SEL-4", "ok", "->", "absent"],
+        ["router", "WGT-3", "absent", "->", "ok"],
+    ]
+    assert lines[-1] == "3 verdicts before, 3 after, 3 differ"
+
+
+def test_what_is_no_report_is_a_usage_error(tmp_path):
+    before = a_report(tmp_path / "before", SEL_3="ok")
+    assert "nowhere: No such file" in moe("compare", before, "nowhere", cwd=tmp_path, code=4)
+    (tmp_path / "other.json").write_text("[]")
+    assert "is none that `run --report` wrote" in moe("compare", before, "other.json", cwd=tmp_path, code=4)
 
 
 @pytest.fixture(scope="module")
