@@ -71,15 +71,50 @@ class JaxLayouts(Subject):
             found.append(mine | {"order_R2": np.array(order, int).reshape(-1, 2), "overflow": int(mine["overflow"][0])})
         return found
 
-    def sharded_layer(self, x_by_shard, params, spec, layout, *, buffer_fill=0.0, **inputs):
+    def sharded_layer(
+        self,
+        x_by_shard: list[np.ndarray],
+        params: LayerParams,
+        spec: LayerSpec,
+        layout: ShardLayout,
+        *,
+        token_mask_by_shard: list[np.ndarray] | None = None,
+        token_ids_by_shard: list[np.ndarray] | None = None,
+        table_VK: np.ndarray | None = None,
+        given_ids_by_shard: list[np.ndarray] | None = None,
+        buffer_fill: float = 0.0,
+    ) -> list[np.ndarray]:
         """Each device's own copy of its shard's output."""
+        inputs = {
+            "token_mask_by_shard": token_mask_by_shard,
+            "token_ids_by_shard": token_ids_by_shard,
+            "table_VK": table_VK,
+            "given_ids_by_shard": given_ids_by_shard,
+        }
         arrays = _joined(x_by_shard), _params(params, spec, layout), _inputs(inputs)
         return _by_rank(_layer(spec, layout)(*arrays, np.float32(buffer_fill)), layout)
 
     def sharded_gradients(
-        self, x_by_shard, params, spec, layout, d_output_by_shard, *, buffer_fill=0.0, **inputs
-    ):  # fmt: skip
+        self,
+        x_by_shard: list[np.ndarray],
+        params: LayerParams,
+        spec: LayerSpec,
+        layout: ShardLayout,
+        d_output_by_shard: list[np.ndarray],
+        *,
+        token_mask_by_shard: list[np.ndarray] | None = None,
+        token_ids_by_shard: list[np.ndarray] | None = None,
+        table_VK: np.ndarray | None = None,
+        given_ids_by_shard: list[np.ndarray] | None = None,
+        buffer_fill: float = 0.0,
+    ) -> list[dict[str, np.ndarray]]:
         """By `jax.grad`; a parameter of a rank is put together from its own piece and the nearest of the others."""
+        inputs = {
+            "token_mask_by_shard": token_mask_by_shard,
+            "token_ids_by_shard": token_ids_by_shard,
+            "table_VK": table_VK,
+            "given_ids_by_shard": given_ids_by_shard,
+        }
         d_x_TD, d_params = _gradients(spec, layout)(
             _joined(x_by_shard),
             _params(params, spec, layout),

@@ -47,10 +47,45 @@ class TorchLayouts(Subject):
         found = self.ranks.run(layout.num_ranks, plan_on_rank, expert_ids_by_shard, layout, spec)
         return found[:: layout.tensor]
 
-    def sharded_layer(self, x_by_shard, params, spec, layout, **inputs):
+    def sharded_layer(
+        self,
+        x_by_shard: list[np.ndarray],
+        params: LayerParams,
+        spec: LayerSpec,
+        layout: ShardLayout,
+        *,
+        token_mask_by_shard: list[np.ndarray] | None = None,
+        token_ids_by_shard: list[np.ndarray] | None = None,
+        table_VK: np.ndarray | None = None,
+        given_ids_by_shard: list[np.ndarray] | None = None,
+    ) -> list[np.ndarray]:
+        inputs = {
+            "token_mask_by_shard": token_mask_by_shard,
+            "token_ids_by_shard": token_ids_by_shard,
+            "table_VK": table_VK,
+            "given_ids_by_shard": given_ids_by_shard,
+        }
         return self.ranks.run(layout.num_ranks, layer_on_rank, x_by_shard, params, spec, layout, inputs)
 
-    def sharded_gradients(self, x_by_shard, params, spec, layout, d_output_by_shard, **inputs):
+    def sharded_gradients(
+        self,
+        x_by_shard: list[np.ndarray],
+        params: LayerParams,
+        spec: LayerSpec,
+        layout: ShardLayout,
+        d_output_by_shard: list[np.ndarray],
+        *,
+        token_mask_by_shard: list[np.ndarray] | None = None,
+        token_ids_by_shard: list[np.ndarray] | None = None,
+        table_VK: np.ndarray | None = None,
+        given_ids_by_shard: list[np.ndarray] | None = None,
+    ) -> list[dict[str, np.ndarray]]:
+        inputs = {
+            "token_mask_by_shard": token_mask_by_shard,
+            "token_ids_by_shard": token_ids_by_shard,
+            "table_VK": table_VK,
+            "given_ids_by_shard": given_ids_by_shard,
+        }
         call = gradients_on_rank, x_by_shard, params, spec, layout, d_output_by_shard, inputs
         return self.ranks.run(layout.num_ranks, *call)
 
