@@ -26,6 +26,8 @@ ORDER = "the order of the slots does not show in a sum"
 TIES = "which of two equal scores wins is a SHOULD"
 MASKED = "a gate gives no logit of -inf"
 NAN = "what the row of a NaN selects is free"
+SMALL = "the routers of layers have fewer experts, groups and tokens"
+OWN_LOGITS = "a layer makes its logits itself, in float32"
 UNUSED_SLOT = "a slot of no expert adds nothing, whatever its id and weight"
 SILENT = {
     "ties-fall-as-they-come": TIES,
@@ -39,7 +41,21 @@ SILENT = {
     "padding-keeps-weights": UNUSED_SLOT,
     "skipped-choices-become-expert-0": UNUSED_SLOT,
     "skipped-choices-weigh": UNUSED_SLOT,
-    "bfloat16-logits-scored-in-bfloat16": "a layer makes its logits itself",
+    "bfloat16-logits-scored-in-bfloat16": OWN_LOGITS,
+    "low-precision-keeps-two-bits": OWN_LOGITS,
+    "low-precision-ranked-by-its-bits": OWN_LOGITS,
+    "scale-missing-in-half-precision": OWN_LOGITS,
+    "softmax-in-place": OWN_LOGITS,
+    "masked-logits-cleaned-in-place": MASKED,
+    "masked-scores-ignored": MASKED,
+    "bias-in-the-weights-of-masked-rows": MASKED,
+    "infinite-rows-keep-a-weight": MASKED,
+    "infinite-rows-repeat-expert-0": MASKED,
+    "infinite-rows-spread": MASKED,
+    "at-most-four-groups-kept": SMALL,
+    "rows-past-65535-not-written": SMALL,
+    "softmax-of-the-first-256-experts": SMALL,
+    "ties-by-the-place-in-the-batch": TIES,
     "masked-logits-scored-as-0": MASKED,
     "cap-lifts-masked-logits": MASKED,
     "masked-logits-read-as-0": MASKED,
