@@ -140,7 +140,7 @@ def test_a_size_below_one_is_an_error(ranks):
 PARENT = """
 import os, sys
 from rank_functions import process, sleep_for_long
-from conformance.ranks import Ranks
+from conformance.subjects.ranks import Ranks
 ranks = Ranks()
 ranks.run(2, process)
 print(*ranks.processes(), ranks._folder, flush=True)
