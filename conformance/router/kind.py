@@ -29,8 +29,9 @@ class RouterKind(Kind):
         return draw.draw(judge, check, seed)
 
     def fixed(self, judge: Judge, check: RouterCheck) -> Iterator[RouterCase]:
-        yield from pairs.cases(judge, check)
-        yield from sizes.cases(judge, check)
+        if judge.chosen is None:
+            yield from pairs.cases(judge, check)
+            yield from sizes.cases(judge, check)
 
     def worlds(self, judge: Judge) -> Iterator[tuple[Check, RouterCase]]:
         for requirement, case in small_worlds.worlds_of(judge):

@@ -1,6 +1,6 @@
 """conformance, the server of the ranks: a process that imports torch, forks ranks, and dies with whoever started it.
 
-`conformance.ranks` starts it, and says what the messages are for. It does no work that would start a thread.
+`conformance.subjects.ranks` starts it, and says what the messages are for. It does no work that would start a thread.
 """
 
 import faulthandler
