@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,8 @@ class Reference(Subject):
     """moe_ref computed in float32, so that the judge's bounds are tried on ordinary rounding."""
 
     name, version = "reference", "float32"
-    logit_dtypes = ("float32", "float64", "bfloat16", "float16")
+    # bfloat16 arrays are of ml_dtypes, which NumPy alone does not bring.
+    logit_dtypes = ("float32", "float64", "float16", *(("bfloat16",) if find_spec("ml_dtypes") else ()))
     compute_dtype = "float32"
 
     # router
