@@ -56,7 +56,7 @@ def router_of(words: list[str]) -> RouterSpec:
     """
     name, *changes = [word for each in words for word in each.split(",")]
     try:
-        require(name in FAMILIES, f"there is no family {name!r}{nearest(name, FAMILIES)}")
+        require(name in FAMILIES, f"unknown family {name!r}{nearest(name, FAMILIES)}")
         own, found = {field.name for field in fields(RouterSpec)}, {}
         for change in changes:
             field, equals, value = change.partition("=")

@@ -65,7 +65,7 @@ def test_a_family_is_judged_at_its_published_size_with_other_values_where_they_a
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["deepseek_v33"], "there is no family 'deepseek_v33' (did you mean deepseek_v3?)"),
+        (["deepseek_v33"], "unknown family 'deepseek_v33' (did you mean deepseek_v3?)"),
         (["mixtral", "num_expert=4"], "unknown field 'num_expert' of RouterSpec (did you mean num_experts?)"),
         (["mixtral", "num_experts"], "'num_experts' is no override; it is field=value"),
         (["mixtral", "num_experts=many"], "num_experts is 'many'; it is an integer"),
