@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, Unpack, get_args, get_origin
 
 import numpy as np
 
@@ -357,12 +357,18 @@ def _refusing(supports: Callable) -> Callable:
 
 
 def named_inputs(subject: Subject, method: str) -> set[str]:
-    """The parameters that a method names; where it has `**inputs`, those of the one that it overrides too."""
+    """The parameters that a method names; where it has `**inputs`, those of the one that it overrides too.
+
+    With `**inputs: Unpack[SomeTypedDict]` they are those of the typed dict.
+    """
     found: set[str] = set()
     defined = [vars(cls)[method] for cls in type(subject).__mro__ if method in vars(cls) and cls is not Subject]
     for function in ([getattr(subject, method)] if method in vars(subject) else []) + defined:
         parameters = inspect.signature(function).parameters
         found |= parameters.keys()
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        rest = next((each.annotation for each in parameters.values() if each.kind is each.VAR_KEYWORD), None)
+        if get_origin(rest) is Unpack:
+            return found | get_args(rest)[0].__annotations__.keys()
+        if rest is None:
             break
     return found

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from copy import deepcopy
 from functools import wraps
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 import moe_ref
 from conformance.core.fault import Fault, surrounds
+from conformance.core.inputs import RouteInputs
 from conformance.core.subject import Routing, Subject
 from conformance.router.case import RouterCase
 from moe_ref import RouterInputs, RouterSpec, RoutingTrace
@@ -42,27 +43,8 @@ class FaultyRouter(Subject):
         self.fault, self.shows_stages, self.name, self.memory = fault, shows_stages, fault.name, {}
 
     def route(
-        self,
-        logits_TE: np.ndarray,
-        spec: RouterSpec,
-        expert_bias_E: np.ndarray | None,
-        *,
-        learned_scale: np.ndarray | None = None,
-        token_ids_T: np.ndarray | None = None,
-        table_VK: np.ndarray | None = None,
-        given_ids_TK: np.ndarray | None = None,
-        seed: int | None = None,
-        token_mask_T: np.ndarray | None = None,
+        self, logits_TE: np.ndarray, spec: RouterSpec, expert_bias_E: np.ndarray | None, **inputs: Unpack[RouteInputs]
     ) -> Routing:
-        named = {
-            "learned_scale": learned_scale,
-            "token_ids_T": token_ids_T,
-            "table_VK": table_VK,
-            "given_ids_TK": given_ids_TK,
-            "seed": seed,
-            "token_mask_T": token_mask_T,
-        }
-        inputs = {name: value for name, value in named.items() if value is not None}
         trace = _route(self.fault, self.memory, logits_TE, spec, expert_bias_E, dtype=self.compute_dtype, **inputs)
         return Routing(
             expert_ids_TK=trace.expert_ids_TK,

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 import moe_ref
+from conformance.core.inputs import CutLayerInputs, DrawnShardedInputs, RouteInputs
 from conformance.core.subject import Routing, Subject
 from moe_ref import (
     BalanceSpec,
@@ -42,27 +43,10 @@ class Reference(Subject):
     # router
 
     def route(
-        self,
-        logits_TE: np.ndarray,
-        spec: RouterSpec,
-        expert_bias_E: np.ndarray | None,
-        *,
-        learned_scale: np.ndarray | None = None,
-        token_ids_T: np.ndarray | None = None,
-        table_VK: np.ndarray | None = None,
-        given_ids_TK: np.ndarray | None = None,
-        seed: int | None = None,
-        token_mask_T: np.ndarray | None = None,
+        self, logits_TE: np.ndarray, spec: RouterSpec, expert_bias_E: np.ndarray | None, **inputs: Unpack[RouteInputs]
     ) -> Routing:
-        trace = moe_ref.route(
-            logits_TE,
-            spec,
-            expert_bias_E=expert_bias_E,
-            learned_scale=learned_scale,
-            inputs=RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed),
-            token_mask_T=token_mask_T,
-            dtype=self.compute_dtype,
-        )
+        how = RouterInputs.keywords(inputs)
+        trace = moe_ref.route(logits_TE, spec, expert_bias_E=expert_bias_E, dtype=self.compute_dtype, **how)
         return Routing(
             expert_ids_TK=trace.expert_ids_TK,
             weights_TK=trace.weights_TK,
@@ -98,30 +82,9 @@ class Reference(Subject):
         return experts_room.combine(slots_TKD, weights_TK.astype(self.compute_dtype), spec.router)
 
     def layer(
-        self,
-        x_TD: np.ndarray,
-        params: LayerParams,
-        spec: LayerSpec,
-        *,
-        token_mask_T: np.ndarray | None = None,
-        capacity: CapacitySpec | None = None,
-        sequence_lengths: Sequence[int] | None = None,
-        tokens_per_shard: Sequence[int] | None = None,
-        token_ids_T: np.ndarray | None = None,
-        table_VK: np.ndarray | None = None,
-        given_ids_TK: np.ndarray | None = None,
-        given_weights_TK: np.ndarray | None = None,
-        seed: int | None = None,
+        self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Unpack[CutLayerInputs]
     ) -> np.ndarray:
-        inputs = RouterInputs(
-            token_ids_T=token_ids_T,
-            table_VK=table_VK,
-            given_ids_TK=given_ids_TK,
-            given_weights_TK=given_weights_TK,
-            seed=seed,
-        )
-        limits = {"capacity": capacity, "sequence_lengths": sequence_lengths, "tokens_per_shard": tokens_per_shard}
-        return self._traced(x_TD, params, spec, token_mask_T, inputs, **limits).output_TD
+        return self._traced(x_TD, params, spec, inputs).output_TD
 
     def layer_gradients(
         self,
@@ -129,64 +92,25 @@ class Reference(Subject):
         params: LayerParams,
         spec: LayerSpec,
         d_output_TD: np.ndarray,
-        *,
-        token_mask_T: np.ndarray | None = None,
-        capacity: CapacitySpec | None = None,
-        sequence_lengths: Sequence[int] | None = None,
-        tokens_per_shard: Sequence[int] | None = None,
-        token_ids_T: np.ndarray | None = None,
-        table_VK: np.ndarray | None = None,
-        given_ids_TK: np.ndarray | None = None,
-        given_weights_TK: np.ndarray | None = None,
-        seed: int | None = None,
+        **inputs: Unpack[CutLayerInputs],
     ) -> dict[str, np.ndarray]:
-        inputs = RouterInputs(
-            token_ids_T=token_ids_T,
-            table_VK=table_VK,
-            given_ids_TK=given_ids_TK,
-            given_weights_TK=given_weights_TK,
-            seed=seed,
-        )
-        limits = {"capacity": capacity, "sequence_lengths": sequence_lengths, "tokens_per_shard": tokens_per_shard}
-        trace = self._traced(x_TD, params, spec, token_mask_T, inputs, **limits)
-        grads = moe_ref.layer_backward(trace, params, spec, d_output_TD, capacity=capacity)
+        trace = self._traced(x_TD, params, spec, inputs)
+        grads = moe_ref.layer_backward(trace, params, spec, d_output_TD, capacity=inputs.get("capacity"))
         return {"x_TD": grads.x_TD} | named(grads.params)
 
     def record(
-        self,
-        x_TD: np.ndarray,
-        params: LayerParams,
-        spec: LayerSpec,
-        *,
-        token_mask_T: np.ndarray | None = None,
-        capacity: CapacitySpec | None = None,
-        sequence_lengths: Sequence[int] | None = None,
-        tokens_per_shard: Sequence[int] | None = None,
-        token_ids_T: np.ndarray | None = None,
-        table_VK: np.ndarray | None = None,
-        given_ids_TK: np.ndarray | None = None,
-        given_weights_TK: np.ndarray | None = None,
-        seed: int | None = None,
+        self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Unpack[CutLayerInputs]
     ) -> RoutingRecord:
-        inputs = RouterInputs(
-            token_ids_T=token_ids_T,
-            table_VK=table_VK,
-            given_ids_TK=given_ids_TK,
-            given_weights_TK=given_weights_TK,
-            seed=seed,
-        )
-        limits = {"capacity": capacity, "sequence_lengths": sequence_lengths, "tokens_per_shard": tokens_per_shard}
-        trace = self._traced(x_TD, params, spec, token_mask_T, inputs, **limits)
-        return moe_ref.capture(trace.routing, spec.router, token_mask_T=token_mask_T)
+        trace = self._traced(x_TD, params, spec, inputs)
+        return moe_ref.capture(trace.routing, spec.router, token_mask_T=inputs.get("token_mask_T"))
 
     def replay(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, record: RoutingRecord) -> np.ndarray:
         with_weights = record.weights_TK is not None
         trace = moe_ref.replay_layer(record, x_TD, params, spec, with_weights=with_weights, dtype=self.compute_dtype)
         return np.asarray(trace.output_TD)
 
-    def _traced(self, x_TD, params: LayerParams, spec: LayerSpec, token_mask_T, inputs: RouterInputs, **limits):
-        named = {"token_mask_T": token_mask_T, "inputs": inputs} | limits
-        return moe_ref.moe_layer(x_TD, params, spec, dtype=self.compute_dtype, **named)
+    def _traced(self, x_TD, params: LayerParams, spec: LayerSpec, inputs: CutLayerInputs):
+        return moe_ref.moe_layer(x_TD, params, spec, dtype=self.compute_dtype, **RouterInputs.keywords(inputs))
 
     # sharded
 
@@ -203,17 +127,9 @@ class Reference(Subject):
         params: LayerParams,
         spec: LayerSpec,
         layout: ShardLayout,
-        *,
-        token_mask_by_shard: list[np.ndarray] | None = None,
-        token_ids_by_shard: list[np.ndarray] | None = None,
-        table_VK: np.ndarray | None = None,
-        given_ids_by_shard: list[np.ndarray] | None = None,
-        seed: int | None = None,
+        **inputs: Unpack[DrawnShardedInputs],
     ) -> list[np.ndarray]:
-        trace = self._sharded_trace(
-            x_by_shard, params, spec, layout, token_mask_by_shard=token_mask_by_shard,
-            token_ids_by_shard=token_ids_by_shard, table_VK=table_VK, given_ids_by_shard=given_ids_by_shard, seed=seed,
-        )  # fmt: skip
+        trace = self._sharded_trace(x_by_shard, params, spec, layout, inputs)
         return trace.outputs_by_rank
 
     def sharded_gradients(
@@ -223,25 +139,18 @@ class Reference(Subject):
         spec: LayerSpec,
         layout: ShardLayout,
         d_output_by_shard: list[np.ndarray],
-        *,
-        token_mask_by_shard: list[np.ndarray] | None = None,
-        token_ids_by_shard: list[np.ndarray] | None = None,
-        table_VK: np.ndarray | None = None,
-        given_ids_by_shard: list[np.ndarray] | None = None,
-        seed: int | None = None,
+        **inputs: Unpack[DrawnShardedInputs],
     ) -> list[dict[str, np.ndarray]]:
-        trace = self._sharded_trace(
-            x_by_shard, params, spec, layout, token_mask_by_shard=token_mask_by_shard,
-            token_ids_by_shard=token_ids_by_shard, table_VK=table_VK, given_ids_by_shard=given_ids_by_shard, seed=seed,
-        )  # fmt: skip
+        trace = self._sharded_trace(x_by_shard, params, spec, layout, inputs)
         grads = sharded_backward(trace, params, spec, d_output_by_shard)
         shards = [layout.shard_of(rank) for rank in range(layout.num_ranks)]
         return [{"x_TD": grads.x_by_shard[shard]} | named(grads.params) for shard in shards]
 
-    def _sharded_trace(self, x_by_shard, params: LayerParams, spec: LayerSpec, layout: ShardLayout, **inputs):
-        return sharded_layer(
-            x_by_shard, params, spec, layout, dtype=self.compute_dtype, **RouterInputs.keywords(inputs)
-        )
+    def _sharded_trace(
+        self, x_by_shard, params: LayerParams, spec: LayerSpec, layout: ShardLayout, inputs: DrawnShardedInputs
+    ):
+        how = RouterInputs.keywords(inputs)
+        return sharded_layer(x_by_shard, params, spec, layout, dtype=self.compute_dtype, **how)
 
     # balance
 

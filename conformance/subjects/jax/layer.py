@@ -1,18 +1,19 @@
 """conformance, subject jax: the layer of moe_jax on one device, compiled."""
 
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import partial
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from conformance.core.inputs import LayerInputs
 from conformance.core.subject import Subject
 from conformance.subjects.jax.arrays import narrow, narrow_inputs, narrow_params, with_bias
 from moe_jax.replay import capture
 from moe_jax.sparse_matmul import RouteMetadata, activate, gmm_down, gmm_up, permute, sparse_matmul, unpermute
-from moe_ref import CapacitySpec, LayerParams, LayerSpec, RouterInputs, RoutingRecord
+from moe_ref import LayerParams, LayerSpec, RouterInputs, RoutingRecord
 
 _permute = jax.jit(permute, static_argnames="num_experts")
 
@@ -46,30 +47,10 @@ class JaxLayer(Subject):
         return np.asarray(_combine(narrow(rows_RD), metadata, narrow(weights_TK), spec=spec))
 
     def layer(
-        self,
-        x_TD: np.ndarray,
-        params: LayerParams,
-        spec: LayerSpec,
-        *,
-        token_mask_T: np.ndarray | None = None,
-        capacity: CapacitySpec | None = None,
-        sequence_lengths: Sequence[int] | None = None,
-        token_ids_T: np.ndarray | None = None,
-        table_VK: np.ndarray | None = None,
-        given_ids_TK: np.ndarray | None = None,
-        given_weights_TK: np.ndarray | None = None,
-        seed: int | None = None,
+        self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Unpack[LayerInputs]
     ) -> np.ndarray:
         """`sparse_matmul`, whose second output, the routing, is not read."""
-        inputs = RouterInputs(
-            token_ids_T=token_ids_T,
-            table_VK=table_VK,
-            given_ids_TK=given_ids_TK,
-            given_weights_TK=given_weights_TK,
-            seed=seed,
-        )
-        how = _how(spec, token_mask_T, inputs, sequence_lengths)
-        limits = _limits(capacity, sequence_lengths)
+        how, limits = _arguments(spec, inputs)
         return np.asarray(_layer(narrow(x_TD), with_bias(params, spec), spec=spec, how=how, **limits))
 
     def layer_gradients(
@@ -78,26 +59,10 @@ class JaxLayer(Subject):
         params: LayerParams,
         spec: LayerSpec,
         d_output_TD: np.ndarray,
-        *,
-        token_mask_T: np.ndarray | None = None,
-        capacity: CapacitySpec | None = None,
-        sequence_lengths: Sequence[int] | None = None,
-        token_ids_T: np.ndarray | None = None,
-        table_VK: np.ndarray | None = None,
-        given_ids_TK: np.ndarray | None = None,
-        given_weights_TK: np.ndarray | None = None,
-        seed: int | None = None,
+        **inputs: Unpack[LayerInputs],
     ) -> dict[str, np.ndarray]:
         """By `jax.grad` of the sum of output times d_output."""
-        inputs = RouterInputs(
-            token_ids_T=token_ids_T,
-            table_VK=table_VK,
-            given_ids_TK=given_ids_TK,
-            given_weights_TK=given_weights_TK,
-            seed=seed,
-        )
-        how = _how(spec, token_mask_T, inputs, sequence_lengths)
-        limits = _limits(capacity, sequence_lengths)
+        how, limits = _arguments(spec, inputs)
         d_x_TD, d_params = _layer_gradients(
             narrow(x_TD), with_bias(params, spec), narrow(d_output_TD), spec=spec, how=how, **limits
         )
@@ -105,30 +70,10 @@ class JaxLayer(Subject):
         return {"x_TD": np.asarray(d_x_TD)} | {name: np.asarray(getattr(d_params, name)) for name in given}
 
     def record(
-        self,
-        x_TD: np.ndarray,
-        params: LayerParams,
-        spec: LayerSpec,
-        *,
-        token_mask_T: np.ndarray | None = None,
-        capacity: CapacitySpec | None = None,
-        sequence_lengths: Sequence[int] | None = None,
-        token_ids_T: np.ndarray | None = None,
-        table_VK: np.ndarray | None = None,
-        given_ids_TK: np.ndarray | None = None,
-        given_weights_TK: np.ndarray | None = None,
-        seed: int | None = None,
+        self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Unpack[LayerInputs]
     ) -> RoutingRecord:
         """What `sparse_matmul` decided."""
-        inputs = RouterInputs(
-            token_ids_T=token_ids_T,
-            table_VK=table_VK,
-            given_ids_TK=given_ids_TK,
-            given_weights_TK=given_weights_TK,
-            seed=seed,
-        )
-        how = _how(spec, token_mask_T, inputs, sequence_lengths)
-        limits = _limits(capacity, sequence_lengths)
+        how, limits = _arguments(spec, inputs)
         decided = _decided(narrow(x_TD), with_bias(params, spec), spec=spec, how=how, **limits)
         return capture(decided, spec.router, token_mask_T=how["token_mask_T"])
 
@@ -181,17 +126,12 @@ def _combine(rows_RD, metadata: RouteMetadata, weights_TK, *, spec: LayerSpec):
     return summed_TD * spec.router.output_scale
 
 
-def _how(
-    spec: LayerSpec, token_mask_T: np.ndarray | None, inputs: RouterInputs, sequence_lengths: Sequence[int] | None
-) -> dict:
-    """Keyword arguments of `sparse_matmul` that are arrays."""
-    how = {"token_mask_T": token_mask_T, "inputs": narrow_inputs(inputs, spec.router)}
-    if sequence_lengths is None:
-        return how
-    return how | {"sequence_of_T": narrow(np.repeat(np.arange(len(sequence_lengths)), sequence_lengths))}
-
-
-def _limits(capacity: CapacitySpec | None, sequence_lengths: Sequence[int] | None) -> dict:
-    """Those that are static."""
-    limits: dict = {} if capacity is None else {"capacity": capacity}
-    return limits if sequence_lengths is None else limits | {"num_sequences": len(sequence_lengths)}
+def _arguments(spec: LayerSpec, inputs: LayerInputs) -> tuple[dict, dict]:
+    """Keyword arguments of `sparse_matmul`: those that are arrays, and those that are static."""
+    own, rest = RouterInputs.from_named(inputs)
+    how = {"token_mask_T": rest.get("token_mask_T"), "inputs": narrow_inputs(own, spec.router)}
+    limits: dict = {} if rest.get("capacity") is None else {"capacity": rest["capacity"]}
+    if (lengths := rest.get("sequence_lengths")) is not None:
+        how["sequence_of_T"] = narrow(np.repeat(np.arange(len(lengths)), lengths))
+        limits["num_sequences"] = len(lengths)
+    return how, limits

@@ -1,10 +1,11 @@
 """conformance, subject jax: the router of moe_jax, compiled."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import numpy as np
 
+from conformance.core.inputs import RouteInputs
 from conformance.core.subject import Routing, Subject
 from conformance.subjects.jax.arrays import narrow, narrow_inputs, to_numpy
 from moe_jax import routing
@@ -19,29 +20,19 @@ class JaxRouter(Subject):
     """`moe_jax.routing`."""
 
     def route(
-        self,
-        logits_TE: np.ndarray,
-        spec: RouterSpec,
-        expert_bias_E: np.ndarray | None,
-        *,
-        learned_scale: np.ndarray | None = None,
-        token_ids_T: np.ndarray | None = None,
-        table_VK: np.ndarray | None = None,
-        given_ids_TK: np.ndarray | None = None,
-        seed: int | None = None,
-        token_mask_T: np.ndarray | None = None,
+        self, logits_TE: np.ndarray, spec: RouterSpec, expert_bias_E: np.ndarray | None, **inputs: Unpack[RouteInputs]
     ) -> Routing:
         """Route on the default device; the seed becomes a key where the selector draws."""
         if expert_bias_E is None and spec.selector == "top_k":
             expert_bias_E = np.zeros(spec.num_choices, np.float32)  # one program less to compile
-        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
+        own, rest = RouterInputs.from_named(inputs)
         found = _route(
             narrow(logits_TE),
             spec=spec,
             expert_bias_E=narrow(expert_bias_E),
-            learned_scale=narrow(learned_scale),
-            inputs=narrow_inputs(inputs, spec),
-            token_mask_T=token_mask_T,
+            learned_scale=narrow(rest.get("learned_scale")),
+            inputs=narrow_inputs(own, spec),
+            token_mask_T=rest.get("token_mask_T"),
         )
         return Routing(
             expert_ids_TK=np.asarray(found.expert_ids_TK),

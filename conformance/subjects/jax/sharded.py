@@ -2,13 +2,14 @@
 
 from dataclasses import fields, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from conformance.core.inputs import ShardedInputs
 from conformance.core.subject import Subject
 from moe_jax.parallel import (
     Stages,
@@ -78,19 +79,10 @@ class JaxLayouts(Subject):
         spec: LayerSpec,
         layout: ShardLayout,
         *,
-        token_mask_by_shard: list[np.ndarray] | None = None,
-        token_ids_by_shard: list[np.ndarray] | None = None,
-        table_VK: np.ndarray | None = None,
-        given_ids_by_shard: list[np.ndarray] | None = None,
         buffer_fill: float = 0.0,
+        **inputs: Unpack[ShardedInputs],
     ) -> list[np.ndarray]:
         """Each device's own copy of its shard's output."""
-        inputs = {
-            "token_mask_by_shard": token_mask_by_shard,
-            "token_ids_by_shard": token_ids_by_shard,
-            "table_VK": table_VK,
-            "given_ids_by_shard": given_ids_by_shard,
-        }
         arrays = _joined(x_by_shard), _params(params, spec, layout), _inputs(inputs)
         return _by_rank(_layer(spec, layout)(*arrays, np.float32(buffer_fill)), layout)
 
@@ -102,19 +94,10 @@ class JaxLayouts(Subject):
         layout: ShardLayout,
         d_output_by_shard: list[np.ndarray],
         *,
-        token_mask_by_shard: list[np.ndarray] | None = None,
-        token_ids_by_shard: list[np.ndarray] | None = None,
-        table_VK: np.ndarray | None = None,
-        given_ids_by_shard: list[np.ndarray] | None = None,
         buffer_fill: float = 0.0,
+        **inputs: Unpack[ShardedInputs],
     ) -> list[dict[str, np.ndarray]]:
         """By `jax.grad`; a parameter of a rank is put together from its own piece and the nearest of the others."""
-        inputs = {
-            "token_mask_by_shard": token_mask_by_shard,
-            "token_ids_by_shard": token_ids_by_shard,
-            "table_VK": table_VK,
-            "given_ids_by_shard": given_ids_by_shard,
-        }
         d_x_TD, d_params = _gradients(spec, layout)(
             _joined(x_by_shard),
             _params(params, spec, layout),
@@ -222,7 +205,7 @@ def _whole_by_rank(array: jax.Array, layout: ShardLayout) -> list[np.ndarray]:
     return whole_by_rank
 
 
-def _inputs(inputs: dict) -> dict:
+def _inputs(inputs: ShardedInputs) -> dict:
     """Keyword arguments of the layer; what is by shard becomes one array of all shards."""
     own, rest = RouterInputs.from_named(inputs)
     masks = rest.get("token_mask_by_shard")

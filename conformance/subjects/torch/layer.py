@@ -1,11 +1,12 @@
 """conformance, subject torch: the layer of moe_torch on one rank, in eager mode."""
 
-from collections.abc import Sequence
 from functools import lru_cache
+from typing import Unpack
 
 import numpy as np
 import torch
 
+from conformance.core.inputs import LayerInputs
 from conformance.core.subject import Subject
 from conformance.subjects.torch.arrays import single, tensor, tensor_if_any, to_canonical, to_inputs
 from moe_ref import CapacitySpec, LayerParams, LayerSpec, RouterInputs, RoutingRecord
@@ -48,30 +49,11 @@ class TorchLayer(Subject):
         return (summed_TD * spec.router.output_scale).numpy()
 
     def layer(
-        self,
-        x_TD: np.ndarray,
-        params: LayerParams,
-        spec: LayerSpec,
-        *,
-        token_mask_T: np.ndarray | None = None,
-        capacity: CapacitySpec | None = None,
-        sequence_lengths: Sequence[int] | None = None,
-        token_ids_T: np.ndarray | None = None,
-        table_VK: np.ndarray | None = None,
-        given_ids_TK: np.ndarray | None = None,
-        given_weights_TK: np.ndarray | None = None,
-        seed: int | None = None,
+        self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Unpack[LayerInputs]
     ) -> np.ndarray:
         """The module, without gradients."""
-        inputs = RouterInputs(
-            token_ids_T=token_ids_T,
-            table_VK=table_VK,
-            given_ids_TK=given_ids_TK,
-            given_weights_TK=given_weights_TK,
-            seed=seed,
-        )
         with torch.no_grad():
-            return _loaded(params, spec, capacity)(single(x_TD), **_how(token_mask_T, inputs, sequence_lengths)).numpy()
+            return _loaded(params, spec, inputs.get("capacity"))(single(x_TD), **_how(inputs)).numpy()
 
     def layer_gradients(
         self,
@@ -79,27 +61,12 @@ class TorchLayer(Subject):
         params: LayerParams,
         spec: LayerSpec,
         d_output_TD: np.ndarray,
-        *,
-        token_mask_T: np.ndarray | None = None,
-        capacity: CapacitySpec | None = None,
-        sequence_lengths: Sequence[int] | None = None,
-        token_ids_T: np.ndarray | None = None,
-        table_VK: np.ndarray | None = None,
-        given_ids_TK: np.ndarray | None = None,
-        given_weights_TK: np.ndarray | None = None,
-        seed: int | None = None,
+        **inputs: Unpack[LayerInputs],
     ) -> dict[str, np.ndarray]:
         """By autograd, brought back into the canonical layout; the balancing bias is a buffer and has none."""
-        inputs = RouterInputs(
-            token_ids_T=token_ids_T,
-            table_VK=table_VK,
-            given_ids_TK=given_ids_TK,
-            given_weights_TK=given_weights_TK,
-            seed=seed,
-        )
-        moe, tokens_TD = _loaded(params, spec, capacity), single(x_TD).requires_grad_()
+        moe, tokens_TD = _loaded(params, spec, inputs.get("capacity")), single(x_TD).requires_grad_()
         trained = dict(moe.named_parameters())
-        output_TD = moe(tokens_TD, **_how(token_mask_T, inputs, sequence_lengths))
+        output_TD = moe(tokens_TD, **_how(inputs))
         d_x_TD, *gradients = torch.autograd.grad(
             output_TD, [tokens_TD, *trained.values()], single(d_output_TD), allow_unused=True, materialize_grads=True
         )
@@ -107,31 +74,12 @@ class TorchLayer(Subject):
         return {"x_TD": d_x_TD.numpy()} | to_canonical(by_name, params)
 
     def record(
-        self,
-        x_TD: np.ndarray,
-        params: LayerParams,
-        spec: LayerSpec,
-        *,
-        token_mask_T: np.ndarray | None = None,
-        capacity: CapacitySpec | None = None,
-        sequence_lengths: Sequence[int] | None = None,
-        token_ids_T: np.ndarray | None = None,
-        table_VK: np.ndarray | None = None,
-        given_ids_TK: np.ndarray | None = None,
-        given_weights_TK: np.ndarray | None = None,
-        seed: int | None = None,
+        self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Unpack[LayerInputs]
     ) -> RoutingRecord:
         """What the module decided."""
-        inputs = RouterInputs(
-            token_ids_T=token_ids_T,
-            table_VK=table_VK,
-            given_ids_TK=given_ids_TK,
-            given_weights_TK=given_weights_TK,
-            seed=seed,
-        )
-        how = _how(token_mask_T, inputs, sequence_lengths)
+        how = _how(inputs)
         with torch.no_grad():
-            _, routing = _loaded(params, spec, capacity).forward_and_routing(single(x_TD), **how)
+            _, routing = _loaded(params, spec, inputs.get("capacity")).forward_and_routing(single(x_TD), **how)
         return capture(routing, spec.router, token_mask=how["token_mask"])
 
     def replay(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, record: RoutingRecord) -> np.ndarray:
@@ -153,7 +101,9 @@ def _loaded(params: LayerParams, spec: LayerSpec, capacity: CapacitySpec | None 
     return moe
 
 
-def _how(token_mask_T: np.ndarray | None, inputs: RouterInputs, sequence_lengths: Sequence[int] | None) -> dict:
-    """Keyword arguments of the layer."""
-    how = {"token_mask": tensor_if_any(token_mask_T), "inputs": to_inputs(inputs)}
-    return how if sequence_lengths is None else how | {"sequence_lengths": sequence_lengths}
+def _how(inputs: LayerInputs) -> dict:
+    """Keyword arguments of the layer; its capacity is one of the module."""
+    own, rest = RouterInputs.from_named(inputs)
+    named = {"token_mask": tensor_if_any(rest.get("token_mask_T")), "inputs": to_inputs(own)}
+    lengths = rest.get("sequence_lengths")
+    return named if lengths is None else named | {"sequence_lengths": lengths}

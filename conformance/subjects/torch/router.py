@@ -1,10 +1,11 @@
 """conformance, subject torch: the router of moe_torch."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 
+from conformance.core.inputs import RouteInputs
 from conformance.core.subject import Routing, Subject
 from conformance.subjects.torch.arrays import numpy_if_any, tensor, tensor_if_any, to_inputs
 from moe_ref import RouterInputs, RouterSpec
@@ -16,28 +17,18 @@ class TorchRouter(Subject):
     """The function that routes logits, and the module of the router."""
 
     def route(
-        self,
-        logits_TE: np.ndarray,
-        spec: RouterSpec,
-        expert_bias_E: np.ndarray | None,
-        *,
-        learned_scale: np.ndarray | None = None,
-        token_ids_T: np.ndarray | None = None,
-        table_VK: np.ndarray | None = None,
-        given_ids_TK: np.ndarray | None = None,
-        seed: int | None = None,
-        token_mask_T: np.ndarray | None = None,
+        self, logits_TE: np.ndarray, spec: RouterSpec, expert_bias_E: np.ndarray | None, **inputs: Unpack[RouteInputs]
     ) -> Routing:
         """Route without gradients; the seed becomes a generator."""
-        inputs = RouterInputs(token_ids_T=token_ids_T, table_VK=table_VK, given_ids_TK=given_ids_TK, seed=seed)
+        own, rest = RouterInputs.from_named(inputs)
         with torch.no_grad():
             found = route(
                 tensor(logits_TE),
                 spec,
                 expert_bias_E=tensor_if_any(expert_bias_E),
-                learned_scale=tensor_if_any(learned_scale),
-                inputs=to_inputs(inputs),
-                token_mask_T=tensor_if_any(token_mask_T),
+                learned_scale=tensor_if_any(rest.get("learned_scale")),
+                inputs=to_inputs(own),
+                token_mask_T=tensor_if_any(rest.get("token_mask_T")),
             )
         return Routing(
             expert_ids_TK=found.expert_ids_TK.numpy(),

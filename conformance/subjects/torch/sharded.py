@@ -4,12 +4,14 @@ The first half runs here and needs the pool of ranks; the second half runs on a 
 """
 
 from functools import lru_cache
+from typing import Unpack
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from conformance.core.inputs import ShardedInputs
 from conformance.core.subject import Subject
 from conformance.subjects.ranks import Ranks, shared
 from conformance.subjects.torch.arrays import single as _single
@@ -53,18 +55,8 @@ class TorchLayouts(Subject):
         params: LayerParams,
         spec: LayerSpec,
         layout: ShardLayout,
-        *,
-        token_mask_by_shard: list[np.ndarray] | None = None,
-        token_ids_by_shard: list[np.ndarray] | None = None,
-        table_VK: np.ndarray | None = None,
-        given_ids_by_shard: list[np.ndarray] | None = None,
+        **inputs: Unpack[ShardedInputs],
     ) -> list[np.ndarray]:
-        inputs = {
-            "token_mask_by_shard": token_mask_by_shard,
-            "token_ids_by_shard": token_ids_by_shard,
-            "table_VK": table_VK,
-            "given_ids_by_shard": given_ids_by_shard,
-        }
         return self.ranks.run(layout.num_ranks, layer_on_rank, x_by_shard, params, spec, layout, inputs)
 
     def sharded_gradients(
@@ -74,18 +66,8 @@ class TorchLayouts(Subject):
         spec: LayerSpec,
         layout: ShardLayout,
         d_output_by_shard: list[np.ndarray],
-        *,
-        token_mask_by_shard: list[np.ndarray] | None = None,
-        token_ids_by_shard: list[np.ndarray] | None = None,
-        table_VK: np.ndarray | None = None,
-        given_ids_by_shard: list[np.ndarray] | None = None,
+        **inputs: Unpack[ShardedInputs],
     ) -> list[dict[str, np.ndarray]]:
-        inputs = {
-            "token_mask_by_shard": token_mask_by_shard,
-            "token_ids_by_shard": token_ids_by_shard,
-            "table_VK": table_VK,
-            "given_ids_by_shard": given_ids_by_shard,
-        }
         call = gradients_on_rank, x_by_shard, params, spec, layout, d_output_by_shard, inputs
         return self.ranks.run(layout.num_ranks, *call)
 
