@@ -3,12 +3,12 @@
 Legend: T tokens, K top_k, E experts, V rows of a table.
 """
 
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 
-from moe_ref import CapacitySpec
+from moe_ref import CapacitySpec, RouterInputs
 
 
 class SelectorInputs(TypedDict, total=False):
@@ -55,3 +55,15 @@ class DrawnShardedInputs(ShardedInputs, total=False):
     """The same, of a subject that draws alike on all ranks."""
 
     seed: int
+
+
+def split_inputs(inputs: Mapping[str, Any], kind: type) -> tuple[RouterInputs, dict[str, Any]]:
+    """What the selector reads of named inputs, and the rest of them.
+
+    Raises:
+        TypeError: a name that the typed dict lacks; it would be silently ignored.
+    """
+    known = kind.__annotations__.keys()
+    if unknown := inputs.keys() - known:
+        raise TypeError(f"unknown inputs {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
+    return RouterInputs.from_named(inputs)

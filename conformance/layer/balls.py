@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from conformance.core.rounding import EPSILON
+from conformance.core.rounding import EPSILON, TINY
 from moe_ref import ExpertSpec
 from moe_ref.backward.layer import activation_slope
 from moe_ref.experts import activated, activation, clamped_up
@@ -54,8 +54,9 @@ class Ball:
         return Ball(centre=centre, radius=radius, dtype=self.dtype)
 
     def rounded(self, times: float = 1) -> "Ball":
-        """After so many more roundings of the number itself."""
-        return self.made(self.centre, self.radius + times * self.unit * self.largest)
+        """After so many more roundings of the number itself; one that underflows may be flushed to 0."""
+        floor = np.where(self.largest > 0, TINY[self.dtype], 0)
+        return self.made(self.centre, self.radius + times * (self.unit * self.largest + floor))
 
     def to(self, dtype: str) -> "Ball":
         """The same numbers in another dtype, rounded to it where it is the narrower one."""

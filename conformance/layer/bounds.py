@@ -11,7 +11,7 @@ import numpy as np
 from conformance.core.rounding import EPSILON
 from conformance.layer.balls import LIBRARY, Ball, FeedForwardBall, exact, feed_forward, feed_forward_backward, narrower
 from conformance.layer.case import LayerCase
-from conformance.router.bounds import ROUNDINGS, choice_error, unlimited_choice, weight_error
+from conformance.router.bounds import ROUNDINGS, choice_error, unlimited_choice, weight_error, weight_floor
 from conformance.router.case import RouterCase
 from moe_ref import UNUSED, LayerParams
 from moe_ref.experts import identity_slots, sigmoid
@@ -127,7 +127,8 @@ def routing_weights(case: LayerCase, logits_TE: Ball) -> tuple[Ball, Ball]:
         return exact(routing.weights_TK, logits_TE.dtype), logits_TE.made(*(np.zeros((case.num_tokens, 0)),) * 2)
     from_logits_T1 = relative_weight_error(case, logits_TE)
     error_TK = weight_error(case.router_case, routing.expert_ids_TK, logits_TE.dtype) + from_logits_T1
-    weights_TK = logits_TE.made(routing.weights_TK, error_TK * np.abs(routing.weights_TK))
+    floor_T1 = weight_floor(case.router_case, routing.expert_ids_TK, routing.weights_TK, logits_TE.dtype)
+    weights_TK = logits_TE.made(routing.weights_TK, error_TK * np.abs(routing.weights_TK) + floor_T1)
     if routing.shared_weights_TS is None:
         nothing = np.zeros((case.num_tokens, 0))
         return weights_TK, logits_TE.made(nothing, nothing)

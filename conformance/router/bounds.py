@@ -230,6 +230,16 @@ def weight_error(case: RouterCase, expert_ids_TK, dtype: str) -> np.ndarray:
     return error_TK * max(1.0, powers) + EPSILON[dtype] * ROUNDINGS
 
 
+def weight_floor(case: RouterCase, expert_ids_TK, wanted_TK, dtype: str) -> np.ndarray:
+    """Absolute error of a token's weights: what the smallest number becomes after norm and scale, (T, 1)."""
+    if case.reference.scores_TE is None:
+        return np.full((case.num_tokens, 1), smallest(case, dtype) * max(1.0, case.spec.route_scale))
+    raw_TK = gather(case.reference.scores_TE, expert_ids_TK)
+    with np.errstate(over="ignore"):  # of a subnormal score
+        factor_TK = np.where(raw_TK > 0, wanted_TK / np.where(raw_TK > 0, raw_TK, 1), 1)
+    return score_floor(case, dtype) * factor_TK.max(axis=-1, keepdims=True, initial=1)
+
+
 def known_factor(case: RouterCase, expert_ids_TK):
     """Per-expert factors of the selected experts, to be divided out where only the scores matter."""
     if case.spec.learned_scale == "none":

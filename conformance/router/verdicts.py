@@ -14,14 +14,13 @@ from conformance.router.bounds import (
     known_factor,
     score_error,
     score_floor,
-    smallest,
     unlimited_choice,
     weight_error,
+    weight_floor,
 )
 from conformance.router.case import RouterCase
 from conformance.router.observation import Observation, observe
 from moe_ref import UNUSED
-from moe_ref.routing import gather
 
 
 def selection_differs(judge: Judge, seen: Observation) -> list[int]:
@@ -124,7 +123,7 @@ def shares_differ(judge: Judge, seen: Observation, *, dtype: str | None = None) 
     error_TK = 2 * weight_error(case, seen.expert_ids_TK, dtype).max(axis=-1, keepdims=True, initial=0)
     # A token's null experts have no share: what remains may be too small for this dtype.
     total_T1 = np.where(seen.expert_ids_TK >= case.spec.num_experts, 0, wanted_TK).sum(axis=-1, keepdims=True)
-    floor_T1 = _amplified(case, seen.expert_ids_TK, wanted_TK, dtype) / np.where(total_T1 == 0, 1, total_T1)
+    floor_T1 = weight_floor(case, seen.expert_ids_TK, wanted_TK, dtype) / np.where(total_T1 == 0, 1, total_T1)
     ok_T = close(share_TK, wanted_share_TK, error_TK, floor_T1).all(axis=-1)
     # Nothing can be said of a token whose weights are all 0 in this dtype.
     judged_T = (total_T1[:, 0] > 0) & (floor_T1[:, 0] < EPSILON["float16"]) & case.valid_T
@@ -144,21 +143,11 @@ def weights_differ(judge: Judge, seen: Observation, *, in_any_order: bool = Fals
     if in_any_order:
         wanted_TK, found_TK = np.sort(wanted_TK, axis=-1), np.sort(found_TK, axis=-1)
         error_TK = error_TK.max(axis=-1, keepdims=True, initial=0)
-    floor_T1 = _amplified(case, seen.expert_ids_TK, wanted_TK, dtype)
+    floor_T1 = weight_floor(case, seen.expert_ids_TK, wanted_TK, dtype)
     ok_T = close(found_TK, wanted_TK, error_TK, floor_T1).all(axis=-1)
     if case.spec.weights_from == "masked_scores":  # other groups, of a near tie, mask other scores
         ok_T |= (np.sort(seen.expert_ids_TK) != np.sort(case.reference.expert_ids_TK)).any(axis=-1)
     return [int(t) for t in np.flatnonzero(~ok_T & case.valid_T)]
-
-
-def _amplified(case: RouterCase, expert_ids_TK, wanted_TK, dtype: str) -> np.ndarray:
-    """What the smallest number of a dtype becomes after norm and scale, (T, 1)."""
-    if case.reference.scores_TE is None:
-        return np.full((case.num_tokens, 1), smallest(case, dtype) * max(1.0, case.spec.route_scale))
-    raw_TK = gather(case.reference.scores_TE, expert_ids_TK)
-    with np.errstate(over="ignore"):  # of a subnormal score
-        factor_TK = np.where(raw_TK > 0, wanted_TK / np.where(raw_TK > 0, raw_TK, 1), 1)
-    return score_floor(case, dtype) * factor_TK.max(axis=-1, keepdims=True, initial=1)
 
 
 def by_id(seen: Observation):
@@ -178,7 +167,7 @@ def differ(judge: Judge, seen: Observation, other: Observation, *, ids_alone: bo
     (ids_TK, weights_TK), (other_ids_TK, other_weights_TK) = by_id(seen), by_id(other)
     same_T = (ids_TK == other_ids_TK).all(axis=-1)
     error_TK = weight_error(seen.case, ids_TK, dtype) + weight_error(other.case, ids_TK, dtype)
-    floor_T1 = 2 * _amplified(seen.case, ids_TK, expected_weights(seen.case, ids_TK), dtype)
+    floor_T1 = 2 * weight_floor(seen.case, ids_TK, expected_weights(seen.case, ids_TK), dtype)
     # Unused slots, non-finite weights: equal is equal.
     close_T = (
         close(other_weights_TK, weights_TK, error_TK, floor_T1)

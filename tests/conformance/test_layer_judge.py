@@ -315,8 +315,17 @@ def test_what_no_fault_does_has_no_diagnosis():
     assert diagnoses(judge, violation) == []
 
 
-def test_an_error_has_no_diagnosis():
-    fault = FAULTS["a-layer-of-zero-tokens-is-refused"]
-    violation = first_killer(fault)
-    assert violation is not None
-    assert diagnoses(Judge(LAYER.faulty(fault)), violation) == []
+@pytest.mark.parametrize(("error", "named"), [(RuntimeError, True), (KeyError, False)])
+def test_an_error_is_explained_by_a_fault_that_raises_it_too(error, named):
+    class Raises(Reference):
+        """Refuses zero tokens."""
+
+        @wraps(Reference.layer)
+        def layer(self, x_TD, params, spec, **inputs):
+            if not len(x_TD):
+                raise error("no tokens")
+            return super().layer(x_TD, params, spec, **inputs)
+
+    judge = Judge(Raises())
+    (violation,) = accuse(judge, ids=["LAY-3"]).values()
+    assert (FAULTS["a-layer-of-zero-tokens-is-refused"] in diagnoses(judge, violation)) is named

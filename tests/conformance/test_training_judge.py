@@ -8,7 +8,6 @@ import pytest
 
 import conformance
 from conformance.core.check import CHECKS
-from conformance.core.fault import first_killer
 from conformance.core.judge import Judge, Violation
 from conformance.core.register import of_stage
 from conformance.core.subject import Subject, Unsupported
@@ -33,12 +32,6 @@ def shrunk(name: str) -> tuple[Judge, Violation, list]:
     fault = next(fault for fault in FAULTS if fault.name == name)
     judge = Judge(TRAINING.faulty(fault))
     return judge, *shrunk_with_causes(judge, accuse(judge, ids=[fault.requirement])[fault.requirement])
-
-
-def test_every_fault_is_accused_by_its_own_requirement():
-    found = {fault.name: first_killer(fault) for fault in FAULTS}
-    accusers = {name: violation and violation.requirement for name, violation in found.items()}
-    assert accusers == {fault.name: fault.requirement for fault in FAULTS}
 
 
 class Float64(Reference):

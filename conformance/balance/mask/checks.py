@@ -55,9 +55,11 @@ def unmasked(case: BalanceCase) -> BalanceCase:
     return case.with_inputs(token_mask_T=None)
 
 
-def poisoned_logits(case: BalanceCase, poison: float) -> BalanceCase:
-    """The same case with this in all logits of padding."""
-    return case.with_(logits_TE=np.where(case.valid_T[:, None], case.logits_TE, poison))
+def poisoned(case: BalanceCase, **held: float) -> BalanceCase:
+    """The same case with these in the rows of padding, each in the array of its name."""
+    return case.with_(
+        **{name: np.where(case.valid_T[:, None], getattr(case, name), poison) for name, poison in held.items()}
+    )
 
 
 def of_batches(spec) -> bool:
@@ -148,7 +150,7 @@ def padding_is_in_no_mean_of_the_z_loss(judge, case):
 )
 def what_padding_holds_reaches_no_loss(judge, case):
     for poison in POISON:
-        found, radius = loss_of_subject(judge, poisoned_logits(case, poison)), loss_radius(judge, case)
+        found, radius = loss_of_subject(judge, poisoned(case, logits_TE=poison)), loss_radius(judge, case)
         hold_loss(f"with {poison:g} in the padding", found, wanted_loss(case), radius)
 
 
@@ -211,7 +213,7 @@ def the_z_loss_of_unequal_ranks_is_the_mean_over_valid_tokens(judge, case):
 )
 def what_padding_holds_reaches_no_z_loss(judge, case):
     for poison in POISON:
-        found, radius = z_loss_of_subject(judge, poisoned_logits(case, poison)), z_loss_radius(judge, case)
+        found, radius = z_loss_of_subject(judge, poisoned(case, logits_TE=poison)), z_loss_radius(judge, case)
         hold_loss(f"with {poison:g} in the padding", found, wanted_z_loss(case), radius)
 
 
@@ -227,10 +229,7 @@ def what_padding_holds_reaches_no_z_loss(judge, case):
 def what_padding_holds_takes_no_place(judge, case):
     wanted = case.capacity_trace
     for poison, weight in zip(POISONED_IDS, (np.nan, np.inf), strict=True):
-        ids_TK = np.where(case.valid_T[:, None], case.expert_ids_TK, poison)
-        weights_TK = np.where(case.valid_T[:, None], case.weights_TK, weight)
-        poisoned = case.with_(expert_ids_TK=ids_TK, weights_TK=weights_TK)
-        found = kept_by_subject(judge, poisoned)
+        found = kept_by_subject(judge, poisoned(case, expert_ids_TK=poison, weights_TK=weight))
         hold(f"with the ids {poison} in the padding", found.expert_ids_TK, wanted.expert_ids_TK)
         hold("with other weights in the padding", found.weights_TK, wanted.weights_TK,
              weights_radius(judge, wanted.weights_TK))  # fmt: skip
@@ -248,5 +247,4 @@ def what_padding_holds_takes_no_place(judge, case):
 def the_ids_of_padding_are_counted_for_nobody(judge, case):
     wanted_E = tokens_per_expert(case.expert_ids_TK, case.spec.num_experts, case.valid_T)
     for poison in POISONED_IDS:
-        ids_TK = np.where(case.valid_T[:, None], case.expert_ids_TK, poison)
-        hold_counts(judge, case.with_(expert_ids_TK=ids_TK), wanted_E, f"with the ids {poison} in the padding")
+        hold_counts(judge, poisoned(case, expert_ids_TK=poison), wanted_E, f"with the ids {poison} in the padding")

@@ -12,11 +12,14 @@ from moe_ref import LayerParams, LayerSpec, RouterInputs, RouterSpec
 
 def narrow(array: Any) -> Any:
     """float64 and int64 become their 32-bit kinds, as everywhere in JAX without jax_enable_x64; None stays None."""
-    if array is None:
-        return None
+    return None if array is None else jnp.asarray(on_host(array))
+
+
+def on_host(array: Any) -> np.ndarray:
+    """The same narrowing without a device: what is sharded is placed by the program that takes it."""
     array = np.asarray(array)
     kinds = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
-    return jnp.asarray(array, dtype=kinds.get(array.dtype, array.dtype))
+    return array.astype(kinds.get(array.dtype, array.dtype), copy=False)
 
 
 def narrow_params(params: LayerParams) -> LayerParams:
@@ -26,10 +29,10 @@ def narrow_params(params: LayerParams) -> LayerParams:
 
 
 def with_bias(params: LayerParams, spec: LayerSpec) -> LayerParams:
-    """Narrowed; no balancing bias is one of zeros: one program less to compile."""
+    """No balancing bias is one of zeros: one program less to compile."""
     if params.expert_bias_E is None and spec.router.selector == "top_k":
-        params = replace(params, expert_bias_E=np.zeros(spec.router.num_choices))
-    return narrow_params(params)
+        return replace(params, expert_bias_E=np.zeros(spec.router.num_choices))
+    return params
 
 
 def narrow_inputs(inputs: RouterInputs, spec: RouterSpec) -> RouterInputs:

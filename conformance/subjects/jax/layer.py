@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conformance.core.inputs import LayerInputs
+from conformance.core.inputs import LayerInputs, split_inputs
 from conformance.core.subject import Subject
 from conformance.subjects.jax.arrays import narrow, narrow_inputs, narrow_params, with_bias
 from moe_jax.replay import capture
 from moe_jax.sparse_matmul import RouteMetadata, activate, gmm_down, gmm_up, permute, sparse_matmul, unpermute
-from moe_ref import LayerParams, LayerSpec, RouterInputs, RoutingRecord
+from moe_ref import LayerParams, LayerSpec, RoutingRecord
 
 _permute = jax.jit(permute, static_argnames="num_experts")
 
@@ -51,7 +51,7 @@ class JaxLayer(Subject):
     ) -> np.ndarray:
         """`sparse_matmul`, whose second output, the routing, is not read."""
         how, limits = _arguments(spec, inputs)
-        return np.asarray(_layer(narrow(x_TD), with_bias(params, spec), spec=spec, how=how, **limits))
+        return np.asarray(_layer(narrow(x_TD), narrow_params(with_bias(params, spec)), spec=spec, how=how, **limits))
 
     def layer_gradients(
         self,
@@ -64,7 +64,7 @@ class JaxLayer(Subject):
         """By `jax.grad` of the sum of output times d_output."""
         how, limits = _arguments(spec, inputs)
         d_x_TD, d_params = _layer_gradients(
-            narrow(x_TD), with_bias(params, spec), narrow(d_output_TD), spec=spec, how=how, **limits
+            narrow(x_TD), narrow_params(with_bias(params, spec)), narrow(d_output_TD), spec=spec, how=how, **limits
         )
         given = [field.name for field in fields(LayerParams) if getattr(params, field.name) is not None]
         return {"x_TD": np.asarray(d_x_TD)} | {name: np.asarray(getattr(d_params, name)) for name in given}
@@ -74,7 +74,7 @@ class JaxLayer(Subject):
     ) -> RoutingRecord:
         """What `sparse_matmul` decided."""
         how, limits = _arguments(spec, inputs)
-        decided = _decided(narrow(x_TD), with_bias(params, spec), spec=spec, how=how, **limits)
+        decided = _decided(narrow(x_TD), narrow_params(with_bias(params, spec)), spec=spec, how=how, **limits)
         return capture(decided, spec.router, token_mask_T=how["token_mask_T"])
 
     def replay(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, record: RoutingRecord) -> np.ndarray:
@@ -128,7 +128,7 @@ def _combine(rows_RD, metadata: RouteMetadata, weights_TK, *, spec: LayerSpec):
 
 def _arguments(spec: LayerSpec, inputs: LayerInputs) -> tuple[dict, dict]:
     """Keyword arguments of `sparse_matmul`: those that are arrays, and those that are static."""
-    own, rest = RouterInputs.from_named(inputs)
+    own, rest = split_inputs(inputs, LayerInputs)
     how = {"token_mask_T": rest.get("token_mask_T"), "inputs": narrow_inputs(own, spec.router)}
     limits: dict = {} if rest.get("capacity") is None else {"capacity": rest["capacity"]}
     if (lengths := rest.get("sequence_lengths")) is not None:

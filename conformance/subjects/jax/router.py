@@ -5,11 +5,11 @@ from typing import Any, Unpack
 import jax
 import numpy as np
 
-from conformance.core.inputs import RouteInputs
+from conformance.core.inputs import RouteInputs, split_inputs
 from conformance.core.subject import Routing, Subject
 from conformance.subjects.jax.arrays import narrow, narrow_inputs, to_numpy
 from moe_jax import routing
-from moe_ref import RouterInputs, RouterSpec
+from moe_ref import RouterSpec
 
 # The spec is static: one program for each spec and shape.
 _route = jax.jit(routing.route, static_argnames="spec")
@@ -25,7 +25,7 @@ class JaxRouter(Subject):
         """Route on the default device; the seed becomes a key where the selector draws."""
         if expert_bias_E is None and spec.selector == "top_k":
             expert_bias_E = np.zeros(spec.num_choices, np.float32)  # one program less to compile
-        own, rest = RouterInputs.from_named(inputs)
+        own, rest = split_inputs(inputs, RouteInputs)
         found = _route(
             narrow(logits_TE),
             spec=spec,

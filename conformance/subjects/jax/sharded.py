@@ -1,6 +1,6 @@
 """conformance, a subject: moe_jax over a mesh of eight CPU devices, one process, every device read by itself."""
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import lru_cache
 from typing import Any, Unpack
 
@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from conformance.core.inputs import ShardedInputs
+from conformance.core.inputs import ShardedInputs, split_inputs
 from conformance.core.subject import Subject
+from conformance.subjects.jax.arrays import on_host, with_bias
 from moe_jax.parallel import (
     Stages,
     exchange,
@@ -23,7 +24,7 @@ from moe_jax.parallel import (
     unplace,
     use_cpu_devices,
 )
-from moe_ref import LayerParams, LayerSpec, RouterInputs
+from moe_ref import LayerParams, LayerSpec
 from moe_ref.specs.layout import ShardLayout
 
 MOST_RANKS = 8
@@ -54,7 +55,7 @@ class JaxLayouts(Subject):
     def dispatch(self, expert_ids_by_shard, layout, spec):
         """Each row is known by what it carries: the rank and the number of its token."""
         ids_TK = np.concatenate(expert_ids_by_shard)
-        metadata, rows_R2 = _dispatch(spec, layout)(_narrow(ids_TK), _names_of_tokens(expert_ids_by_shard, layout))
+        metadata, rows_R2 = _dispatch(spec, layout)(on_host(ids_TK), _names_of_tokens(expert_ids_by_shard, layout))
         ranks = [layout.rank(d, f, e) for d, f, e in np.ndindex(layout.data, layout.fsdp, layout.expert)]
         parts, found = [_by_rank(array, layout) for array in (*jax.tree.leaves(metadata), rows_R2)], []
         names = [*_METADATA, "rows_R2"]
@@ -159,7 +160,7 @@ def _layer(spec: LayerSpec, layout: ShardLayout):
 def _gradients(spec: LayerSpec, layout: ShardLayout):
     mesh = make_mesh(layout)
     tokens = NamedSharding(mesh, PartitionSpec(token_axes(layout)))
-    specs: Any = param_specs(_with_bias(LayerParams.init(spec), spec), spec, layout)
+    specs: Any = param_specs(with_bias(LayerParams.init(spec), spec), spec, layout)
 
     def run(x_TD, params, d_output_TD, inputs, buffer_fill):
         def loss(x_TD, params):
@@ -207,28 +208,14 @@ def _whole_by_rank(array: jax.Array, layout: ShardLayout) -> list[np.ndarray]:
 
 def _inputs(inputs: ShardedInputs) -> dict:
     """Keyword arguments of the layer; what is by shard becomes one array of all shards."""
-    own, rest = RouterInputs.from_named(inputs)
+    own, rest = split_inputs(inputs, ShardedInputs)
     masks = rest.get("token_mask_by_shard")
-    return {"token_mask_T": None if masks is None else _joined(masks), "inputs": own.map(_narrow)}
+    return {"token_mask_T": None if masks is None else _joined(masks), "inputs": own.map(on_host)}
 
 
 def _params(params: LayerParams, spec: LayerSpec, layout: ShardLayout) -> LayerParams:
-    return jax.tree.map(_narrow, place(_with_bias(params, spec), layout))
-
-
-def _with_bias(params: LayerParams, spec: LayerSpec) -> LayerParams:
-    """No balancing bias is one of zeros: one program less to compile."""
-    if params.expert_bias_E is None and spec.router.selector == "top_k":
-        return replace(params, expert_bias_E=np.zeros(spec.router.num_choices))
-    return params
+    return jax.tree.map(on_host, place(with_bias(params, spec), layout))
 
 
 def _joined(by_shard) -> np.ndarray:
-    return _narrow(np.concatenate(by_shard))
-
-
-def _narrow(array) -> np.ndarray:
-    """float64 and int64 become their 32-bit kinds, as everywhere in JAX without jax_enable_x64."""
-    array = np.asarray(array)
-    narrow = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
-    return array.astype(narrow.get(array.dtype, array.dtype))
+    return on_host(np.concatenate(by_shard))

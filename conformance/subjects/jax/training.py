@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from conformance.core.subject import Subject
-from conformance.subjects.jax.arrays import narrow, narrow_params
+from conformance.subjects.jax.arrays import narrow, narrow_params, on_host
 from moe_jax.balance import bias_update, tokens_per_expert
 from moe_jax.losses import balance_sums, loss_of_sums
 from moe_jax.routing import scale_logits
@@ -32,7 +32,7 @@ class JaxTraining(Subject):
                 counts = [np.zeros(E, np.int32) for E in sizes]
                 given = [own.expert_bias_E for own in params]
                 biases = [np.zeros(E) if b is None else b for E, b in zip(sizes, given, strict=True)]
-                biases = [np.asarray(narrow(bias_E)) for bias_E in biases]
+                biases = [on_host(bias_E) for bias_E in biases]
             elif event.kind == "step":
                 biases = [
                     bias_E if rule is None else np.asarray(_bias_update(counts_E, rule, bias_E))

@@ -6,10 +6,10 @@ from typing import Unpack
 import numpy as np
 import torch
 
-from conformance.core.inputs import LayerInputs
+from conformance.core.inputs import LayerInputs, split_inputs
 from conformance.core.subject import Subject
 from conformance.subjects.torch.arrays import single, tensor, tensor_if_any, to_canonical, to_inputs
-from moe_ref import CapacitySpec, LayerParams, LayerSpec, RouterInputs, RoutingRecord
+from moe_ref import CapacitySpec, LayerParams, LayerSpec, RoutingRecord
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation
 from moe_torch.moe import MoE
 from moe_torch.replay import capture, replay_layer
@@ -103,7 +103,7 @@ def _loaded(params: LayerParams, spec: LayerSpec, capacity: CapacitySpec | None 
 
 def _how(inputs: LayerInputs) -> dict:
     """Keyword arguments of the layer; its capacity is one of the module."""
-    own, rest = RouterInputs.from_named(inputs)
+    own, rest = split_inputs(inputs, LayerInputs)
     named = {"token_mask": tensor_if_any(rest.get("token_mask_T")), "inputs": to_inputs(own)}
     lengths = rest.get("sequence_lengths")
     return named if lengths is None else named | {"sequence_lengths": lengths}

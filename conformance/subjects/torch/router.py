@@ -5,10 +5,10 @@ from typing import Any, Unpack
 import numpy as np
 import torch
 
-from conformance.core.inputs import RouteInputs
+from conformance.core.inputs import RouteInputs, split_inputs
 from conformance.core.subject import Routing, Subject
 from conformance.subjects.torch.arrays import numpy_if_any, tensor, tensor_if_any, to_inputs
-from moe_ref import RouterInputs, RouterSpec
+from moe_ref import RouterSpec
 from moe_torch.router import Gate, NodeLimitedRouter
 from moe_torch.routing import route
 
@@ -20,7 +20,7 @@ class TorchRouter(Subject):
         self, logits_TE: np.ndarray, spec: RouterSpec, expert_bias_E: np.ndarray | None, **inputs: Unpack[RouteInputs]
     ) -> Routing:
         """Route without gradients; the seed becomes a generator."""
-        own, rest = RouterInputs.from_named(inputs)
+        own, rest = split_inputs(inputs, RouteInputs)
         with torch.no_grad():
             found = route(
                 tensor(logits_TE),

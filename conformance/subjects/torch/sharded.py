@@ -11,13 +11,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from conformance.core.inputs import ShardedInputs
+from conformance.core.inputs import ShardedInputs, split_inputs
 from conformance.core.subject import Subject
 from conformance.subjects.ranks import Ranks, shared
-from conformance.subjects.torch.arrays import single as _single
-from conformance.subjects.torch.arrays import tensor as _tensor
-from conformance.subjects.torch.arrays import to_canonical, to_inputs
-from moe_ref import LayerParams, LayerSpec, RouterInputs
+from conformance.subjects.torch.arrays import single, tensor, to_canonical, to_inputs
+from moe_ref import LayerParams, LayerSpec
 from moe_ref.specs.layout import AXES, ShardLayout
 from moe_torch.moe import MoE
 from moe_torch.parallel.collectives import Sent, recorded
@@ -80,15 +78,15 @@ def layer_on_rank(x_by_shard, params: LayerParams, spec: LayerSpec, layout: Shar
     shard = layout.shard_of(dist.get_rank())
     with torch.no_grad():
         return parallel_layer(params, spec, layout)(
-            _single(x_by_shard[shard]), **inputs_of(shard, spec, x_by_shard, inputs)
+            single(x_by_shard[shard]), **inputs_of(shard, spec, x_by_shard, inputs)
         ).numpy()
 
 
 def gradients_on_rank(x_by_shard, params, spec, layout, d_output_by_shard, inputs) -> dict[str, np.ndarray]:
     """The gradients of this rank's tokens, and of all parameters, as every rank sees them after the sums."""
     shard = layout.shard_of(dist.get_rank())
-    moe, x_TD = parallel_layer(params, spec, layout), _single(x_by_shard[shard]).requires_grad_()
-    moe(x_TD, **inputs_of(shard, spec, x_by_shard, inputs)).backward(_single(d_output_by_shard[shard]))
+    moe, x_TD = parallel_layer(params, spec, layout), single(x_by_shard[shard]).requires_grad_()
+    moe(x_TD, **inputs_of(shard, spec, x_by_shard, inputs)).backward(single(d_output_by_shard[shard]))
     sync_gradients(moe)
     assert x_TD.grad is not None
     by_name = {name: gradient.numpy() for name, gradient in full_tensors(moe, gradients=True).items()}
@@ -112,10 +110,10 @@ def mesh_of(*sizes: int) -> DeviceMesh:
 
 def inputs_of(shard: int, spec: LayerSpec, x_by_shard, inputs: dict) -> dict:
     """The layer's further inputs for one shard."""
-    whole, rest = RouterInputs.from_named(inputs)
+    whole, rest = split_inputs(inputs, ShardedInputs)
     masks = rest.get("token_mask_by_shard")
     return {
-        "token_mask": None if masks is None else _tensor(masks[shard]),
+        "token_mask": None if masks is None else tensor(masks[shard]),
         "inputs": to_inputs(whole.shards(spec.router, tuple(map(len, x_by_shard)))[shard]),
     }
 
@@ -126,7 +124,7 @@ def plan_on_rank(expert_ids_by_shard, layout: ShardLayout, spec: LayerSpec) -> d
     Rows carry where they come from: a token is (source, 1), and the weight on its input is the slot, counted from 1.
     """
     rank = dist.get_rank()
-    ids_TK = _tensor(np.asarray(expert_ids_by_shard[layout.shard_of(rank)], np.int64))
+    ids_TK = tensor(np.asarray(expert_ids_by_shard[layout.shard_of(rank)], np.int64))
     dispatcher = parallel_layer(None, spec, layout).dispatcher
     source = layout.coordinates(rank)[2]
     x_T2 = torch.tensor([[source, 1]], dtype=torch.float64).repeat(len(ids_TK), 1)

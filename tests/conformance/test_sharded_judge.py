@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from conformance.core.check import CHECKS
-from conformance.core.fault import first_killer
 from conformance.core.judge import Judge, Violation
 from conformance.core.register import of_stage
 from conformance.core.shrink import shrink
@@ -265,12 +264,6 @@ def test_a_case_has_its_one_rank_layer_and_its_router():
 def accused(subject: Subject, *names: str) -> tuple[Judge, dict[str, Violation]]:
     judge = Judge(subject)
     return judge, accuse(judge, ids=names)
-
-
-def test_every_fault_is_accused_by_its_own_requirement():
-    found = {name: first_killer(fault) for name, fault in FAULTS.items()}
-    accusers = {name: violation and violation.requirement for name, violation in found.items()}
-    assert accusers == {name: fault.requirement for name, fault in FAULTS.items()}
 
 
 class WrongRouter(Reference):
