@@ -22,3 +22,5 @@ class RouterCheck(Check):
     """Whether it is tried at every size of `sizes.py`; the others share them."""
     pairs: bool = False
     """Whether it is tried on every pair of what a case is made of (`pairs.py`)."""
+    few: bool = False
+    """Whether each of its cases costs programs of its own; then a subject that compiles is tried on few specs."""

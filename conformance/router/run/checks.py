@@ -39,7 +39,9 @@ def elsewhere(judge: Judge, case: RouterCase, *, fewer: bool = True) -> np.ndarr
     return order_T[: case.num_tokens - 2] if fewer or not judge.subject.compiles else order_T
 
 
-@requires("RUN-3", tokens=FEW, spec=by_token, logits=("separated", "close", "normal", "large", "negative", "huge"))
+@requires(
+    "RUN-3", few=True, tokens=FEW, spec=by_token, logits=("separated", "close", "normal", "large", "negative", "huge")
+)
 def a_token_is_routed_by_itself(judge, case):
     rows = elsewhere(judge, case, fewer=case.num_tokens in FEW)
     seen, alone = observe(judge, case), observe(judge, case.tokens(rows))
@@ -163,6 +165,7 @@ def hold_unchanged(arrays: dict[str, tuple]) -> None:
 
 @requires(
     "RUN-8",
+    few=True,
     tokens=FEW,
     spec=by_token,
     logits=("tied", "equal", "one_hot", "separated", "close", "saturated"),
