@@ -73,12 +73,12 @@ class Subject:
     """Whether the token shards of a layout have as many tokens each; then no others are tried."""
 
     def __init_subclass__(cls, **how: Any):
-        """`supports`, `supports_layer` and `supports_load` may raise a ValueError: it is the sentence that says no.
+        """A ValueError in `supports` or its like is the sentence that says no.
 
-        So do specs that are made of some fields of another one, to compare with it.
+        It comes from a spec that the method makes of some fields of another one, to compare with it.
         """
         super().__init_subclass__(**how)
-        for name in ("supports", "supports_layer", "supports_load"):
+        for name in ("supports", "supports_layer", "supports_load", "supports_training"):
             if name in vars(cls):
                 setattr(cls, name, _refusing(vars(cls)[name]))
 

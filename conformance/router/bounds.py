@@ -47,7 +47,7 @@ def logit_error(case: RouterCase, dtype: str) -> np.ndarray:
     """Absolute error of each scaled logit."""
     spec = case.spec
     z_TE = np.abs(np.nan_to_num(case.reference.scaled_logits_TE[:, : spec.num_choices], neginf=0.0))
-    if spec.logit_scale == 1 and spec.logit_softcap is None:
+    if not spec.scales_logits:
         return np.zeros_like(z_TE)
     return (4 * EPSILON[dtype] + 2 * coarseness(case)) * z_TE
 
