@@ -58,17 +58,15 @@ class Subject:
     name: str = ""
     """Shown in reports; empty: the class name in lower case."""
     version: str = ""
-    url: str = ""
+    """Shown beside it."""
     logit_dtypes: tuple[str, ...] = ("float32",)
     """dtypes in which `route` takes logits: float32, float64, float16, bfloat16 (as ml_dtypes arrays)."""
     compute_dtype: str = "float32"
     """dtype in which it computes; the bounds of the comparison follow from it."""
-
     expert_dtype: str = "float32"
     """dtype of the experts' arithmetic, where it is narrower than compute_dtype (torchtitan: bfloat16)."""
     compiles: bool = False
     """Whether each new spec and number of tokens costs a compilation; then fewer sizes are tried."""
-
     equal_shards: bool = False
     """Whether the token shards of a layout have as many tokens each; then no others are tried."""
 

@@ -1,4 +1,4 @@
-"""conformance, the comparison: bounds from one table, and which selections rounding can explain.
+"""conformance, router, bounds: how far rounding reaches, from one table, and which selections rounding can explain.
 
 Errors are relative to the number itself: weights and scores have no cancellation, so each is bounded by a few
 roundings plus what a rounded exponent does to exp (one rounding of z shifts exp(z) by |z| of them).
@@ -15,8 +15,6 @@ from moe_ref.routing import factor_of, gather, kept_experts, normalise, scale_we
 
 ROUNDINGS = 16
 """Roundings granted to a score or weight besides those of exp's argument: sums, divisions, library exp (4 ulp)."""
-
-
 LOW_PRECISION = ("bfloat16", "float16")
 """dtypes of logits that are narrower than float32, in which scores and weights may be handed on."""
 SETS_AT_A_TIME = 1024

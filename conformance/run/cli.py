@@ -65,7 +65,7 @@ def parser() -> Parser:
         action="append",
         default=[],
         metavar="STAGE",
-        help=f"of this stage alone, or of these: {', '.join(STAGES)}",
+        help=f"of this stage alone; given several times, of these. One of {', '.join(STAGES)}",
     )
     run.add_argument("--deviations", action="append", default=[], metavar="FILE", help="TOML of known deviations")
     run.add_argument("--report", type=Path, metavar="DIR", help="write report.json, report.md and junit.xml there")
