@@ -14,6 +14,7 @@ class RouterCheck(Check):
 
     method: str = "route"
     logits: tuple[str, ...] = ("separated", "normal", "large", "negative")
+    """Kinds of logits; `draw.py` has them all."""
     bias: tuple[str, ...] = ("none", "mixed", "negative", "positive")
     """Kinds of expert_bias."""
     dtypes: tuple[str, ...] = ("float32", "float64", "bfloat16", "float16")

@@ -1,4 +1,4 @@
-"""conformance, what is generated: specs from a bounded pool, and for each the logits, biases and further inputs.
+"""conformance, router, what is drawn: specs from a bounded pool, and for each the logits, biases and further inputs.
 
 The pool is bounded so that compiled code is reused; the data vary freely, all of them from one seed.
 """

@@ -4,14 +4,15 @@ import numpy as np
 
 from conformance.core.judge import Crash, Judge, Violation, accuse
 from conformance.router.case import RouterCase
+from conformance.router.draw import LOGITS
 from conformance.router.kind import requires
 from conformance.router.observation import RUNS, Observation, given_to, observe, routed
-from conformance.router.predicates import ALL_KINDS, by_token
+from conformance.router.predicates import by_token
 from conformance.router.verdicts import differ, unused
 from moe_ref import UNUSED
 
 
-@requires("RUN-1", logits=ALL_KINDS)
+@requires("RUN-1", logits=LOGITS)
 def a_router_runs_every_case_that_it_supports(judge, case):
     routed(judge, case)
 
