@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from moe_ref.specs.layer import ExpertSpec
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation, weighted_sum
+from moe_torch.parts import OverRanks
 
 CHUNK_ROWS = 512
 """Rows of one expert that the loop works on at a time: few enough for the cache, enough for the matmul."""
@@ -117,7 +118,7 @@ def _activation_backward(d_RF: Tensor, z_RF: Tensor, act: Activation) -> Tensor:
     return torch.ops.aten.threshold_backward(d_RF if act.name == "relu" else 2 * d_RF * z_RF, z_RF, 0)
 
 
-class GroupedExperts(nn.Module):
+class GroupedExperts(OverRanks, nn.Module):
     """Feed-forward networks side by side: w2(act(w1(x)) * w3(x)), or w2(act(w1(x))) where they are not gated.
 
     Names and shapes of the weights are torchtitan's. Rows are computed in the dtype of the weights, or in that of
@@ -156,10 +157,11 @@ class GroupedExperts(nn.Module):
     def reset_parameters(self) -> None:
         """Weights have variance 1 / fan-in, biases are 0."""
         for name, weight in self.named_parameters():
+            own, generator = self.to_fill(weight)
             if name.startswith("w"):
-                nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+                nn.init.normal_(own, std=weight.shape[-1] ** -0.5, generator=generator)
             else:
-                nn.init.zeros_(weight)
+                nn.init.zeros_(own)
 
     def forward(self, x_RD: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
         """The experts' outputs for rows that are sorted by expert; rows past the last group hold anything.
@@ -185,7 +187,7 @@ class GroupedExperts(nn.Module):
         """The rows and the weights (w1, w2, w3, b1, b2, b3) in the dtype to compute in."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w1_EFD.dtype
-        weights = (self.w1_EFD, self.w2_EDF, self.w3_EFD, self.b1_EF, self.b2_ED, self.b3_EF)
+        weights = (self.own(name) for name in ("w1_EFD", "w2_EDF", "w3_EFD", "b1_EF", "b2_ED", "b3_EF"))
         return x.to(dtype), tuple(None if w is None else w.to(dtype) for w in weights)
 
 

@@ -24,6 +24,7 @@ from moe_torch.balance import add_counts, tokens_per_expert
 from moe_torch.capacity import apply_capacity
 from moe_torch.dispatcher import LocalTokenDispatcher, TokenDispatcher
 from moe_torch.experts import Activation, GroupedExperts, hide, run_experts
+from moe_torch.parts import Linear
 from moe_torch.router import Gate, NodeLimitedRouter
 from moe_torch.routing import Routing
 
@@ -34,7 +35,7 @@ class SharedExperts(nn.Module):
     The factor of a shared expert multiplies its hidden values; without biases that is the same as its output.
     """
 
-    w3: nn.Linear | None
+    w3: Linear | None
     token_gate: Gate | None
 
     def __init__(self, spec: ExpertSpec, num_experts: int, *, token_gate: bool, device=None, dtype=None):
@@ -42,9 +43,9 @@ class SharedExperts(nn.Module):
         width = num_experts * spec.hidden_dim
         self.num_experts = num_experts
         self.activation = Activation.of(spec)
-        self.w1 = nn.Linear(spec.dim, width, bias=False, device=device, dtype=dtype)
-        self.w2 = nn.Linear(width, spec.dim, bias=False, device=device, dtype=dtype)
-        self.w3 = nn.Linear(spec.dim, width, bias=False, device=device, dtype=dtype) if spec.gated else None
+        self.w1 = Linear(spec.dim, width, bias=False, device=device, dtype=dtype)
+        self.w2 = Linear(width, spec.dim, bias=False, device=device, dtype=dtype)
+        self.w3 = Linear(spec.dim, width, bias=False, device=device, dtype=dtype) if spec.gated else None
         self.token_gate = Gate(spec.dim, 1, bias=False, device=device, dtype=dtype) if token_gate else None
 
     def reset_parameters(self) -> None:

@@ -48,6 +48,7 @@ LAYOUTS = {
     "EP 4, TP 2, replicated": ((5,), {"expert": 4, "tensor": 2, "strategy": "replicated"}),
     "DP 2, EP 2": ((3, 2, 0, 5), {"data": 2, "expert": 2}),
     "FSDP 2": ((3, 5), {"fsdp": 2}),
+    "FSDP 2, placed": ((3, 5), {"fsdp": 2, "placement": PLACED}),
     "FSDP 2, EP 2": ((3, 0, 2, 5), {"fsdp": 2, "expert": 2}),
     "DP 2, FSDP 2, EP 2": ((3, 0, 2, 5, 1, 1, 7, 0), {"data": 2, "fsdp": 2, "expert": 2}),
     "FSDP 2, EP 2, TP 2, placed": ((3, 0, 2, 5), {
