@@ -169,9 +169,10 @@ def save_on_rank(spec: LayerSpec, params, layout: ShardLayout, batches, folder: 
     train(model, optimizer, hook, batches[:2], layout, "same mesh")
     model_state, optimizer_state = get_state_dict(model, optimizer)
     dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
-    saved, full = whole(model), get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    saved, state = whole(model), get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    full = {name: value.numpy().copy() for name, value in state.items()}
     train(model, optimizer, hook, batches[2:], layout, "same mesh")
-    return saved, {name: value.numpy().copy() for name, value in full.items()}, whole(model)
+    return saved, full, whole(model)
 
 
 def load_on_rank(spec: LayerSpec, params, layout: ShardLayout, batches, folder: Path) -> tuple[dict, dict]:

@@ -73,7 +73,7 @@ LAYOUTS = {
 WITH = {
     "biases": (
         "nodes of 4", "EP 2, TP 2, chunks", "FSDP 2, EP 2, TP 2, placed", "EP 4, placed",
-        "FSDP 3, EP 2, experts padded",
+        "FSDP 3, EP 2, experts padded", "FSDP 2, placed",
     ),
     "weight on the input": (
         "TP 4", "EP 8, uneven", "EP 4, chunks", "nodes of 2, placed", "EP 4, TP 2, replicated",
