@@ -20,6 +20,7 @@ from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
 from moe_ref.specs.params import LayerParams
 from moe_ref.specs.router import RouterSpec
+from moe_torch import flops  # noqa: F401  (registers what is counted)
 from moe_torch.balance import add_counts, tokens_per_expert
 from moe_torch.capacity import apply_capacity
 from moe_torch.dispatcher import LocalTokenDispatcher, TokenDispatcher

@@ -239,3 +239,19 @@ def meta_on_rank(spec: LayerSpec, params, layout: ShardLayout, way: str) -> dict
         moe.load_state_dict(one.state_dict())
     own = {n: (v.to_local() if isinstance(v, DTensor) else v).detach().numpy() for n, v in moe.named_parameters()}
     return own | {name: value.numpy() for name, value in moe.named_buffers()}
+
+
+def second_order(moe: MoE, x_TD: Tensor) -> dict[str, np.ndarray]:
+    """Gradients of the squared gradient of the tokens, of the tokens and of each parameter."""
+    x_TD.requires_grad_()
+    (d_x_TD,) = torch.autograd.grad(moe(x_TD).square().sum(), x_TD, create_graph=True)
+    d_x_TD.square().sum().backward()
+    assert x_TD.grad is not None
+    found = {name: p.grad for name, p in moe.named_parameters() if p.grad is not None}
+    full = {name: (g.full_tensor() if isinstance(g, DTensor) else g).numpy() for name, g in found.items()}
+    return {"x": x_TD.grad.numpy()} | full
+
+
+def second_order_on_rank(spec: LayerSpec, params, layout: ShardLayout, x_TD) -> dict[str, np.ndarray]:
+    """The same of this rank's tokens, and of all parameters."""
+    return second_order(parallel_layer(params, spec, layout), own_tokens(x_TD, layout))
