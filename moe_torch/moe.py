@@ -70,7 +70,10 @@ class MoE(nn.Module):
 
     `tokens_per_expert` counts the tokens of each choice, before any capacity, over the training steps since it was last
     set to zero; the balancing step (`bias_hook.py`) reads it and moves `router.expert_bias`. A forward pass that
-    activation checkpointing repeats counts once.
+    activation checkpointing repeats counts once. No state dict has it, and `load_state_dict` sets it to zero.
+
+    A layer from the meta device is filled by `to_empty` and then `reset_parameters` or `load_state_dict`, or by
+    `load_state_dict(..., assign=True)`.
 
     Args:
         spec: what is computed.
@@ -109,6 +112,7 @@ class MoE(nn.Module):
         # Integers, which .to(torch.bfloat16) leaves alone: bfloat16 cannot count past 256.
         counts_E = torch.zeros(router.num_choices, dtype=torch.int64, device=device)
         self.register_buffer("tokens_per_expert", counts_E, persistent=False)
+        self.register_load_state_dict_post_hook(_forget_counts)
 
     def reset_parameters(self) -> None:
         """New parameters, no balancing bias, and nothing counted."""
@@ -184,7 +188,8 @@ class MoE(nn.Module):
 
         if mask_T is not None:
             output_TD = output_TD.masked_fill(~mask_T[:, None], 0)
-        return output_TD.reshape(x.shape), routing
+        # No view: what is done to a view in place takes FSDP2's hook away.
+        return torch.ops.aten._unsafe_view(output_TD.contiguous(), x.shape), routing
 
     def limit(
         self, routing: Routing, capacity: CapacitySpec, token_mask_T: Tensor | None, sequence_lengths: Sequence[int]
@@ -258,6 +263,16 @@ class MoE(nn.Module):
         _copy(shared.w2.weight, _turned(params.shared_w_down_SFD.reshape(-1, self.spec.experts.dim)))
         _copy(None if shared.w3 is None else shared.w3.weight, _turned(params.shared_w_up_SDF))
         _copy(None if shared.token_gate is None else shared.token_gate.weight, params.shared_token_gate_D)
+
+
+def _forget_counts(moe: nn.Module, _keys: Any) -> None:
+    """A state dict has no counts: those of a layer that takes one are of other numbers, or whatever memory held."""
+    assert isinstance(moe, MoE)
+    if moe.tokens_per_expert.is_meta:
+        device = moe.router.gate.weight.device  # not meta any more where the tensors were assigned
+        moe.tokens_per_expert = torch.zeros_like(moe.tokens_per_expert, device=device)
+    else:
+        moe.tokens_per_expert.zero_()
 
 
 def _lengths(x: Tensor) -> list[int]:

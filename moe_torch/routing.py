@@ -261,8 +261,10 @@ def normalise(
     numerator_TK = torch.where(vanishing_T1, in_norm_TK.detach(), in_norm_TK)
     denominator_T1 = torch.where(vanishing_T1, divisor_T1.detach(), divisor_T1)
     normed_TK = numerator_TK / torch.where(denominator_T1 == 0, 1, denominator_T1)
+    if in_norm_TK is raw_weights_TK:
+        return normed_TK, shared_scores_TS
     K = raw_weights_TK.shape[-1]
-    return normed_TK[:, :K], (normed_TK[:, K:] if spec.norm_with_shared else shared_scores_TS)
+    return normed_TK[:, :K], normed_TK[:, K:]
 
 
 def norm(weights_TK: Tensor, p: float) -> Tensor:
