@@ -235,10 +235,18 @@ class MoE(nn.Module):
     def load_params(self, params: LayerParams) -> None:
         """Takes over the parameters of moe_ref, in its canonical layout; the dtype stays this layer's.
 
+        Over ranks every rank makes this call, with the whole layer's parameters.
+
         Raises:
             ValueError: a parameter is missing, or has another shape than the spec asks for.
         """
         params.check(self.spec)
+        if self.router.part is not None:
+            # Over ranks: each takes its part of a whole layer's state.
+            whole = MoE(self.spec, device="cpu", dtype=torch.float64)
+            whole.load_params(params)
+            self.load_state_dict(whole.state_dict())
+            return
         gated = self.spec.experts.gated
         # Without a gate the activation stands on the up projection, and that is w1.
         w1_EDF, b1_EF = (params.w_gate_EDF, params.b_gate_EF) if gated else (params.w_up_EDF, params.b_up_EF)

@@ -5,6 +5,9 @@
     moe(x).backward(d_output)                               # each rank with its own tokens
     sync_gradients(moe)
 
+Parameters are DTensors then, of the whole layer's names and shapes (`params.py`): checkpoints, clipping and optimizers
+are PyTorch's own.
+
 Axes of the mesh, each of which may be absent: data and fsdp (other tokens, the same layer), expert (other experts),
 tensor (other columns of the same experts, the same tokens). The same code runs on NCCL and on gloo.
 
@@ -16,7 +19,8 @@ all tokens would. Who wants a mean over ranks divides the loss.
 * Router and shared experts: each rank knows its own tokens alone, so the sum over the expert axis is missing as well.
   Where ranks have the same tokens (the tensor axis; with some strategies the expert axis) the partial gradients
   of what enters the experts are summed in the backward pass itself, and nothing is missing.
-* With FSDP2 the sums over data and fsdp are its own reduce-scatter and all-reduce, set to sum instead of to average.
+* With FSDP2 the sums over data and fsdp are its own reduce-scatter and all-reduce, set to sum instead of to average. It
+  also sums over the expert axis what is partial there, and leaves nothing to `sync_gradients`.
 """
 
 from typing import Any
@@ -61,6 +65,10 @@ def unsupported(layout: ShardLayout) -> str | None:
 
 def parallelize(moe: MoE, mesh: DeviceMesh, layout: ShardLayout, **fully_shard_options: Any) -> MoE:
     """Leaves each rank its own part of a whole layer, which is the same on all ranks; changes it, and returns it.
+
+    The rest of a model may lie over the ranks in any way. Where it is DTensors on the same mesh (`fully_shard(model,
+    mesh=mesh, ignored_params=set(moe.parameters()))`), torch's clipping takes all parameters at once; else
+    `moe_torch.parallel.clip_grad_norm_` does.
 
     Args:
         moe: on any device, meta included.

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from moe_torch.experts import GroupedExperts
+from moe_torch.modes import transformed
 from moe_torch.moe import MoE
 from moe_torch.parallel.collectives import Parallel
 from moe_torch.parallel.dispatch import ParallelTokenDispatcher
@@ -50,6 +51,10 @@ class PartOfRank:
         """The numbers of this rank; the down bias is added to a sum over tensor ranks: 0 on all but the first."""
         if not isinstance(parameter, DTensor):
             return parameter  # FSDP2 gathers what lies over no other axis as plain tensors
+        if transformed():
+            raise RuntimeError(
+                "torch.func and forward-mode AD do not reach over ranks; torch.autograd does, to any order"
+            )
         value = parameter.to_local(grad_placements=self.placements_of_gradient(name, parameter))
         if name == "b2_ED" and not self.is_first_tensor_rank:
             return value.masked_fill(torch.ones((), dtype=torch.bool, device=value.device), 0)

@@ -195,9 +195,11 @@ def take_back_on_rank(spec: LayerSpec, params, others, layout: ShardLayout) -> d
     one = MoE(spec)
     one.load_params(params)
     plain, found = one.state_dict(), {}
-    for way in ("load_state_dict, whole", "load_state_dict, over ranks", "set_model_state_dict"):
+    for way in ("load_params", "load_state_dict, whole", "load_state_dict, over ranks", "set_model_state_dict"):
         moe = parallel_layer(others, spec, layout)
-        if way == "load_state_dict, whole":
+        if way == "load_params":
+            moe.load_params(params)
+        elif way == "load_state_dict, whole":
             moe.load_state_dict(plain)
         elif way == "load_state_dict, over ranks":
             moe.load_state_dict(parallel_layer(params, spec, layout).state_dict())
@@ -255,3 +257,13 @@ def second_order(moe: MoE, x_TD: Tensor) -> dict[str, np.ndarray]:
 def second_order_on_rank(spec: LayerSpec, params, layout: ShardLayout, x_TD) -> dict[str, np.ndarray]:
     """The same of this rank's tokens, and of all parameters."""
     return second_order(parallel_layer(params, spec, layout), own_tokens(x_TD, layout))
+
+
+def refused_transform_on_rank(spec: LayerSpec, layout: ShardLayout) -> str:
+    """The error of torch.func over ranks."""
+    moe = parallel_layer(None, spec, layout)
+    try:
+        torch.func.grad(lambda x_TD: moe(x_TD).sum())(torch.ones(3, spec.experts.dim))
+    except RuntimeError as error:
+        return str(error)
+    return ""

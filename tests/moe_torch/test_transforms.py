@@ -219,3 +219,10 @@ def test_a_parallel_layer_has_the_gradient_of_a_gradient(strategy):
     for own in found:
         for name, value in wanted.items():
             assert error(own[name], value) < 1e-4, name
+
+
+def test_torch_func_over_ranks_is_an_error_that_says_what_does():
+    layout = ShardLayout(expert=2)
+    call = states_on_ranks.refused_transform_on_rank, SHARDED["biases"], layout
+    for message in shared("conformance.subjects.torch.sharded").run(2, *call):
+        assert "torch.func and forward-mode AD do not reach over ranks; torch.autograd does" in message
