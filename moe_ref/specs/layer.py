@@ -4,10 +4,13 @@ A spec says *what* a layer computes, never how. Each field past the first few de
 lists only what a model has.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Self
 
 from moe_ref.specs.base import Spec
 from moe_ref.specs.checks import integer, number, one_of, require
+from moe_ref.specs.readers import hf
 from moe_ref.specs.router import RouterSpec
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -151,3 +154,40 @@ class LayerSpec(Spec):
         """Nested dicts of the fields that differ from their default, JSON-ready; `from_dict` reads it back."""
         found = super().to_dict() | {"router": self.router.to_dict(), "experts": self.experts.to_dict()}
         return found if self.shared is None else found | {"shared": self.shared.to_dict()}
+
+    @classmethod
+    def from_hf(cls, config: Any, *, ignore: Iterable[str] = ()) -> Self:
+        """The layer of a config of huggingface: of all its MoE layers, which are the same.
+
+        Args:
+            config: a dict, the path of a config.json or of its folder, or a config object of transformers.
+            ignore: keys that the reader does not know, and that do not concern the MoE layers.
+
+        Raises:
+            ValueError: it is no config of a known model with experts; a key is unknown, or two contradict each other;
+                its layers differ (`layers_from_hf`); no LayerSpec describes them (`RouterSpec.from_hf`).
+        """
+        found = [layer for layer in cls.layers_from_hf(config, ignore=ignore) if layer is not None]
+        differ = next((i for i, layer in enumerate(found) if layer != found[0]), None)
+        require(
+            differ is None,
+            f"the MoE layers differ, the first from that number {differ} of them; LayerSpec.layers_from_hf(config) has "
+            "one for each decoder layer",
+        )
+        return found[0]
+
+    @classmethod
+    def layers_from_hf(cls, config: Any, *, ignore: Iterable[str] = ()) -> list[Self | None]:
+        """One layer for each decoder layer of a config of huggingface; None where it is dense. Errors as `from_hf`."""
+        reading = hf.read(config, ignore=ignore)
+        return [None if kind is None else _layer(cls, reading, i) for i, kind in enumerate(reading.kinds)]
+
+
+def _layer(cls, reading: hf.Reading, layer: int):
+    """One layer of a config; an error speaks of the user's keys."""
+    fields = reading.layer(layer)
+    parts: dict[str, Any] = {"router": RouterSpec, "experts": ExpertSpec, "shared": SharedSpec}
+    try:
+        return cls(**{name: parts[name](**value) if name in parts else value for name, value in fields.items()})
+    except ValueError as error:
+        raise ValueError(f"{reading.config.renamed(str(error))}, in {reading.config.what}") from error
