@@ -65,3 +65,14 @@ class Spec:
     def replace(self, **changes: Any) -> Self:
         """A copy with other values, validated again."""
         return replace(self, **changes)
+
+
+def first_difference(one: Spec, other: Spec) -> str:
+    """The first field in which two specs differ, with both values; '' where they are equal."""
+    for field in fields(one):
+        here, there = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(here, Spec) and isinstance(there, Spec) and here != there:
+            return f"{field.name}.{first_difference(here, there)}"
+        if here != there:
+            return f"{field.name} {here!r} and {there!r}"
+    return ""

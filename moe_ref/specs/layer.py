@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
-from moe_ref.specs.base import Spec
+from moe_ref.specs.base import Spec, first_difference
 from moe_ref.specs.checks import integer, number, one_of, require
 from moe_ref.specs.readers import hf
 from moe_ref.specs.router import RouterSpec
@@ -167,14 +167,15 @@ class LayerSpec(Spec):
             ValueError: it is no config of a known model with experts; a key is unknown, or two contradict each other;
                 its layers differ (`layers_from_hf`); no LayerSpec describes them (`RouterSpec.from_hf`).
         """
-        found = [layer for layer in cls.layers_from_hf(config, ignore=ignore) if layer is not None]
-        differ = next((i for i, layer in enumerate(found) if layer != found[0]), None)
-        require(
-            differ is None,
-            f"the MoE layers differ, the first from that number {differ} of them; LayerSpec.layers_from_hf(config) has "
-            "one for each decoder layer",
-        )
-        return found[0]
+        found = [(i, layer) for i, layer in enumerate(cls.layers_from_hf(config, ignore=ignore)) if layer is not None]
+        first, layer = found[0]
+        for other, there in found:
+            require(
+                there == layer,
+                f"MoE layers {first} and {other} differ ({first_difference(layer, there)}); "
+                "LayerSpec.layers_from_hf(config) has one for each decoder layer",
+            )
+        return layer
 
     @classmethod
     def layers_from_hf(cls, config: Any, *, ignore: Iterable[str] = ()) -> list[Self | None]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from moe_ref.specs import names
-from moe_ref.specs.base import Spec
+from moe_ref.specs.base import Spec, first_difference
 from moe_ref.specs.checks import integer, number, one_of, require
 from moe_ref.specs.readers import hf
 
@@ -232,14 +232,15 @@ class RouterSpec(Spec):
         It also reads model types whose layer no LayerSpec describes.
         """
         reading = hf.read(config, ignore=ignore)
-        found = [_router(cls, reading, layer) for layer in reading.sparse]
-        differ = [layer for layer, each in zip(reading.sparse, found, strict=True) if each != found[0]]
-        require(
-            not differ,
-            f"the routers of layers {reading.sparse[0]} and {differ[:1]} differ; LayerSpec.layers_from_hf(config) has one "
-            "for each decoder layer",
-        )
-        return found[0]
+        first = _router(cls, reading, reading.sparse[0])
+        for layer in reading.sparse:
+            other = _router(cls, reading, layer)
+            require(
+                other == first,
+                f"the routers of layers {reading.sparse[0]} and {layer} differ ({first_difference(first, other)}); "
+                "LayerSpec.layers_from_hf(config) has one for each decoder layer",
+            )
+        return first
 
     @classmethod
     def from_dict(cls, values: dict) -> Self:

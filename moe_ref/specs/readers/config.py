@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import copy
 from dataclasses import asdict, is_dataclass
-from fnmatch import fnmatchcase
+from difflib import get_close_matches
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,13 @@ class Config:
         strangers = ignored - self.values.keys()
         require(not strangers, f"ignore names {sorted(strangers)}, which the config does not have")
         known = self.read | set(self.synonyms)
-        unknown = sorted(key for key in self.values if key not in known | ignored and key not in irrelevant)
+        unknown = sorted(
+            key
+            for key, value in self.values.items()
+            if key not in known | ignored
+            and (key not in irrelevant or (key not in irrelevant.names and _near(key, self.read)))
+            and (value is not None or irrelevant.speaks_of_routing(key))
+        )
         if unknown:
             hint = nearest(unknown[0], known)
             more = f", nor are {', '.join(map(repr, unknown[1:8]))}" if len(unknown) > 1 else ""
@@ -158,22 +164,32 @@ class Config:
         return in_words_of(self.names, message)
 
 
-class Irrelevant:
-    """Keys that say nothing of the MoE layers: by name, or by pattern where no word of routing is in them."""
+def _near(key: str, names: Iterable[str]) -> bool:
+    """Whether a key looks like one of the names, misspelt."""
+    return bool(get_close_matches(key, names, n=1, cutoff=0.9))
 
-    def __init__(self, names: Iterable[str], patterns: Iterable[str] = (), routing_words: Iterable[str] = ()) -> None:
-        self.names, self.patterns, self.words = frozenset(names), tuple(patterns), tuple(routing_words)
+
+class Irrelevant:
+    """Keys that say nothing of the MoE layers: by name, or by a word of another part where no word of routing is."""
+
+    def __init__(self, names: Iterable[str], *, words: Iterable[str] = (), tokens: Iterable[str] = (),
+                 routing_words: Iterable[str] = ()) -> None:  # fmt: skip
+        self.names, self.words = frozenset(names), tuple(words)
+        self.tokens, self.routing_words = frozenset(tokens), tuple(routing_words)
 
     def __contains__(self, key: str) -> bool:
-        if key in self.names or key.rpartition(".")[2] in self.names:  # of a nested part made flat
+        last = key.rpartition(".")[2]  # of a nested part made flat
+        if key in self.names or last in self.names or last.startswith("_"):
             return True
-        key = key.rpartition(".")[2]
-        return not self.speaks_of_routing(key) and any(fnmatchcase(key, pattern) for pattern in self.patterns)
+        if self.speaks_of_routing(last):
+            return False
+        last = last.lower()
+        return any(word in last for word in self.words) or not self.tokens.isdisjoint(last.split("_"))
 
     def speaks_of_routing(self, key: str) -> bool:
         """Whether a word of routing is in the key."""
-        return any(word in key.lower() for word in self.words)
+        return any(word in key.lower() for word in self.routing_words)
 
     def and_also(self, names: Iterable[str]) -> "Irrelevant":
         """These, and more names."""
-        return Irrelevant(self.names | set(names), self.patterns, self.words)
+        return Irrelevant(self.names | set(names), words=self.words, tokens=self.tokens, routing_words=self.routing_words)

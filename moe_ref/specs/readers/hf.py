@@ -124,7 +124,7 @@ def language_part(values: Fields) -> tuple[Fields, Fields]:
             doubled = IRRELEVANT.speaks_of_routing(key) and outer[key] != found[key]
             require(not doubled, f"{key} is {outer[key]!r}, but in {name} {found.get(key)!r}")
         lost = sorted(key for key in outer.keys() - found.keys() if _speaks_of_experts(key))
-        require(not lost, f"{lost[:1]} stands beside {name}, which does not have it")
+        require(not lost, f"{lost[:1]} is beside {name}, not in it; the keys of the language model are read inside")
         return found, outer
     return values, {}
 

@@ -4,33 +4,37 @@ from moe_ref.specs.readers.config import Irrelevant
 
 ROUTING_WORDS = (
     "moe", "expert", "router", "routing", "routed", "route", "topk", "top_k", "gating", "score", "scoring", "renorm",
-    "shared", "sparse", "dense", "group", "n_activated", "zero_", "hash",
+    "shared", "sparse", "dense", "group", "n_activated", "zero_expert", "hash", "capacity", "swiglu", "activation_", "act_fn",
 )  # fmt: skip
-"""A key with one of these words is never irrelevant by a pattern, only by its name."""
+"""A key with one of these is never irrelevant by a word, only by its name."""
 
-PATTERNS = (
+WORDS = (
     # tokens, tokenizer, generation
-    "*_token_id", "*_token_ids", "*_token_index", "*_token", "*_tokens", "pad_*", "bos_*", "eos_*", "*vocab*", "max_*",
-    "min_*", "num_beam*", "*_penalty", "return_*", "output_*", "*_ngram*", "ngram_*", "*_words_ids", "forced_*",
-    "suppress_*", "*_suppress_*", "tokenizer*", "chat_template*", "generation_*", "id2label", "label2id", "tts_*",
+    "token", "vocab", "beam", "penalty", "return_", "output_", "ngram", "words_ids", "suppress", "template", "generation",
+    "label", "prompt", "stop_", "sampling", "logits", "max_len", "max_model", "max_seq", "seq_len", "seq_length", "length",
+    "context", "num_codes", "codebook", "reward", "classif",
     # attention, positions, recurrence
-    "attn_*", "*attention*", "*_attn_*", "*_attn", "rope*", "*rope*", "*rotary*", "*yarn*", "*head_dim*", "*_heads",
-    "*_heads_per_layer", "num_heads*", "*_lora_rank", "*window*", "swa_*", "*_swa_*", "qk_*", "*_qk_*", "qkv_*", "*_qkv*",
-    "q_*", "kv_*", "k_*", "v_*", "o_*", "rel_*", "index_*", "indexer_*", "mla_*", "kda_*", "mamba_*", "ssm_*", "conv_*",
-    "*_conv_*", "*_conv", "time_step*", "linear_*", "cca_*", "state_size", "chunk_size*", "alibi*", "local_*", "global_*",
-    "position_*", "*_positions", "*_position_*", "compress_*", "hc_*", "log_scaling_*", "sconv_*", "use_nope*", "no_rope*",
-    "lightning_*", "nope_*",
+    "attention", "attn", "rope", "rotary", "yarn", "head", "lora", "window", "position", "compress", "mamba", "conv",
+    "time_step", "linear", "chunk", "alibi", "causal", "mask", "sink", "flash", "sdpa", "indexer", "index_n", "index_head",
+    "index_k", "index_local", "index_init", "index_block", "log_scaling", "recurr", "state_", "lightning", "_period", "delta", "neighbor", "split_num",
     # norms, dropouts, starting values, embeddings
-    "*_eps", "*epsilon*", "*_norm", "*_norms", "norm_type", "*_norm_type", "layernorm_*", "layer_norm*", "*dropout*",
-    "*_drop", "*_pdrop", "initializer_*", "init_*", "*_init", "tie_*", "*embedding_multiplier", "embed_*", "*_embed_*",
-    "*embeddings*", "lm_head_*", "*_lm_head", "logits_*", "final_logit_*", "residual_*", "ple_*", "*layer_scale*",
+    "epsilon", "norm_type", "layernorm", "layer_norm", "rmsnorm", "rms_norm", "normalization_function", "dropout", "drop_rate",
+    "initializer", "init_", "embed", "residual", "softcapping", "layer_scale", "multiplier", "scale_factor",
     # further parts: prediction of further tokens, vision, audio
-    "mtp_*", "*_mtp", "*_mtp_*", "*nextn*", "vision_*", "visual_*", "*_vision_*", "image_*", "img_*", "video_*", "mm_*",
-    "audio_*", "speech_*", "codec_*", "talker_*", "projector_*", "*_projector*", "spatial_*", "temporal_*",
+    "nextn", "vision", "visual", "image", "video", "audio", "speech", "codec", "talker", "projector", "spatial", "temporal",
+    "patch", "pixel", "media", "anyres", "pooling", "resolution", "downsample", "fps", "multimodal", "modality", "language",
     # dtype, speed, files
-    "*dtype*", "torch_*", "torchscript", "quant*", "*_quant*", "transformers_version", "*_version", "cache_*", "*_cache",
-    "use_cache*", "_*", "auto_map", "compression_config", "unsloth_*", "kernel_*", "tensor_parallel*", "*_parallel_*",
+    "dtype", "torch", "quant", "version", "cache", "auto_map", "kernel", "fused", "parallel", "compressor", "checkpoint",
+    "precision", "_fp32", "fp32_", "bf16", "use_fp", "impl_type", "implementation", "backend", "memory", "offload", "jit",
 )  # fmt: skip
+"""A key with one of these is about another part of a model, or about how it is run."""
+
+TOKENS = frozenset((
+    "bos", "eos", "pad", "eod", "sep", "cls", "tts", "qk", "kv", "qkv", "q", "k", "v", "o", "rel", "mla", "kda", "ssm", "cca",
+    "hc", "swa", "nope", "eps", "mtp", "mm", "img", "ctx", "tie", "lm", "vit", "ple", "cli", "oe", "lsa", "dsa", "gqa", "mha",
+    "cla", "expand", "postnorm", "prenorm", "seed", "tp", "pp",
+))  # fmt: skip
+"""As `WORDS`, but between underscores."""
 
 NAMES = (
     # what every config of transformers may have
@@ -69,6 +73,13 @@ NAMES = (
     # whether there is a balancing bias, which is a weight
     "use_routing_bias", "use_expert_bias", "use_moe_router_bias", "moe_router_enable_expert_bias", "moe_use_router_bias",
     "enable_expert_bias",
+    "num_attention_groups", "normalization_function", "zero_centered", "moe_token_dispatcher_type", "moe_permute_fusion",
+    "moe_router_fusion", "moe_router_load_balancing_type", "moe_router_bias_update_rate", "router_load_balancing_type",
+    "moe_aux_loss_coef", "moe_router_padding_for_fp8", "mlp_intermediate_size", "sparse_attention_config", "rm_head",
+    "activation_dropout", "n_group_norm", "group_size", "moe_layer_recompute", "moe_extended_tp", "talker_config",
+    "code2wav_config", "speaker_id", "local_layer_ids", "hybrid_layer_ids", "num_query_groups", "scale_emb", "dim_model_base", "n_inner",
+    "multi_query", "normalization_type", "norm_bias", "use_post_norm", "pre_norm", "num_decoder_layers", "depth", "mtp_hybrid_override_pattern", "mtp_layers_block_type", "model_file", "weight_format", "use_shared_embedding", "model_name", "for_llm_compressor",
+    "act_dropout", "hidden_dropout", "activation_checkpointing", "sparse_attention_freq", "block_length", "mlp_type",
     # sampling parameters, under names that the routing has elsewhere
     "top_k", "norm_eps", "num_groups", "output_scores", "index_topk", "index_topk_freq", "index_topk_pattern",
     "index_skip_topk_offset", "index_topk_blocks", "index_share_for_mtp_iteration", "use_sparse_attention",
@@ -78,4 +89,4 @@ NAMES = (
 SAMPLING = frozenset(("top_k",))
 """Sampling parameters of old files whose names speak of the routing elsewhere."""
 
-IRRELEVANT = Irrelevant(NAMES, PATTERNS, ROUTING_WORDS)
+IRRELEVANT = Irrelevant(NAMES, words=WORDS, tokens=TOKENS, routing_words=ROUTING_WORDS)

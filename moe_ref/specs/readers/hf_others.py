@@ -37,11 +37,17 @@ FLAGS = {
     "moe_apply_router_weight_on_input": lambda router: router.get("weight_on", "output") == "input",
     "apply_router_weight_on_input": lambda router: router.get("weight_on", "output") == "input",
     "moe_router_use_sigmoid": lambda router: router.get("score_func", "softmax") == "sigmoid",
+    "moe_router_enable_routed_scaling": lambda router: True,
+    "moe_router_enable_shared_expert": lambda router: True,
+    "use_moe": lambda router: True,
+    "multi_gate": lambda router: False,
 }
+"""Key -> whether it is true of a router."""
+ALWAYS = {"moe_layer_freq": (1,), "moe_every_n_layer": (1,), "moe_layer_offset": (0,), "shared_moe_mode": ("softmax", "sigmoid")}
+"""Key -> what it says where the layers are all of one kind, or where it has no meaning."""
 LAYERS = {
-    "first_k_dense_replace": prefix("first_k_dense_replace", every="moe_layer_freq"),
+    "first_k_dense_replace": prefix("first_k_dense_replace"),
     "num_dense_layers": prefix("num_dense_layers"),
-    "moe_layer_freq": prefix("first_k_dense_replace", 0, every="moe_layer_freq"),
     "mlp_layer_types": types(lambda config, depth: ["moe"] * depth),
     "mlp_only_layers": steps,
     "decoder_sparse_step": steps,
@@ -78,6 +84,13 @@ def check_others(config: Config, router: Fields, sizes: Fields, kinds: list[str 
     _method(config, router)
     for name, holds in FLAGS.items():
         _one(config, name, (holds(router),))
+    for name, valid in ALWAYS.items():
+        if not isinstance(config.values.get(name), list):
+            _one(config, name, valid)
+    if "moe_layer_freq" not in config.read and config.has("moe_layer_freq"):
+        said = flagged("moe_layer_freq", lambda config, depth: ["moe"] * depth)(config, len(kinds))
+        same = [kind is None for kind in said] == [kind is None for kind in kinds]
+        require(same, f"moe_layer_freq says that other layers are sparse than {config.what} has")
     if "use_grouped_topk" in config.values:  # which means nothing with one group
         valid = (True,) if groups and groups > 1 else (True, False)
         _one(config, "use_grouped_topk", valid)
@@ -122,6 +135,5 @@ def _one(config: Config, name: str, valid: tuple[Any, ...]) -> None:
     config.read.add(name)
     require(
         value is None or not entries - set(valid),
-        f"{name} is {value!r}, which {config.what} does not read; what it computes has "
-        f"{' or '.join(map(repr, dict.fromkeys(valid)))} there",
+        f"{name} is {value!r}; {config.what} does not read it, and computes {' or '.join(map(repr, dict.fromkeys(valid)))}",
     )

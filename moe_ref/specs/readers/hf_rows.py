@@ -51,7 +51,9 @@ OWN_WIDTH = Shared(width="shared_expert_intermediate_size")
 GATED = Shared(width="shared_expert_intermediate_size", gate="sigmoid")
 NARROW: dict[str, Any] = {"width": "intermediate_size"}
 NO_MLP_BIAS = {"mlp_bias": (False,)}
-FIRST_DENSE = types(prefix("first_k_dense_replace", 1, every="moe_layer_freq"), flags="moe_layer_freq")
+FIRST_DENSE = types(prefix("first_k_dense_replace", 1))
+EACH_FREQ = types(prefix("first_k_dense_replace", 1, every="moe_layer_freq"))
+FLAGGED = types(prefix("first_k_dense_replace", 1), flags="moe_layer_freq")
 
 
 def row(names: str, router: dict[str, str], *fixed: Fields, family: str = "", **others) -> Row:
@@ -208,15 +210,15 @@ ROWS = (
     deepseek_v3("glm_moe_dsa", also={"num_experts": "n_routed_experts"}, only=NO_MLP_BIAS),
     deepseek_v3("glm5_next_text glm5_next", clamp="swiglu_limit", layers=types(prefix("first_k_dense_replace", 3)),
                 shared=Shared(count="n_shared_experts", clamp="same"), activation=""),
-    deepseek_v3("dots1", layers=prefix("first_k_dense_replace", every="moe_layer_freq"),
+    deepseek_v3("dots1", layers=prefix("first_k_dense_replace"),
                 only={"scoring_func": ("sigmoid", "noaux_tc")}),
     deepseek_v3("dots3_note_text dots3_note", only=NO_MLP_BIAS,
                 shared=Shared(count="n_shared_experts", each="shared_experts_intermediate_size")),
-    deepseek_v3("solar_open", layers=prefix("first_k_dense_replace", 0, every="moe_layer_freq")),
-    deepseek_v3("axk1", cannot="a norm follows the sum of routed and shared output"),
-    deepseek_v3("axk2", DEEPSEEK, FILL_0),
+    deepseek_v3("solar_open", layers=prefix("first_k_dense_replace", 0)),
+    deepseek_v3("axk1", layers=EACH_FREQ, cannot="a norm follows the sum of routed and shared output"),
+    deepseek_v3("axk2", DEEPSEEK, FILL_0, layers=EACH_FREQ),
     deepseek_v3("hy_v4", clamp="swiglu_limit", activation="", layers=types(prefix("first_k_dense_replace", 1))),
-    deepseek_v3("mimo_v2_flash", shared=None),
+    deepseek_v3("mimo_v2_flash", shared=None, layers=FLAGGED),
     deepseek_v3("exaone_moe", SIZES | GROUPS | NORM | SCALE, shared=COUNTED_2, layers=types(
         flagged("is_moe_layer", prefix("first_k_dense_replace", 1))), also={
             "first_last_k_dense_replace": "first_k_dense_replace"}),
@@ -231,11 +233,11 @@ ROWS = (
     deepseek_v3("beam", SIZES | GROUPS | NORM | {"output_scale": "routed_scaling_factor"}, shared=None,
                 layers=types(prefix("first_k_dense_replace", 3))),
     # Softmax with groups.
-    deepseek_v2("deepseek_v2", only=NO_MLP_BIAS, layers=prefix("first_k_dense_replace", 0, every="moe_layer_freq")),
+    deepseek_v2("deepseek_v2", only=NO_MLP_BIAS, layers=prefix("first_k_dense_replace", 0)),
     deepseek_v2("deepseek_ocr2_text deepseek_ocr2", only=NO_MLP_BIAS),
     deepseek_v2("unlimited_ocr_text unlimited_ocr", only=NO_MLP_BIAS),
     row("mistral4", DEEPSEEK, EPS_20, FILL_0, shared=COUNTED,
-        layers=prefix("first_k_dense_replace", 0, every="moe_layer_freq")),
+        layers=prefix("first_k_dense_replace", 0)),
     row("mistral_large4_text mistral_large4", ROUTED | GROUPS | SCALE, NORMED, EPS_20, FILL_0, shared=COUNTED,
         layers=FIRST_DENSE, also={"num_experts": "n_routed_experts"}),
     # Sigmoid or sqrtsoftplus without groups.
@@ -313,7 +315,7 @@ ROWS = (
     row("ernie4_5_vl_moe_text ernie4_5_vl_moe ernie4_5_moe_vl", ERNIE, NORMED, {"norm_form": "clamp"},
         shared=Shared(count="moe_num_shared_experts"), cannot=ERNIE_VL["prefix"], only={"use_bias": (False,)},
         layers=types(prefix("first_k_dense_replace", 1))),
-    row("longcat_flash", {"num_experts": "n_routed_experts", "top_k": "moe_topk", "num_null_experts": "zero_expert_num"}
+    row("longcat_flash longcat_flash_ngram", {"num_experts": "n_routed_experts", "top_k": "moe_topk", "num_null_experts": "zero_expert_num"}
         | SCALE, width="expert_ffn_hidden_size", depth="num_layers", only={
             "router_bias": (False,), "zero_expert_type": ("identity",)}),
     row("zaya", SIZES, {"num_null_experts": 1, "null_kind": "skip"}, cannot="its gate is a network",
@@ -326,7 +328,7 @@ ROWS = (
     row("granitemoe", LOCAL, SELECTED, **NARROW),
     *(row(name, LOCAL, SELECTED, **NARROW, shared=Shared(width="shared_intermediate_size"))
       for name in ("granitemoeshared", "granitemoe_swa", "granitemoehybrid")),
-    row("aria_text aria", {"num_experts": "moe_num_experts", "top_k": "moe_topk"}, SELECTED, activation="", **NARROW,
+    row("aria_text aria aria_moe_lm", {"num_experts": "moe_num_experts", "top_k": "moe_topk"}, SELECTED, activation="", **NARROW,
         shared=Shared(count="moe_num_shared_experts"), only=NO_MLP_BIAS),
     row("jetmoe", LOCAL, SELECTED, activation="activation_function", cannot="it adds a bias to the summed output",
         irrelevant=("aux_loss_coef",), **NARROW),
