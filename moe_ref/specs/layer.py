@@ -10,7 +10,8 @@ from typing import Any, Self
 
 from moe_ref.specs.base import Spec, first_difference
 from moe_ref.specs.checks import integer, number, one_of, require
-from moe_ref.specs.readers import hf
+from moe_ref.specs.readers import hf, maxtext, megatron, torchtitan
+from moe_ref.specs.readers.config import Config
 from moe_ref.specs.router import RouterSpec
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -143,7 +144,9 @@ class LayerSpec(Spec):
 
     @classmethod
     def from_dict(cls, values: dict) -> "LayerSpec":
-        """A spec from nested dicts; an unknown name at any level is a ValueError."""
+        """A spec from nested dicts, or from a published config, which has a `model_type`; errors as `from_hf`."""
+        if "model_type" in values:
+            return cls.from_hf(values)
         parts = {"router": RouterSpec, "experts": ExpertSpec, "shared": SharedSpec}
         given = {name: value for name, value in values.items() if name not in parts or value is not None}
         return super().from_dict(
@@ -181,14 +184,31 @@ class LayerSpec(Spec):
     def layers_from_hf(cls, config: Any, *, ignore: Iterable[str] = ()) -> list[Self | None]:
         """One layer for each decoder layer of a config of huggingface; None where it is dense. Errors as `from_hf`."""
         reading = hf.read(config, ignore=ignore)
-        return [None if kind is None else _layer(cls, reading, i) for i, kind in enumerate(reading.kinds)]
+        return [
+            None if kind is None else _layer(cls, reading.layer(i), reading.config)
+            for i, kind in enumerate(reading.kinds)
+        ]
+
+    @classmethod
+    def from_maxtext(cls, config: Any, *, ignore: Iterable[str] = ()) -> Self:
+        """The MoE layer of a config of MaxText: a pyconfig object, a dict, or the path of a flat yml. See `from_hf`."""
+        return _layer(cls, *maxtext.read(config, ignore=ignore))
+
+    @classmethod
+    def from_torchtitan(cls, config: Any, *, ignore: Iterable[str] = ()) -> Self:
+        """The MoE layer of a config of torchtitan: an MoE.Config, what holds one, a dict, or a file. See `from_hf`."""
+        return _layer(cls, *torchtitan.read(config, ignore=ignore))
+
+    @classmethod
+    def from_megatron(cls, config: Any, *, ignore: Iterable[str] = ()) -> Self:
+        """The MoE layer of a config of Megatron-Core: a TransformerConfig, its arguments, or a file. See `from_hf`."""
+        return _layer(cls, *megatron.read(config, ignore=ignore))
 
 
-def _layer(cls, reading: hf.Reading, layer: int):
+def _layer(cls, fields: dict[str, Any], config: Config):
     """One layer of a config; an error speaks of the user's keys."""
-    fields = reading.layer(layer)
     parts: dict[str, Any] = {"router": RouterSpec, "experts": ExpertSpec, "shared": SharedSpec}
     try:
         return cls(**{name: parts[name](**value) if name in parts else value for name, value in fields.items()})
     except ValueError as error:
-        raise ValueError(f"{reading.config.renamed(str(error))}, in {reading.config.what}") from error
+        raise ValueError(f"{config.renamed(str(error))}, in {config.what}") from error
