@@ -9,6 +9,8 @@ import inspect
 import math
 import warnings
 from pathlib import Path
+from textwrap import wrap
+from typing import Any
 
 from moe_ref.specs.readers.hf_rows import ROWS, Row
 
@@ -24,12 +26,13 @@ from typing import Any
 '''
 LAYER_KEYS = {
     "first_k_dense_replace", "num_dense_layers", "decoder_sparse_step", "mlp_only_layers", "expert_layer_period",
-    "expert_layer_offset", "moe_layer_start_index", "moe_layer_interval", "interleave_moe_layer_step", "enable_moe_block",
+    "expert_layer_offset", "moe_layer_start_index", "moe_layer_interval", "interleave_moe_layer_step",
+    "enable_moe_block",
     "moe_layer_end_index",
 }  # fmt: skip
 
 
-def config_class(row: Row):
+def config_class(row: Row) -> Any:
     """The config class of a row's first model type; None where transformers has none."""
     import transformers
     from transformers import CONFIG_MAPPING
@@ -73,10 +76,13 @@ def page() -> str:
     found, names = defaults()
     text = HEAD + "DEFAULTS: dict[str, dict[str, Any]] = {\n"
     for name, values in found.items():
-        text += f"    {name!r}: {{{', '.join(f'{k!r}: {_literal(v)}' for k, v in values.items())}}},\n"
+        entries = [f"{key!r}: {_literal(value)}" for key, value in values.items()]
+        lines = wrap(", ".join(entries), 112, break_long_words=False, break_on_hyphens=False)
+        text += "".join([f"    {name!r}: {{\n", *(f"        {line}\n" for line in lines), "    },\n"])
     text += "}  # fmt: skip\n\nSYNONYMS: dict[str, dict[str, str]] = {\n"
     for name, values in names.items():
-        text += f"    {name!r}: {values!r},\n"
+        lines = wrap(repr(values)[1:-1], 112, break_long_words=False, break_on_hyphens=False)
+        text += "".join([f"    {name!r}: {{\n", *(f"        {line}\n" for line in lines), "    },\n"])
     return (text + "}  # fmt: skip\n").replace("'", '"')
 
 

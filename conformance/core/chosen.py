@@ -10,7 +10,7 @@ import numpy as np
 from conformance.core.usage import UsageError
 from moe_ref import ExpertSpec, LayerSpec, RouterSpec
 from moe_ref.specs.checks import nearest, require
-from moe_ref.specs.families import FAMILIES, preset
+from moe_ref.specs.families import preset
 from moe_ref.specs.params import param_shapes
 
 MOST_BYTES = 2**31
@@ -56,14 +56,14 @@ def router_of(words: list[str]) -> RouterSpec:
     """
     name, *changes = [word for each in words for word in each.split(",")]
     try:
-        require(name in FAMILIES, f"unknown family {name!r}{nearest(name, FAMILIES)}")
+        router = preset(name)
         own, found = {field.name for field in fields(RouterSpec)}, {}
         for change in changes:
             field, equals, value = change.partition("=")
             require(bool(equals), f"{change!r} is no override; it is field=value, such as num_experts=384")
             require(field in own, f"unknown field {field!r} of RouterSpec{nearest(field, own)}")
             found[field] = _value(value)
-        return preset(name).replace(**found)
+        return router.replace(**found)
     except ValueError as error:
         raise UsageError(str(error)) from None
 

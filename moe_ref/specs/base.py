@@ -50,7 +50,7 @@ class Spec:
             same = field not in found or (found[field] == value and type(found[field]) is type(value))
             require(same, f"{names.get(field)!r} is {found.get(field)!r}, but {name!r} is {value!r}; both are names of "
                           f"the field {field}")  # fmt: skip
-            found[field], names[field] = value, names.get(field, name)
+            found[field], names[field] = value, names.get(field) or name
         missing = {field.name for field in fields(cls) if field.default is MISSING} - found.keys()
         require(not missing, f"{cls.__name__} needs {', '.join(sorted(missing))}")
         try:

@@ -246,8 +246,8 @@ class RouterSpec(Spec):
     def from_dict(cls, values: dict) -> Self:
         """A spec from names of this or another framework (`names.ALIASES`); an unknown name is a ValueError.
 
-        A dict with a `model_type` is a published config (`from_hf`). Of the others' names, a null says nothing, 0 groups
-        are none, and topk_method says how groups are scored.
+        A dict with a `model_type` is a published config (`from_hf`). Of the others' names, a null says nothing, 0
+        groups are none, and topk_method says how groups are scored.
         """
         if "model_type" in values:
             return cls.from_hf(values)

@@ -11,7 +11,7 @@ from dataclasses import asdict, is_dataclass
 from difflib import get_close_matches
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from moe_ref.specs.checks import in_words_of, nearest, require
 
@@ -37,12 +37,12 @@ def load(config: Any, *, parse: Callable[[str], Any] = json.loads) -> dict[str, 
             raise ValueError(f"{path} cannot be read: {error}") from error
         require(isinstance(found, Mapping), f"{path} holds a {type(found).__name__}, not a mapping of keys")
         return dict(found)
-    if callable(getattr(config, "to_dict", None)):
-        return dict(config.to_dict())
+    for method in ("to_dict", "get_keys"):  # of transformers, of MaxText's pyconfig
+        found: Any = getattr(config, method, None)
+        if callable(found):
+            return dict(cast(Mapping[str, Any], found()))
     if is_dataclass(config) and not isinstance(config, type):
         return asdict(config)
-    if hasattr(config, "get_keys"):  # MaxText's pyconfig
-        return dict(config.get_keys())
     found = getattr(config, "__dict__", None)
     require(bool(found), f"config is a {type(config).__name__}; it is a dict, a file path or an object with attributes")
     return dict(found or {})
@@ -155,8 +155,8 @@ class Config:
             more = f", nor are {', '.join(map(repr, unknown[1:8]))}" if len(unknown) > 1 else ""
             raise ValueError(
                 f"{unknown[0]!r} is no key that {self.what} is known to have"
-                f"{hint if 'did you mean' in hint else ''}{more}; what does not concern the MoE layers is left out with "
-                f"ignore={unknown!r}"
+                f"{hint if 'did you mean' in hint else ''}{more}; keys that do not concern the MoE layers are "
+                f"passed over with ignore={unknown!r}"
             )
 
     def renamed(self, message: str) -> str:
@@ -192,4 +192,6 @@ class Irrelevant:
 
     def and_also(self, names: Iterable[str]) -> "Irrelevant":
         """These, and more names."""
-        return Irrelevant(self.names | set(names), words=self.words, tokens=self.tokens, routing_words=self.routing_words)
+        return Irrelevant(
+            self.names | set(names), words=self.words, tokens=self.tokens, routing_words=self.routing_words
+        )

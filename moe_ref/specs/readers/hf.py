@@ -47,7 +47,7 @@ class Reading:
         why = row.cannot if isinstance(row.cannot, str) else row.cannot(config)
         require(
             not why,
-            f"no LayerSpec describes a layer of {config.what}: {why}; RouterSpec.from_hf(config) reads its router alone",
+            f"no LayerSpec describes a layer of {config.what}: {why}; RouterSpec.from_hf(config) reads its router",
         )
         router, experts = self.router(layer), _experts(config, row)
         found = {"router": router, "experts": experts, "gate_bias": row.gate_bias}
@@ -112,7 +112,7 @@ def language_part(values: Fields) -> tuple[Fields, Fields]:
     """
     for name in NESTED:
         inner = values.get(name)
-        if hasattr(inner, "to_dict"):
+        if inner is not None and hasattr(inner, "to_dict"):
             inner = inner.to_dict()
         if not isinstance(inner, dict) or not inner:
             continue
@@ -147,8 +147,10 @@ def row_of(values: Fields) -> Row:
     require(bool(named), "model_type is missing; it decides what the file does not say of its routing")
     hint = nearest(str(name), BY_MODEL_TYPE)
     hint = hint if "did you mean" in hint else ""
-    raise ValueError(f"unknown model_type {name!r}{hint}; {expert_keys[0]} says that it has experts. {BY_HAND[:1].upper()}"
-                     f"{BY_HAND[1:]}")  # fmt: skip
+    raise ValueError(
+        f"unknown model_type {name!r}{hint}, which has experts ({expert_keys[0]}); read it as another model_type that "
+        f"computes the same, or {BY_HAND}"
+    )
 
 
 def _has_type(values: Fields) -> bool:
@@ -181,8 +183,9 @@ def _depth(config: Config, row: Row) -> int:
     """The number of decoder layers."""
     listed = config.get("layers_block_type", None) if row.family == "nemotron_h" else None
     pattern = config.get("hybrid_override_pattern", None) if row.family == "nemotron_h" else None
-    if listed is not None or pattern is not None:
-        depth = len(listed if listed is not None else pattern)
+    there = listed if listed is not None else pattern
+    if there is not None:
+        depth = len(there)
         said = config.get(row.depth, None)
         require(said in (None, depth), f"{row.depth} is {said!r}, but {depth} layers are listed")
         return depth
@@ -201,10 +204,14 @@ def _router(config: Config, row: Row, kind: str) -> Fields:
     for field, key in (("route_scale", "scale"), ("output_scale", "scale")):
         if field in row.router:
             value = found[field]
-            require(value != 0, f"{config.names[field]} is 0, which would switch every expert off; a {key} of none is null")
+            require(
+                value != 0, f"{config.names[field]} is 0, which would switch every expert off; a {key} of none is null"
+            )
             found[field] = 1.0 if value is None else value
     if "route_norm" in row.router:
-        found["route_norm"] = bool(found["route_norm"]) if found["route_norm"] in (None, True, False) else found["route_norm"]
+        found["route_norm"] = (
+            bool(found["route_norm"]) if found["route_norm"] in (None, True, False) else found["route_norm"]
+        )
     if "score_func" in row.router and found["score_func"] is None:
         found["score_func"] = config.defaults[row.router["score_func"]]
     if "num_null_experts" in row.router:
@@ -251,7 +258,9 @@ def _experts(config: Config, row: Row) -> Fields:
 
 def _activation(config: Config, key: str) -> str:
     said = config.get(key, field="activation")
-    require(said in ACTIVATIONS, f"{key} is {said!r}, not one of {sorted(ACTIVATIONS)}{nearest(str(said), ACTIVATIONS)}")
+    require(
+        said in ACTIVATIONS, f"{key} is {said!r}, not one of {sorted(ACTIVATIONS)}{nearest(str(said), ACTIVATIONS)}"
+    )
     return ACTIVATIONS[said]
 
 

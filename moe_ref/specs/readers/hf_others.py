@@ -43,7 +43,12 @@ FLAGS = {
     "multi_gate": lambda router: False,
 }
 """Key -> whether it is true of a router."""
-ALWAYS = {"moe_layer_freq": (1,), "moe_every_n_layer": (1,), "moe_layer_offset": (0,), "shared_moe_mode": ("softmax", "sigmoid")}
+ALWAYS = {
+    "moe_layer_freq": (1,),
+    "moe_every_n_layer": (1,),
+    "moe_layer_offset": (0,),
+    "shared_moe_mode": ("softmax", "sigmoid"),
+}
 """Key -> what it says where the layers are all of one kind, or where it has no meaning."""
 LAYERS = {
     "first_k_dense_replace": prefix("first_k_dense_replace"),
@@ -135,5 +140,6 @@ def _one(config: Config, name: str, valid: tuple[Any, ...]) -> None:
     config.read.add(name)
     require(
         value is None or not entries - set(valid),
-        f"{name} is {value!r}; {config.what} does not read it, and computes {' or '.join(map(repr, dict.fromkeys(valid)))}",
+        f"{name} is {value!r}; {config.what} does not read it, and computes "
+        f"{' or '.join(map(repr, dict.fromkeys(valid)))}",
     )

@@ -112,9 +112,11 @@ def _dbrx_file(values: Fields) -> Fields:
     inner = values.get("ffn_config") or {}
     act = inner.get("ffn_act_fn") or {}
     flat = {f"ffn_config.{key}": value for key, value in inner.items() if key != "ffn_act_fn"}
-    return {key: value for key, value in values.items() if key != "ffn_config"} | flat | {
-        f"ffn_config.ffn_act_fn.{key}": value for key, value in act.items()
-    }
+    return (
+        {key: value for key, value in values.items() if key != "ffn_config"}
+        | flat
+        | {f"ffn_config.ffn_act_fn.{key}": value for key, value in act.items()}
+    )
 
 
 def _dbrx(config: Config, router: Fields, kind: str) -> None:
@@ -180,7 +182,7 @@ def _llama4(config: Config, depth: int) -> list[str | None]:
 
 
 def _gemma4(config: Config, depth: int) -> list[str | None]:
-    return (["moe"] if config.get("enable_moe_block", False) else [None]) * depth
+    return ["moe" if config.get("enable_moe_block", False) else None] * depth
 
 
 def _latent(key: str):
@@ -246,7 +248,8 @@ ROWS = (
     biased("hy_v3", SIZES | {"route_scale": "router_scaling_factor"}, EPS_20, shared=COUNTED_2, layers=types(
         prefix("first_k_dense_replace", 1)), only=NO_MLP_BIAS | {"moe_router_use_sigmoid": (True,)},
         irrelevant=("enable_moe_fp32_combine",)),
-    biased("afmoe", SIZES | {"route_scale": "route_scale"}, EPS_20, shared=COUNTED_2, layers=prefix("num_dense_layers")),
+    biased("afmoe", SIZES | {"route_scale": "route_scale"}, EPS_20, shared=COUNTED_2,
+    layers=prefix("num_dense_layers")),
     biased("inkling2_text inkling2", ROUTED | {"route_scale": "route_scale"}, EPS_20,
            cannot="its activation is capped softly (mlp_gate_softcap, mlp_up_softcap)",
            irrelevant=("mlp_gate_softcap", "mlp_up_softcap")),
@@ -266,7 +269,8 @@ ROWS = (
                "moe_router_activation": ("sigmoid",), "norm_expert_weight": (True,)}),
     biased("laguna", SIZES | {"output_scale": "moe_routed_scaling_factor"}, shared=OWN_WIDTH, adjust=_laguna,
            layers=types(prefix("first_k_dense_replace", 1)), irrelevant=("gating",)),
-    row("lfm2_moe", SIZES | NORM | SCALE, SIGMOID, {"norm_eps": 1e-6}, activation="", layers=prefix("num_dense_layers")),
+    row("lfm2_moe", SIZES | NORM | SCALE, SIGMOID, {"norm_eps": 1e-6}, activation="",
+    layers=prefix("num_dense_layers")),
     row("kolibri1", LOCAL | NORM, SIGMOID, BY_LOGIT, shared=OWN_WIDTH),
     biased("inkling_text inkling_mm_model", ROUTED | {"route_scale": "route_scale",
         "num_scored_shared_experts": "n_shared_experts"}, {"norm_with_shared": True, "learned_scale": "global"},
@@ -315,7 +319,8 @@ ROWS = (
     row("ernie4_5_vl_moe_text ernie4_5_vl_moe ernie4_5_moe_vl", ERNIE, NORMED, {"norm_form": "clamp"},
         shared=Shared(count="moe_num_shared_experts"), cannot=ERNIE_VL["prefix"], only={"use_bias": (False,)},
         layers=types(prefix("first_k_dense_replace", 1))),
-    row("longcat_flash longcat_flash_ngram", {"num_experts": "n_routed_experts", "top_k": "moe_topk", "num_null_experts": "zero_expert_num"}
+    row("longcat_flash longcat_flash_ngram", {"num_experts": "n_routed_experts", "top_k": "moe_topk",
+    "num_null_experts": "zero_expert_num"}
         | SCALE, width="expert_ffn_hidden_size", depth="num_layers", only={
             "router_bias": (False,), "zero_expert_type": ("identity",)}),
     row("zaya", SIZES, {"num_null_experts": 1, "null_kind": "skip"}, cannot="its gate is a network",
@@ -328,7 +333,8 @@ ROWS = (
     row("granitemoe", LOCAL, SELECTED, **NARROW),
     *(row(name, LOCAL, SELECTED, **NARROW, shared=Shared(width="shared_intermediate_size"))
       for name in ("granitemoeshared", "granitemoe_swa", "granitemoehybrid")),
-    row("aria_text aria aria_moe_lm", {"num_experts": "moe_num_experts", "top_k": "moe_topk"}, SELECTED, activation="", **NARROW,
+    row("aria_text aria aria_moe_lm", {"num_experts": "moe_num_experts", "top_k": "moe_topk"}, SELECTED, activation="",
+    **NARROW,
         shared=Shared(count="moe_num_shared_experts"), only=NO_MLP_BIAS),
     row("jetmoe", LOCAL, SELECTED, activation="activation_function", cannot="it adds a bias to the summed output",
         irrelevant=("aux_loss_coef",), **NARROW),

@@ -1,7 +1,7 @@
 """moe_ref, configs of MaxText: a pyconfig object, a dict, or a flat yml, as fields of our specs.
 
-Semantics after `RoutedMoE.get_topk` of AI-Hypercomputer/maxtext 0.2.5: what is computed depends on decoder_block and on the
-beginning of model_name. A part of a config is read with the defaults of base.yml.
+Semantics after `RoutedMoE.get_topk` of AI-Hypercomputer/maxtext 0.2.5: what is computed depends on
+decoder_block and on the beginning of model_name. A part of a config is read with the defaults of base.yml.
 """
 
 import ast
@@ -13,8 +13,10 @@ from moe_ref.specs.readers.config import Config, Irrelevant, load
 from moe_ref.specs.readers.hf_row import Fields
 
 DEFAULTS: Fields = {
-    "num_experts": 1, "num_experts_per_tok": 1, "routed_score_func": "", "routed_bias": False, "routed_scaling_factor": 1.0,
-    "n_routing_groups": -1, "topk_routing_group": -1, "norm_topk_prob": False, "shared_experts": 1, "capacity_factor": -1.0,
+    "num_experts": 1, "num_experts_per_tok": 1, "routed_score_func": "", "routed_bias": False,
+    "routed_scaling_factor": 1.0,
+    "n_routing_groups": -1, "topk_routing_group": -1, "norm_topk_prob": False, "shared_experts": 1,
+    "capacity_factor": -1.0,
     "sparse_matmul": True, "mlp_bias": False, "mlp_activations_limit": -1.0, "mlp_activations": ["silu", "linear"],
     "use_random_routing": False, "first_num_hash_layers": 0, "model_name": "default", "fuse_expert_scales": False,
 }  # fmt: skip
@@ -24,17 +26,22 @@ GROUPED = ("deepseek3", "deepseek4", "kimi-k2")
 """Beginnings of model_name that route by DeepSeek-V3's rule."""
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu_tanh", "relu": "relu"}
 SELECTED = {"score_over": "selected", "select_by": "logit"}
-WORDS = ("expert", "rout", "moe", "top_k", "topk", "mlp_act", "capacity_factor", "mlp_bias", "num_hash", "decoder_block",
+WORDS = ("expert", "rout", "moe", "top_k", "topk", "mlp_act", "capacity_factor", "mlp_bias", "num_hash",
+    "decoder_block",
          "emb_dim", "mlp_dim")  # fmt: skip
 """What speaks of the MoE layers in a file that is about a whole training."""
 IRRELEVANT = Irrelevant(
     (
-        "load_balance_loss_weight", "routed_bias_update_rate", "defer_small_all_reduces", "moe_use_megatron_seq_aux_loss",
+        "load_balance_loss_weight", "routed_bias_update_rate", "defer_small_all_reduces",
+        "moe_use_megatron_seq_aux_loss",
         "use_ring_of_experts", "use_custom_sort_vjp", "prefuse_moe_weights", "use_ragged_sort", "ragged_buffer_factor",
-        "num_moe_emb_chunks", "num_moe_token_chunks", "moe_chunk_barrier", "moe_dropless_fallback", "moe_fsdp_use_two_stage_all_gather",
+        "num_moe_emb_chunks", "num_moe_token_chunks", "moe_chunk_barrier", "moe_dropless_fallback",
+        "moe_fsdp_use_two_stage_all_gather",
         "shard_exp_on_fsdp", "shard_embed_moe_on_fsdp", "moe_use_direct_token_gather", "moe_topk_before_ep_all_gather",
-        "moe_log_max_load_ratio", "moe_quantize_token_all_gather", "moe_quantize_combine_bwd_method", "float32_gate_logits",
-        "router_topk_matmul_vjp", "moe_mlpwi", "moe_mlpwi_0", "moe_mlpwi_1", "moe_mlpwo", "moe_x_sorted", "moe_routing_maps",
+        "moe_log_max_load_ratio", "moe_quantize_token_all_gather", "moe_quantize_combine_bwd_method",
+        "float32_gate_logits",
+        "router_topk_matmul_vjp", "moe_mlpwi", "moe_mlpwi_0", "moe_mlpwi_1", "moe_mlpwo", "moe_x_sorted",
+        "moe_routing_maps",
         "te_moe_block", "first_num_dense_layers", "interleave_moe_layer_step", "ici_expert_parallelism",
         "dcn_expert_parallelism", "expert_shard_attention_option", "moe_dispatch_no_expert_sharding", "mlp_dim",
         "base_mlp_dim", "decode_sampling_top_k", "padded_base_moe_mlp_dim", "moe_pin_sparse_core_all_gather",
@@ -58,7 +65,7 @@ def read(config: Any, *, ignore: Iterable[str] = ()) -> tuple[Fields, Config]:
     block = str(getattr(block, "value", block))
     require(
         block in BLOCKS,
-        f"decoder_block is {block!r}, of which moe_ref does not know how it routes{nearest(block, BLOCKS)}; write the spec "
+        f"decoder_block is {block!r}, of which moe_ref does not know how it routes{nearest(block, BLOCKS)}; write it "
         "by hand, LayerSpec(router=RouterSpec(...), experts=ExpertSpec(...))",
     )
     found.only("use_random_routing", (False,))
@@ -93,7 +100,8 @@ def _router(config: Config, block: str) -> Fields:
     if block != "deepseek":
         require(groups in (-1, None), f"n_routing_groups is {groups!r}; decoder_block {block!r} has no groups")
         require(scale == 1.0, f"routed_scaling_factor is {scale!r}; decoder_block {block!r} does not read it")
-        require(score in ("", None), f"routed_score_func is {score!r}; with decoder_block {block!r} it would come on top of "
+        require(score in ("", None),
+        f"routed_score_func is {score!r}; with decoder_block {block!r} it would come on top of "
                                      "the softmax or the sigmoid that this has")  # fmt: skip
     if block == "llama4":
         return {"score_func": "sigmoid", "select_by": "logit", "weight_on": "input"}
@@ -101,12 +109,15 @@ def _router(config: Config, block: str) -> Fields:
         # norm_topk_prob, then the trained scale of each expert
         return {"select_by": "logit", "route_norm": bool(norm), "learned_scale": "per_expert"}
     if block != "deepseek":
-        require(not bias or block == "gpt_oss", f"routed_bias is True; with decoder_block {block!r} it would be part of the "
+        require(not bias or block == "gpt_oss",
+        f"routed_bias is True; with decoder_block {block!r} it would be part of the "
                                                 "weights, as in no public model")  # fmt: skip
         return dict(SELECTED)
-    require(score in ("softmax", "sigmoid", "sqrtsoftplus"), f"routed_score_func is {score!r}; decoder_block 'deepseek' needs "
+    require(score in ("softmax", "sigmoid", "sqrtsoftplus"),
+    f"routed_score_func is {score!r}; decoder_block 'deepseek' needs "
                                                              "softmax, sigmoid or sqrtsoftplus")  # fmt: skip
-    require(grouped or not bias, f"routed_bias is True; with model_name {name!r} it is part of the weights, which it is not "
+    require(grouped or not bias,
+    f"routed_bias is True; with model_name {name!r} it is part of the weights, which it is not "
                                  f"in those that begin with {', '.join(GROUPED)}")  # fmt: skip
     found: Fields = {"score_func": score, "route_norm": score != "softmax", "route_scale": scale}
     if groups not in (-1, None):

@@ -44,7 +44,8 @@ IRRELEVANT = Irrelevant(
         "moe_router_dtype", "moe_grouped_gemm", "moe_permute_fusion", "moe_token_dispatcher_type", "moe_router_fusion",
         "moe_token_drop_policy", "moe_token_dropping", "moe_per_layer_logging", "moe_use_legacy_grouped_gemm",
         "moe_shared_expert_overlap", "moe_input_jitter_eps", "moe_router_padding_for_fp8", "moe_extended_tp",
-        "moe_router_padding_for_quantization", "moe_layer_recompute", "moe_flex_dispatcher_backend", "moe_enable_deepep",
+        "moe_router_padding_for_quantization", "moe_layer_recompute", "moe_flex_dispatcher_backend",
+        "moe_enable_deepep",
         "moe_deepep_num_sms", "moe_hybridep_num_sms", "expert_model_parallel_size", "expert_tensor_parallel_size",
         "moe_upcycling_granularity", "moe_use_upcycling", "moe_use_device_initiated_grouped_gemm", "moe_ep_size",
         "use_grouped_gemm", "moe_pad_experts_for_cuda_graph_inference", "deepep_num_sms", "mlp_chunks_for_prefill",
@@ -99,7 +100,7 @@ def _router(config: Config, experts: int) -> Fields:
         config.get("moe_router_pre_softmax")
         found |= {"route_norm": top_k > 1, "norm_eps": 1e-20} if top_k > 1 else {}
     scale = config.get("moe_router_topk_scaling_factor", field="route_scale")
-    found["route_scale"] = 1.0 if not scale else scale  # which is `if scaling_factor:` there
+    found["route_scale"] = scale if scale else 1.0  # which is `if scaling_factor:` there
     groups = config.get("moe_router_num_groups", field="num_expert_groups")
     limited = config.get("moe_router_group_topk", field="num_limited_groups")
     if limited:
@@ -132,7 +133,9 @@ def _experts(config: Config) -> Fields:
         act = "silu"
     act = act if isinstance(act, str) else getattr(act, "__name__", repr(act))
     act = act.rpartition(".")[2]
-    require(act in ACTIVATIONS, f"activation_func is {act!r}, not one of {sorted(ACTIVATIONS)}{nearest(act, ACTIVATIONS)}")
+    require(
+        act in ACTIVATIONS, f"activation_func is {act!r}, not one of {sorted(ACTIVATIONS)}{nearest(act, ACTIVATIONS)}"
+    )
     found: Fields = {"dim": dim, "hidden_dim": width, "gated": gated} | ACTIVATIONS[act]
     if gated:
         found["up_offset"] = config.get("glu_linear_offset", field="up_offset") or 0.0
@@ -151,11 +154,12 @@ def _layers(config: Config) -> None:
     freq = config.get("moe_layer_freq")
     if isinstance(freq, str):
         freq = _pattern(freq)
+    if isinstance(freq, int):
+        require(freq >= 1, f"moe_layer_freq is {freq!r}; it is at least 1, or a list")
+        return
     depth = config.get("num_layers", None)
-    sparse = [i % freq == 0 for i in range(depth or 1)] if isinstance(freq, int) and freq > 0 else list(freq or [])
-    require(any(sparse), f"moe_layer_freq is {freq!r}: no layer is sparse")
-    if depth is not None and not isinstance(freq, int):
-        require(len(sparse) == depth, f"moe_layer_freq has {len(sparse)} entries; num_layers is {depth}")
+    require(isinstance(freq, (list, tuple)) and any(freq), f"moe_layer_freq is {freq!r}: no layer is sparse")
+    require(depth in (None, len(freq)), f"moe_layer_freq has {len(freq)} entries; num_layers is {depth}")
 
 
 def _pattern(text: str) -> Any:

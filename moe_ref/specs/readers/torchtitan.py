@@ -1,6 +1,7 @@
-"""moe_ref, configs of torchtitan: an MoE.Config, or what holds one, as an object, a dict, or a file, as fields of our specs.
+"""moe_ref, configs of torchtitan: an MoE.Config, or what holds one, as fields of our specs.
 
-Semantics after torchtitan.models.common.moe of pytorch/torchtitan 0.3: weights are divided by their sum plus 1e-20, a group
+Semantics after torchtitan.models.common.moe of pytorch/torchtitan 0.3: weights are divided by their sum plus 1e-20,
+    a group
 is scored by its two best experts, dropped groups are -inf. The experts are SwiGLU, or those of gpt-oss, which have a
 swiglu_limit.
 """
@@ -17,13 +18,16 @@ from moe_ref.specs.readers.hf_row import Fields
 
 IRRELEVANT = Irrelevant(
     (
-        "load_balance_coeff", "param_init", "sharding_config", "token_dispatcher", "use_grouped_mm", "dtype", "device",
-        "router.gate.param_init", "routed_experts.inner_experts.param_init", "name",
+        "load_balance_coeff", "token_dispatcher", "use_grouped_mm", "dtype", "device",
+        "param_init", "sharding_config", "name",
     ),
 )  # fmt: skip
+STARTS = {"param_init", "sharding_config"}
+"""How weights start and where they are, which is another thing in each layer."""
 ROUTER = ("num_experts", "top_k", "score_func", "route_norm", "route_scale", "num_expert_groups", "num_limited_groups")
 DEFAULTS: Fields = {
-    "router.num_expert_groups": None, "router.num_limited_groups": None, "router.top_k": 1, "router.score_func": "sigmoid",
+    "router.num_expert_groups": None, "router.num_limited_groups": None, "router.top_k": 1,
+    "router.score_func": "sigmoid",
     "router.route_norm": False, "router.route_scale": 1.0, "router._debug_force_load_balance": False, "num_experts": 8,
     "router.gate.bias": False,
 }  # fmt: skip
@@ -83,7 +87,8 @@ def _parse(text: str) -> Any:
 def _plain(value: Any) -> Any:
     """Nested dicts of nested config objects; what they hold of functions and modules is left as it is."""
     if _is_config(value):
-        return {each.name: _plain(getattr(value, each.name)) for each in fields(value) if hasattr(value, each.name)}
+        names = [each.name for each in fields(value) if hasattr(value, each.name)]
+        return {name: _plain(getattr(value, name)) for name in names if name not in STARTS}
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -106,7 +111,7 @@ def _flat(values: Fields, before: str = "") -> Fields:
     """One dict, with dots in the names; parts that are None are left out."""
     found: Fields = {}
     for key, value in values.items():
-        if isinstance(value, dict) and key != "param_init":
+        if isinstance(value, dict):
             found |= _flat(value, f"{before}{key}.")
         elif value is not None or not before:
             found[f"{before}{key}"] = value
