@@ -35,8 +35,8 @@ class Spec:
         """A spec from the names of its fields, or their aliases, of which a null says nothing.
 
         Raises:
-            ValueError: a name is unknown, two names of one field have different values, or the spec is not valid; it
-                speaks of the names that were given.
+            ValueError: a name is unknown, a field is given under two names, or the spec is not valid; it speaks of the
+                names that were given.
         """
         own = {field.name for field in fields(cls)}
         found: dict[str, Any] = {}
@@ -47,10 +47,9 @@ class Spec:
                 raise ValueError(f"unknown field {name!r} of {cls.__name__}{nearest(name, own | cls.ALIASES.keys())}")
             if value is None and field != name:
                 continue
-            same = field not in found or (found[field] == value and type(found[field]) is type(value))
-            require(same, f"{names.get(field)!r} is {found.get(field)!r}, but {name!r} is {value!r}; both are names of "
-                          f"the field {field}")  # fmt: skip
-            found[field], names[field] = value, names.get(field) or name
+            twice = f"{names.get(field)!r} is {found.get(field)!r}, and {name!r} is {value!r}"
+            require(field not in found, f"field {field} is given twice: {twice}")
+            found[field], names[field] = value, name
         missing = {field.name for field in fields(cls) if field.default is MISSING} - found.keys()
         require(not missing, f"{cls.__name__} needs {', '.join(sorted(missing))}")
         try:

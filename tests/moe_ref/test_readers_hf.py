@@ -252,7 +252,7 @@ def test_names_of_other_code_bases_in_from_dict():
         RouterSpec.from_dict(base | {"topk_method": "greedy"})
     none = RouterSpec.from_dict(base | {"n_group": 0, "topk_group": 0, "routed_scaling_factor": None})
     assert (none.num_expert_groups, none.route_scale) == (None, 1.0)
-    with pytest.raises(ValueError, match="'n_routed_experts' is 160, but 'num_experts' is 128"):
+    with pytest.raises(ValueError, match="num_experts is given twice: 'n_routed_experts' is 160, and 'num_experts' is 128"):
         RouterSpec.from_dict(base | {"num_experts": 128})
     with pytest.raises(ValueError, match="n_group is 7, which does not divide n_routed_experts"):
         RouterSpec.from_dict(base | {"n_group": 7})
