@@ -7,6 +7,8 @@ from published_configs import BASE, PUBLISHED, QWEN3, V3_FILE
 
 from moe_ref import LayerSpec, RouterSpec
 from moe_ref.specs.families import CHECKPOINTS, FAMILIES, preset, tiny
+from moe_ref.specs.readers import hf
+from moe_ref.specs.readers.hf_defaults import DEFAULTS
 from moe_ref.specs.readers.hf_forms import FORMS
 from moe_ref.specs.readers.hf_irrelevant import IRRELEVANT
 from moe_ref.specs.readers.hf_rows import BY_MODEL_TYPE, ROWS
@@ -64,6 +66,7 @@ BROKEN = [
      "routed_scaling_factor is 3.0; .* computes 1.0"),
     (without(FILES["deepseek-moe-16b"], "n_routed_experts"), "n_routed_experts is missing"),
     (without(V3_FILE, "num_experts_per_tok") | {"n_routed_experts": None}, "n_routed_experts is null"),
+    (without(FILES["dots.llm1.inst"], "num_experts_per_tok"), "num_experts_per_tok is missing"),
     # what the code does not do
     (V3_FILE | {"scoring_func": "softmax"}, "scoring_func is 'softmax'; .* computes 'sigmoid'"),
     (V3_FILE | {"topk_method": "greedy"}, "topk_method is 'greedy', which a config of deepseek_v3 does not compute"),
@@ -74,6 +77,8 @@ BROKEN = [
     (FILES["Trinity-Mini"] | {"n_group": 4}, "n_group is 4"),
     (FILES["Phi-3.5-MoE"] | {"num_experts_per_tok": 4}, "num_experts_per_tok is 4; .* 2 alone"),
     (FILES["MiniMax-M2"] | {"shared_intermediate_size": 8}, "shared_intermediate_size is 8"),
+    (FILES["Hunyuan-A13B"] | {"moe_layer_num_skipped": 2}, "moe_layer_num_skipped is 2"),
+    (FILES["ERNIE-4.5-21B-A3B"] | {"moe_group_experts": True}, "moe_group_experts is True"),
     (FILES["K-EXAONE-236B-A23B"] | {"is_moe_layer": [True] * 3}, "is_moe_layer has 3 entries; there are 48 layers"),
     # values
     (V3_FILE | {"n_group": 7},
@@ -202,6 +207,10 @@ KIMI_K3 = {"model_type": "kimi_k3", "text_config": BASE | {
          "routed_scaling_factor": 5.0}, "latent width", CHECKPOINTS["nemotron_3_super"].router),
         ({"model_type": "gemma4_text", "enable_moe_block": True, "num_experts": 128, "top_k_experts": 8,
           "moe_intermediate_size": 704}, "a norm of its own", FAMILIES["gemma4"].router),
+        (without(FILES["ERNIE-4.5-21B-A3B"], "moe_gate") | {
+            "model_type": "ernie4_5_moe_vl", "moe_num_experts": [64, 64], "moe_intermediate_size": [1536, 512],
+            "moe_layer_start_index": [1, 1], "moe_layer_end_index": [27, 27], "vision_config": {}, "im_patch_id": 7,
+            "moe_norm_min": 1e-12}, "two kinds of tokens", FAMILIES["ernie4_5_vl_moe"].router),
         ({"model_type": "axk1"}, "a norm follows", FAMILIES["axk1"].router),
     ],
     ids=lambda value: str(value)[:20],
@@ -252,7 +261,9 @@ def test_names_of_other_code_bases_in_from_dict():
         RouterSpec.from_dict(base | {"topk_method": "greedy"})
     none = RouterSpec.from_dict(base | {"n_group": 0, "topk_group": 0, "routed_scaling_factor": None})
     assert (none.num_expert_groups, none.route_scale) == (None, 1.0)
-    with pytest.raises(ValueError, match="num_experts is given twice: 'n_routed_experts' is 160, and 'num_experts' is 128"):
+    with pytest.raises(
+        ValueError, match="num_experts is given twice: 'n_routed_experts' is 160, and 'num_experts' is 128"
+    ):
         RouterSpec.from_dict(base | {"num_experts": 128})
     with pytest.raises(ValueError, match="n_group is 7, which does not divide n_routed_experts"):
         RouterSpec.from_dict(base | {"n_group": 7})
@@ -293,3 +304,55 @@ def test_a_preset_of_a_checkpoint_takes_changes_and_has_a_tiny_one():
     assert not CHECKPOINTS.keys() & FAMILIES.keys()
     with pytest.raises(ValueError, match=r"unknown family 'kimi_k22' .did you mean kimi_k2"):
         preset("kimi_k22")
+
+
+def of_defaults(row) -> dict:
+    """A config with every key that a row reads, as its class has them; with sizes where that has none."""
+    sizes = {row.router["num_experts"]: 8, row.router["top_k"]: 2, row.width: 16, row.dim: 8, row.depth: 8}
+    sizes |= {row.activation: "silu"} if row.activation else {}
+    sizes |= {key: 1 for key in row.router.values() if key not in sizes}
+    own = {key: value for key, value in DEFAULTS.get(row.model_types[0], {}).items() if value is not None}
+    shared = {key: 4 for key in (row.shared.count, row.shared.width) if key and not own.get(key)} if row.shared else {}
+    config = sizes | own | dict(row.defaults) | shared | {"model_type": row.model_types[0]}
+    config |= {"enable_moe_block": True} if "enable_moe_block" in config else {}
+    return config | ({"layers_block_type": ["mamba", "moe"], row.depth: 2} if row.family == "nemotron_h" else {})
+
+
+def said(config: dict):
+    """All that is read of a config."""
+    reading = hf.read(config)
+    layer = reading.router if reading.row.cannot else reading.layer
+    return [kind and layer(i) for i, kind in enumerate(reading.kinds)]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.model_types[0])
+def test_no_key_that_is_read_can_be_misspelt(row):
+    config = of_defaults(row)
+    said(config)
+    for key in row.keys & config.keys():
+        misspelt = f"{key[:-2]}{key[-1]}{key[-2]}" if key[-1] != key[-2] else f"{key[:-3]}{key[-2:]}{key[-3]}"
+        with pytest.raises(ValueError, match=r"is no key|is missing"):
+            said(without(config, key) | {misspelt: config[key]})
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.model_types[0])
+def test_no_key_is_read_and_then_not_used(row):
+    config = of_defaults(row)
+    before = said(config)
+    other = {"silu": "gelu", "gelu_pytorch_tanh": "silu", "relu2": "silu", "sqrtsoftplus": "sigmoid",
+    "softmax": "sigmoid",
+             "greedy": "group_limited_greedy", "average": "sum"}  # fmt: skip
+    for key in (row.keys - ({row.dim, row.width} if row.cannot else set())) & config.keys():
+        value = config[key]
+        if row.cannot and key not in row.router.values():
+            continue
+        if (row.family, key) == ("cohere2_moe", "norm_topk_prob"):  # a softmax over the selected is normed
+            continue
+        changed = not value if isinstance(value, bool) else other[value] if isinstance(value, str) else value * 2
+        if isinstance(value, list):
+            changed = [each * 2 for each in value]
+        try:
+            after = said(config | {key: changed})
+        except ValueError:
+            continue
+        assert after != before, key

@@ -12,7 +12,7 @@ from moe_ref.specs.checks import nearest, require
 from moe_ref.specs.readers.config import ABSENT, Config, load
 from moe_ref.specs.readers.hf_defaults import DEFAULTS, SYNONYMS
 from moe_ref.specs.readers.hf_irrelevant import IRRELEVANT, SAMPLING
-from moe_ref.specs.readers.hf_others import check_others
+from moe_ref.specs.readers.hf_others import OTHERS, check_others
 from moe_ref.specs.readers.hf_row import ACTIVATIONS, Fields, Row, Shared
 from moe_ref.specs.readers.hf_rows import BY_MODEL_TYPE, NO_ROUTER
 
@@ -22,6 +22,10 @@ BY_HAND = (
     "write the spec by hand, LayerSpec(router=RouterSpec(num_experts=..., top_k=...), experts=ExpertSpec(dim=..., "
     "hidden_dim=...)), or change that of a family, moe_ref.specs.families.preset(NAME, ...)"
 )
+
+
+class DenseModel(ValueError):
+    """A config of a model without experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,16 +84,33 @@ def read(config: Any, *, ignore: Iterable[str] = ()) -> Reading:
         synonyms=SYNONYMS.get(name, {}) | dict(row.also),
     )  # fmt: skip
     found.per_layer = frozenset(row.per_layer)
+    ignored = [key for key in ignore if key in values or key not in outer]
+    irrelevant = IRRELEVANT.and_also(row.irrelevant)
+    try:
+        reading = _read(found, row)
+    except DenseModel:
+        raise
+    except ValueError:
+        # Where a key is misspelt, that is the cause.
+        found.read |= row.keys | OTHERS | _layer_keys(found) | {"hidden_act"}
+        found.finish(irrelevant, ignored)
+        raise
+    found.finish(irrelevant, ignored)
+    return reading
+
+
+def _read(found: Config, row: Row) -> Reading:
+    """What a config says, its keys checked against each other."""
     depth = _depth(found, row)
     kinds = row.layers(found, depth)
     experts = found.get(row.router["num_experts"], None)
     reading = Reading(row=row, config=found, kinds=tuple(kinds))
     found.read |= row.keys
-    require(
-        bool(reading.sparse) and experts != 0,
-        f"{found.what} has no layer with experts: it is a dense model, or all its layers are"
-        + (f" ({row.router['num_experts']} is {experts!r})" if not experts else ""),
-    )
+    if not reading.sparse or experts == 0:
+        of_experts = f" ({row.router['num_experts']} is {experts!r})" if not experts else ""
+        raise DenseModel(
+            f"{found.what} has no layer with experts: it is a dense model, or all its layers are{of_experts}"
+        )
     first = reading.sparse[0]
     router = reading.router(first)
     if row.activation != "hidden_act":
@@ -100,8 +121,12 @@ def read(config: Any, *, ignore: Iterable[str] = ()) -> Reading:
             key != "top_k" or found.has(row.router["top_k"]),
             f"{row.router['top_k']} is missing, and top_k ({found.values[key]!r}) is the parameter of sampling",
         )
-    found.finish(IRRELEVANT.and_also(row.irrelevant), [key for key in ignore if key in values or key not in outer])
     return reading
+
+
+def _layer_keys(config: Config) -> set[str]:
+    """Keys of the config that name layers, which a row may not have come to."""
+    return {key for key in config.values if "layer" in key or key.startswith("hybrid_") or key == "num_hash_layers"}
 
 
 def language_part(values: Fields) -> tuple[Fields, Fields]:
@@ -143,7 +168,7 @@ def row_of(values: Fields) -> Row:
     expert_keys = sorted(key for key in values if _speaks_of_experts(key))
     if not expert_keys:
         what = f"model_type {named!r}" if named else "the config, which has no model_type,"
-        raise ValueError(f"{what} names no experts in any key: it is a dense model, which has no MoE layers")
+        raise DenseModel(f"{what} names no experts in any key: it is a dense model, which has no MoE layers")
     require(bool(named), "model_type is missing; it decides what the file does not say of its routing")
     hint = nearest(str(name), BY_MODEL_TYPE)
     hint = hint if "did you mean" in hint else ""
@@ -217,7 +242,9 @@ def _router(config: Config, row: Row, kind: str) -> Fields:
     if "num_null_experts" in row.router:
         found["num_null_experts"] = found["num_null_experts"] or 0
     for field in ("num_experts", "top_k"):
-        require(found[field] is not None, f"{config.names[field]} is null; {config.what} needs a number")
+        name = config.names[field]
+        how = "null" if name in config.values else "missing"
+        require(found[field] is not None, f"{name} is {how}; {config.what} needs a number")
     for key, valid in row.only.items():
         config.only(key, valid)
     _no_groups(config, found)

@@ -276,8 +276,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "moe_num_shared_experts": 2, "num_hidden_layers": 28, "use_bias": False
     },
     "ernie4_5_vl_moe_text": {
-        "hidden_act": "silu", "hidden_size": 2560, "moe_intermediate_size": [1536, 512], "moe_k": 6, "moe_norm_min":
-        1e-12, "moe_num_experts": 64, "moe_num_shared_experts": 2, "num_hidden_layers": 28, "use_bias": False
+        "hidden_act": "silu", "hidden_size": 2560, "moe_intermediate_size": 1536, "moe_k": 6, "moe_norm_min": 1e-12,
+        "moe_num_experts": 64, "moe_num_shared_experts": 2, "num_hidden_layers": 28, "use_bias": False
     },
     "longcat_flash": {
         "expert_ffn_hidden_size": 2048, "hidden_act": "silu", "hidden_size": 6144, "moe_topk": 12, "n_routed_experts":

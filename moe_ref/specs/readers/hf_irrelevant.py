@@ -87,7 +87,7 @@ NAMES = (
     "aux_loss_alpha", "seq_aux", "router_aux_loss_coef", "moe_aux_loss_coeff", "router_z_loss_coef", "moe_z_loss_coeff",
     "moe_loss_weight", "output_router_logits", "router_jitter_noise", "input_jitter_noise", "load_balance_coeff",
     "moe_load_balance_coeff", "router_dtype", "moe_router_dtype", "moe_router_dtype", "moe_dtype", "moe_implementation",
-    "moe_group_experts", "moe_ep_size", "bias_update_coeff", "routing_bias_update_rate", "moe_grouped_gemm",
+    "moe_ep_size", "bias_update_coeff", "routing_bias_update_rate", "moe_grouped_gemm",
     "use_grouped_gemm", "moe_backend", "moe_shared_expert_overlap", "expert_parallel_size", "moe_token_drop_policy",
     "moe_aux_loss_weight", "moe_router_force_load_balancing", "need_fp32_gate", "moe_router_need_fp32_gate",
     # whether there is a balancing bias, which is a weight

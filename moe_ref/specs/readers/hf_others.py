@@ -47,6 +47,7 @@ ALWAYS = {
     "moe_layer_freq": (1,),
     "moe_every_n_layer": (1,),
     "moe_layer_offset": (0,),
+    "moe_group_experts": (False,),
     "shared_moe_mode": ("softmax", "sigmoid"),
 }
 """Key -> what it says where the layers are all of one kind, or where it has no meaning."""
@@ -60,6 +61,14 @@ LAYERS = {
     "moe_layers_enum": listed("moe_layers_enum", lambda config, depth: ["moe"] * depth),
 }
 """Key -> the layers that it says are sparse."""
+
+
+OTHERS = frozenset((
+    *NUM_EXPERTS, *TOP_K, *GROUPS, *LIMITED, *SCORE, *NORM, *SCALE, *SHARED_COUNT, *SHARED_WIDTH, *WIDTH, *FLAGS,
+    *ALWAYS,
+    *LAYERS, "topk_method", "use_grouped_topk",
+))  # fmt: skip
+"""Every key that is held against what a model does."""
 
 
 def check_others(config: Config, router: Fields, sizes: Fields, kinds: list[str | None]) -> None:

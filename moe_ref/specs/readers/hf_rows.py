@@ -5,6 +5,7 @@ Defaults of keys that a file does not have are in `hf_defaults.py`, from the con
 
 from typing import Any
 
+from moe_ref.specs.checks import require
 from moe_ref.specs.readers.config import Config
 from moe_ref.specs.readers.hf_row import (
     Fields,
@@ -93,8 +94,11 @@ def _deepseek_v2(config: Config, router: Fields, kind: str) -> None:
     config.only("topk_method", valid)
     if method == "group_limited_greedy":
         router |= DEEPSEEK_V2
-    else:
-        router |= {"num_expert_groups": None, "num_limited_groups": None}
+        return
+    for field in ("num_expert_groups", "num_limited_groups"):
+        said = router[field]
+        require(said in (None, 0, 1), f"{config.names[field]} is {said!r}, but topk_method {method!r} has no groups")
+    router |= {"num_expert_groups": None, "num_limited_groups": None}
 
 
 def _deepseek_v4(config: Config, router: Fields, kind: str) -> None:
@@ -161,10 +165,20 @@ def _jamba(config: Config, depth: int) -> list[str | None]:
 def _ernie(config: Config, depth: int) -> list[str | None]:
     start, step = config.get("moe_layer_start_index"), config.get("moe_layer_interval", 1)
     end = config.get("moe_layer_end_index", -1)
-    if isinstance(start, list) or isinstance(end, list):  # text and vision, of which text is first
-        start, end = (each[0] if isinstance(each, list) else each for each in (start, end))
     end = depth - 1 if end in (-1, None) else end
     return ["moe" if (i + 1) % step == 0 and start <= i <= end else None for i in range(depth)]
+
+
+def _ernie_vl_file(values: Fields) -> Fields:
+    """Pairs are of text and of vision tokens; the router and the experts of text come first."""
+    pairs = ("moe_num_experts", "moe_layer_start_index", "moe_layer_end_index", "moe_intermediate_size")
+    first = {key: value[0] for key in pairs if isinstance(value := values.get(key), list) and value}
+    return values | first
+
+
+def _ernie_vl(config: Config, depth: int) -> list[str | None]:
+    otherwise = _ernie if config.has("moe_layer_start_index") else prefix("first_k_dense_replace", 1)
+    return types(otherwise)(config, depth)
 
 
 def _nemotron_h(config: Config, depth: int) -> list[str | None]:
@@ -200,7 +214,7 @@ def _kimi_linear(config: Config) -> str:
 
 
 GEMMA_REASON = "the router reads the residual through a norm of its own, and the experts another norm of it"
-ERNIE_VL = {"prefix": "its block mixes two kinds of tokens, each with a router and experts of its own"}
+ERNIE_VL = "its block mixes two kinds of tokens, each with a router and experts of its own"
 
 ROWS = (
     # The line of DeepSeek-V3.
@@ -301,9 +315,10 @@ ROWS = (
     row("mellum", LOCAL | NORM, layers=types(everywhere)),
     row("jamba", SIZES, layers=_jamba, **NARROW),
     row("hunyuan_v1_moe", {"num_experts": "num_experts", "top_k": "moe_topk"}, NORMED, shared=Shared(), **NARROW,
-        also={"num_experts_per_tok": "moe_topk"}, only={"num_shared_expert": (1,), "use_mixed_mlp_moe": (True,)},
+        also={"num_experts_per_tok": "moe_topk"}, only={"num_shared_expert": (1,), "use_mixed_mlp_moe": (True,),
+              "moe_layer_num_skipped": (0,), "moe_drop_tokens": (False,), "group_limited_greedy": (False,)},
         per_layer=("num_experts", "moe_topk", "intermediate_size", "moe_intermediate_size", "num_shared_expert"),
-        irrelevant=("moe_drop_tokens", "moe_random_routing_dropped_token", "moe_layer_num_skipped")),
+        irrelevant=("moe_random_routing_dropped_token",)),
     row("dbrx", {"num_experts": "ffn_config.moe_num_experts", "top_k": "ffn_config.moe_top_k"}, adjust=_dbrx,
         prepare=_dbrx_file, width="ffn_config.ffn_hidden_size", dim="d_model", depth="n_layers",
         activation="ffn_config.ffn_act_fn.name", irrelevant=(
@@ -317,8 +332,10 @@ ROWS = (
         layers=_ernie, only={"use_bias": (False,), "moe_gate": ("topk",), "moe_gate_act": ("softmax",),
                              "moe_use_hard_gate": (True, False)}, irrelevant=("moe_capacity", "moe_use_aux_free")),
     row("ernie4_5_vl_moe_text ernie4_5_vl_moe ernie4_5_moe_vl", ERNIE, NORMED, {"norm_form": "clamp"},
-        shared=Shared(count="moe_num_shared_experts"), cannot=ERNIE_VL["prefix"], only={"use_bias": (False,)},
-        layers=types(prefix("first_k_dense_replace", 1))),
+        shared=Shared(count="moe_num_shared_experts"), cannot=ERNIE_VL, prepare=_ernie_vl_file,
+        only={"use_bias": (False,)},
+        layers=_ernie_vl, irrelevant=("moe_use_aux_free", "moe_use_hard_gate", "moe_capacity", "moe_gate",
+            "moe_multimodal_dispatch_use_allgather")),
     row("longcat_flash longcat_flash_ngram", {"num_experts": "n_routed_experts", "top_k": "moe_topk",
     "num_null_experts": "zero_expert_num"}
         | SCALE, width="expert_ffn_hidden_size", depth="num_layers", only={
