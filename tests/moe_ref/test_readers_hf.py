@@ -313,7 +313,7 @@ def of_defaults(row) -> dict:
     sizes |= {key: 1 for key in row.router.values() if key not in sizes}
     own = {key: value for key, value in DEFAULTS.get(row.model_types[0], {}).items() if value is not None}
     shared = {key: 4 for key in (row.shared.count, row.shared.width) if key and not own.get(key)} if row.shared else {}
-    config = sizes | own | dict(row.defaults) | shared | {"model_type": row.model_types[0]}
+    config = sizes | own | dict(row.defaults) | shared | {"model_type": row.model_types[0], row.depth: 4}
     config |= {"enable_moe_block": True} if "enable_moe_block" in config else {}
     return config | ({"layers_block_type": ["mamba", "moe"], row.depth: 2} if row.family == "nemotron_h" else {})
 

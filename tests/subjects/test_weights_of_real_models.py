@@ -89,6 +89,9 @@ def test_a_layer_of_a_real_model_is_read_and_written_exactly(name, tmp_path):
     layers = LayerSpec.layers_from_hf(config)
     layer = max(i for i, each in enumerate(layers) if each is not None)
     spec = layers[layer]
+    routers = re.compile(r"(?:layers|blocks)\.(\d+)\..*(?:gate|router|classifier|wg)\.weight$")
+    sparse = {int(found[1]) for key in model.state_dict() if (found := routers.search(key)) and "shared" not in key}
+    assert sparse == {i for i, each in enumerate(layers) if each is not None}
     modules = {key: value.numpy() for key, value in model.state_dict().items()}
     params = params_from_hf(modules, config, layer=layer)
     assert {key for key, shape in param_shapes(spec).items() if shape is not None} - {"expert_bias_E"} == {
