@@ -28,6 +28,7 @@ from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.params import LayerParams, WeightLayout
+from moe_ref.specs.readers.hf_weights import params_from_hf, params_to_hf
 from moe_ref.specs.record import RoutingRecord, load_records, save_records
 from moe_ref.specs.router import RouterSpec
 from moe_ref.specs.training import Event, StackSpec
@@ -80,6 +81,8 @@ __all__ = [
     "load_records",
     "load_statistics",
     "moe_layer",
+    "params_from_hf",
+    "params_to_hf",
     "permute",
     "plan",
     "plan_chunks",

@@ -6,6 +6,7 @@ from pathlib import Path
 from benchmarks.tables import markdown as timings
 from conformance.core.register import spec_markdown
 from conformance.run.cli import options_markdown
+from conformance.run.families import markdown as families
 from moe_ref.specs.names import glossary_markdown
 
 
@@ -18,6 +19,12 @@ PAGES: dict[str, Callable[[], str]] = {
     "SPEC.md": spec_markdown,
     "docs/commands.md": page("Commands", "Every command of `moe-conformance`, with its options.", options_markdown),
     "docs/glossary.md": page("Glossary", "Our names, and those of other code bases.", glossary_markdown),
+    "docs/families.md": page(
+        "Families",
+        "How public models route: published sizes, and what each row is verified against. `moe-conformance families` "
+        "prints the same, `preset(NAME)` of `moe_ref.specs.families` is the router.",
+        families,
+    ),
     "docs/timings.md": page(
         "Timings",
         "From `benchmarks/`, on two CPU threads; every ratio is of one run. Where a bound of the machine is not "

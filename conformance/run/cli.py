@@ -117,7 +117,22 @@ def parser() -> Parser:
 
     commands.add_parser("glossary", help="our names, and those of other code bases, as Markdown")
     commands.add_parser("options", help="this table")
-    commands.add_parser("spec", help="SPEC.md")
+    spec = commands.add_parser(
+        "spec", help="SPEC.md; with --config the layer of a published config, as JSON for run --spec"
+    )
+    spec.add_argument("--config", type=Path, metavar="FILE", help="a config.json of huggingface, or a file of --from")
+    spec.add_argument(
+        "--from",
+        dest="source",
+        choices=("hf", "maxtext", "torchtitan", "megatron"),
+        default="hf",
+        metavar="CODE",
+        help="whose config it is: hf (default), maxtext, torchtitan, megatron",
+    )
+    spec.add_argument("--layers", action="store_true", help="one for each decoder layer, null where it is dense")
+    spec.add_argument("--router", action="store_true", help="its router alone, which more models have")
+    spec.add_argument("--ignore", nargs="+", default=[], metavar="KEY", help="keys that do not concern the MoE layers")
+    commands.add_parser("families", help="how public models route, and what each row is verified against, as Markdown")
     new = commands.add_parser("new-subject", help="a file of 25 lines to start from, on standard output")
     new.add_argument("kind", choices=("numpy", "torch", "jax"), metavar="KIND", help="numpy, torch or jax")
     return top
@@ -262,7 +277,22 @@ def options_table(options) -> int:
 
 
 def spec(options) -> int:
-    print(spec_markdown(), end="")
+    if options.config is None:
+        if options.layers or options.router or options.ignore or options.source != "hf":
+            raise UsageError("--from, --layers, --router and --ignore are about the file of --config")
+        print(spec_markdown(), end="")
+        return 0
+    from conformance.run.read_config import text_of
+
+    print(text_of(options.config, options.source, layers=options.layers, router=options.router,
+                  ignore=tuple(options.ignore)))  # fmt: skip
+    return 0
+
+
+def families(options) -> int:
+    from conformance.run.families import markdown
+
+    print(markdown())
     return 0
 
 
@@ -282,6 +312,7 @@ COMMANDS = {
     "glossary": glossary,
     "options": options_table,
     "spec": spec,
+    "families": families,
     "new-subject": new_subject,
 }
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from moe_ref.specs.checks import LARGEST, nearest, require
+from moe_ref.specs.checks import LARGEST, in_words_of, nearest, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,18 +32,30 @@ class Spec:
 
     @classmethod
     def from_dict(cls, values: dict) -> Self:
-        """A spec from the names of its fields, or their aliases; an unknown name is a ValueError."""
+        """A spec from the names of its fields, or their aliases, of which a null says nothing.
+
+        Raises:
+            ValueError: a name is unknown, a field is given under two names, or the spec is not valid; it speaks of the
+                names that were given.
+        """
         own = {field.name for field in fields(cls)}
-        found = {}
+        found: dict[str, Any] = {}
+        names: dict[str, str] = {}
         for name, value in values.items():
             field = name if name in own else cls.ALIASES.get(name, name)
             if field not in own:
                 raise ValueError(f"unknown field {name!r} of {cls.__name__}{nearest(name, own | cls.ALIASES.keys())}")
-            require(field not in found, f"field {field} is given twice (once as {name!r})")
-            found[field] = value
+            if value is None and field != name:
+                continue
+            twice = f"{names.get(field)!r} is {found.get(field)!r}, and {name!r} is {value!r}"
+            require(field not in found, f"field {field} is given twice: {twice}")
+            found[field], names[field] = value, name
         missing = {field.name for field in fields(cls) if field.default is MISSING} - found.keys()
         require(not missing, f"{cls.__name__} needs {', '.join(sorted(missing))}")
-        return cls(**found)
+        try:
+            return cls(**found)
+        except ValueError as error:
+            raise ValueError(in_words_of(names, str(error))) from None
 
     def to_dict(self) -> dict:
         """The fields that differ from their default, JSON-ready; `from_dict` reads it back."""
@@ -52,3 +64,14 @@ class Spec:
     def replace(self, **changes: Any) -> Self:
         """A copy with other values, validated again."""
         return replace(self, **changes)
+
+
+def first_difference(one: Spec, other: Spec) -> str:
+    """The first field in which two specs differ, with both values; '' where they are equal."""
+    for field in fields(one):
+        here, there = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(here, Spec) and isinstance(there, Spec) and here != there:
+            return f"{field.name}.{first_difference(here, there)}"
+        if here != there:
+            return f"{field.name} {here!r} and {there!r}"
+    return ""

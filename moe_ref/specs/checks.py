@@ -1,6 +1,7 @@
 """moe_ref, input checks: every ValueError names the field, the value and the bound."""
 
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -21,6 +22,15 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     valid = sorted(map(str, valid))
     close = get_close_matches(str(name), valid, n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else f" (valid: {', '.join(valid)})"
+
+
+def in_words_of(names: Mapping[str, str], message: str) -> str:
+    """A message about our fields as one about another's names for them (field -> name)."""
+    for field, name in sorted(names.items(), key=lambda pair: -len(pair[0])):
+        if field != name:
+            # Not inside a word, a quoted value, or a name with dots.
+            message = re.sub(rf"(?<![\w.'\"]){re.escape(field)}(?![\w(])", name, message)
+    return message
 
 
 def one_of(field: str, value: Any, valid: Collection[str]) -> None:

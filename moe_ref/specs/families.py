@@ -2,14 +2,27 @@
 
 Each entry of FAMILIES is a RouterSpec and where its numbers come from. A name is that of the model family in
 huggingface/transformers; a suffix tells two routers of one family apart. Where a released checkpoint is not known for
-sure, `checkpoint` says whose defaults stand in for it.
+sure, `checkpoint` says whose defaults stand in for it. CHECKPOINTS has further sizes, and models that are not in its
+release 5.23.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moe_ref.specs.checks import nearest, require
-from moe_ref.specs.router import RouterSpec
+from moe_ref.specs.router import WITHOUT_GROUPS, RouterSpec
+from moe_ref.specs.semantics import (
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    ERNIE,
+    LLAMA4,
+    MINIMAX_M2,
+    MISTRAL4,
+    MIXTRAL,
+    ONE_GROUP,
+    PHIMOE,
+    SELECTED,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +39,12 @@ class Family:
     """Whether the gate has a learned bias."""
     checkpoint: str
     source: str
+    of: str = ""
+    """The family that a checkpoint of another size belongs to."""
+    unverified: str = ""
+    """What of it could not be checked against public code or a public config."""
 
 
-# What the families differ in, before any size. The names are those of the model that brought it.
-DEEPSEEK_V3 = {"score_func": "sigmoid", "route_norm": True, "norm_eps": 1e-20}
-DEEPSEEK_V2 = {"group_score_k": 1, "mask_fill": 0.0, "weights_from": "masked_scores"}
-MISTRAL4 = {"mask_fill": 0.0, "route_norm": True, "norm_eps": 1e-20}
-MIXTRAL = {"route_norm": True}
-SELECTED = {"score_over": "selected", "select_by": "logit"}
-MINIMAX_M2 = {"score_func": "sigmoid", "route_norm": True}
-ERNIE = {"route_norm": True, "norm_form": "clamp", "norm_eps": 1e-12}
-ONE_GROUP = {"num_expert_groups": 1, "num_limited_groups": 1}
 NO_CHANGES: dict = {}
 TINY_GROUPS = {"num_expert_groups": 4, "num_limited_groups": 2}
 
@@ -86,15 +94,15 @@ def _deepseek_v3_line() -> list[Family]:
         ("glm_moe_dsa", "zai-org/GLM-5", 256, 8, ONE_GROUP, 2.5),
         ("dots1", "rednote-hilab/dots.llm1.inst", 128, 6, ONE_GROUP, 2.5),
         ("kimi_linear", "moonshotai/Kimi-Linear-48B-A3B-Instruct", 256, 8, ONE_GROUP, 2.446),
-        ("mimo_v2_flash", "defaults of MiMoV2FlashConfig", 256, 8, ONE_GROUP, 1.0),
+        ("mimo_v2_flash", "XiaomiMiMo/MiMo-V2-Flash", 256, 8, ONE_GROUP, 1.0),
         ("solar_open", "defaults of SolarOpenConfig", 128, 8, ONE_GROUP, 1.0),
         ("axk1", "defaults of AXK1Config", 192, 8, groups_8_4, 2.5),
         ("bailing_hybrid", "defaults of BailingHybridConfig", 512, 8, groups_8_4, 2.5),
         ("dots3_note", "defaults of Dots3NoteTextConfig", 256, 8, ONE_GROUP, 1.0),
-        ("exaone_moe", "defaults of ExaoneMoeConfig", 64, 8, ONE_GROUP, 2.5),
+        ("exaone_moe", "LGAI-EXAONE/K-EXAONE-236B-A23B", 128, 8, ONE_GROUP, 2.5),
         ("glm5_next", "defaults of Glm5NextTextConfig", 288, 8, ONE_GROUP, 2.5),
         ("hy_v4", "defaults of HYV4Config", 256, 8, ONE_GROUP, 2.827),
-        ("nemotron_h", "defaults of NemotronHConfig", 8, 2, ONE_GROUP, 1.0),
+        ("nemotron_h", "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", 128, 6, ONE_GROUP, 2.5),
     ]
     return [
         _family(name, checkpoint, num_experts, top_k, DEEPSEEK_V3, groups, expert_bias=True, route_scale=scale)
@@ -122,16 +130,16 @@ def _other_groups() -> list[Family]:
 def _sigmoid_line() -> list[Family]:
     """Sigmoid (or sqrtsoftplus) scores without groups."""
     return [
-        _family("afmoe", "defaults of AfmoeConfig", 64, 6, DEEPSEEK_V3, expert_bias=True),
-        _family("hy_v3", "defaults of HYV3Config", 192, 8, DEEPSEEK_V3, expert_bias=True, route_scale=2.826),
+        _family("afmoe", "arcee-ai/Trinity-Mini", 128, 8, DEEPSEEK_V3, expert_bias=True, route_scale=2.826),
+        _family("hy_v3", "tencent/Hy3", 192, 8, DEEPSEEK_V3, expert_bias=True, route_scale=2.826),
         _family("inkling2", "defaults of Inkling2TextConfig", 384, 8, DEEPSEEK_V3, expert_bias=True, route_scale=8.0),
         _family("muse_spark", "defaults of MuseSparkTextConfig", 256, 8, DEEPSEEK_V3, expert_bias=True,
                 norm_eps=1e-15, logit_scale=0.1767766952966369),
         _family("lfm2_moe", "LiquidAI/LFM2-8B-A1B", 32, 4, DEEPSEEK_V3, expert_bias=True, norm_eps=1e-6),
         _family("minimax_m2", "MiniMaxAI/MiniMax-M2", 256, 8, MINIMAX_M2, expert_bias=True),
-        _family("minimax_m3_vl", "defaults of MiniMaxM3VLTextConfig", 128, 4, MINIMAX_M2, expert_bias=True,
+        _family("minimax_m3_vl", "MiniMaxAI/MiniMax-M3", 128, 4, MINIMAX_M2, expert_bias=True,
                 output_scale=2.0),
-        _family("step3p7", "defaults of Step3p7TextConfig", 288, 8, MINIMAX_M2, expert_bias=True),
+        _family("step3p7", "stepfun-ai/Step-3.7-Flash", 288, 8, MINIMAX_M2, expert_bias=True, output_scale=3.0),
         # The cap is off by default; the tiny router has it.
         _family("laguna", "defaults of LagunaConfig", 256, 8, MINIMAX_M2, expert_bias=True,
                 tiny={"logit_softcap": 2.0}),
@@ -140,12 +148,11 @@ def _sigmoid_line() -> list[Family]:
         _family("flint", "defaults of FlintConfig", 256, 6, MINIMAX_M2),
         _family("inkling", "defaults of InklingTextConfig", 256, 6, MINIMAX_M2, expert_bias=True, route_scale=8.0,
                 num_scored_shared_experts=2, norm_with_shared=True, learned_scale="global"),
-        _family("deepseek_v4", "defaults of DeepseekV4Config", 256, 6, DEEPSEEK_V3, expert_bias=True,
+        _family("deepseek_v4", "deepseek-ai/DeepSeek-V4-Flash", 256, 6, DEEPSEEK_V3, expert_bias=True,
                 score_func="sqrtsoftplus", route_scale=1.5),
-        _family("deepseek_v4_hash", "defaults of DeepseekV4Config", 256, 6, DEEPSEEK_V3, selector="table",
+        _family("deepseek_v4_hash", "deepseek-ai/DeepSeek-V4-Flash", 256, 6, DEEPSEEK_V3, selector="table",
                 score_func="sqrtsoftplus", route_scale=1.5),
-        _family("llama4", "meta-llama/Llama-4-Scout-17B-16E", 16, 1, score_func="sigmoid", select_by="logit",
-                weight_on="input"),
+        _family("llama4", "meta-llama/Llama-4-Scout-17B-16E", 16, 1, **LLAMA4),
         _family("cohere2_moe_sigmoid", "defaults of Cohere2MoeConfig, sigmoid", 8, 2, MINIMAX_M2, select_by="logit"),
     ]  # fmt: skip
 
@@ -161,7 +168,7 @@ def _softmax_line() -> list[Family]:
         _family("qwen3_vl_moe", "Qwen/Qwen3-VL-30B-A3B-Instruct", 128, 8, MIXTRAL),
         _family("qwen3_omni_moe", "Qwen/Qwen3-Omni-30B-A3B-Instruct", 128, 8, MIXTRAL),
         _family("qwen3_omni_moe_talker", "defaults of Qwen3OmniMoeTalkerTextConfig", 128, 8),
-        _family("qwen3_5_moe", "defaults of Qwen3_5MoeTextConfig", 256, 8, MIXTRAL),
+        _family("qwen3_5_moe", "Qwen/Qwen3.5-35B-A3B", 256, 8, MIXTRAL),
         _family("qwen4_exp", "defaults of Qwen4ExpTextConfig", 512, 10, MIXTRAL),
         _family("minimax", "MiniMaxAI/MiniMax-Text-01-hf", 32, 2, MIXTRAL),
         _family("mellum", "defaults of MellumConfig", 64, 8, MIXTRAL),
@@ -187,13 +194,13 @@ def _logit_line() -> list[Family]:
         _family("openai_privacy_filter", "defaults of OpenAIPrivacyFilterConfig", 128, 4, SELECTED, gate_bias=True,
                 route_scale=1 / 4, output_scale=4.0),
         _family("granitemoe", "ibm-granite/granite-3.0-3b-a800m-base", 40, 8, SELECTED),
-        _family("granitemoehybrid", "defaults of GraniteMoeHybridConfig", 8, 2, SELECTED),
+        _family("granitemoehybrid", "ibm-granite/granite-4.0-h-tiny", 64, 6, SELECTED),
         _family("granitemoeshared", "defaults of GraniteMoeSharedConfig", 8, 2, SELECTED),
         _family("granitemoe_swa", "defaults of GraniteMoeSWAConfig", 8, 2, SELECTED),
         _family("aria", "rhymes-ai/Aria", 64, 6, SELECTED),
         _family("jetmoe", "jetmoe/jetmoe-8b", 8, 2, SELECTED),
         _family("cohere2_moe", "defaults of Cohere2MoeConfig", 8, 2, SELECTED),
-        _family("phimoe", "microsoft/Phi-3.5-MoE-instruct", 16, 2, selector="sparsemixer", select_by="logit"),
+        _family("phimoe", "microsoft/Phi-3.5-MoE-instruct", 16, 2, PHIMOE),
     ]  # fmt: skip
 
 
@@ -205,10 +212,99 @@ FAMILIES: dict[str, Family] = {
 """Every family by name."""
 
 
+def _checkpoint(name: str, of: str, checkpoint: str, unverified: Any = "", **changes: Any) -> Family:
+    """Another size of a family."""
+    base = FAMILIES[of]
+    return replace(base, name=name, router=base.router.replace(**changes), checkpoint=checkpoint, of=of,
+                   source=f"https://huggingface.co/{checkpoint}", unverified=unverified)  # fmt: skip
+
+
+def _checkpoints() -> list[Family]:
+    """Models of which transformers 5.23 has no class, and the other published sizes of those that it has."""
+    row, groups_8_4 = _checkpoint, {"num_expert_groups": 8, "num_limited_groups": 4}
+    latent = "experts of a latent width, which no LayerSpec describes; the router is that of the published config"
+    return [
+        row("kimi_k2", "deepseek_v3", "moonshotai/Kimi-K2-Instruct", num_experts=384, route_scale=2.827, **ONE_GROUP),
+        row(
+            "kimi_k3",
+            "kimi_linear",
+            "moonshotai/Kimi-K3",
+            f"{latent}; a test elsewhere has a scale of 2.827",
+            top_k=16,
+            num_experts=896,
+            route_scale=1.0,
+        ),
+        row(
+            "nemotron_3_super",
+            "nemotron_h",
+            "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-FP8",
+            latent,
+            num_experts=512,
+            top_k=22,
+            route_scale=5.0,
+        ),
+        row(
+            "nemotron_3_ultra",
+            "nemotron_h",
+            "nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16",
+            latent,
+            num_experts=512,
+            top_k=22,
+            route_scale=5.0,
+        ),
+        row(
+            "deepseek_v2_lite",
+            "deepseek_v2",
+            "deepseek-ai/DeepSeek-V2-Lite",
+            num_experts=64,
+            route_scale=1.0,
+            **WITHOUT_GROUPS,
+        ),
+        row("deepseek_v4_pro", "deepseek_v4", "deepseek-ai/DeepSeek-V4-Pro", num_experts=384, route_scale=2.5),
+        row("glm_5_2", "glm_moe_dsa", "zai-org/GLM-5.2"),
+        row("ling_mini_2", "bailing_hybrid", "inclusionAI/Ling-mini-2.0", num_experts=256, **groups_8_4),
+        row(
+            "ling_1t",
+            "bailing_hybrid",
+            "inclusionAI/Ling-1T",
+            "sizes from memory of its config",
+            num_experts=256,
+            **groups_8_4,
+        ),
+        row(
+            "longcat_2",
+            "longcat_flash",
+            "meituan-longcat/LongCat-2.0",
+            "sizes from a port, not from its config",
+            num_experts=256,
+            num_null_experts=128,
+        ),
+        row("minimax_m1", "minimax", "MiniMaxAI/MiniMax-M1-80k"),
+        row("mixtral_8x22b", "mixtral", "mistralai/Mixtral-8x22B-v0.1"),
+        row("llama4_maverick", "llama4", "meta-llama/Llama-4-Maverick-17B-128E", num_experts=128),
+        row("qwen3_5_397b", "qwen3_5_moe", "Qwen/Qwen3.5-397B-A17B", num_experts=512, top_k=10),
+        row(
+            "trinity_large",
+            "afmoe",
+            "arcee-ai/Trinity-Large-Preview",
+            "sizes from memory of its config",
+            num_experts=256,
+            top_k=4,
+            route_scale=2.448,
+        ),
+        row("gpt_oss_20b", "gpt_oss", "openai/gpt-oss-20b", num_experts=32),
+    ]
+
+
+CHECKPOINTS: dict[str, Family] = {each.name: each for each in _checkpoints()}
+"""Further published sizes by name."""
+
+
 def family(name: str) -> Family:
-    """The family of that name; an unknown one is a ValueError with the nearest name."""
-    require(name in FAMILIES, f"unknown family {name!r}{nearest(name, FAMILIES)}")
-    return FAMILIES[name]
+    """The family or checkpoint of that name; an unknown one is a ValueError with the nearest name."""
+    known = FAMILIES | CHECKPOINTS
+    require(name in known, f"unknown family {name!r}{nearest(name, known)}")
+    return known[name]
 
 
 def preset(name: str, **changes: Any) -> RouterSpec:

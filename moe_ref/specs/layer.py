@@ -4,10 +4,14 @@ A spec says *what* a layer computes, never how. Each field past the first few de
 lists only what a model has.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Self
 
-from moe_ref.specs.base import Spec
+from moe_ref.specs.base import Spec, first_difference
 from moe_ref.specs.checks import integer, number, one_of, require
+from moe_ref.specs.readers import hf, maxtext, megatron, torchtitan
+from moe_ref.specs.readers.config import Config
 from moe_ref.specs.router import RouterSpec
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -140,7 +144,9 @@ class LayerSpec(Spec):
 
     @classmethod
     def from_dict(cls, values: dict) -> "LayerSpec":
-        """A spec from nested dicts; an unknown name at any level is a ValueError."""
+        """A spec from nested dicts, or from a published config, which has a `model_type`; errors as `from_hf`."""
+        if "model_type" in values:
+            return cls.from_hf(values)
         parts = {"router": RouterSpec, "experts": ExpertSpec, "shared": SharedSpec}
         given = {name: value for name, value in values.items() if name not in parts or value is not None}
         return super().from_dict(
@@ -151,3 +157,58 @@ class LayerSpec(Spec):
         """Nested dicts of the fields that differ from their default, JSON-ready; `from_dict` reads it back."""
         found = super().to_dict() | {"router": self.router.to_dict(), "experts": self.experts.to_dict()}
         return found if self.shared is None else found | {"shared": self.shared.to_dict()}
+
+    @classmethod
+    def from_hf(cls, config: Any, *, ignore: Iterable[str] = ()) -> Self:
+        """The layer of a config of huggingface: of all its MoE layers, which are the same.
+
+        Args:
+            config: a dict, the path of a config.json or of its folder, or a config object of transformers.
+            ignore: keys that the reader does not know, and that do not concern the MoE layers.
+
+        Raises:
+            ValueError: it is no config of a known model with experts; a key is unknown, or two contradict each other;
+                its layers differ (`layers_from_hf`); no LayerSpec describes them (`RouterSpec.from_hf`).
+        """
+        found = [(i, layer) for i, layer in enumerate(cls.layers_from_hf(config, ignore=ignore)) if layer is not None]
+        first, layer = found[0]
+        for other, there in found:
+            require(
+                there == layer,
+                f"MoE layers {first} and {other} differ ({first_difference(layer, there)}); "
+                "LayerSpec.layers_from_hf(config) has one for each decoder layer",
+            )
+        return layer
+
+    @classmethod
+    def layers_from_hf(cls, config: Any, *, ignore: Iterable[str] = ()) -> list[Self | None]:
+        """One layer for each decoder layer of a config of huggingface; None where it is dense. Errors as `from_hf`."""
+        reading = hf.read(config, ignore=ignore)
+        return [
+            None if kind is None else _layer(cls, reading.layer(i), reading.config)
+            for i, kind in enumerate(reading.kinds)
+        ]
+
+    @classmethod
+    def from_maxtext(cls, config: Any, *, ignore: Iterable[str] = ()) -> Self:
+        """The MoE layer of a config of MaxText: a pyconfig object, a dict, or the path of a flat yml. See `from_hf`."""
+        return _layer(cls, *maxtext.read(config, ignore=ignore))
+
+    @classmethod
+    def from_torchtitan(cls, config: Any, *, ignore: Iterable[str] = ()) -> Self:
+        """The MoE layer of a config of torchtitan: an MoE.Config, what holds one, a dict, or a file. See `from_hf`."""
+        return _layer(cls, *torchtitan.read(config, ignore=ignore))
+
+    @classmethod
+    def from_megatron(cls, config: Any, *, ignore: Iterable[str] = ()) -> Self:
+        """The MoE layer of a config of Megatron-Core: a TransformerConfig, its arguments, or a file. See `from_hf`."""
+        return _layer(cls, *megatron.read(config, ignore=ignore))
+
+
+def _layer(cls, fields: dict[str, Any], config: Config):
+    """One layer of a config; an error speaks of the user's keys."""
+    parts: dict[str, Any] = {"router": RouterSpec, "experts": ExpertSpec, "shared": SharedSpec}
+    try:
+        return cls(**{name: parts[name](**value) if name in parts else value for name, value in fields.items()})
+    except ValueError as error:
+        raise ValueError(f"{config.renamed(str(error))}, in {config.what}") from error

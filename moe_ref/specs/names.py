@@ -61,6 +61,10 @@ TRAPS = (
 
 # Names that a configuration may use for a field of RouterSpec.
 ALIASES: dict[str, str] = {
+    "num_experts_per_token": "top_k", "experts_per_token": "top_k", "moe_topk": "top_k", "top_k_experts": "top_k",
+    "num_moe_experts": "num_experts", "moe_router_activation_func": "score_func", "score_function": "score_func",
+    "moe_router_score_function": "score_func", "moe_routed_scaling_factor": "route_scale",
+    "moe_router_scaling_factor": "route_scale",
     "n_routed_experts": "num_experts", "num_local_experts": "num_experts", "moe_num_experts": "num_experts",
     "n_activated_experts": "top_k", "num_experts_per_tok": "top_k", "moe_k": "top_k", "moe_top_k": "top_k",
     "n_group": "num_expert_groups", "n_expert_groups": "num_expert_groups", "n_routing_groups": "num_expert_groups",
@@ -71,6 +75,15 @@ ALIASES: dict[str, str] = {
     "norm_topk_prob": "route_norm", "renormalize": "route_norm", "moe_renormalize": "route_norm",
     "routed_scaling_factor": "route_scale", "router_scaling_factor": "route_scale",
 }  # fmt: skip
+GROUPS = tuple(name for name, field in ALIASES.items() if field == "num_expert_groups")
+LIMITED_GROUPS = tuple(name for name, field in ALIASES.items() if field == "num_limited_groups")
+
+# How DeepSeek's configs say that experts are chosen -> what it fixes.
+METHODS: dict[str, dict[str, object]] = {
+    "noaux_tc": {},
+    "greedy": {},
+    "group_limited_greedy": {"group_score_k": 1, "mask_fill": 0.0, "weights_from": "masked_scores"},
+}
 
 
 def glossary_markdown() -> str:

@@ -4,14 +4,16 @@ A spec says *what* a router computes, never how. Each field past the first few d
 lists only what a model has. Families with their published sizes are in `families.py`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from moe_ref.specs import names
-from moe_ref.specs.base import Spec
+from moe_ref.specs.base import Spec, first_difference
 from moe_ref.specs.checks import integer, number, one_of, require
+from moe_ref.specs.readers import hf
 
 SCORE_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus")
 SELECTORS = ("top_k", "table", "given", "round_robin", "random", "sparsemixer")
@@ -229,7 +231,54 @@ class RouterSpec(Spec):
         return self.replace(selector="given", **WITHOUT_GROUPS)
 
     @classmethod
+    def from_hf(cls, config: Any, *, ignore: Iterable[str] = ()) -> Self:
+        """The router of a config of huggingface: of all its MoE layers, which are the same. See `LayerSpec.from_hf`.
+
+        It also reads model types whose layer no LayerSpec describes.
+        """
+        reading = hf.read(config, ignore=ignore)
+        first = _router(cls, reading, reading.sparse[0])
+        for layer in reading.sparse:
+            other = _router(cls, reading, layer)
+            require(
+                other == first,
+                f"the routers of layers {reading.sparse[0]} and {layer} differ ({first_difference(first, other)}); "
+                "LayerSpec.layers_from_hf(config) has one for each decoder layer",
+            )
+        return first
+
+    @classmethod
     def from_dict(cls, values: dict) -> Self:
-        """A spec from names of this or another framework (`names.ALIASES`); an unknown name is a ValueError."""
-        # JSON has no infinity.
-        return super().from_dict(values | {"mask_fill": -np.inf} if values.get("mask_fill") == "-inf" else values)
+        """A spec from names of this or another framework (`names.ALIASES`); an unknown name is a ValueError.
+
+        A dict with a `model_type` is a published config (`from_hf`). Of the others' names, a null says nothing, 0
+        groups are none, and topk_method says how groups are scored.
+        """
+        if "model_type" in values:
+            return cls.from_hf(values)
+        values = dict(values)
+        if values.get("mask_fill") == "-inf":  # JSON has no infinity
+            values["mask_fill"] = -np.inf
+        for name in (*names.GROUPS, *names.LIMITED_GROUPS):
+            if values.get(name) == 0 and name in names.ALIASES:
+                values[name] = None
+        method = values.pop("topk_method", None)
+        if method is not None:
+            one_of("topk_method", method, names.METHODS)
+            values = names.METHODS[method] | values
+        found = super().from_dict(values)
+        groups = found.num_expert_groups or 1
+        require(
+            (method != "greedy" or groups == 1) and (method != "group_limited_greedy" or groups > 1),
+            f"topk_method is {method!r}, but there are {groups} groups of experts",
+        )
+        return found
+
+
+def _router(cls, reading: hf.Reading, layer: int):
+    """The router of one layer of a config; an error speaks of the user's keys."""
+    fields = reading.router(layer)
+    try:
+        return cls(**fields)
+    except ValueError as error:
+        raise ValueError(f"{reading.config.renamed(str(error))}, in {reading.config.what}") from error
