@@ -1,8 +1,9 @@
-"""moe_torch, experts: every expert works on its own rows, on grouped matmuls or on a loop that stays in cache.
+"""moe_torch, experts: every expert works on its own rows, on kernels, on grouped matmuls or on a loop.
 
-Which of the two is decided in `uses_grouped_mm`. On an accelerator a grouped matmul takes the group
-sizes where they are, so that nothing waits for the host. A CPU has no grouped kernel: there, tensors of all rows cost
-more than the moving of rows does, and a loop that gathers, computes and puts away a few rows at a time is ahead.
+`kernels/choice.py` decides which, and `kernels.chosen` tells. On CUDA Triton's kernels gather, compute and scatter in
+one pass; where there are none a grouped matmul takes the group sizes where they are, so that nothing waits for the
+host. A CPU has no grouped kernel: there, tensors of all rows cost more than the moving of rows does, and a loop that
+gathers, computes and puts away a few rows at a time is ahead.
 
 Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, N = T * K slots, R rows.
 """
@@ -16,21 +17,13 @@ from torch.nn import functional as F
 
 from moe_ref.specs.layer import ExpertSpec
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation, weighted_sum
+from moe_torch.kernels.choice import for_experts, say_once
+from moe_torch.kernels.expert_ops import expert_tiles
 
 CHUNK_ROWS = 512
 """Rows of one expert that the loop works on at a time: few enough for the cache, enough for the matmul."""
 CHUNK_TOKENS = 512
 """Tokens whose slots it adds up at a time."""
-
-
-def uses_grouped_mm(rows: Tensor) -> bool:
-    """Whether experts run on grouped matmuls; else on the loop, which takes every device and dtype."""
-    return rows.device.type != "cpu" and rows.dtype in (torch.bfloat16, torch.float16, torch.float32)
-
-
-def moves_rows(rows: Tensor) -> bool:
-    """Whether rows go to their experts and back as tensors of all rows; else the loop gathers and adds them up."""
-    return uses_grouped_mm(rows)
 
 
 class Activation(NamedTuple):
@@ -169,24 +162,42 @@ class GroupedExperts(nn.Module):
             tokens_per_expert_E: rows of each expert, on the device of x_RD.
         """
         rows_RD, weights = self._cast(x_RD)
-        if uses_grouped_mm(rows_RD):
+        way = way_of(self, x_RD)
+        if way == "grouped_mm" and len(rows_RD):
             return _grouped(rows_RD, tokens_per_expert_E, weights, self.activation).to(x_RD.dtype)
-        order_R = torch.arange(len(rows_RD), device=rows_RD.device)
-        return _loop(rows_RD, order_R, tokens_per_expert_E, None, 1, weights, self.activation).to(x_RD.dtype)
+        order_R = None if way == "triton" else torch.arange(len(rows_RD), device=rows_RD.device)
+        return _slots(way, rows_RD, order_R, tokens_per_expert_E, None, 1, weights, self.activation).to(x_RD.dtype)
 
     def sum_of_slots(self, x_TD: Tensor, permutation: Permutation, weights_TK: Tensor | None) -> Tensor:
-        """dispatch, forward and combine in one pass, for the loop alone; without weights a token has one slot."""
+        """dispatch, forward and combine in one pass, on kernels or the loop; without weights a token has one slot."""
         rows_TD, weights = self._cast(x_TD)
         counts_E = permutation.tokens_per_expert_E[: self.num_experts]
         order_N, K = permutation.order_N, 1 if weights_TK is None else weights_TK.shape[1]
-        return _loop(rows_TD, order_N, counts_E, weights_TK, K, weights, self.activation).to(x_TD.dtype)
+        way = way_of(self, x_TD)
+        return _slots(way, rows_TD, order_N, counts_E, weights_TK, K, weights, self.activation).to(x_TD.dtype)
+
+    def compute_dtype(self, device: str) -> torch.dtype:
+        """The dtype of the weights, or that of autocast."""
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w1_EFD.dtype
 
     def _cast(self, x: Tensor):
         """The rows and the weights (w1, w2, w3, b1, b2, b3) in the dtype to compute in."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w1_EFD.dtype
+        dtype = self.compute_dtype(x.device.type)
         weights = (self.w1_EFD, self.w2_EDF, self.w3_EFD, self.b1_EF, self.b2_ED, self.b3_EF)
         return x.to(dtype), tuple(None if w is None else w.to(dtype) for w in weights)
+
+
+def way_of(experts: GroupedExperts, x: Tensor) -> str:
+    """triton, grouped_mm or loop; a slower one on an accelerator is said once, with its reason."""
+    device, (_, F_, D) = x.device.type, experts.w1_EFD.shape
+    found = for_experts(D, F_, device, experts.compute_dtype(device))
+    say_once(found, "experts")
+    return found.way
+
+
+def moves_rows(experts: GroupedExperts, x: Tensor) -> bool:
+    """Whether rows go to their experts and back as tensors of all rows; else they are gathered and added up inside."""
+    return way_of(experts, x) == "grouped_mm"
 
 
 def run_experts(
@@ -199,7 +210,7 @@ def run_experts(
     on_input: bool,
 ) -> Tensor:
     """dispatch, experts and combine of the slots whose experts are here."""
-    if not on_input and not moves_rows(x_TD):
+    if not on_input and not moves_rows(experts, x_TD):
         return experts.sum_of_slots(x_TD, permutation, weights_TK)
     rows_ND = dispatcher.dispatch(x_TD, permutation, weights_TK if on_input else None)
     counts_E = permutation.tokens_per_expert_E[: experts.num_experts]
@@ -211,22 +222,25 @@ def _grouped(x_RD: Tensor, tokens_per_expert_E: Tensor, weights, act: Activation
     w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF = weights
     ends_E = tokens_per_expert_E.cumsum(0, dtype=torch.int32)
     rows_R = torch.arange(len(x_RD), device=x_RD.device, dtype=torch.int32)
-    # Rows past the last group take the last expert's bias; nobody reads them.
-    expert_of_row_R = torch.searchsorted(ends_E, rows_R, right=True).clamp(max=len(ends_E) - 1)
+    expert_of_row_R = torch.searchsorted(ends_E, rows_R, right=True)
+    # Rows past the last group take no bias: a backward pass leaves their gradients unwritten.
+    has_expert_R1 = (expert_of_row_R < len(ends_E))[:, None]
+    expert_of_row_R = expert_of_row_R.clamp(max=len(ends_E) - 1)
 
     def project(rows, w_EOI, b_EO):
         out = F.grouped_mm(rows, w_EOI.transpose(-2, -1), offs=ends_E)
-        return out if b_EO is None else out + b_EO[expert_of_row_R]
+        return out if b_EO is None else out + torch.where(has_expert_R1, b_EO[expert_of_row_R], 0)
 
     gate_RF = project(x_RD, w1_EFD, b1_EF)
     up_RF = None if w3_EFD is None else project(x_RD, w3_EFD, b3_EF)
     return project(hide(gate_RF, up_RF, act), w2_EDF, b2_ED)
 
 
-def _loop(x_TD, order_N, counts_E, weights_TK, top_k: int, weights, act: Activation) -> Tensor:
-    """The loop as one operator, which autograd and torch.compile take as it is."""
+def _slots(way: str, x_TD, order_N, counts_E, weights_TK, top_k: int, weights, act: Activation) -> Tensor:
+    """Kernels, or the loop, as one operator, which autograd and torch.compile take as it is."""
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TD, weights_TK, *weights))
-    return expert_loop(x_TD, order_N, counts_E, weights_TK, top_k, *weights, *act, keep)[0]
+    operator = expert_tiles if way == "triton" else expert_loop
+    return operator(x_TD, order_N, counts_E, weights_TK, top_k, *weights, *act, keep)[0]
 
 
 def _chunks(counts_E: Tensor) -> Iterator[tuple[int, int, int]]:
