@@ -417,7 +417,7 @@ def _route_on_kernel(
     """`route` in one kernel, for a spec that fits."""
     bias_E = None if expert_bias_E is None else expert_bias_E.detach().float().contiguous()
     mask_T = None if token_mask_T is None else token_mask_T.contiguous()
-    ids_TK, weights_TK, group_ids_TL = route_tokens(logits_TE, bias_E, mask_T, *arguments_of(spec))
+    weights_TK, ids_TK, group_ids_TL = route_tokens(logits_TE, bias_E, mask_T, *arguments_of(spec))
     wide_TE = logits_TE.float()
     if token_mask_T is not None:
         wide_TE = wide_TE.masked_fill(~token_mask_T[:, None], 0)

@@ -1,4 +1,6 @@
-"""moe_torch, kernels: the experts as custom operators, with fake and autograd formulas; triton comes with the first call.
+"""moe_torch, kernels: the experts as custom operators, with fake and autograd formulas.
+
+Triton is imported with the first call.
 
 Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, R = T * K rows and slots.
 """

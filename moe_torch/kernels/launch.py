@@ -49,14 +49,32 @@ class Tiles:
     weights: Tile
 
 
-def tiles_of(num_rows: int, num_experts: int, dim: int, hidden_dim: int, dtype: torch.dtype, exact: bool, room: int):
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What the sizes of tiles depend on."""
+
+    room: int
+    """Bytes of shared memory that a program may have."""
+    wide: bool
+    """Whether tensor cores read shared memory and not registers, which are then there for wider tiles (Hopper)."""
+
+
+def tiles_of(
+    num_rows: int,
+    num_experts: int,
+    dim: int,
+    hidden_dim: int,
+    dtype: torch.dtype,
+    exact: bool,
+    device: Device | None,
+) -> Tiles:
     """The sizes for R rows of E experts.
 
     Args:
         exact: float32 without TF32, which no tensor core multiplies.
-        room: bytes of shared memory that a program may have; 0: in the interpreter, where small tiles show more.
+        device: None: the interpreter, where small tiles show more.
     """
-    if room == 0:
+    if device is None:
         tile = Tile(columns=16, depth=16, rows=16, warps=4, stages=1)
         return Tiles(rows=16, group=2, up=tile, down=tile, hidden=tile, tokens=tile, weights=tile)
     per_expert = num_rows / num_experts
@@ -66,11 +84,13 @@ def tiles_of(num_rows: int, num_experts: int, dim: int, hidden_dim: int, dtype: 
         tile = Tile(columns=64, depth=16, rows=64, warps=8, stages=2)
         found = Tiles(rows=rows, up=tile, down=tile, hidden=tile, tokens=tile, weights=tile)
     else:
-        warps, wide, depth = 8 if rows == 128 else 4, 256 if rows == 128 else 128, 128 // dtype.itemsize
-        one, two = Tile(columns=wide, depth=depth, warps=warps), Tile(columns=128, depth=depth, warps=warps)
-        both = Tile(columns=128, depth=depth, rows=128)
-        found = Tiles(rows=rows, up=two, down=one, hidden=two, tokens=one, weights=both)
-    fit = _fitting(dtype.itemsize, room)
+        warps, depth = 8 if rows == 128 else 4, 128 // dtype.itemsize
+        # Columns of one product, and of two side by side.
+        one, two = (256 if rows == 128 else 128, 128) if device.wide else (128, 64)
+        single, double = Tile(columns=one, depth=depth, warps=warps), Tile(columns=two, depth=depth, warps=warps)
+        hidden, both = Tile(columns=128, depth=depth, warps=warps), Tile(columns=two, depth=depth, rows=128)
+        found = Tiles(rows=rows, up=double, down=single, hidden=hidden, tokens=single, weights=both)
+    fit = _fitting(dtype.itemsize, device.room)
     return replace(
         found,
         up=fit(found.up, rows, hidden_dim, 2),
@@ -99,11 +119,13 @@ def _fitting(itemsize: int, room: int):
 
 
 @lru_cache(maxsize=16)
-def room_of(device: torch.device) -> int:
-    """Bytes of shared memory of a program on a device; 0 on a CPU, where kernels are interpreted."""
+def device_of(device: torch.device) -> Device | None:
+    """What a device has; None for a CPU, where kernels are interpreted."""
     if device.type == "cpu":
-        return 0
-    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+        return None
+    number = torch.cuda.current_device() if device.index is None else device.index
+    room = triton.runtime.driver.active.utils.get_device_properties(number)["max_shared_mem"]
+    return Device(room=room, wide=torch.cuda.get_device_capability(number)[0] in (9, 10))
 
 
 def is_interpreted() -> bool:
@@ -134,7 +156,7 @@ class Pass:
         tf32 = x_TD.dtype == torch.float32 and takes_tf32()
         exact = x_TD.dtype == torch.float32 and not tf32
         sizes = (self.num_rows, len(self.counts_E), x_TD.shape[1], self.hidden_dim)
-        tiles = tiles_of(*sizes, x_TD.dtype, exact, room_of(x_TD.device))
+        tiles = tiles_of(*sizes, x_TD.dtype, exact, device_of(x_TD.device))
         widen = x_TD.dtype == torch.bfloat16 and is_interpreted()
         E, B = len(self.counts_E), most_tiles(self.num_rows, len(self.counts_E), tiles.rows)
         tiles_3B = torch.empty(3, B, dtype=torch.int32, device=x_TD.device)
@@ -215,9 +237,7 @@ def sum_of_slots(slots_RD: Tensor, num_tokens: int, top_k: int) -> Tensor:
     D = slots_RD.shape[1]
     out_TD = slots_RD.new_empty(num_tokens, D)
     columns = min(SUM_COLUMNS, triton.next_power_of_2(D))
-    sum_kernel[(num_tokens, triton.cdiv(D, columns))](
-        slots_RD, out_TD, D, top_k, COLUMNS=columns, **options(warps=4)
-    )
+    sum_kernel[(num_tokens, triton.cdiv(D, columns))](slots_RD, out_TD, D, top_k, COLUMNS=columns, **options(warps=4))
     return out_TD
 
 

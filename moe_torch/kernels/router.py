@@ -93,10 +93,9 @@ def route_kernel(
     column = g[:, None] * P + p[None, :]
     is_column = (g < G)[:, None] & (p < P)[None, :]
     row = token.to(tl.int64) * stride
-    z3 = tl.load(
-        logits_TE + row[:, None, None] + column[None, :, :], mask=routed[:, None, None] & is_column[None, :, :], other=0.0
-    ).to(tl.float32) * LOGIT_SCALE  # fmt: skip
-    z3 = tl.where(is_column[None, :, :], z3, float("-inf"))
+    inside = routed[:, None, None] & is_column[None, :, :]
+    z3 = tl.load(logits_TE + row[:, None, None] + column[None, :, :], mask=inside, other=0.0).to(tl.float32)
+    z3 = tl.where(is_column[None, :, :], z3 * LOGIT_SCALE, float("-inf"))
     if FUNC == "softmax":
         largest, total = softmax_stats(tl.reshape(z3, (TOKENS, GROUPS * EACH)))
     if BY_LOGIT:
@@ -156,9 +155,9 @@ def route_kernel(
         divisor = divisor_of(tl.sum(weights, 1), NORM_EPS, NORM_CLAMP)
         weights = weights / tl.where(divisor == 0, 1.0, divisor)[:, None]
     at_slot = token.to(tl.int64)[:, None] * K + slot[None, :]
-    inside = there[:, None] & (slot < K)[None, :]
-    tl.store(ids_TK + at_slot, ids.to(tl.int64), mask=inside)
-    tl.store(weights_TK + at_slot, weights * SCALE, mask=inside)
+    stored = there[:, None] & (slot < K)[None, :]
+    tl.store(ids_TK + at_slot, ids.to(tl.int64), mask=stored)
+    tl.store(weights_TK + at_slot, weights * SCALE, mask=stored)
 
 
 @triton.jit
@@ -224,6 +223,4 @@ def route_backward_kernel(
         d_row += tl.where(column[None, :] == at[:, None], tl.sum(tl.where(own, d, 0.0), 1)[:, None], 0.0)
     d_row = tl.where(routed[:, None], d_row * LOGIT_SCALE, 0.0)
     at_column = token.to(tl.int64)[:, None] * num_logits + column[None, :]
-    tl.store(
-        d_logits_TE + at_column, d_row.to(d_logits_TE.dtype.element_ty), mask=there[:, None] & is_column[None, :]
-    )
+    tl.store(d_logits_TE + at_column, d_row.to(d_logits_TE.dtype.element_ty), mask=there[:, None] & is_column[None, :])

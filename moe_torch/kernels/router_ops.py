@@ -40,16 +40,16 @@ def route_tokens(
     scale: float,
     logit_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Expert ids, weights in float32 and, with groups, the kept groups of each token, best first.
+    """Weights in float32, expert ids and, with groups, the kept groups of each token, best first.
 
     Args:
         groups, kept: 0 without groups.
         selected, by_logit, norm_clamp: score_over is 'selected', select_by 'logit', norm_form 'clamp'.
     """
     T, E, K, L = len(logits_TE), num_choices, top_k, kept if groups else 0
-    ids_TK, weights_TK, groups_TL = _empty(logits_TE, K, L)
+    weights_TK, ids_TK, groups_TL = _empty(logits_TE, K, L)
     if T == 0:
-        return ids_TK, weights_TK, groups_TL
+        return weights_TK, ids_TK, groups_TL
     from moe_torch.kernels.router import route_kernel
 
     G = max(groups, 1)
@@ -64,7 +64,7 @@ def route_tokens(
         NORM=norm, NORM_CLAMP=norm_clamp, NORM_EPS=norm_eps, SCALE=scale, LOGIT_SCALE=logit_scale,
         **_options(GROUPS * EACH),
     )  # fmt: skip
-    return ids_TK, weights_TK, groups_TL
+    return weights_TK, ids_TK, groups_TL
 
 
 @route_tokens.register_fake
@@ -110,8 +110,8 @@ def _(d_weights_TK, logits_TE, *rest):
 
 def _empty(logits_TE: Tensor, K: int, L: int) -> tuple[Tensor, Tensor, Tensor]:
     T = len(logits_TE)
-    ids_TK = logits_TE.new_empty(T, K, dtype=torch.int64)
-    return ids_TK, logits_TE.new_empty(T, K, dtype=torch.float32), logits_TE.new_empty(T, L, dtype=torch.int64)
+    weights_TK = logits_TE.new_empty(T, K, dtype=torch.float32)
+    return weights_TK, logits_TE.new_empty(T, K, dtype=torch.int64), logits_TE.new_empty(T, L, dtype=torch.int64)
 
 
 def _power_of_two(value: int) -> int:
@@ -131,11 +131,10 @@ def _options(columns: int) -> dict[str, Any]:
 def _keep_for_backward(ctx, inputs, output) -> None:
     logits_TE, *_ = inputs
     ctx.how = (inputs[8], inputs[9], *inputs[11:])
-    ctx.save_for_backward(logits_TE, output[0])
-    ctx.mark_non_differentiable(output[0], output[2])
+    ctx.save_for_backward(logits_TE, output[1])
 
 
-def _gradients(ctx, _ids, d_weights_TK, _groups):
+def _gradients(ctx, d_weights_TK, _ids, _groups):
     logits_TE, ids_TK = ctx.saved_tensors
     return route_tokens_backward(d_weights_TK, logits_TE, ids_TK, *ctx.how), *(None,) * 15
 
