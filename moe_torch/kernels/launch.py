@@ -75,8 +75,10 @@ def tiles_of(
         device: None: the interpreter, where small tiles show more.
     """
     if device is None:
-        tile = Tile(columns=16, depth=16, rows=16, warps=4, stages=1)
-        return Tiles(rows=16, group=2, up=tile, down=tile, hidden=tile, tokens=tile, weights=tile)
+        # Of many rows there are enough tiles in any case, and each costs milliseconds.
+        size = 16 if num_rows <= 256 and max(dim, hidden_dim) <= 64 else 128
+        tile = Tile(columns=size, depth=size, rows=size, warps=4, stages=1)
+        return Tiles(rows=size, group=2, up=tile, down=tile, hidden=tile, tokens=tile, weights=tile)
     per_expert = num_rows / num_experts
     rows = next(size for size in (16, 32, 64, 128) if per_expert <= size * 0.75 or size == 128)
     if exact:

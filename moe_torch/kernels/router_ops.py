@@ -55,7 +55,7 @@ def route_tokens(
     G = max(groups, 1)
     P = E // G
     GROUPS, EACH = _power_of_two(G), _power_of_two(P)
-    tokens = _tokens_of(GROUPS * EACH)
+    tokens = _tokens_of(GROUPS * EACH, logits_TE)
     logits_TE = logits_TE if logits_TE.stride(-1) == 1 else logits_TE.contiguous()
     route_kernel[(-(-T // tokens),)](
         logits_TE, bias_E, token_mask_T, ids_TK, weights_TK, groups_TL if groups else None, T, logits_TE.stride(0),
@@ -93,7 +93,7 @@ def route_tokens_backward(
     from moe_torch.kernels.router import route_backward_kernel
 
     columns = _power_of_two(E)
-    tokens = _tokens_of(columns)
+    tokens = _tokens_of(columns, logits_TE)
     logits_TE = logits_TE if logits_TE.stride(-1) == 1 else logits_TE.contiguous()
     route_backward_kernel[(-(-T // tokens),)](
         d_weights_TK.contiguous(), logits_TE, ids_TK, d_logits_TE, T, logits_TE.stride(0), E,
@@ -118,8 +118,10 @@ def _power_of_two(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
-def _tokens_of(columns: int) -> int:
+def _tokens_of(columns: int, logits_TE: Tensor) -> int:
     """Tokens of a program: some, so that their dependent steps overlap, but few enough for the registers."""
+    if logits_TE.device.type == "cpu" and len(logits_TE) > 256:
+        return 1024  # in the interpreter each program costs milliseconds
     return max(1, min(16, 1024 // columns))
 
 
