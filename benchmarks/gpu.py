@@ -88,7 +88,8 @@ def clock(dry: bool) -> Callable[[Callable[[], Any]], float]:
         return once
     from triton.testing import do_bench
 
-    return lambda call: do_bench(call, warmup=25, rep=100, return_mode="median")
+    bench: Any = do_bench
+    return lambda call: bench(call, warmup=25, rep=100, return_mode="median")
 
 
 def clock_of_graph(dry: bool) -> Callable[[Callable[[], Any]], float]:
@@ -97,7 +98,8 @@ def clock_of_graph(dry: bool) -> Callable[[Callable[[], Any]], float]:
         return clock(dry)
     from triton.testing import do_bench_cudagraph
 
-    return lambda call: do_bench_cudagraph(call, rep=100, return_mode="median")
+    bench: Any = do_bench_cudagraph
+    return lambda call: bench(call, rep=100, return_mode="median")
 
 
 def place(dry: bool) -> str:
@@ -236,11 +238,12 @@ def layers(size: Size, where: str):
     class Dense(nn.Module):
         def __init__(self):
             super().__init__()
-            for name in ("w1_EFD", "w2_EDF", "w3_EFD"):
-                self.register_parameter(name, nn.Parameter(getattr(experts, name)[0].detach().clone()))
+            assert experts.w3_EFD is not None
+            w1, w2, w3 = (w[0].detach().clone() for w in (experts.w1_EFD, experts.w2_EDF, experts.w3_EFD))
+            self.w1, self.w2, self.w3 = nn.Parameter(w1), nn.Parameter(w2), nn.Parameter(w3)
 
         def forward(self, rows, *_):
-            return F.linear(F.silu(F.linear(rows, self.w1_EFD)) * F.linear(rows, self.w3_EFD), self.w2_EDF)
+            return F.linear(F.silu(F.linear(rows, self.w1)) * F.linear(rows, self.w3), self.w2)
 
     candidates: dict[str, nn.Module] = {"moe_torch": Ours(), "grouped_mm": GroupedMm()}
     try:
@@ -282,7 +285,7 @@ def error_of_rows(ours, x_TD, ids_TK, weights_TK) -> float:
     with torch.no_grad():
         found = ours(x_TD, ids_TK, weights_TK)
         for t in range(0, len(x_TD), max(1, len(x_TD) // 16)):
-            x, right = x_TD[t].double(), 0
+            x, right = x_TD[t].double(), torch.zeros_like(x_TD[t]).double()
             for e, weight in zip(ids_TK[t], weights_TK[t], strict=True):
                 w1, w2, w3 = (w[e].double() for w in (own.w1_EFD, own.w2_EDF, own.w3_EFD))
                 right = right + weight.double() * (w2 @ (F.silu(w1 @ x) * (w3 @ x)))
@@ -399,7 +402,7 @@ def promises(dry: bool) -> dict:
     x_TD = torch.randn(size.tokens, size.dim, device=where, dtype=torch.bfloat16, requires_grad=True)
     trained = [x_TD, *moe.parameters()]
 
-    def step(module=moe):
+    def step(module: Any = moe):
         return torch.autograd.grad(module(x_TD).float().sum(), trained)
 
     def no_wait() -> bool:

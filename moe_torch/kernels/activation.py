@@ -3,11 +3,12 @@
 The meaning of each function is that of the same name in `moe_torch.experts`, which is `moe_ref.experts`.
 """
 
-import triton
 import triton.language as tl
 
+from moe_torch.kernels.jit import jit
 
-@triton.jit
+
+@jit
 def activation(z, NAME: tl.constexpr, ALPHA: tl.constexpr):
     """silu (with alpha), gelu, gelu_tanh, relu or relu2 of each entry."""
     if NAME == "silu":
@@ -23,7 +24,7 @@ def activation(z, NAME: tl.constexpr, ALPHA: tl.constexpr):
     return a
 
 
-@triton.jit
+@jit
 def activation_slope(z, NAME: tl.constexpr, ALPHA: tl.constexpr):
     """The derivative of each entry; that of relu at 0 is 0."""
     if NAME == "silu":
@@ -41,7 +42,7 @@ def activation_slope(z, NAME: tl.constexpr, ALPHA: tl.constexpr):
     return d
 
 
-@triton.jit
+@jit
 def activated(z, NAME: tl.constexpr, ALPHA: tl.constexpr, CLAMP: tl.constexpr, CLAMP_AT: tl.constexpr):
     """The activation's input is clamped from above before it, or its output after it."""
     if CLAMP is None:
@@ -54,7 +55,7 @@ def activated(z, NAME: tl.constexpr, ALPHA: tl.constexpr, CLAMP: tl.constexpr, C
     return a
 
 
-@triton.jit
+@jit
 def activated_slope(z, NAME: tl.constexpr, ALPHA: tl.constexpr, CLAMP: tl.constexpr, CLAMP_AT: tl.constexpr):
     """0 where the clamped value is above the limit."""
     d = activation_slope(z, NAME, ALPHA)
@@ -64,7 +65,7 @@ def activated_slope(z, NAME: tl.constexpr, ALPHA: tl.constexpr, CLAMP: tl.conste
     return d
 
 
-@triton.jit
+@jit
 def clamped_up(up, OFFSET: tl.constexpr, CLAMP: tl.constexpr):
     """The up half is clamped on both sides, then offset."""
     u = up
@@ -73,7 +74,7 @@ def clamped_up(up, OFFSET: tl.constexpr, CLAMP: tl.constexpr):
     return u + OFFSET
 
 
-@triton.jit
+@jit
 def clamped_up_slope(d, up, CLAMP: tl.constexpr):
     """A clamp passes the gradient of a value exactly at its limit."""
     if CLAMP is not None:

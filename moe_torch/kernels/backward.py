@@ -6,14 +6,14 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, R = T * 
 weight.
 """
 
-import triton
 import triton.language as tl
 
 from moe_torch.kernels.activation import activated, activated_slope, clamped_up, clamped_up_slope
+from moe_torch.kernels.jit import jit
 from moe_torch.kernels.tiles import place, product, read
 
 
-@triton.jit
+@jit
 def finish_hidden(
     d_hidden, weight, row_in, base, f, gate_RF, up_RF, d_gate_RF, d_up_RF, hidden_RF, F,
     NAME: tl.constexpr, ALPHA: tl.constexpr, OFFSET: tl.constexpr, CLAMP: tl.constexpr, CLAMP_AT: tl.constexpr,
@@ -41,7 +41,7 @@ def finish_hidden(
     return d_weight
 
 
-@triton.jit
+@jit
 def hidden_kernel(
     d_out_TD, order_R, weights_R, w2, b2_ED, gate_RF, up_RF, d_gate_RF, d_up_RF, hidden_RF, d_weights_CR, tiles_3B,
     num_tiles, num_experts, num_rows, D, F, top_k, w2_E, w2_D,
@@ -105,7 +105,7 @@ def hidden_kernel(
         tl.store(d_weights_CR + column.to(tl.int64) * num_rows + slot, d_weight, mask=row_in)
 
 
-@triton.jit
+@jit
 def tokens_kernel(
     d_gate_RF, d_up_RF, order_R, w1, w3, d_slots_RD, tiles_3B,
     num_tiles, num_experts, D, F, w1_E, w1_F, w3_E, w3_F,
@@ -152,7 +152,7 @@ def tokens_kernel(
     tl.store(d_slots_RD + at_slot, total.to(d_slots_RD.dtype.element_ty), mask=row_in[:, None] & d_in[None, :])
 
 
-@triton.jit
+@jit
 def weights_kernel(
     a_M, also_M, b_N, order_R, weights_R, d_w_EMN, d_also_EMN, d_bias_EM, d_also_bias_EM, ends_E, M, N, top_k,
     GATHER_A: tl.constexpr, GATHER_B: tl.constexpr,

@@ -6,14 +6,14 @@ taken as it is: masks, no padding.
 Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, R = T * K rows and slots.
 """
 
-import triton
 import triton.language as tl
 
 from moe_torch.kernels.activation import activated, clamped_up
+from moe_torch.kernels.jit import jit
 from moe_torch.kernels.tiles import place, product, read
 
 
-@triton.jit
+@jit
 def up_kernel(
     x_TD, order_R, w1, w3, b1_EF, b3_EF, hidden_RF, gate_RF, up_RF, tiles_3B,
     num_tiles, num_experts, D, F, top_k, w1_E, w1_F, w3_E, w3_F,
@@ -72,7 +72,7 @@ def up_kernel(
         tl.store(hidden_RF + base + at, hidden.to(hidden_RF.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@jit
 def down_kernel(
     hidden_RF, order_R, weights_R, w2, b2_ED, slots_RD, tiles_3B,
     num_tiles, num_experts, D, F, w2_E, w2_D,
@@ -114,7 +114,7 @@ def down_kernel(
     tl.store(slots_RD + at, total.to(slots_RD.dtype.element_ty), mask=row_in[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@jit
 def sum_kernel(slots_TKD, out_TD, D, top_k, COLUMNS: tl.constexpr):
     """out[t] = the sum over k = 0 .. K-1 of slots[t, k], in this order, in float32, rounded once."""
     token = tl.program_id(0).to(tl.int64)

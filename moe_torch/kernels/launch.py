@@ -126,7 +126,7 @@ def device_of(device: torch.device) -> Device | None:
     if device.type == "cpu":
         return None
     number = torch.cuda.current_device() if device.index is None else device.index
-    room = triton.runtime.driver.active.utils.get_device_properties(number)["max_shared_mem"]
+    room = torch.cuda.get_device_properties(number).shared_memory_per_block_optin
     return Device(room=room, wide=torch.cuda.get_device_capability(number)[0] in (9, 10))
 
 

@@ -6,8 +6,9 @@ a power of two. What is ranked is an integer with the order of the float; of equ
 Legend: T tokens, E choices, K top_k, G groups, P experts per group, L groups kept.
 """
 
-import triton
 import triton.language as tl
+
+from moe_torch.kernels.jit import jit
 
 NEG_INF = tl.constexpr(-2139095041)
 """The rank of -inf: nothing of this rank or below is chosen."""
@@ -15,20 +16,20 @@ DROPPED = tl.constexpr(-2147483648)
 """The rank of what is out: a column past the last, one of a dropped group, one that is chosen already."""
 
 
-@triton.jit
+@jit
 def rank_of(values):
     """Integers in the order of the floats; -0.0 is 0.0."""
     bits = tl.where(values == 0, 0.0, values).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-@triton.jit
+@jit
 def value_of(ranks):
     """The float of a rank."""
     return tl.where(ranks < 0, ranks ^ 0x7FFFFFFF, ranks).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@jit
 def score(z, FUNC: tl.constexpr):
     """sigmoid, or sqrt(log(1 + exp(z))), entry by entry."""
     if FUNC == "sigmoid":
@@ -42,7 +43,7 @@ def score(z, FUNC: tl.constexpr):
     return s
 
 
-@triton.jit
+@jit
 def score_slope(z, s, FUNC: tl.constexpr):
     """The derivative of `score`, given its value; 0 where the score is 0."""
     if FUNC == "sigmoid":
@@ -52,7 +53,7 @@ def score_slope(z, s, FUNC: tl.constexpr):
     return d
 
 
-@triton.jit
+@jit
 def softmax_stats(z):
     """(the largest, the sum of exp(z - largest)) of each row; a row of -inf alone sums to 1."""
     largest = tl.max(z, 1)
@@ -61,7 +62,7 @@ def softmax_stats(z):
     return largest, tl.where(total < 1.0, 1.0, total)
 
 
-@triton.jit
+@jit
 def divisor_of(norm, NORM_EPS: tl.constexpr, NORM_CLAMP: tl.constexpr):
     """norm + eps, or at least eps."""
     if NORM_CLAMP:
@@ -71,7 +72,7 @@ def divisor_of(norm, NORM_EPS: tl.constexpr, NORM_CLAMP: tl.constexpr):
     return found
 
 
-@triton.jit
+@jit
 def route_kernel(
     logits_TE, bias_E, mask_T, ids_TK, weights_TK, group_ids_TL, num_tokens, stride,
     G: tl.constexpr, P: tl.constexpr, L: tl.constexpr, K: tl.constexpr,
@@ -160,7 +161,7 @@ def route_kernel(
     tl.store(weights_TK + at_slot, weights * SCALE, mask=stored)
 
 
-@triton.jit
+@jit
 def route_backward_kernel(
     d_weights_TK, logits_TE, ids_TK, d_logits_TE, num_tokens, stride, num_logits,
     K: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr,

@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_torch.kernels.jit import jit
 
-@triton.jit
+
+@jit
 def keys_of(ids_N, slot, num_slots, num_choices):
     """The key of each slot."""
     ids = tl.load(ids_N + slot, mask=slot < num_slots, other=-1)
@@ -20,7 +22,7 @@ def keys_of(ids_N, slot, num_slots, num_choices):
     return tl.where(slot < num_slots, tl.where(used, ids, num_choices), num_choices + 1).to(tl.int32)
 
 
-@triton.jit
+@jit
 def count_kernel(ids_N, counts_BC, num_slots, num_choices, BLOCK: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr):
     """counts[b] is the histogram of the keys of block b; KEYS is a power of two of at least C + 2."""
     block = tl.program_id(0)
@@ -30,7 +32,7 @@ def count_kernel(ids_N, counts_BC, num_slots, num_choices, BLOCK: tl.constexpr, 
     tl.store(counts_BC + block * KEYS + tl.arange(0, KEYS), total)
 
 
-@triton.jit
+@jit
 def place_kernel(
     ids_N, counts_BC, order_N, row_of_slot_N, counts_C, num_slots, num_choices, num_blocks,
     BLOCK: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr, AT_ONCE: tl.constexpr,

@@ -7,8 +7,9 @@ rows writes zeros there. The table stays on the device: nothing waits for the ho
 Legend: R rows, E experts, B tiles.
 """
 
-import triton
 import triton.language as tl
+
+from moe_torch.kernels.jit import jit
 
 
 def most_tiles(num_rows: int, num_experts: int, rows: int) -> int:
@@ -16,7 +17,7 @@ def most_tiles(num_rows: int, num_experts: int, rows: int) -> int:
     return num_rows // rows + num_experts + 1
 
 
-@triton.jit
+@jit
 def table_kernel(
     counts_E, tiles_3B, ends_E, num_rows, num_experts, num_tiles,
     ROWS: tl.constexpr, TILES: tl.constexpr, EXPERTS: tl.constexpr,
@@ -47,7 +48,7 @@ def table_kernel(
     tl.store(tiles_3B + 2 * num_tiles + tile, tl.minimum(first + ROWS, end), mask=there)
 
 
-@triton.jit
+@jit
 def place(num_tiles, num_columns, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
     """(tile of rows, tile of columns) of this program: GROUP tiles of rows side by side go through all columns.
 
@@ -62,7 +63,7 @@ def place(num_tiles, num_columns, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
     return first + inside % size, inside // size
 
 
-@triton.jit
+@jit
 def read(at, rows_in, columns_in, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr):
     """What stands at `at`, 0 past a row or column that is masked."""
     if MASK_ROWS and MASK_COLUMNS:
@@ -76,7 +77,7 @@ def read(at, rows_in, columns_in, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.cons
     return found
 
 
-@triton.jit
+@jit
 def product(a, b, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
     """total + a @ b, in float32. WIDEN: the interpreter multiplies bfloat16 as the integers that it keeps them as."""
     if WIDEN:
