@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_torch.kernels.choice import for_permutation
+from moe_torch.kernels.sort_ops import sort_slots
 from moe_torch.modes import transformed
 
 
@@ -61,6 +63,15 @@ class LocalTokenDispatcher(TokenDispatcher):
     def permute(self, expert_ids_TK: Tensor) -> Permutation:
         """Rows are sorted by expert id, and stay in the order of the tokens within an expert."""
         unused_TK = (expert_ids_TK < 0) | (expert_ids_TK >= self.num_choices)
+        has_expert_TK = ~unused_TK & (expert_ids_TK < self.num_experts)
+        if not transformed() and for_permutation(expert_ids_TK.device.type, self.num_choices).way == "triton":
+            order_N, row_of_slot_N, counts_E = sort_slots(expert_ids_TK, self.num_choices)
+            return Permutation(
+                order_N=order_N,
+                row_of_slot_N=row_of_slot_N,
+                tokens_per_expert_E=counts_E,
+                has_expert_TK=has_expert_TK,
+            )
         keys_N = expert_ids_TK.masked_fill(unused_TK, self.num_choices).flatten()
         sorted_keys_N, order_N = keys_N.sort(stable=True)
         # bincount would have to ask the device for its own length.
@@ -76,7 +87,7 @@ class LocalTokenDispatcher(TokenDispatcher):
             order_N=order_N,
             row_of_slot_N=row_of_slot_N,
             tokens_per_expert_E=torch.diff(ends_E, prepend=ends_E.new_zeros(1)),
-            has_expert_TK=~unused_TK & (expert_ids_TK < self.num_experts),
+            has_expert_TK=has_expert_TK,
         )
 
     def dispatch(self, x_TD: Tensor, permutation: Permutation, weights_TK: Tensor | None = None) -> Tensor:

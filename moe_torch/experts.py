@@ -1,128 +1,32 @@
-"""moe_torch, experts: every expert works on its own rows, on grouped matmuls or on a loop that stays in cache.
+"""moe_torch, experts: every expert works on its own rows, on kernels, on grouped matmuls or on a loop.
 
-Which of the two is decided in `uses_grouped_mm`. On an accelerator a grouped matmul takes the group
-sizes where they are, so that nothing waits for the host. A CPU has no grouped kernel: there, tensors of all rows cost
-more than the moving of rows does, and a loop that gathers, computes and puts away a few rows at a time is ahead.
+`kernels/choice.py` decides which, and `kernels.chosen` tells. On CUDA Triton's kernels gather, compute and scatter in
+one pass; where there are none a grouped matmul takes the group sizes where they are, so that nothing waits for the
+host. A CPU has no grouped kernel: there, tensors of all rows cost more than the moving of rows does, and a loop that
+gathers, computes and puts away a few rows at a time is ahead.
 
 Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, N = T * K slots, R rows.
 """
 
 from collections.abc import Iterator
-from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe_ref.specs.layer import ExpertSpec
+from moe_torch.activation import Activation, hide, hide_backward
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation, weighted_sum
+from moe_torch.kernels.choice import for_experts, say_once
+from moe_torch.kernels.expert_ops import expert_tiles
 from moe_torch.modes import transformed
 from moe_torch.parts import OverRanks
-from moe_torch.transforms import sum_of_slots
+from moe_torch.transforms import differentiable_gradients, sum_of_slots
 
 CHUNK_ROWS = 512
 """Rows of one expert that the loop works on at a time: few enough for the cache, enough for the matmul."""
 CHUNK_TOKENS = 512
 """Tokens whose slots it adds up at a time."""
-
-
-def uses_grouped_mm(rows: Tensor) -> bool:
-    """Whether experts run on grouped matmuls; else on the loop, which takes every device and dtype."""
-    return (
-        rows.device.type != "cpu"
-        and rows.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and not transformed()  # it has no forward derivative, and no rule for vmap
-    )
-
-
-def moves_rows(rows: Tensor) -> bool:
-    """Whether rows go to their experts and back as tensors of all rows; else the loop gathers and adds them up."""
-    return uses_grouped_mm(rows)
-
-
-class Activation(NamedTuple):
-    """What stands between the projections, as arguments that an operator can take; see ExpertSpec."""
-
-    name: str
-    alpha: float
-    up_offset: float
-    clamp: float | None
-    clamp_at: str
-
-    @classmethod
-    def of(cls, spec: ExpertSpec) -> "Activation":
-        """The part of a spec that is neither a size nor a weight."""
-        return cls(spec.activation, spec.alpha, spec.up_offset, spec.clamp, spec.clamp_at)
-
-
-def hide(gate_RF: Tensor, up_RF: Tensor | None, act: Activation) -> Tensor:
-    """The activation applies to the gate half alone; the clamps stand where the spec says."""
-    activated_RF = activated(gate_RF, act)
-    return activated_RF if up_RF is None else activated_RF * clamped_up(up_RF, act)
-
-
-def hide_backward(
-    d_hidden_RF: Tensor, gate_RF: Tensor, up_RF: Tensor | None, act: Activation
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The hidden values again, and the gradients of both halves.
-
-    A clamp passes the gradient of a value exactly at its limit.
-    """
-    activated_RF = activated(gate_RF, act)
-    if up_RF is None:
-        return activated_RF, activated_backward(d_hidden_RF, gate_RF, act), None
-    offset_up_RF = clamped_up(up_RF, act)
-    d_up_RF = d_hidden_RF * activated_RF
-    if act.clamp is not None:
-        d_up_RF = torch.where(up_RF.abs() <= act.clamp, d_up_RF, 0)
-    return activated_RF * offset_up_RF, activated_backward(d_hidden_RF * offset_up_RF, gate_RF, act), d_up_RF
-
-
-def clamped_up(up_RF: Tensor, act: Activation) -> Tensor:
-    """The up half is clamped on both sides, then offset."""
-    if act.clamp is not None:
-        up_RF = up_RF.clamp(-act.clamp, act.clamp)
-    return up_RF + act.up_offset if act.up_offset else up_RF
-
-
-def activated(z_RF: Tensor, act: Activation) -> Tensor:
-    """The activation's input is clamped from above before it, or its output after it."""
-    if act.clamp is None:
-        return _activation(z_RF, act)
-    if act.clamp_at == "before":
-        return _activation(z_RF.clamp(max=act.clamp), act)
-    return _activation(z_RF, act).clamp(max=act.clamp)
-
-
-def activated_backward(d_RF: Tensor, z_RF: Tensor, act: Activation) -> Tensor:
-    """The gradient of the activation's input; 0 where the clamped value is above the limit."""
-    d_z_RF = _activation_backward(d_RF, z_RF, act)
-    if act.clamp is None:
-        return d_z_RF
-    clamped_RF = z_RF if act.clamp_at == "before" else _activation(z_RF, act)
-    return torch.where(clamped_RF <= act.clamp, d_z_RF, 0)
-
-
-def _activation(z_RF: Tensor, act: Activation) -> Tensor:
-    if act.name == "silu":
-        return F.silu(z_RF) if act.alpha == 1 else z_RF * torch.sigmoid(act.alpha * z_RF)
-    if act.name == "gelu":
-        return F.gelu(z_RF)
-    if act.name == "gelu_tanh":
-        return F.gelu(z_RF, approximate="tanh")
-    return F.relu(z_RF) if act.name == "relu" else F.relu(z_RF).square()
-
-
-def _activation_backward(d_RF: Tensor, z_RF: Tensor, act: Activation) -> Tensor:
-    if act.name == "silu" and act.alpha == 1:
-        return torch.ops.aten.silu_backward(d_RF, z_RF)
-    if act.name == "silu":
-        s_RF = torch.sigmoid(act.alpha * z_RF)
-        return d_RF * (s_RF + act.alpha * z_RF * s_RF * (1 - s_RF))
-    if act.name in ("gelu", "gelu_tanh"):
-        return torch.ops.aten.gelu_backward(d_RF, z_RF, approximate="none" if act.name == "gelu" else "tanh")
-    return torch.ops.aten.threshold_backward(d_RF if act.name == "relu" else 2 * d_RF * z_RF, z_RF, 0)
 
 
 class GroupedExperts(OverRanks, nn.Module):
@@ -178,24 +82,46 @@ class GroupedExperts(OverRanks, nn.Module):
             tokens_per_expert_E: rows of each expert, on the device of x_RD.
         """
         rows_RD, weights = self._cast(x_RD)
-        if uses_grouped_mm(rows_RD):
+        way = way_of(self, x_RD)
+        if way == "grouped_mm" and len(rows_RD):
             return _grouped(rows_RD, tokens_per_expert_E, weights, self.activation).to(x_RD.dtype)
-        order_R = torch.arange(rows_RD.shape[0], device=rows_RD.device)
-        return _loop(rows_RD, order_R, tokens_per_expert_E, None, 1, weights, self.activation).to(x_RD.dtype)
+        order_R = None if way == "triton" else torch.arange(rows_RD.shape[0], device=rows_RD.device)
+        return _slots(way, rows_RD, order_R, tokens_per_expert_E, None, 1, weights, self.activation).to(x_RD.dtype)
 
     def sum_of_slots(self, x_TD: Tensor, permutation: Permutation, weights_TK: Tensor | None) -> Tensor:
-        """dispatch, forward and combine in one pass, for the loop alone; without weights a token has one slot."""
+        """dispatch, forward and combine in one pass, on kernels or the loop; without weights a token has one slot."""
         rows_TD, weights = self._cast(x_TD)
         counts_E = permutation.tokens_per_expert_E[: self.num_experts]
         order_N, K = permutation.order_N, 1 if weights_TK is None else weights_TK.shape[1]
-        return _loop(rows_TD, order_N, counts_E, weights_TK, K, weights, self.activation).to(x_TD.dtype)
+        way = way_of(self, x_TD)
+        return _slots(way, rows_TD, order_N, counts_E, weights_TK, K, weights, self.activation).to(x_TD.dtype)
+
+    def compute_dtype(self, device: str) -> torch.dtype:
+        """The dtype of the weights, or that of autocast."""
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w1_EFD.dtype
 
     def _cast(self, x: Tensor):
         """The rows and the weights (w1, w2, w3, b1, b2, b3) in the dtype to compute in."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w1_EFD.dtype
+        dtype = self.compute_dtype(x.device.type)
         weights = (self.own(name) for name in ("w1_EFD", "w2_EDF", "w3_EFD", "b1_EF", "b2_ED", "b3_EF"))
         return x.to(dtype), tuple(None if w is None else w.to(dtype) for w in weights)
+
+
+def way_of(experts: GroupedExperts, x: Tensor) -> str:
+    """triton, grouped_mm or loop; a slower one on an accelerator is said once, with its reason."""
+    if transformed():  # torch.func and forward-mode AD follow plain operators alone
+        return "loop"
+    w1_EFD, device = experts.own("w1_EFD"), x.device.type
+    assert w1_EFD is not None
+    _, F_, D = w1_EFD.shape
+    found = for_experts(D, F_, device, experts.compute_dtype(device))
+    say_once(found, "experts")
+    return found.way
+
+
+def moves_rows(experts: GroupedExperts, x: Tensor) -> bool:
+    """Whether rows go to their experts and back as tensors of all rows; else they are gathered and added up inside."""
+    return way_of(experts, x) == "grouped_mm"
 
 
 def run_experts(
@@ -208,7 +134,7 @@ def run_experts(
     on_input: bool,
 ) -> Tensor:
     """dispatch, experts and combine of the slots whose experts are here."""
-    if not on_input and not moves_rows(x_TD):
+    if not on_input and not moves_rows(experts, x_TD):
         return experts.sum_of_slots(x_TD, permutation, weights_TK)
     rows_ND = dispatcher.dispatch(x_TD, permutation, weights_TK if on_input else None)
     counts_E = permutation.tokens_per_expert_E[: experts.num_experts]
@@ -220,24 +146,27 @@ def _grouped(x_RD: Tensor, tokens_per_expert_E: Tensor, weights, act: Activation
     w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF = weights
     ends_E = tokens_per_expert_E.cumsum(0, dtype=torch.int32)
     rows_R = torch.arange(x_RD.shape[0], device=x_RD.device, dtype=torch.int32)
-    # Rows past the last group take the last expert's bias; nobody reads them.
-    expert_of_row_R = torch.searchsorted(ends_E, rows_R, right=True).clamp(max=len(ends_E) - 1)
+    expert_of_row_R = torch.searchsorted(ends_E, rows_R, right=True)
+    # Rows past the last group take no bias: a backward pass leaves their gradients unwritten.
+    has_expert_R1 = (expert_of_row_R < len(ends_E))[:, None]
+    expert_of_row_R = expert_of_row_R.clamp(max=len(ends_E) - 1)
 
     def project(rows, w_EOI, b_EO):
         out = F.grouped_mm(rows, w_EOI.transpose(-2, -1), offs=ends_E)
-        return out if b_EO is None else out + b_EO[expert_of_row_R]
+        return out if b_EO is None else out + torch.where(has_expert_R1, b_EO[expert_of_row_R], 0)
 
     gate_RF = project(x_RD, w1_EFD, b1_EF)
     up_RF = None if w3_EFD is None else project(x_RD, w3_EFD, b3_EF)
     return project(hide(gate_RF, up_RF, act), w2_EDF, b2_ED)
 
 
-def _loop(x_TD, order_N, counts_E, weights_TK, top_k: int, weights, act: Activation) -> Tensor:
-    """The loop as one operator, which autograd and torch.compile take as it is."""
+def _slots(way: str, x_TD, order_N, counts_E, weights_TK, top_k: int, weights, act: Activation) -> Tensor:
+    """Kernels, or the loop, as one operator, which autograd and torch.compile take as it is."""
     if transformed():
-        return sum_of_slots(x_TD, order_N, counts_E, weights_TK, top_k, weights, partial(hide, act=act))
+        return sum_of_slots(x_TD, order_N, counts_E, weights_TK, top_k, weights, act)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TD, weights_TK, *weights))
-    return expert_loop(x_TD, order_N, counts_E, weights_TK, top_k, *weights, *act, keep)[0]
+    operator = expert_tiles if way == "triton" else expert_loop
+    return operator(x_TD, order_N, counts_E, weights_TK, top_k, *weights, *act, keep)[0]
 
 
 def _chunks(counts_E: Tensor) -> Iterator[tuple[int, int, int]]:
@@ -423,7 +352,7 @@ def _expert_loop_gradients(ctx, d_out_TD, _gate, _up):
     gate_NF, up_NF, x_TD, order_N, counts_E, weights_TK, *weights = ctx.saved_tensors
     top_k, act = ctx.rest
     if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
-        return _differentiable_gradients(ctx, d_out_TD)
+        return differentiable_gradients(ctx, d_out_TD)
     train = any(ctx.needs_input_grad[5:11])
     d_x_TD, d_weights_TK, *d_weights = expert_loop_backward(
         d_out_TD.contiguous(), gate_NF, up_NF, x_TD, order_N, counts_E, weights_TK, top_k, *weights, *act, train
@@ -431,22 +360,6 @@ def _expert_loop_gradients(ctx, d_out_TD, _gate, _up):
     d_experts = (d if w is not None and train else None for d, w in zip(d_weights, weights, strict=True))
     d_weights_TK = None if weights_TK is None else d_weights_TK.to(weights_TK.dtype)
     return d_x_TD, None, None, d_weights_TK, None, *d_experts, *(None,) * 6
-
-
-def _differentiable_gradients(ctx, d_out_TD: Tensor):
-    """The same from plain operations, which have derivatives themselves."""
-    _, _, x_TD, order_N, counts_E, weights_TK, *weights = ctx.saved_tensors
-    top_k, act = ctx.rest
-    # The weights are a function of the tokens, but this is the gradient with one of them alone: by names of their own.
-    saved: list = [None if t is None else t.view_as(t) for t in (x_TD, weights_TK, *weights)]
-    x_TD, weights_TK, *weights = saved
-    apply = partial(hide, act=Activation(*act))
-    out_TD = sum_of_slots(x_TD, order_N, counts_E, weights_TK, top_k, weights, apply)
-    inputs = {n: t for n, t in zip((0, 3, *range(5, 11)), saved, strict=True) if ctx.needs_input_grad[n]}
-    places, tensors = inputs.keys(), tuple(inputs.values())
-    found = torch.autograd.grad(out_TD, tensors, d_out_TD, create_graph=True, allow_unused=True, materialize_grads=True)
-    gradients = dict(zip(places, found, strict=True))
-    return tuple(gradients.get(n) for n in range(17))
 
 
 expert_loop.register_autograd(_expert_loop_gradients, setup_context=_keep_for_backward)

@@ -21,10 +21,11 @@ from moe_ref.specs.layer import ExpertSpec, LayerSpec
 from moe_ref.specs.params import LayerParams
 from moe_ref.specs.router import RouterSpec
 from moe_torch import flops  # noqa: F401  (registers what is counted)
+from moe_torch.activation import Activation, hide
 from moe_torch.balance import add_counts, tokens_per_expert
 from moe_torch.capacity import apply_capacity
 from moe_torch.dispatcher import LocalTokenDispatcher, TokenDispatcher
-from moe_torch.experts import Activation, GroupedExperts, hide, run_experts
+from moe_torch.experts import GroupedExperts, run_experts
 from moe_torch.parts import Linear
 from moe_torch.router import Gate, NodeLimitedRouter
 from moe_torch.routing import Routing

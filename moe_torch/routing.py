@@ -8,6 +8,7 @@ stages compute in float32 (float64 for float64 logits), the choice is not differ
 Start at `route`; `router.NodeLimitedRouter` adds the gate and the balancing bias.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +19,20 @@ from moe_ref.specs.checks import shape_and_kind
 from moe_ref.specs.ids import UNUSED
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.router import RouterSpec
+from moe_torch.kernels.choice import for_router, say_once
+from moe_torch.kernels.router_ops import arguments_of, route_tokens
 from moe_torch.modes import transformed
 
 NEG_INF = -float("inf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """What lies between logits and choice; None where a spec has no such stage."""
+
+    scores_TE: Tensor | None = None
+    biased_scores_TE: Tensor | None = None
+    group_scores_TG: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,25 +41,43 @@ class Routing:
 
     expert_ids_TK: Tensor
     weights_TK: Tensor
-    scores_TE: Tensor | None
-    biased_scores_TE: Tensor | None
-    group_scores_TG: Tensor | None
     group_ids_TL: Tensor | None
     shared_weights_TS: Tensor | None
     mask_fill: float
+    stages: Stages | Callable[[], Stages]
+    """Or how they are computed: a kernel writes none of them, and few callers ask."""
     logits_TE: Tensor | None = None
     """As they came, in the dtype of routing; 0 for padding tokens. For losses."""
     chosen_ids_TK: Tensor | None = None
     """Before a capacity dropped slots, which is what counts and losses are of; None: expert_ids_TK."""
 
+    def _stages(self) -> Stages:
+        return self.stages if isinstance(self.stages, Stages) else self.stages()
+
+    @property
+    def scores_TE(self) -> Tensor | None:
+        """After the score function, without any bias."""
+        return self._stages().scores_TE
+
+    @property
+    def biased_scores_TE(self) -> Tensor | None:
+        """What was ranked, before groups were dropped."""
+        return self._stages().biased_scores_TE
+
+    @property
+    def group_scores_TG(self) -> Tensor | None:
+        """What groups were ranked by."""
+        return self._stages().group_scores_TG
+
     @property
     def scores_for_choice_TE(self) -> Tensor | None:
         """What was ranked; experts of dropped groups are mask_fill."""
         # Computed when asked for: the selection itself does not need this pass over (T, E).
-        if self.biased_scores_TE is None or self.group_ids_TL is None or self.group_scores_TG is None:
-            return self.biased_scores_TE
-        kept_TE = kept_experts(self.group_ids_TL, self.group_scores_TG, self.biased_scores_TE)
-        return self.biased_scores_TE.masked_fill(~kept_TE, self.mask_fill)
+        stages = self._stages()
+        if stages.biased_scores_TE is None or self.group_ids_TL is None or stages.group_scores_TG is None:
+            return stages.biased_scores_TE
+        kept_TE = kept_experts(self.group_ids_TL, stages.group_scores_TG, stages.biased_scores_TE)
+        return stages.biased_scores_TE.masked_fill(~kept_TE, self.mask_fill)
 
 
 def host_reads_are_free(values: Tensor) -> bool:
@@ -320,6 +350,11 @@ def route(
     check_logits(logits_TE, spec, expert_bias_E, learned_scale, token_mask_T)
     inputs.check(spec, logits_TE.shape[0])
     E = spec.num_choices
+    if inputs.given_weights_TK is None and not transformed():
+        way = for_router(spec, logits_TE.device.type, logits_TE.dtype)
+        if way.way == "triton":
+            return _route_on_kernel(logits_TE, spec, expert_bias_E, token_mask_T)
+        say_once(way, "routers")
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     if token_mask_T is not None:
         logits_TE = logits_TE.masked_fill(~token_mask_T[:, None], 0)  # also keeps a NaN out of the gradient
@@ -370,14 +405,42 @@ def route(
     return Routing(
         expert_ids_TK=expert_ids_TK,
         weights_TK=weights_TK,
-        scores_TE=scores_TE,
-        biased_scores_TE=biased_scores_TE,
-        group_scores_TG=group_scores_TG,
         group_ids_TL=group_ids_TL,
         shared_weights_TS=shared_weights_TS,
         mask_fill=spec.mask_fill,
+        stages=Stages(scores_TE=scores_TE, biased_scores_TE=biased_scores_TE, group_scores_TG=group_scores_TG),
         logits_TE=logits_TE,
         chosen_ids_TK=expert_ids_TK,
+    )
+
+
+def _route_on_kernel(
+    logits_TE: Tensor, spec: RouterSpec, expert_bias_E: Tensor | None, token_mask_T: Tensor | None
+) -> Routing:
+    """`route` in one kernel, for a spec that fits."""
+    bias_E = None if expert_bias_E is None else expert_bias_E.detach().float().contiguous()
+    mask_T = None if token_mask_T is None else token_mask_T.contiguous()
+    weights_TK, ids_TK, group_ids_TL = route_tokens(logits_TE, bias_E, mask_T, *arguments_of(spec))
+    wide_TE = logits_TE.float()
+    if token_mask_T is not None:
+        wide_TE = wide_TE.masked_fill(~token_mask_T[:, None], 0)
+
+    def stages() -> Stages:
+        scaled_TE = scale_logits(wide_TE, spec)
+        scores_TE = score(scaled_TE, spec) if spec.has_scores else None
+        biased_TE = bias_choice(scaled_TE, scores_TE, bias_E, spec)
+        group_scores_TG = None if spec.num_expert_groups is None else limit_groups(biased_TE, spec)[0]
+        return Stages(scores_TE=scores_TE, biased_scores_TE=biased_TE, group_scores_TG=group_scores_TG)
+
+    return Routing(
+        expert_ids_TK=ids_TK,
+        weights_TK=weights_TK,
+        group_ids_TL=None if spec.num_expert_groups is None else group_ids_TL,
+        shared_weights_TS=None,
+        mask_fill=spec.mask_fill,
+        stages=stages,
+        logits_TE=wide_TE,
+        chosen_ids_TK=ids_TK,
     )
 
 

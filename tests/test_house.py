@@ -19,7 +19,7 @@ FLOORS = {
     # Each may import what stands before it, in the room; what has one number may not import each other.
     "moe_ref": {"moe_ref.specs": 0, "moe_ref": 1, "moe_ref.strategies": 1, "moe_ref.backward": 2},
     "moe_jax": {"moe_jax": 0, "moe_jax.parallel": 1},
-    "moe_torch": {"moe_torch": 0, "moe_torch.parallel": 1},
+    "moe_torch": {"moe_torch.kernels": 0, "moe_torch": 1, "moe_torch.parallel": 2},
     "conformance": {
         "conformance.core": 0,
         "conformance.subjects": 1,

@@ -13,7 +13,7 @@ from conformance.core.case import Case
 from conformance.core.check import CHECKS, Check
 from conformance.core.chosen import Chosen
 from conformance.core.register import REQUIREMENTS
-from conformance.core.rounding import EPSILON
+from conformance.core.rounding import ARRAYS, EPSILON
 from conformance.core.subject import Subject, Unsupported, capabilities, named_inputs
 from moe_ref.specs.checks import require
 
@@ -128,14 +128,24 @@ class Judge:
         self.handed: tuple[tuple, dict[str, Any]] = (), {}
         """Arguments and inputs of the last call, the very arrays that the subject got."""
         self._running: list[Check] = []
-        for dtype in (*subject.logit_dtypes, subject.compute_dtype, subject.expert_dtype):
-            known = tuple(EPSILON)
+        computing = subject.compute_dtype, subject.expert_dtype
+        for dtype in (*subject.logit_dtypes, *computing):
+            known = tuple(EPSILON) if dtype in computing else ARRAYS
             require(dtype in known, f"subject {self.name}: dtype {dtype!r} is not one of {known}")
 
     @property
     def name(self) -> str:
         """Of the subject; that of its class where it has none."""
         return self.subject.name or type(self.subject).__name__.lower()
+
+    @property
+    def where(self) -> str:
+        """The device that the subject was told, and the dtypes of its bounds; empty where it was told none."""
+        subject = self.subject
+        if not subject.device:
+            return ""
+        experts = "" if subject.expert_dtype == subject.compute_dtype else f", experts in {subject.expert_dtype}"
+        return f"on {subject.device}, in {subject.compute_dtype}{experts}"
 
     # running the subject
 

@@ -62,13 +62,29 @@ class Subject:
     logit_dtypes: tuple[str, ...] = ("float32",)
     """dtypes in which `route` takes logits: float32, float64, float16, bfloat16 (as ml_dtypes arrays)."""
     compute_dtype: str = "float32"
-    """dtype in which it computes; the bounds of the comparison follow from it."""
+    """dtype in which it computes; the bounds of the comparison follow from it. 'tf32': float32, but for the operands of
+    matrix products."""
     expert_dtype: str = "float32"
     """dtype of the experts' arithmetic, where it is narrower than compute_dtype (torchtitan: bfloat16)."""
     compiles: bool = False
     """Whether each new spec and number of tokens costs a compilation; then fewer sizes are tried."""
     equal_shards: bool = False
     """Whether the token shards of a layout have as many tokens each; then no others are tried."""
+
+    device: str = ""
+    """What --device says; empty: nothing."""
+
+    def to_device(self, device: str) -> None:
+        """Optional: compute on this device from now on, which `--device` names: 'cuda', 'cuda:1' or what you like.
+
+        Called once, before any other method. Arrays are NumPy's as ever: move them there and back. Where the device
+        changes the arithmetic or the costs, set compute_dtype, expert_dtype ('tf32' where float32 products are rounded
+        to TF32) and compiles on self: the bounds, and the sizes that are tried, follow them.
+
+        Raises:
+            ValueError: a sentence that says why not, such as that there is no such device.
+        """
+        raise ValueError(f"{type(self).__name__} has no to_device()")
 
     def __init_subclass__(cls, **how: Any):
         """A ValueError in `supports` or its like is the sentence that says no.

@@ -57,6 +57,11 @@ def parser() -> Parser:
         metavar=("DIM", "HIDDEN_DIM"),
         help="of the layer of --family or --spec, in place of its full one",
     )
+    run.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="where the subject computes, such as cuda or cuda:1; torch has interpreter too, its kernels on a CPU",
+    )
     run.add_argument("--examples", type=_positive, metavar="N", help="cases for each requirement")
     run.add_argument("--seed", type=int, metavar="S", help="other cases than the fixed ones")
     run.add_argument(
@@ -94,6 +99,7 @@ def parser() -> Parser:
     replay = commands.add_parser("replay", help="one case again, stage by stage beside the reference")
     replay.add_argument("case", metavar="ID", help="such as SEL-3-b254db, or the path of a case file")
     replay.add_argument("--subject", metavar="SUBJECT", help="default: the one that failed")
+    replay.add_argument("--device", metavar="DEVICE", help="as of run")
 
     changes = commands.add_parser("compare", help="two report.json: which requirements changed their status")
     changes.add_argument("before", type=Path, metavar="BEFORE", help="report.json, or the folder of --report")
@@ -203,7 +209,7 @@ def replay(options) -> int:
     name = options.subject or json.loads(path.read_text()).get("subject", "")
     if not name:
         raise UsageError(f"case {path} names no subject; give --subject")
-    judge, kind = Judge(subject_named(name)), kind_of(requirement)
+    judge, kind = Judge(subject_named(name, options.device)), kind_of(requirement)
     try:
         judge.run(CHECKS[requirement], case)
     except Violation as violation:

@@ -16,7 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from conformance.core.judge import Judge
 
-KEYS = {"subject", "deviations", "examples", "seed", "family", "spec", "tokens", "width"}
+KEYS = {"subject", "deviations", "examples", "seed", "family", "spec", "tokens", "width", "device"}
 
 
 def pytest_addoption(parser):
@@ -42,6 +42,9 @@ def pytest_addoption(parser):
     group.addoption("--moe-spec", default=None, metavar="FILE", help="this RouterSpec or LayerSpec alone, as JSON")
     group.addoption("--moe-tokens", type=int, default=None, metavar="N", help="of each case of a family or spec")
     group.addoption("--moe-width", nargs=2, type=int, default=None, metavar="N", help="dim and hidden_dim of its layer")
+    group.addoption(
+        "--moe-device", default=None, metavar="DEVICE", help="where subjects compute, such as cuda or cuda:1"
+    )
     group.addoption("--moe-records", default=None, metavar="FILE", help="append each verdict as a line of JSON")
     group.addoption("--moe-watch", default=None, metavar="FILE", help="keep in it which case is tried")
     group.addoption(
@@ -74,6 +77,7 @@ def _settings(config) -> dict:
         "file": _path(option("--moe-spec"), config.invocation_params.dir) or _path(table.get("spec"), config.rootpath),
         "tokens": option("--moe-tokens") or table.get("tokens"),
         "width": option("--moe-width") or table.get("width"),
+        "device": option("--moe-device") or table.get("device"),
     }
 
 
@@ -100,7 +104,7 @@ class Session:
             raise UsageError(f"examples is {examples!r}; it is an integer of at least 1")
         self.judges: dict[str, Judge] = {}
         for name in settings["subjects"]:
-            judge = Judge(subject_named(name), declared(name, settings["deviations"]), only)
+            judge = Judge(subject_named(name, settings["device"]), declared(name, settings["deviations"]), only)
             self.judges[judge.name] = judge
         self.seed, self.examples = settings["seed"], examples
 

@@ -110,6 +110,7 @@ def record(
         "id": requirement,
         "subject": judge.name,
         "version": judge.subject.version,
+        "where": judge.where,
         "level": row.level,
         "stage": row.stage,
         "sentence": row.sentence,
@@ -159,7 +160,8 @@ def summary(records: list[dict]) -> str:
 
 def table(subject: dict, records: list[dict]) -> str:
     """The requirements of one subject, a line each; many that are unsupported for one reason share one."""
-    lines = [f"subject {subject['name']} {subject['version']}".rstrip() + f"     spec {SPEC_VERSION}", ""]
+    where = f" {subject['where']}" if subject.get("where") else ""
+    lines = [f"subject {subject['name']} {subject['version']}".rstrip() + f"{where}     spec {SPEC_VERSION}", ""]
     why = Counter(r["unsupported"][0] for r in records if r["status"] == "unsupported" and r["unsupported"])
     alike: dict[str, list[str]] = {}
     reached = {r["stage"] for r in records if r["status"] != "not judged"}

@@ -236,7 +236,7 @@ def _judge_all(names: list[str], options, folder: Path) -> list[Process]:
                 _complete(process)
                 show.clear()
                 if process.records:
-                    subject = {"name": process.name, "version": _version(process)}
+                    subject = {"name": process.name, "version": _version(process), "where": _where(process)}
                     records = list(process.records.values())
                     print(table(subject, records) + f" in {process.seconds:.0f} s\n", flush=True)
                     if options.durations:
@@ -269,6 +269,8 @@ def _command(name: str, options, folder: Path) -> list[str]:
         command += ["--moe-spec", str(options.spec.resolve())]
     if options.tokens:
         command += ["--moe-tokens", str(options.tokens)]
+    if options.device:
+        command += ["--moe-device", options.device]
     if options.width:
         command += ["--moe-width", *map(str, options.width)]
     return command
@@ -300,9 +302,19 @@ def _version(process: Process) -> str:
     return next((r.get("version", "") for r in process.records.values() if r.get("version")), "")
 
 
+def _where(process: Process) -> str:
+    return next((r.get("where", "") for r in process.records.values() if r.get("where")), "")
+
+
 def _report(finished: list[Process], options) -> dict:
     subjects = [
-        {"name": next(iter(p.records))[0], "subject": p.name, "version": _version(p), "seconds": round(p.seconds, 1)}
+        {
+            "name": next(iter(p.records))[0],
+            "subject": p.name,
+            "version": _version(p),
+            "where": _where(p),
+            "seconds": round(p.seconds, 1),
+        }
         for p in finished
         if p.records
     ]
@@ -315,6 +327,7 @@ def _report(finished: list[Process], options) -> dict:
         "seed": options.seed,
         "family": options.family,
         "spec": str(options.spec) if options.spec else None,
+        "device": options.device,
     }
     complete = (
         not options.stage

@@ -36,11 +36,11 @@ def known_names() -> dict[str, str]:
     return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)} | BUILT_IN
 
 
-def subject_named(subject: str) -> Subject:
-    """The subject of a name, a `module:Class` or a `path.py:Class`.
+def subject_named(subject: str, device: str | None = None) -> Subject:
+    """The subject of a name, a `module:Class` or a `path.py:Class`, on a device if one is given.
 
     Raises:
-        UsageError: there is no such name, file, module or class, or the class is no usable subject.
+        UsageError: there is no such name, file, module, class or device, or the class is no usable subject.
         ImportError: the subject's framework is not installed.
     """
     where = known_names().get(subject, subject)
@@ -58,6 +58,12 @@ def subject_named(subject: str) -> Subject:
     made = found()
     if not capabilities(made):
         raise UsageError(f"{where} defines none of route(), gate(), configure(); route() is enough to start")
+    if device is not None:
+        try:
+            made.to_device(device)
+        except ValueError as sentence:
+            raise UsageError(f"subject {subject!r} cannot compute on device {device!r}: {sentence}") from None
+        made.device = device
     return made
 
 

@@ -229,7 +229,7 @@ class AllToAllTokenDispatcher(ParallelTokenDispatcher):
 
 def run_on_arrival(experts: GroupedExperts, rows_RD: Tensor, arrived: Permutation) -> Tensor:
     """The experts' outputs in the order in which the rows arrived."""
-    if not moves_rows(rows_RD):
+    if not moves_rows(experts, rows_RD):
         return experts.sum_of_slots(rows_RD, arrived, None)
     local = LocalTokenDispatcher(experts.num_experts)
     return local.unpermute(experts(local.dispatch(rows_RD, arrived), arrived.tokens_per_expert_E), arrived).squeeze(1)

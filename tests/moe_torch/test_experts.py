@@ -10,8 +10,9 @@ from moe_ref.experts import feed_forward
 from moe_ref.permute import permute
 from moe_ref.specs.layer import ExpertSpec
 from moe_ref.specs.params import FeedForward
+from moe_torch.activation import Activation
 from moe_torch.dispatcher import LocalTokenDispatcher, weighted_sum
-from moe_torch.experts import Activation, GroupedExperts, expert_loop
+from moe_torch.experts import GroupedExperts, expert_loop
 
 T, D, F = 23, 10, 6
 # Sums of some tens of products, in another order than the reference's.

@@ -188,7 +188,7 @@ def test_the_layer_and_its_gradients_are_the_reference(name):
 @pytest.mark.parametrize("name", LAYERS)
 def test_rows_that_are_dispatched_and_combined_give_the_same(name, monkeypatch):
     # The way of an accelerator and of expert parallelism; only the matmul behind it stays a loop.
-    monkeypatch.setattr(experts_module, "moves_rows", lambda rows: True)
+    monkeypatch.setattr(experts_module, "moves_rows", lambda *_: True)
     judge(LAYERS[name])
 
 
@@ -219,7 +219,7 @@ def test_padding_tokens_are_not_read_whatever_they_hold(name):
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_row_is_within_the_bound_of_its_dtype(name, grouped, dtype, monkeypatch):
     if grouped:
-        monkeypatch.setattr(experts_module, "uses_grouped_mm", lambda rows: True)
+        monkeypatch.setattr(experts_module, "way_of", lambda *_: "grouped_mm")
     # A stride of 16 bytes is what a grouped matmul asks for.
     spec = LAYERS[name].replace(experts=LAYERS[name].experts.replace(dim=16, hidden_dim=24))
     params = LayerParams.init(spec, seed=4)
@@ -247,7 +247,7 @@ def test_every_row_is_within_the_bound_of_its_dtype(name, grouped, dtype, monkey
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e300])
 @pytest.mark.parametrize("way", ["loop", "rows"])
 def test_a_token_that_is_not_finite_reaches_no_other(bad, way, monkeypatch):
-    monkeypatch.setattr(experts_module, "moves_rows", lambda rows: way == "rows")
+    monkeypatch.setattr(experts_module, "moves_rows", lambda *_: way == "rows")
     spec = LAYERS["deepseek_v3"]
     moe = layer(spec, LayerParams.init(spec, seed=2))
     clean = tokens()

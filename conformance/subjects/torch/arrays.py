@@ -7,13 +7,26 @@ import torch
 
 from moe_ref import LayerParams, RouterInputs
 
+_device = torch.device("cpu")
+
+
+def use_device(device: torch.device) -> None:
+    """Tensors are made there from now on."""
+    global _device
+    _device = device
+
+
+def device() -> torch.device:
+    """Where tensors are made."""
+    return _device
+
 
 def tensor(array) -> torch.Tensor:
     """A tensor of the same dtype, with its own memory; bfloat16 arrives as ml_dtypes arrays, unknown to torch."""
     array = np.array(array, order="C")
     if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(_device)
+    return torch.from_numpy(array).to(_device)
 
 
 def to_torch(array) -> torch.Tensor:
@@ -34,7 +47,7 @@ def tensor_if_any(array: np.ndarray | None) -> torch.Tensor | None:
 
 def to_numpy(values: torch.Tensor) -> np.ndarray:
     """A NumPy array; bfloat16 is widened to float32, which loses nothing."""
-    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    return (values.float() if values.dtype == torch.bfloat16 else values).cpu().numpy()
 
 
 def numpy_if_any(values: torch.Tensor | None) -> np.ndarray | None:
@@ -45,12 +58,12 @@ def numpy_if_any(values: torch.Tensor | None) -> np.ndarray | None:
 def with_gradient(loss: torch.Tensor, logits_TE: torch.Tensor) -> dict:
     """A loss and its gradient by the logits, as `balance_loss` and `z_loss` return them."""
     (d_logits_TE,) = torch.autograd.grad(loss, logits_TE)
-    return {"loss": float(loss.detach()), "d_logits_TE": d_logits_TE.float().numpy()}
+    return {"loss": float(loss.detach()), "d_logits_TE": to_numpy(d_logits_TE.float())}
 
 
 def to_inputs(inputs: RouterInputs) -> RouterInputs:
     """The same inputs as tensors; the seed becomes a generator."""
-    generator = None if inputs.seed is None else torch.Generator().manual_seed(inputs.seed)
+    generator = None if inputs.seed is None else torch.Generator(_device).manual_seed(inputs.seed)
     return replace(inputs.map(tensor), seed=generator)
 
 

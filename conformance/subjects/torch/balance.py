@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from conformance.core.subject import Subject
-from conformance.subjects.torch.arrays import tensor_if_any, to_torch, with_gradient
+from conformance.subjects.torch.arrays import tensor, tensor_if_any, to_numpy, to_torch, with_gradient
 from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, RouterSpec
 from moe_torch.balance import bias_update, tokens_per_expert
 from moe_torch.capacity import KeptSlots, apply_capacity, capacities, slot_table
@@ -27,7 +27,7 @@ class TorchBalance(Subject):
         self, expert_ids_TK: np.ndarray, num_experts: int, *, token_mask_T: np.ndarray | None = None
     ) -> np.ndarray:
         """The count of one batch."""
-        return tokens_per_expert(to_torch(expert_ids_TK), num_experts, tensor_if_any(token_mask_T)).numpy()
+        return to_numpy(tokens_per_expert(to_torch(expert_ids_TK), num_experts, tensor_if_any(token_mask_T)))
 
     def balance_loss(
         self,
@@ -87,7 +87,7 @@ class TorchBalance(Subject):
 
     def bias_update(self, counts_SE: np.ndarray, update: BiasUpdateSpec, expert_bias_E: np.ndarray) -> np.ndarray:
         """The counts of ranks and micro-batches are summed first."""
-        return bias_update(to_torch(counts_SE).sum(0), update, to_torch(expert_bias_E)).numpy()
+        return to_numpy(bias_update(to_torch(counts_SE).sum(0), update, to_torch(expert_bias_E)))
 
     def capacity(
         self,
@@ -124,19 +124,19 @@ class TorchBalance(Subject):
                 **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(KeptSlots)}
             )
             ids_TK, kept_TK, last, limit = whole.expert_ids_TK, whole.weights_TK, limit, limit.then
-        found = {"expert_ids_TK": ids_TK.numpy(), "weights_TK": kept_TK.detach().numpy()}
+        found = {"expert_ids_TK": to_numpy(ids_TK), "weights_TK": to_numpy(kept_TK.detach())}
         if whole is not None and last.pad_to_capacity:
             by_scope = {"global": None, "rank": tokens_per_shard, "sequence": sequence_lengths}
             num_units, unit_of_T = _sequences(by_scope[last.scope], len(ids_TK))
             tokens_U = torch.bincount(unit_of_T[mask_T], minlength=num_units)
             C = int(capacities(tokens_U, last, ids_TK.shape[1], num_experts).max())
-            found["slot_table_UEC"] = slot_table(
-                whole, num_experts, C, unit_of_T=unit_of_T, num_units=num_units
-            ).numpy()
+            found["slot_table_UEC"] = to_numpy(
+                slot_table(whole, num_experts, C, unit_of_T=unit_of_T, num_units=num_units)
+            )
         if d_weights_TK is None:
             return found
         (d_given_TK,) = torch.autograd.grad(kept_TK, given_TK, to_torch(d_weights_TK))
-        return found | {"d_weights_TK": d_given_TK.numpy()}
+        return found | {"d_weights_TK": to_numpy(d_given_TK)}
 
 
 def _slices(lengths, num_tokens: int) -> list[slice]:
@@ -148,8 +148,8 @@ def _slices(lengths, num_tokens: int) -> list[slice]:
 def _sequences(lengths, num_tokens: int) -> tuple[int, torch.Tensor]:
     """How many sequences there are, and that of each token."""
     lengths = [num_tokens] if lengths is None else list(lengths)
-    return len(lengths), torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
+    return len(lengths), tensor(np.repeat(np.arange(len(lengths)), lengths))
 
 
 def _mask(token_mask_T, num_tokens: int) -> torch.Tensor:
-    return torch.ones(num_tokens, dtype=torch.bool) if token_mask_T is None else to_torch(token_mask_T)
+    return tensor(np.ones(num_tokens, bool)) if token_mask_T is None else to_torch(token_mask_T)

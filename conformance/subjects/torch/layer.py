@@ -8,7 +8,7 @@ import torch
 
 from conformance.core.inputs import LayerInputs, split_inputs
 from conformance.core.subject import Subject
-from conformance.subjects.torch.arrays import single, tensor, tensor_if_any, to_canonical, to_inputs
+from conformance.subjects.torch.arrays import device, single, tensor, tensor_if_any, to_canonical, to_inputs, to_numpy
 from moe_ref import CapacitySpec, LayerParams, LayerSpec, RoutingRecord
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation
 from moe_torch.moe import MoE
@@ -21,15 +21,15 @@ class TorchLayer(Subject):
     def permute(self, expert_ids_TK: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
         """Its rows are all slots; those past the experts are left off here."""
         found = LocalTokenDispatcher(num_experts).permute(tensor(expert_ids_TK))
-        counts_E = found.tokens_per_expert_E.numpy()
-        return found.order_N[: counts_E.sum()].numpy(), counts_E
+        counts_E = to_numpy(found.tokens_per_expert_E)
+        return to_numpy(found.order_N[: counts_E.sum()]), counts_E
 
     def experts(
         self, rows_RD: np.ndarray, tokens_per_expert_E: np.ndarray, params: LayerParams, spec: LayerSpec
     ) -> np.ndarray:
         """The module of the routed experts."""
         with torch.no_grad():
-            return _loaded(params, spec).experts(single(rows_RD), tensor(tokens_per_expert_E)).numpy()
+            return to_numpy(_loaded(params, spec).experts(single(rows_RD), tensor(tokens_per_expert_E)))
 
     def combine(self, rows_ND: np.ndarray, order_N: np.ndarray, weights_TK: np.ndarray, spec: LayerSpec) -> np.ndarray:
         """The weighted sum; slots that are no row get a row of NaN, which it does not read."""
@@ -40,20 +40,20 @@ class TorchLayer(Subject):
         permutation = Permutation(
             order_N=tensor(slot_of_row_N),
             row_of_slot_N=tensor(np.argsort(slot_of_row_N)),
-            tokens_per_expert_E=torch.tensor([len(order_N)]),
+            tokens_per_expert_E=tensor([len(order_N)]),
             has_expert_TK=tensor(np.isin(np.arange(T * K), order_N).reshape(T, K)),
         )
         # A weight that is on the input is not applied again.
         weights = single(weights_TK) if spec.router.weight_on == "output" else None
         summed_TD = LocalTokenDispatcher(1).combine(single(rows_RD), permutation, weights)
-        return (summed_TD * spec.router.output_scale).numpy()
+        return to_numpy(summed_TD * spec.router.output_scale)
 
     def layer(
         self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Unpack[LayerInputs]
     ) -> np.ndarray:
         """The module, without gradients."""
         with torch.no_grad():
-            return _loaded(params, spec, inputs.get("capacity"))(single(x_TD), **_how(inputs)).numpy()
+            return to_numpy(_loaded(params, spec, inputs.get("capacity"))(single(x_TD), **_how(inputs)))
 
     def layer_gradients(
         self,
@@ -70,8 +70,8 @@ class TorchLayer(Subject):
         d_x_TD, *gradients = torch.autograd.grad(
             output_TD, [tokens_TD, *trained.values()], single(d_output_TD), allow_unused=True, materialize_grads=True
         )
-        by_name = {name: gradient.numpy() for name, gradient in zip(trained, gradients, strict=True)}
-        return {"x_TD": d_x_TD.numpy()} | to_canonical(by_name, params)
+        by_name = {name: to_numpy(gradient) for name, gradient in zip(trained, gradients, strict=True)}
+        return {"x_TD": to_numpy(d_x_TD)} | to_canonical(by_name, params)
 
     def record(
         self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Unpack[LayerInputs]
@@ -86,12 +86,12 @@ class TorchLayer(Subject):
         """The module, with the ids of the record, and its weights where it has any."""
         with torch.no_grad():
             moe, with_weights = _loaded(params, spec), record.weights_TK is not None
-            return replay_layer(moe, single(x_TD), record, with_weights=with_weights).numpy()
+            return to_numpy(replay_layer(moe, single(x_TD), record, with_weights=with_weights))
 
 
 @lru_cache(maxsize=64)
 def _built(spec: LayerSpec, capacity: CapacitySpec | None) -> MoE:
-    return MoE(spec, capacity=capacity).eval()
+    return MoE(spec, capacity=capacity, device=device()).eval()
 
 
 def _loaded(params: LayerParams, spec: LayerSpec, capacity: CapacitySpec | None = None) -> MoE:

@@ -7,7 +7,7 @@ import torch
 
 from conformance.core.inputs import RouteInputs, split_inputs
 from conformance.core.subject import Routing, Subject
-from conformance.subjects.torch.arrays import numpy_if_any, tensor, tensor_if_any, to_inputs
+from conformance.subjects.torch.arrays import device, numpy_if_any, tensor, tensor_if_any, to_inputs, to_numpy
 from moe_ref import RouterSpec
 from moe_torch.router import Gate, NodeLimitedRouter
 from moe_torch.routing import route
@@ -31,8 +31,8 @@ class TorchRouter(Subject):
                 token_mask_T=tensor_if_any(rest.get("token_mask_T")),
             )
         return Routing(
-            expert_ids_TK=found.expert_ids_TK.numpy(),
-            weights_TK=found.weights_TK.numpy(),
+            expert_ids_TK=to_numpy(found.expert_ids_TK),
+            weights_TK=to_numpy(found.weights_TK),
             scores_TE=numpy_if_any(found.scores_TE),
             group_ids_TL=numpy_if_any(found.group_ids_TL),
             shared_weights_TS=numpy_if_any(found.shared_weights_TS),
@@ -45,8 +45,8 @@ class TorchRouter(Subject):
         if gate_bias_E is not None:
             gate.bias = torch.nn.Parameter(tensor(gate_bias_E))
         with torch.no_grad():
-            return gate(tensor(x_TD)).numpy()
+            return to_numpy(gate(tensor(x_TD)))
 
     def configure(self, fields: dict[str, Any]) -> None:
         """The module is built, with a small gate."""
-        NodeLimitedRouter(4, RouterSpec.from_dict(fields))
+        NodeLimitedRouter(4, RouterSpec.from_dict(fields), device=device())

@@ -1,11 +1,17 @@
-"""conformance, subject torch: moe_torch on the CPU, in eager mode."""
+"""conformance, subject torch: moe_torch in eager mode, on the CPU or on the device that is asked for."""
+
+import importlib.util
+import os
+import sys
 
 import torch
 
+from conformance.subjects.torch.arrays import use_device
 from conformance.subjects.torch.balance import TorchBalance
 from conformance.subjects.torch.layer import TorchLayer
 from conformance.subjects.torch.router import TorchRouter
 from conformance.subjects.torch.training import TorchTraining
+from moe_torch.kernels import interpreted
 
 
 class Torch(TorchRouter, TorchLayer, TorchBalance, TorchTraining):
@@ -17,3 +23,41 @@ class Torch(TorchRouter, TorchLayer, TorchBalance, TorchTraining):
 
     def __init__(self):
         torch.set_num_threads(1)  # a call on a few tokens is too small to share
+
+    def to_device(self, device: str) -> None:
+        """A device of PyTorch, or 'interpreter': the kernels of an accelerator on the CPU, in Triton's interpreter."""
+        if device == "interpreter":
+            self._interpret()
+            return
+        found = existing(device)
+        use_device(found)
+        if found.type != "cpu":
+            # A kernel is compiled for each form of a router, and for widths that are multiples of 16 or not.
+            self.compiles = True
+        if found.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
+            self.compute_dtype = self.expert_dtype = "tf32"
+
+    def _interpret(self) -> None:
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError("triton is not installed")
+        if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError("triton is imported already, without TRITON_INTERPRET=1")
+        os.environ["TRITON_INTERPRET"] = "1"
+        self.compiles = True  # each program costs milliseconds: few sizes
+        self._kernels = interpreted()
+        self._kernels.__enter__()
+
+
+def existing(device: str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        found = torch.device(device)
+        # Some backends find out only when something is made there.
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"there is no such device: {str(error).splitlines()[0]}") from None
+    return found

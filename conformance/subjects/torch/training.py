@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from conformance.core.subject import Subject
-from conformance.subjects.torch.arrays import tensor_if_any, to_torch
+from conformance.subjects.torch.arrays import device, tensor_if_any, to_numpy, to_torch
 from moe_ref import NO_INPUTS, BalanceSpec, Event, LayerParams, StackSpec
 from moe_torch.bias_hook import BiasHook
 from moe_torch.losses import balance_sums, loss_of_sums
@@ -37,8 +37,8 @@ class TorchTraining(Subject):
                 loss = model.run(event)
             states.append(
                 {
-                    "counts_by_layer": [moe.tokens_per_expert.numpy().copy() for moe in model.layers],
-                    "bias_by_layer": [moe.get_buffer("router.expert_bias").numpy().copy() for moe in model.layers],
+                    "counts_by_layer": [to_numpy(moe.tokens_per_expert).copy() for moe in model.layers],
+                    "bias_by_layer": [to_numpy(moe.get_buffer("router.expert_bias")).copy() for moe in model.layers],
                     "loss": loss,
                 }
             )
@@ -50,7 +50,7 @@ class Model:
 
     def __init__(self, stack: StackSpec, params: list[LayerParams]):
         self.stack = stack
-        self.layers = [MoE(spec) for spec in stack.layers]
+        self.layers = [MoE(spec, device=device()) for spec in stack.layers]
         for moe, own in zip(self.layers, params, strict=True):
             moe.load_params(own)
         self.optimizers = [self.part(rank) for rank in range(stack.num_ranks)]
@@ -58,7 +58,7 @@ class Model:
     def part(self, rank: int) -> torch.optim.Optimizer:
         """The optimizer of a rank, on which there are other weights than those of such layers too."""
         own = {str(layer): self.layers[layer] for layer in self.stack.layers_of(rank)}
-        model = nn.ModuleDict(own | {"dense": nn.Linear(1, 1)})
+        model = nn.ModuleDict(own | {"dense": nn.Linear(1, 1, device=device())})
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         hook = BiasHook(model, None, overrides={name: self.stack.updates[int(name)] for name in own})
         hook.register(optimizer)

@@ -1,0 +1,121 @@
+"""benchmarks, the GPU: judges the subjects on it, then times layer and router beside what people use.
+
+    python -m benchmarks.gpu            # everything, in under 8 minutes; benchmarks/results/gpu-DEVICE.json
+    python -m benchmarks.gpu --dry      # the same at tiny sizes without a GPU, kernels interpreted: times mean nothing
+
+It needs no network, and nothing installed but what the subjects need: numpy, pytest, hypothesis, torch >= 2.11 and
+triton >= 3.6, found on PYTHONPATH. Each part is a process of its own, so that a kernel that breaks its device ends one
+part alone; what is done is in the file at once, and a part that cannot run says why there.
+
+Candidates of a table are timed in one process. The dense bound is one feed-forward network over T * K rows: the same
+products with one expert's weights. "grouped_mm" is the manner of torchtitan: sort, gather, three F.grouped_mm,
+scatter-add.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.gpu_parts import SIZES, TINY, LeftOut, device, judge, layer, promises, router, tiles
+from benchmarks.harness import RESULTS, write_json
+
+BUDGET = 470
+"""Seconds for everything."""
+
+
+PARTS = {
+    # name -> seconds it may take, of the 8 minutes; the most important first
+    "device": 40,
+    "judge torch": 150,
+    "judge jax": 100,
+    "layer 0": 80,
+    "router": 60,
+    "layer 1": 60,
+    "layer 2": 80,
+    "promises": 60,
+    "tiles": 120,
+}
+
+
+def run_part(name: str, dry: bool) -> dict:
+    """A part, in this process."""
+    if name.startswith("judge"):
+        return judge(name.split()[1], dry, PARTS[name] - 10)
+    if name.startswith("layer"):
+        return layer(TINY if dry else SIZES[int(name.split()[1])], dry)
+    return {"device": device, "router": router, "promises": promises, "tiles": tiles}[name](dry)
+
+
+def in_a_process(name: str, dry: bool, seconds: float) -> dict:
+    """A part in a process of its own, or why it left nothing."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--part", name, *(["--dry"] if dry else [])]
+    begin = time.monotonic()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"left out": f"it did not end within {seconds:.0f} s"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        said = (done.stderr.strip() or done.stdout.strip() or "nothing was printed").splitlines()
+        return {"left out": f"exit status {done.returncode}: {said[-1][:300]}"}
+    return json.loads(lines[-1]) | {"seconds": round(time.monotonic() - begin, 1)}
+
+
+def no_device() -> str:
+    """Why there is nothing to time on; empty: there is."""
+    try:
+        import torch
+    except ImportError as error:
+        return f"torch cannot be imported: {error}"
+    return "" if torch.cuda.is_available() else "PyTorch finds no CUDA device"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU, kernels interpreted")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-DEVICE.json")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts")
+    parser.add_argument("--part", choices=PARTS, help="one part, as JSON on the last line")
+    args = parser.parse_args()
+    if args.dry:
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif why := no_device():
+        print(f"benchmarks.gpu: there is no device to run on: {why}. --dry tries all parts without one.")
+        return 1
+    if args.part:
+        print(json.dumps(alone(args.part, args.dry)))
+        return 0
+    begin, found = time.monotonic(), {}
+    for name, seconds in PARTS.items():
+        if args.only and name not in args.only:
+            continue
+        left = BUDGET - (time.monotonic() - begin)
+        found[name] = in_a_process(name, args.dry, min(seconds, left)) if left > 15 else {"left out": "no time left"}
+        print(f"{name}: {json.dumps(found[name])[:400]}", flush=True)
+        slug = re.sub(r"[^a-z0-9]+", "-", str(found.get("device", {}).get("name", "unknown")).lower()).strip("-")
+        write_json(args.out or RESULTS / f"gpu-{slug}.json", found)
+    return 0
+
+
+def alone(name: str, dry: bool) -> dict:
+    """A part with the kernels it is about."""
+    try:
+        if not dry:
+            return run_part(name, dry)
+        import numpy as np
+
+        from moe_torch.kernels import interpreted
+
+        with interpreted(), np.errstate(all="ignore"):
+            return run_part(name, dry)
+    except LeftOut as sentence:
+        return {"left out": str(sentence)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
