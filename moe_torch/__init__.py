@@ -21,6 +21,7 @@ from moe_torch.losses import (
     z_sums,
 )
 from moe_torch.moe import MoE, SharedExperts
+from moe_torch.names import from_torchtitan, to_torchtitan
 from moe_torch.replay import capture, replay_layer
 from moe_torch.router import Gate, NodeLimitedRouter
 from moe_torch.routing import Routing, route
@@ -61,6 +62,7 @@ __all__ = [
     "balance_sums",
     "bias_update",
     "capture",
+    "from_torchtitan",
     "full_tensors",
     "load_statistics",
     "loss_of_sums",
@@ -69,6 +71,7 @@ __all__ = [
     "route",
     "slot_table",
     "sync_gradients",
+    "to_torchtitan",
     "tokens_per_expert",
     "z_loss",
     "z_loss_of_sums",

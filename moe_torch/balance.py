@@ -66,6 +66,15 @@ def add_counts(total_E: Tensor, counts_E: Tensor) -> None:
         total_E.add_(counts_E)
 
 
+@add_counts.register_vmap
+def _(info, in_dims, total_E: Tensor, counts_E: Tensor):
+    """The examples of vmap are one batch."""
+    if in_dims[0] is not None:
+        raise RuntimeError("vmap over tokens_per_expert: each example has counts of its own, which no layer has")
+    add_counts(total_E, counts_E if in_dims[1] is None else counts_E.sum(in_dims[1]))
+    return None, None
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadStatistics:
     """How even a load is; the fields are those of `moe_ref.LoadStatistics`, as tensors."""

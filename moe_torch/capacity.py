@@ -58,7 +58,7 @@ def apply_capacity(
             the choices are gathered, T * K small numbers of each rank. Ranks may have unequal numbers of tokens.
     """
     ids_TK = expert_ids_TK.long()
-    T = len(ids_TK)
+    T = ids_TK.shape[0]
     valid_T = torch.ones(T, dtype=torch.bool, device=ids_TK.device) if token_mask_T is None else token_mask_T
     given_ids_TK = ids_TK.masked_fill(~valid_T[:, None], -1)
     used_TK = given_ids_TK >= 0
@@ -162,7 +162,7 @@ def _places(keys_N: Tensor) -> Tensor:
     """How many earlier entries have the same key."""
     sorted_N, order_N = keys_N.sort(stable=True)
     starts_N = torch.searchsorted(sorted_N, sorted_N, side="left")
-    numbers_N = torch.arange(len(keys_N), device=keys_N.device)
+    numbers_N = torch.arange(keys_N.shape[0], device=keys_N.device)
     return torch.empty_like(order_N).scatter_(0, order_N, numbers_N - starts_N)
 
 

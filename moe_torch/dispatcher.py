@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_torch.modes import transformed
+
 
 @dataclass(frozen=True, kw_only=True)
 class Permutation:
@@ -63,10 +65,13 @@ class LocalTokenDispatcher(TokenDispatcher):
         sorted_keys_N, order_N = keys_N.sort(stable=True)
         # bincount would have to ask the device for its own length.
         choices_E = torch.arange(self.num_choices, device=keys_N.device, dtype=keys_N.dtype)
-        ends_E = torch.searchsorted(sorted_keys_N, choices_E, right=True)
-        row_of_slot_N = torch.empty_like(order_N).scatter_(
-            0, order_N, torch.arange(len(order_N), device=order_N.device, dtype=order_N.dtype)
-        )
+        if transformed():  # vmap has no rule for what is faster
+            ends_E, row_of_slot_N = (sorted_keys_N[:, None] <= choices_E).sum(0), order_N.argsort()
+        else:
+            ends_E = torch.searchsorted(sorted_keys_N, choices_E, right=True)
+            row_of_slot_N = torch.empty_like(order_N).scatter_(
+                0, order_N, torch.arange(order_N.shape[0], device=order_N.device, dtype=order_N.dtype)
+            )
         return Permutation(
             order_N=order_N,
             row_of_slot_N=row_of_slot_N,
@@ -76,16 +81,22 @@ class LocalTokenDispatcher(TokenDispatcher):
 
     def dispatch(self, x_TD: Tensor, permutation: Permutation, weights_TK: Tensor | None = None) -> Tensor:
         """Row n is the token of slot order_N[n], times that slot's weight where weights are given."""
-        rows_ND = _Dispatch.apply(x_TD, permutation.order_N, permutation.row_of_slot_N, permutation.has_expert_TK)
+        order_N, has_expert_TK = permutation.order_N, permutation.has_expert_TK
+        if transformed():
+            rows_ND = x_TD.index_select(0, order_N // has_expert_TK.shape[1])
+        else:
+            rows_ND = _Dispatch.apply(x_TD, order_N, permutation.row_of_slot_N, has_expert_TK)
         if weights_TK is None:
             return rows_ND
         # Rows past the experts may get any gradient; it must not reach a weight.
-        weights_TK = torch.where(permutation.has_expert_TK, weights_TK, 0)
-        weights_N = weights_TK.flatten().index_select(0, permutation.order_N)
+        weights_TK = torch.where(has_expert_TK, weights_TK, 0)
+        weights_N = weights_TK.flatten().index_select(0, order_N)
         return (rows_ND * weights_N[:, None]).to(x_TD.dtype)
 
     def unpermute(self, rows_ND: Tensor, permutation: Permutation) -> Tensor:
         """Each row returns to its slot, (T, K, D); a slot without an expert is 0, whatever its row holds."""
+        if transformed():
+            return _fill_slots(rows_ND, permutation.row_of_slot_N, permutation.has_expert_TK)
         return _Unpermute.apply(rows_ND, permutation.order_N, permutation.row_of_slot_N, permutation.has_expert_TK)
 
     def combine(self, rows_ND: Tensor, permutation: Permutation, weights_TK: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, N = T * 
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ from torch.nn import functional as F
 
 from moe_ref.specs.layer import ExpertSpec
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation, weighted_sum
+from moe_torch.modes import transformed
+from moe_torch.parts import OverRanks
+from moe_torch.transforms import sum_of_slots
 
 CHUNK_ROWS = 512
 """Rows of one expert that the loop works on at a time: few enough for the cache, enough for the matmul."""
@@ -25,7 +29,11 @@ CHUNK_TOKENS = 512
 
 def uses_grouped_mm(rows: Tensor) -> bool:
     """Whether experts run on grouped matmuls; else on the loop, which takes every device and dtype."""
-    return rows.device.type != "cpu" and rows.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return (
+        rows.device.type != "cpu"
+        and rows.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and not transformed()  # it has no forward derivative, and no rule for vmap
+    )
 
 
 def moves_rows(rows: Tensor) -> bool:
@@ -117,7 +125,7 @@ def _activation_backward(d_RF: Tensor, z_RF: Tensor, act: Activation) -> Tensor:
     return torch.ops.aten.threshold_backward(d_RF if act.name == "relu" else 2 * d_RF * z_RF, z_RF, 0)
 
 
-class GroupedExperts(nn.Module):
+class GroupedExperts(OverRanks, nn.Module):
     """Feed-forward networks side by side: w2(act(w1(x)) * w3(x)), or w2(act(w1(x))) where they are not gated.
 
     Names and shapes of the weights are torchtitan's. Rows are computed in the dtype of the weights, or in that of
@@ -156,10 +164,11 @@ class GroupedExperts(nn.Module):
     def reset_parameters(self) -> None:
         """Weights have variance 1 / fan-in, biases are 0."""
         for name, weight in self.named_parameters():
+            own, generator = self.to_fill(weight)
             if name.startswith("w"):
-                nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+                nn.init.normal_(own, std=weight.shape[-1] ** -0.5, generator=generator)
             else:
-                nn.init.zeros_(weight)
+                nn.init.zeros_(own)
 
     def forward(self, x_RD: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
         """The experts' outputs for rows that are sorted by expert; rows past the last group hold anything.
@@ -171,7 +180,7 @@ class GroupedExperts(nn.Module):
         rows_RD, weights = self._cast(x_RD)
         if uses_grouped_mm(rows_RD):
             return _grouped(rows_RD, tokens_per_expert_E, weights, self.activation).to(x_RD.dtype)
-        order_R = torch.arange(len(rows_RD), device=rows_RD.device)
+        order_R = torch.arange(rows_RD.shape[0], device=rows_RD.device)
         return _loop(rows_RD, order_R, tokens_per_expert_E, None, 1, weights, self.activation).to(x_RD.dtype)
 
     def sum_of_slots(self, x_TD: Tensor, permutation: Permutation, weights_TK: Tensor | None) -> Tensor:
@@ -185,7 +194,7 @@ class GroupedExperts(nn.Module):
         """The rows and the weights (w1, w2, w3, b1, b2, b3) in the dtype to compute in."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.w1_EFD.dtype
-        weights = (self.w1_EFD, self.w2_EDF, self.w3_EFD, self.b1_EF, self.b2_ED, self.b3_EF)
+        weights = (self.own(name) for name in ("w1_EFD", "w2_EDF", "w3_EFD", "b1_EF", "b2_ED", "b3_EF"))
         return x.to(dtype), tuple(None if w is None else w.to(dtype) for w in weights)
 
 
@@ -210,7 +219,7 @@ def _grouped(x_RD: Tensor, tokens_per_expert_E: Tensor, weights, act: Activation
     """Three grouped matmuls; the group ends stay on the device."""
     w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF = weights
     ends_E = tokens_per_expert_E.cumsum(0, dtype=torch.int32)
-    rows_R = torch.arange(len(x_RD), device=x_RD.device, dtype=torch.int32)
+    rows_R = torch.arange(x_RD.shape[0], device=x_RD.device, dtype=torch.int32)
     # Rows past the last group take the last expert's bias; nobody reads them.
     expert_of_row_R = torch.searchsorted(ends_E, rows_R, right=True).clamp(max=len(ends_E) - 1)
 
@@ -225,6 +234,8 @@ def _grouped(x_RD: Tensor, tokens_per_expert_E: Tensor, weights, act: Activation
 
 def _loop(x_TD, order_N, counts_E, weights_TK, top_k: int, weights, act: Activation) -> Tensor:
     """The loop as one operator, which autograd and torch.compile take as it is."""
+    if transformed():
+        return sum_of_slots(x_TD, order_N, counts_E, weights_TK, top_k, weights, partial(hide, act=act))
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TD, weights_TK, *weights))
     return expert_loop(x_TD, order_N, counts_E, weights_TK, top_k, *weights, *act, keep)[0]
 
@@ -306,7 +317,7 @@ def expert_loop(
 
 @expert_loop.register_fake
 def _(x_TD, order_N, counts_E, weights_TK, top_k, w1_EFD, w2_EDF, w3_EFD, b1, b2, b3, *act_and_keep):
-    kept_rows = len(order_N) if act_and_keep[-1] else 0
+    kept_rows = order_N.shape[0] if act_and_keep[-1] else 0
     F_ = w1_EFD.shape[1]
     return torch.empty_like(x_TD), x_TD.new_empty(kept_rows, F_), x_TD.new_empty(0 if w3_EFD is None else kept_rows, F_)
 
@@ -397,7 +408,7 @@ def _add_product(d_w_OI: Tensor, d_out_RO: Tensor, rows_RI: Tensor, d_b_O: Tenso
 def _(d_out_TD, gate_NF, up_NF, x_TD, order_N, counts_E, weights_TK, top_k, *weights_and_rest):
     train, trained = weights_and_rest[-1], weights_and_rest[:6]
     wide = torch.promote_types(x_TD.dtype, torch.float32)
-    d_weights_TK = x_TD.new_empty(0 if weights_TK is None else len(weights_TK), top_k, dtype=wide)
+    d_weights_TK = x_TD.new_empty(0 if weights_TK is None else weights_TK.shape[0], top_k, dtype=wide)
     grads = (torch.empty_like(w) if w is not None and train else x_TD.new_empty(0) for w in trained)
     return [torch.empty_like(x_TD), d_weights_TK, *grads]
 
@@ -411,6 +422,8 @@ def _keep_for_backward(ctx, inputs, output) -> None:
 def _expert_loop_gradients(ctx, d_out_TD, _gate, _up):
     gate_NF, up_NF, x_TD, order_N, counts_E, weights_TK, *weights = ctx.saved_tensors
     top_k, act = ctx.rest
+    if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
+        return _differentiable_gradients(ctx, d_out_TD)
     train = any(ctx.needs_input_grad[5:11])
     d_x_TD, d_weights_TK, *d_weights = expert_loop_backward(
         d_out_TD.contiguous(), gate_NF, up_NF, x_TD, order_N, counts_E, weights_TK, top_k, *weights, *act, train
@@ -418,6 +431,22 @@ def _expert_loop_gradients(ctx, d_out_TD, _gate, _up):
     d_experts = (d if w is not None and train else None for d, w in zip(d_weights, weights, strict=True))
     d_weights_TK = None if weights_TK is None else d_weights_TK.to(weights_TK.dtype)
     return d_x_TD, None, None, d_weights_TK, None, *d_experts, *(None,) * 6
+
+
+def _differentiable_gradients(ctx, d_out_TD: Tensor):
+    """The same from plain operations, which have derivatives themselves."""
+    _, _, x_TD, order_N, counts_E, weights_TK, *weights = ctx.saved_tensors
+    top_k, act = ctx.rest
+    # The weights are a function of the tokens, but this is the gradient with one of them alone: by names of their own.
+    saved: list = [None if t is None else t.view_as(t) for t in (x_TD, weights_TK, *weights)]
+    x_TD, weights_TK, *weights = saved
+    apply = partial(hide, act=Activation(*act))
+    out_TD = sum_of_slots(x_TD, order_N, counts_E, weights_TK, top_k, weights, apply)
+    inputs = {n: t for n, t in zip((0, 3, *range(5, 11)), saved, strict=True) if ctx.needs_input_grad[n]}
+    places, tensors = inputs.keys(), tuple(inputs.values())
+    found = torch.autograd.grad(out_TD, tensors, d_out_TD, create_graph=True, allow_unused=True, materialize_grads=True)
+    gradients = dict(zip(places, found, strict=True))
+    return tuple(gradients.get(n) for n in range(17))
 
 
 expert_loop.register_autograd(_expert_loop_gradients, setup_context=_keep_for_backward)

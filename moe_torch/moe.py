@@ -20,10 +20,12 @@ from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
 from moe_ref.specs.params import LayerParams
 from moe_ref.specs.router import RouterSpec
+from moe_torch import flops  # noqa: F401  (registers what is counted)
 from moe_torch.balance import add_counts, tokens_per_expert
 from moe_torch.capacity import apply_capacity
 from moe_torch.dispatcher import LocalTokenDispatcher, TokenDispatcher
 from moe_torch.experts import Activation, GroupedExperts, hide, run_experts
+from moe_torch.parts import Linear
 from moe_torch.router import Gate, NodeLimitedRouter
 from moe_torch.routing import Routing
 
@@ -34,7 +36,7 @@ class SharedExperts(nn.Module):
     The factor of a shared expert multiplies its hidden values; without biases that is the same as its output.
     """
 
-    w3: nn.Linear | None
+    w3: Linear | None
     token_gate: Gate | None
 
     def __init__(self, spec: ExpertSpec, num_experts: int, *, token_gate: bool, device=None, dtype=None):
@@ -42,9 +44,9 @@ class SharedExperts(nn.Module):
         width = num_experts * spec.hidden_dim
         self.num_experts = num_experts
         self.activation = Activation.of(spec)
-        self.w1 = nn.Linear(spec.dim, width, bias=False, device=device, dtype=dtype)
-        self.w2 = nn.Linear(width, spec.dim, bias=False, device=device, dtype=dtype)
-        self.w3 = nn.Linear(spec.dim, width, bias=False, device=device, dtype=dtype) if spec.gated else None
+        self.w1 = Linear(spec.dim, width, bias=False, device=device, dtype=dtype)
+        self.w2 = Linear(width, spec.dim, bias=False, device=device, dtype=dtype)
+        self.w3 = Linear(spec.dim, width, bias=False, device=device, dtype=dtype) if spec.gated else None
         self.token_gate = Gate(spec.dim, 1, bias=False, device=device, dtype=dtype) if token_gate else None
 
     def reset_parameters(self) -> None:
@@ -68,7 +70,10 @@ class MoE(nn.Module):
 
     `tokens_per_expert` counts the tokens of each choice, before any capacity, over the training steps since it was last
     set to zero; the balancing step (`bias_hook.py`) reads it and moves `router.expert_bias`. A forward pass that
-    activation checkpointing repeats counts once.
+    activation checkpointing repeats counts once. No state dict has it, and `load_state_dict` sets it to zero.
+
+    A layer from the meta device is filled by `to_empty` and then `reset_parameters` or `load_state_dict`, or by
+    `load_state_dict(..., assign=True)`.
 
     Args:
         spec: what is computed.
@@ -107,6 +112,7 @@ class MoE(nn.Module):
         # Integers, which .to(torch.bfloat16) leaves alone: bfloat16 cannot count past 256.
         counts_E = torch.zeros(router.num_choices, dtype=torch.int64, device=device)
         self.register_buffer("tokens_per_expert", counts_E, persistent=False)
+        self.register_load_state_dict_post_hook(_forget_counts)
 
     def reset_parameters(self) -> None:
         """New parameters, no balancing bias, and nothing counted."""
@@ -182,7 +188,8 @@ class MoE(nn.Module):
 
         if mask_T is not None:
             output_TD = output_TD.masked_fill(~mask_T[:, None], 0)
-        return output_TD.reshape(x.shape), routing
+        # No view: what is done to a view in place takes FSDP2's hook away.
+        return torch.ops.aten._unsafe_view(output_TD.contiguous(), x.shape), routing
 
     def limit(
         self, routing: Routing, capacity: CapacitySpec, token_mask_T: Tensor | None, sequence_lengths: Sequence[int]
@@ -228,10 +235,18 @@ class MoE(nn.Module):
     def load_params(self, params: LayerParams) -> None:
         """Takes over the parameters of moe_ref, in its canonical layout; the dtype stays this layer's.
 
+        Over ranks every rank makes this call, with the whole layer's parameters.
+
         Raises:
             ValueError: a parameter is missing, or has another shape than the spec asks for.
         """
         params.check(self.spec)
+        if self.router.part is not None:
+            # Over ranks: each takes its part of a whole layer's state.
+            whole = MoE(self.spec, device="cpu", dtype=torch.float64)
+            whole.load_params(params)
+            self.load_state_dict(whole.state_dict())
+            return
         gated = self.spec.experts.gated
         # Without a gate the activation stands on the up projection, and that is w1.
         w1_EDF, b1_EF = (params.w_gate_EDF, params.b_gate_EF) if gated else (params.w_up_EDF, params.b_up_EF)
@@ -256,6 +271,16 @@ class MoE(nn.Module):
         _copy(shared.w2.weight, _turned(params.shared_w_down_SFD.reshape(-1, self.spec.experts.dim)))
         _copy(None if shared.w3 is None else shared.w3.weight, _turned(params.shared_w_up_SDF))
         _copy(None if shared.token_gate is None else shared.token_gate.weight, params.shared_token_gate_D)
+
+
+def _forget_counts(moe: nn.Module, _keys: Any) -> None:
+    """A state dict has no counts: those of a layer that takes one are of other numbers, or whatever memory held."""
+    assert isinstance(moe, MoE)
+    if moe.tokens_per_expert.is_meta:
+        device = moe.router.gate.weight.device  # not meta any more where the tensors were assigned
+        moe.tokens_per_expert = torch.zeros_like(moe.tokens_per_expert, device=device)
+    else:
+        moe.tokens_per_expert.zero_()
 
 
 def _lengths(x: Tensor) -> list[int]:

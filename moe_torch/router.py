@@ -6,22 +6,24 @@ from torch.nn import functional as F
 
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.router import RouterSpec
+from moe_torch.parts import Linear, OverRanks
 from moe_torch.routing import Routing, route
 
 
-class Gate(nn.Linear):
+class Gate(Linear):
     """The logits are x @ weight.T, plus the learned gate bias, in float32 at least. [GAT-1, GAT-2]"""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # nn.Linear calls it by the name of a builtin
+    def forward(self, x: Tensor) -> Tensor:
         """(..., num_logits) logits of (..., D) tokens."""
         dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
-        bias_E = None if self.bias is None else self.bias.to(dtype)
+        weight_ED, bias_E = (None if own is None else own.to(dtype) for own in (self.own("weight"), self.own("bias")))
+        assert weight_ED is not None
         # Autocast would take the product back to bfloat16, which flips choices (NVIDIA-NeMo/Automodel#3650).
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), self.weight.to(dtype), bias_E)
+            return F.linear(x.to(dtype), weight_ED, bias_E)
 
 
-class NodeLimitedRouter(nn.Module):
+class NodeLimitedRouter(OverRanks, nn.Module):
     """A gate, a balancing bias, and `route` with a fixed spec.
 
     `expert_bias` stays float32 under .to(bfloat16): its steps of about 1e-3 vanish next to a bfloat16 bias of 0.5.
@@ -82,7 +84,7 @@ class NodeLimitedRouter(nn.Module):
             router_spec: in place of the router's own, for this call: to replay a choice (`RouterSpec.given`).
         """
         spec = self.spec if router_spec is None else router_spec
-        scale = self.learned_scale
+        scale = self.own("learned_scale")
         if scale is not None and spec.learned_scale == "global":
             scale = scale[0]
         bias_E = self.expert_bias if spec.selector == "top_k" else None

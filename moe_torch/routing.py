@@ -18,6 +18,7 @@ from moe_ref.specs.checks import shape_and_kind
 from moe_ref.specs.ids import UNUSED
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.router import RouterSpec
+from moe_torch.modes import transformed
 
 NEG_INF = -float("inf")
 
@@ -50,8 +51,8 @@ class Routing:
 
 
 def host_reads_are_free(values: Tensor) -> bool:
-    """Whether a branch on a value costs nothing: not in a compiled graph, not on an accelerator."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether a branch on a value costs nothing: not in a compiled graph, not on an accelerator, and vmap has none."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
 
 
 def scale_logits(logits_TE: Tensor, spec: RouterSpec) -> Tensor:
@@ -153,7 +154,7 @@ def select(
         return _fillable(top_k(scores_for_choice_TE, spec.top_k), scores_for_choice_TE)
     # Only the experts of kept groups are ranked: L * P columns instead of E. Their groups stay in ascending order, so
     # that the lower column is the lower expert id.
-    T, G, P = len(biased_scores_TE), group_scores_TG.shape[-1], spec.experts_per_group
+    T, G, P = biased_scores_TE.shape[0], group_scores_TG.shape[-1], spec.experts_per_group
     ascending_TL = group_ids_TL.sort(-1).values
     first_group_T1 = torch.arange(T, device=ascending_TL.device)[:, None] * G
     group_rows_N = (first_group_T1 + ascending_TL).flatten()
@@ -260,8 +261,10 @@ def normalise(
     numerator_TK = torch.where(vanishing_T1, in_norm_TK.detach(), in_norm_TK)
     denominator_T1 = torch.where(vanishing_T1, divisor_T1.detach(), divisor_T1)
     normed_TK = numerator_TK / torch.where(denominator_T1 == 0, 1, denominator_T1)
+    if in_norm_TK is raw_weights_TK:
+        return normed_TK, shared_scores_TS
     K = raw_weights_TK.shape[-1]
-    return normed_TK[:, :K], (normed_TK[:, K:] if spec.norm_with_shared else shared_scores_TS)
+    return normed_TK[:, :K], normed_TK[:, K:]
 
 
 def norm(weights_TK: Tensor, p: float) -> Tensor:
@@ -315,7 +318,7 @@ def route(
         ValueError: wrong shapes or dtypes. Values (NaN, ids out of range) are not looked at: that would stall a device.
     """
     check_logits(logits_TE, spec, expert_bias_E, learned_scale, token_mask_T)
-    inputs.check(spec, len(logits_TE))
+    inputs.check(spec, logits_TE.shape[0])
     E = spec.num_choices
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
     if token_mask_T is not None:
@@ -393,7 +396,7 @@ def check_logits(
 ) -> None:
     """The logits, and what is given with them, have the shapes and kinds that the spec asks for."""
     shape_and_kind("logits_TE", logits_TE, (None, spec.num_logits), "float")
-    T, E = len(logits_TE), spec.num_choices
+    T, E = logits_TE.shape[0], spec.num_choices
     scale_shape = {"none": None, "per_expert": (E,), "global": ()}[spec.learned_scale]
     if (learned_scale is None) != (scale_shape is None):
         given = "None" if learned_scale is None else "given"

@@ -63,7 +63,7 @@ def loss_radius(judge: Judge, case: BalanceCase) -> Loss:
     terms = ROUNDINGS + T + E
     z_TE = _valid_logits(case)
     away_TE = np.abs(z_TE - z_TE.max(axis=-1, keepdims=True, initial=-np.inf)) if T else z_TE
-    error_TE = eps * (terms + SCALINGS * np.abs(z_TE) * case.scales_logits + np.maximum(np.abs(z_TE), away_TE))
+    error_TE = eps * (terms + SCALINGS * np.abs(z_TE) * case.router.scales_logits + np.maximum(np.abs(z_TE), away_TE))
     error_TE = error_TE + error_TE.max(axis=-1, keepdims=True, initial=0)  # of the sum that divides
     share_U = spec.coeff * float(E) ** spec.expert_power * trace.weights_U / np.maximum(trace.tokens_U, 1)
     pull_TE = (share_U[:, None] * trace.fractions_UE)[trace.unit_of_T]  # d loss / d score
@@ -73,7 +73,7 @@ def loss_radius(judge: Judge, case: BalanceCase) -> Loss:
     mean_T1 = (pull_TE * s_TE).sum(axis=-1, keepdims=True) if spec.scores_sum_to_1 else 0
     mean_error_T1 = (pull_TE * s_TE * error_TE).sum(axis=-1, keepdims=True) if spec.scores_sum_to_1 else 0
     gradient_TE = s_TE * ((pull_TE + mean_T1) * (error_TE + terms * eps) + mean_error_T1)
-    if case.scales_logits:
+    if case.router.scales_logits:
         slope_TE = scale_logits_backward(np.ones_like(z_TE), z_TE, case.router)
         largest = SCALINGS * eps * case.router.logit_scale
         gradient_TE = gradient_TE * np.abs(slope_TE) + s_TE * (pull_TE + mean_T1) * largest

@@ -108,11 +108,6 @@ class BalanceCase(Case):
         """What the loss scores: the logits as the router scales and caps them."""
         return scale_logits(self.logits_TE, self.router)
 
-    @property
-    def scales_logits(self) -> bool:
-        """Whether the router scales or caps its logits."""
-        return self.router.logit_scale != 1 or self.router.logit_softcap is not None
-
     @cached_property
     def balance_trace(self) -> BalanceTrace:
         """The oracle's trace of the balance loss."""
@@ -265,7 +260,7 @@ BalanceCase.TAGS = {
     "large_counts": lambda c: bool((c.counts_SE >= 2**24).any()),
     "many_tokens": lambda c: c.num_tokens > 256,
     "many_experts": lambda c: c.spec.num_experts > 32,
-    "scaled_logits": lambda c: c.scales_logits,
+    "scaled_logits": lambda c: c.router.scales_logits,
     "grouped_router": lambda c: (c.router.num_expert_groups or 1) > 1,
     "barred_experts": lambda c: bool(np.isneginf(c.logits_TE).any()),
     "unused_tokens": lambda c: bool((c.expert_ids_TK == UNUSED).all(axis=-1).any()),

@@ -45,6 +45,7 @@ class Check:
     inputs: tuple[str, ...] = ()
     """Further inputs that its cases have."""
     tokens: tuple[int, ...] = (7, 1)
+    """How many its cases have."""
     shows_case: bool = True
     """Whether a failure has a case that replays; a configuration has none."""
 

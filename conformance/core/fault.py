@@ -84,6 +84,7 @@ def _add(made: Callable, **how) -> Callable:
     name, summary = made.__name__.replace("_", "-"), made.__doc__
     assert name not in FAULTS, name
     assert summary is not None, name
+    assert how["requirement"] in REQUIREMENTS, f"{name} breaks {how['requirement']}, which no requirements.py has"
     FAULTS[name] = Fault(name=name, summary=summary, **how)
     return made
 

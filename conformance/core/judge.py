@@ -134,6 +134,7 @@ class Judge:
 
     @property
     def name(self) -> str:
+        """Of the subject; that of its class where it has none."""
         return self.subject.name or type(self.subject).__name__.lower()
 
     # running the subject

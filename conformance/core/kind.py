@@ -41,9 +41,13 @@ class Kind(ABC):
         """
 
         def decorate(run: Callable[[Judge, Any], None]) -> Callable:
+            check = self.check(requirement=requirement, run=run, **wants)
+            for name in (requirement, *check.after, *(name for _, names in check.simpler for name in names)):
+                if name not in REQUIREMENTS:
+                    raise ValueError(f"{run.__name__}: there is no row with the id {name!r} in a requirements.py")
             if requirement in CHECKS:
                 raise ValueError(f"requirement {requirement} has a check already: {CHECKS[requirement].run.__name__}")
-            CHECKS[requirement] = self.check(requirement=requirement, run=run, **wants)
+            CHECKS[requirement] = check
             return run
 
         return decorate
@@ -63,7 +67,7 @@ class Kind(ABC):
         return ()
 
     def worlds(self, judge: Judge) -> Iterator[tuple[Check, Case]]:
-        """Small worlds, in which every case is tried; they need no luck. None where the subject runs none."""
+        """Small worlds, in which every case is tried; they need no luck. Nothing where the subject runs none."""
         return iter(())
 
     # what is shown

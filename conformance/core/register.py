@@ -4,9 +4,12 @@ Ids are never reused. MUST fails a run; SHOULD is reported and leaves the exit s
 fill it (`conformance/router/select/requirements.py` ...), in the order of the data.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 SPEC_VERSION = "2026.11"
+FIRST_VERSION = "2026.11"
 MUST, SHOULD = "MUST", "SHOULD"
 
 
@@ -20,7 +23,8 @@ class Requirement:
     sentence: str
     links: tuple[str, ...] = ()
     """Where it went wrong in public."""
-    since: str = SPEC_VERSION
+    since: str
+    """The version of the specification that it came with."""
 
 
 REQUIREMENTS: dict[str, Requirement] = {}
@@ -29,18 +33,22 @@ STAGES: list[str] = []
 """In the order of the data; an earlier stage is accused first."""
 
 
-def chapter(stage: str, *rows: tuple) -> None:
+def chapter(stage: str, *rows: tuple, since: Mapping[str, str] = MappingProxyType({})) -> None:
     """Register the requirements of a stage.
 
     Args:
         stage: its name, which no other chapter has.
         rows: (id, level, sentence, *links) of each requirement.
+        since: version by id, for those that came after the first one.
     """
     assert stage not in STAGES, stage
     STAGES.append(stage)
     for name, level, sentence, *links in rows:
         assert name not in REQUIREMENTS, name
-        REQUIREMENTS[name] = Requirement(id=name, level=level, stage=stage, sentence=sentence, links=tuple(links))
+        version = since.get(name, FIRST_VERSION)
+        REQUIREMENTS[name] = Requirement(
+            id=name, level=level, stage=stage, sentence=sentence, links=tuple(links), since=version
+        )
 
 
 def stage_order(requirement: str) -> tuple[int, int]:

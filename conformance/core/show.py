@@ -5,8 +5,7 @@ import numpy as np
 MOST_NUMBERS = 12
 """Of a row that is shown as what was expected or received."""
 MOST_CHARACTERS = 400
-
-
+"""Of a text that is shown in part."""
 DIGITS, MORE_DIGITS = 6, 10
 """Of a number; more where two rows look alike with fewer."""
 

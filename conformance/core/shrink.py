@@ -16,7 +16,7 @@ TOKENS_TRIED = 20
 
 
 def shrink(judge: Judge, violation: Violation) -> Violation:
-    """The violation of a smaller case: fewer tokens, no bias where none is needed, rounder numbers."""
+    """The violation of a smaller case: fewer tokens, less of what it has besides, rounder numbers."""
     tries = 0
     changed = violation.case is not None and violation.case.num_tokens <= MOST_TOKENS
     while changed:

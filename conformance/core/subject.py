@@ -58,27 +58,25 @@ class Subject:
     name: str = ""
     """Shown in reports; empty: the class name in lower case."""
     version: str = ""
-    url: str = ""
+    """Shown beside it."""
     logit_dtypes: tuple[str, ...] = ("float32",)
     """dtypes in which `route` takes logits: float32, float64, float16, bfloat16 (as ml_dtypes arrays)."""
     compute_dtype: str = "float32"
     """dtype in which it computes; the bounds of the comparison follow from it."""
-
     expert_dtype: str = "float32"
     """dtype of the experts' arithmetic, where it is narrower than compute_dtype (torchtitan: bfloat16)."""
     compiles: bool = False
     """Whether each new spec and number of tokens costs a compilation; then fewer sizes are tried."""
-
     equal_shards: bool = False
     """Whether the token shards of a layout have as many tokens each; then no others are tried."""
 
     def __init_subclass__(cls, **how: Any):
-        """`supports`, `supports_layer` and `supports_load` may raise a ValueError: it is the sentence that says no.
+        """A ValueError in `supports` or its like is the sentence that says no.
 
-        So do specs that are made of some fields of another one, to compare with it.
+        It comes from a spec that the method makes of some fields of another one, to compare with it.
         """
         super().__init_subclass__(**how)
-        for name in ("supports", "supports_layer", "supports_load"):
+        for name in ("supports", "supports_layer", "supports_load", "supports_training"):
             if name in vars(cls):
                 setattr(cls, name, _refusing(vars(cls)[name]))
 

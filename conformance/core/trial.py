@@ -51,7 +51,7 @@ def as_test(check: Check, *, examples: int = DEFAULT_EXAMPLES, seed: int | None 
     def test(judge: Judge, number: int):
         if sentence := why_not(judge, check):
             pytest.skip(f"unsupported: {sentence}")
-        survey(judge, check)
+        examine_fixed(judge, check)
         judge.examine(check, kind.draw(judge, check, number))
 
     row = REQUIREMENTS[check.requirement]
@@ -85,17 +85,17 @@ def why_not(judge: Judge, check: Check) -> str | None:
     return None if found else "; ".join(entry.reasons)
 
 
-def survey(judge: Judge, check: Check) -> None:
+def examine_fixed(judge: Judge, check: Check) -> None:
     """Examine the fixed cases of a check, once; what they found is raised each time, so that none is flaky."""
-    surveyed: dict[str, Exception | None] = judge.memory.setdefault("surveyed", {})
-    if check.requirement not in surveyed:
-        surveyed[check.requirement] = None
+    done: dict[str, Exception | None] = judge.memory.setdefault("fixed cases", {})
+    if check.requirement not in done:
+        done[check.requirement] = None
         try:
             for case in kind_of(check.requirement).fixed(judge, check):
                 judge.examine(check, case)
         except Exception as error:  # a violation, or an error of the judge
-            surveyed[check.requirement] = error
-    if found := surveyed[check.requirement]:
+            done[check.requirement] = error
+    if found := done[check.requirement]:
         raise found
 
 

@@ -1,4 +1,4 @@
-"""conformance, the comparison: bounds from one table, and which selections rounding can explain.
+"""conformance, router, bounds: how far rounding reaches, from one table, and which selections rounding can explain.
 
 Errors are relative to the number itself: weights and scores have no cancellation, so each is bounded by a few
 roundings plus what a rounded exponent does to exp (one rounding of z shifts exp(z) by |z| of them).
@@ -15,8 +15,6 @@ from moe_ref.routing import factor_of, gather, kept_experts, normalise, scale_we
 
 ROUNDINGS = 16
 """Roundings granted to a score or weight besides those of exp's argument: sums, divisions, library exp (4 ulp)."""
-
-
 LOW_PRECISION = ("bfloat16", "float16")
 """dtypes of logits that are narrower than float32, in which scores and weights may be handed on."""
 SETS_AT_A_TIME = 1024
@@ -47,7 +45,7 @@ def logit_error(case: RouterCase, dtype: str) -> np.ndarray:
     """Absolute error of each scaled logit."""
     spec = case.spec
     z_TE = np.abs(np.nan_to_num(case.reference.scaled_logits_TE[:, : spec.num_choices], neginf=0.0))
-    if spec.logit_scale == 1 and spec.logit_softcap is None:
+    if not spec.scales_logits:
         return np.zeros_like(z_TE)
     return (4 * EPSILON[dtype] + 2 * coarseness(case)) * z_TE
 

@@ -14,6 +14,7 @@ class RouterCheck(Check):
 
     method: str = "route"
     logits: tuple[str, ...] = ("separated", "normal", "large", "negative")
+    """Kinds of logits; `draw.py` has them all."""
     bias: tuple[str, ...] = ("none", "mixed", "negative", "positive")
     """Kinds of expert_bias."""
     dtypes: tuple[str, ...] = ("float32", "float64", "bfloat16", "float16")
@@ -22,3 +23,5 @@ class RouterCheck(Check):
     """Whether it is tried at every size of `sizes.py`; the others share them."""
     pairs: bool = False
     """Whether it is tried on every pair of what a case is made of (`pairs.py`)."""
+    few: bool = False
+    """Whether each of its cases costs programs of its own; then a subject that compiles is tried on few specs."""

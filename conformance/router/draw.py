@@ -1,4 +1,4 @@
-"""conformance, what is generated: specs from a bounded pool, and for each the logits, biases and further inputs.
+"""conformance, router, what is drawn: specs from a bounded pool, and for each the logits, biases and further inputs.
 
 The pool is bounded so that compiled code is reused; the data vary freely, all of them from one seed.
 """
@@ -11,7 +11,7 @@ import numpy as np
 
 from conformance.core.case import float32
 from conformance.core.chosen import pool_of, tokens_of
-from conformance.core.drawing import one_of
+from conformance.core.drawing import covering, one_of
 from conformance.core.judge import Judge
 from conformance.core.kind import settings_of
 from conformance.router.case import RouterCase, held
@@ -276,7 +276,21 @@ def settings(judge: Judge, check: RouterCheck) -> tuple[list[RouterSpec], Counte
     wanted = [spec for spec in pool_of(judge, RouterSpec, pool) if check.spec(spec)]
     reasons = [judge.subject.supports(spec) for spec in wanted]
     supported = [spec for spec, why in zip(wanted, reasons, strict=True) if why is None]
+    if judge.subject.compiles and costs_programs(judge, check):
+        supported = few(tuple(supported))
     return evenly(supported), Counter(why for why in reasons if why)
+
+
+def costs_programs(judge: Judge, check: RouterCheck) -> bool:
+    """Whether a check's cases are no programs that others have compiled: those of seven tokens and their logits."""
+    return check.few or bool(check.inputs) or check.tokens[0] != 7 or "float32" not in dtypes_of(judge, check)
+
+
+@cache
+def few(specs: tuple[RouterSpec, ...]) -> list[RouterSpec]:
+    """Few of the specs: each field that some spec changes is changed, and each name that it can have is there."""
+    names = ("score_func", "score_over", "selector", "select_by", "weights_from", "norm_form", "null_kind")
+    return covering(specs, lambda spec: {*_changed(spec), *((name, getattr(spec, name)) for name in names)})
 
 
 def dtypes_of(judge: Judge, check: RouterCheck) -> list[str]:
@@ -292,14 +306,15 @@ def draw(judge: Judge, check: RouterCheck, seed: int) -> RouterCase:
     """The case of a seed."""
     rng, (specs, _) = np.random.default_rng(seed), settings_of(judge, check)
     dtypes = dtypes_of(judge, check)
-    # Of a subject that compiles each further dtype is another program for each number of tokens.
-    few = judge.subject.compiles and "float32" not in dtypes
+    spec, sizes = one_of(rng, specs), tokens_of(judge, check.tokens)
+    if judge.subject.compiles and (costs_programs(judge, check) or spec not in few(tuple(dict.fromkeys(specs)))):
+        sizes = sizes[:1]  # each number of tokens is another program
     return make_case(
-        one_of(rng, specs),
+        spec,
         check,
         logits=one_of(rng, check.logits),
         bias=one_of(rng, check.bias),
-        tokens=one_of(rng, tokens_of(judge, check.tokens[:1] if few else check.tokens)),
+        tokens=one_of(rng, sizes),
         dtype=one_of(rng, dtypes),
         seed=int(rng.integers(2**32)),
     )

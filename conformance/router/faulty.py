@@ -55,7 +55,7 @@ class FaultyRouter(Subject):
         )
 
     def gate(self, x_TD, gate_ED, gate_bias_E):
-        return self._run("gate", moe_ref_gate, x_TD, gate_ED, gate_bias_E, dtype=self.compute_dtype)
+        return self._run("gate", _gate, x_TD, gate_ED, gate_bias_E, dtype=self.compute_dtype)
 
     def configure(self, fields):
         self._run("configure", RouterSpec.from_dict, fields)
@@ -66,7 +66,7 @@ class FaultyRouter(Subject):
         return self.fault.run(run, self.memory, *arguments, **inputs)
 
 
-def moe_ref_gate(x_TD, gate_ED, gate_bias_E, **how):
+def _gate(x_TD, gate_ED, gate_bias_E, **how):
     """`moe_ref.gate` as it is at the moment of the call: a fault may stand in its place."""
     return moe_ref.gate(x_TD, gate_ED, gate_bias_E, **how)
 

@@ -5,12 +5,10 @@ import numpy as np
 from conformance.core.check import Condition, given
 from conformance.core.judge import Judge, NotRun, Violation
 from conformance.router.case import RouterCase
-from conformance.router.draw import LOGITS
 from conformance.router.observation import observe
 from conformance.router.verdicts import leaves_groups, weights_differ, wrong_selections
 from moe_ref import RouterSpec
 
-ALL_KINDS = LOGITS
 MODERATE = ("separated", "normal")
 EXACT = ("float32", "float64")
 """dtypes of logits that need no rounding in float32."""

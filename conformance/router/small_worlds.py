@@ -1,4 +1,4 @@
-"""conformance, small worlds: every order of a few experts, every point of a small lattice, as the rows of one case.
+"""conformance, router, small worlds: every order of a few experts, every point of a small lattice, as rows of one case.
 
 Selection depends on the order of the choice scores alone. For few experts every order can be tried, ties included:
 all weak orderings of E <= 7 (47,293 of them for E = 7). Group scores are sums, so there every point of a lattice

@@ -1,4 +1,4 @@
-"""conformance, the verdicts: which tokens of a result differ from the reference by more than rounding."""
+"""conformance, router, verdicts: which tokens of a result differ from the reference by more than rounding."""
 
 import numpy as np
 

@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
-    """Every command and option; the README's table of options is made from it."""
+    """Every command and option; docs/commands.md is made from it."""
     top = Parser(prog="moe-conformance", description="Judges Mixture-of-Experts implementations against moe_ref.")
     shown = f"moe-conformance {version('moe-conformance')}, specification {SPEC_VERSION}"
     top.add_argument("--version", action="version", version=shown)
@@ -65,7 +65,7 @@ def parser() -> Parser:
         action="append",
         default=[],
         metavar="STAGE",
-        help=f"of this stage alone, or of these: {', '.join(STAGES)}",
+        help=f"of this stage alone; given several times, of these. One of {', '.join(STAGES)}",
     )
     run.add_argument("--deviations", action="append", default=[], metavar="FILE", help="TOML of known deviations")
     run.add_argument("--report", type=Path, metavar="DIR", help="write report.json, report.md and junit.xml there")
@@ -77,7 +77,9 @@ def parser() -> Parser:
     )
     run.add_argument("--advice", action="store_true", help="show the pages of SHOULDs that do not hold too")
     run.add_argument("--durations", action="store_true", help="what each stage costs, and the slowest requirements")
-    run.add_argument("--timeout", type=_positive, default=900, metavar="SECONDS", help="for each subject (default 900)")
+    run.add_argument(
+        "--timeout", type=_positive, default=1800, metavar="SECONDS", help="for each subject (default 1800)"
+    )
     run.add_argument(
         "--limit",
         type=_positive,
@@ -234,9 +236,10 @@ def faults(options) -> int:
     from conformance.core.fault import first_killer, killers
 
     known = load_faults()
-    chosen = [fault for fault in known.values() if options.only in (None, fault.name)]
+    name = options.only and options.only.replace("_", "-")  # or that of its function
+    chosen = [fault for fault in known.values() if name in (None, fault.name)]
     if not chosen:
-        raise UsageError(f"there is no fault {options.only!r}{nearest(str(options.only), known)}")
+        raise UsageError(f"there is no fault {name!r}{nearest(str(name), known)}")
     if options.diagnose:
         from conformance.run import causes
 
@@ -253,6 +256,8 @@ def faults(options) -> int:
             else:
                 first = first_killer(fault, seed=seed)
                 found = [first.requirement] if first else []
+                if first and first.requirement != fault.requirement:
+                    found.append(f"(not {fault.requirement}, which it breaks)")
             survivors += not found
             print(f"{fault.name:<50} {fault.stage:<8} {' '.join(found) or 'SURVIVES'}", flush=True)
     print(f"{len(chosen)} faults, {options.seeds} seeds, {survivors} survivors")

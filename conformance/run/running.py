@@ -22,7 +22,7 @@ from conformance.run.deviations import read
 from conformance.run.plugin import merge
 from conformance.run.progress import Progress
 from conformance.run.report import FAILING, assemble, durations, is_told_elsewhere, matrix, table, write
-from conformance.run.subjects_by_name import BUILT_IN, DEFAULT, known_names, subject_named
+from conformance.run.subjects_by_name import BUILT_IN, DEFAULT, STARTED_FIRST, known_names, subject_named
 from conformance.run.watch import where
 
 EXIT_NEW = 1
@@ -216,7 +216,8 @@ def _missing(name: str) -> str | None:
 
 def _judge_all(names: list[str], options, folder: Path) -> list[Process]:
     """Run the subjects, as many at once as there are cores, at most two; print each table as it is done."""
-    waiting, running, finished = list(names), [], []
+    first = {name: number for number, name in enumerate(STARTED_FIRST)}
+    waiting, running, finished = sorted(names, key=lambda name: first.get(name, len(first))), [], []
     at_once = min(2, os.cpu_count() or 1)
     show = Progress()
     try:

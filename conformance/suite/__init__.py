@@ -1,1 +1,1 @@
-"""conformance, the suite: a file for each stage, a test for each requirement; a test's docstring is its sentence."""
+"""conformance, the suite: a test for each requirement, whose sentence is its docstring; small worlds; deviations."""

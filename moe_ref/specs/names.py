@@ -1,6 +1,6 @@
 """moe_ref, the names: one term for each concept, and what other code bases call it.
 
-This table is the only place where names are translated. The README glossary is printed from it.
+This table is the only place where names are translated. docs/glossary.md is printed from it.
 """
 
 PROJECTS = ("DeepSeek", "transformers", "torchtitan", "MaxText", "Megatron", "vLLM")

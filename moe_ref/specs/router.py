@@ -199,6 +199,11 @@ class RouterSpec(Spec):
         return self.num_experts // (self.num_expert_groups or 1)
 
     @property
+    def scales_logits(self) -> bool:
+        """Whether `scale_logits` changes anything: what is scored is not the logits as they came."""
+        return self.logit_scale != 1 or self.logit_softcap is not None
+
+    @property
     def has_scores(self) -> bool:
         """Whether there is a score for every choice before the selection."""
         return self.score_over == "all" and self.selector != "sparsemixer"

@@ -1,15 +1,6 @@
 """moe_ref, strategies: how rows reach their experts, one file each.
 
-    all_to_all         a rank sends each slot to the owner of its expert; the same rows return
-    ragged_all_to_all  the same, into a receive buffer; what finds no room is dropped
-    ring_of_experts    a rank sends its tokens to every rank, which picks the rows of its own experts; partial sums
-                       are reduced and scattered
-    replicated         nothing is sent; each rank has the tokens, and picks the rows of its own experts; partial sums
-                       are reduced, scattered and gathered
-    node_dedup         a token is sent once to each node that has experts of it, then each slot to its owner there; the
-                       same back, of partial sums across nodes
-
-A new strategy is a file here, a line in `STRATEGIES`, and its facts in `specs/layout.py`.
+What each of them does is in one sentence in `specs/layout.py`, in full at the head of its file.
 """
 
 from moe_ref.strategies.all_to_all import ALL_TO_ALL
@@ -20,6 +11,13 @@ from moe_ref.strategies.replicated import REPLICATED
 from moe_ref.strategies.ring_of_experts import RING_OF_EXPERTS
 
 STRATEGIES: dict[str, Strategy] = {
-    strategy.name: strategy for strategy in (ALL_TO_ALL, RAGGED_ALL_TO_ALL, RING_OF_EXPERTS, REPLICATED, NODE_DEDUP)
+    strategy.name: strategy
+    for strategy in (
+        ALL_TO_ALL,
+        RAGGED_ALL_TO_ALL,
+        RING_OF_EXPERTS,
+        REPLICATED,
+        NODE_DEDUP,
+    )
 }
 """Every strategy by name; in the order of `specs.layout.STRATEGY_FACTS`."""

@@ -3,5 +3,6 @@
 from moe_torch.parallel.collectives import Sent, recorded
 from moe_torch.parallel.parallelize import parallelize, sync_gradients, unsupported
 from moe_torch.parallel.params import full_tensors
+from moe_torch.parallel.states import clip_grad_norm_
 
-__all__ = ["Sent", "full_tensors", "parallelize", "recorded", "sync_gradients", "unsupported"]
+__all__ = ["Sent", "clip_grad_norm_", "full_tensors", "parallelize", "recorded", "sync_gradients", "unsupported"]

@@ -1,7 +1,7 @@
 """moe_torch, collectives: how rows travel between ranks, with gradients; the same calls on NCCL and on gloo.
 
-Every collective has as its gradient the one that carries gradients the other way. Each rank of a group makes the same
-calls in the same order, forward and backward, also with no row at all.
+Every collective has as its gradient the one that carries gradients the other way, any number of times. Each rank of a
+group makes the same calls in the same order, forward and backward, also with no row at all.
 
 Legend: R rows sent, Q rows received, S ranks of the group.
 """
@@ -87,23 +87,25 @@ def exchange(
     What arrives comes rank by rank, `received` rows of each. It is under way until `wait`.
     """
     works: list = []
-    arrived = _Exchange.apply(rows, list(sizes), list(received), group, what, works)
+    arrived = _Exchange.apply(rows, list(sizes), list(received), group, what, works, False)
     return Pending(arrived, works[0])
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, sizes, received, group, what, works):
+    def forward(ctx, rows, sizes, received, group, what, works, is_backward):
         ctx.call = sizes, received, group, what
-        pending = _send(rows, sizes, received, group, what, backward=False)
+        pending = _send(rows, sizes, received, group, what, backward=is_backward)
         works.append(pending.work)
         return pending.rows
 
     @staticmethod
     def backward(ctx, *grads):
         sizes, received, group, what = ctx.call
-        returned = _send(grads[0], received, sizes, group, what, backward=True).wait()
-        return returned, None, None, None, None, None
+        works: list = []
+        # An exchange again, so that it has a gradient too.
+        returned = _Exchange.apply(grads[0], received, sizes, group, what, works, True)
+        return Pending(returned, works[0]).wait(), *(None,) * 6
 
 
 def _send(rows: Tensor, sizes, received, group, what: str, *, backward: bool) -> Pending:
@@ -148,17 +150,18 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return _sum(grads[0], ctx.groups), None
+        return _Leave.apply(grads[0], ctx.groups), None
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx, partial, groups):
+        ctx.groups = groups
         return _sum(partial, groups)
 
     @staticmethod
     def backward(ctx, *grads):
-        return grads[0], None
+        return _Enter.apply(grads[0], ctx.groups), None
 
 
 def _sum(value: Tensor, groups) -> Tensor:

@@ -5,6 +5,9 @@
     moe(x).backward(d_output)                               # each rank with its own tokens
     sync_gradients(moe)
 
+Parameters are DTensors then, of the whole layer's names and shapes (`params.py`): checkpoints, clipping and optimizers
+are PyTorch's own.
+
 Axes of the mesh, each of which may be absent: data and fsdp (other tokens, the same layer), expert (other experts),
 tensor (other columns of the same experts, the same tokens). The same code runs on NCCL and on gloo.
 
@@ -16,7 +19,8 @@ all tokens would. Who wants a mean over ranks divides the loss.
 * Router and shared experts: each rank knows its own tokens alone, so the sum over the expert axis is missing as well.
   Where ranks have the same tokens (the tensor axis; with some strategies the expert axis) the partial gradients
   of what enters the experts are summed in the backward pass itself, and nothing is missing.
-* With FSDP2 the sums over data and fsdp are its own reduce-scatter and all-reduce, set to sum instead of to average.
+* With FSDP2 the sums over data and fsdp are its own reduce-scatter and all-reduce, set to sum instead of to average. It
+  also sums over the expert axis what is partial there, and leaves nothing to `sync_gradients`.
 """
 
 from typing import Any
@@ -26,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe_ref.specs.checks import require
 from moe_ref.specs.layout import AXES, ShardLayout
@@ -39,7 +43,8 @@ from moe_torch.parallel.dispatch import (
     ReplicatedTokenDispatcher,
 )
 from moe_torch.parallel.nodes import NodeDedupTokenDispatcher
-from moe_torch.parallel.params import keep_own_experts, parallel_of
+from moe_torch.parallel.params import PartOfRank, divide, is_partial_over, parallel_of
+from moe_torch.parallel.states import guard_states
 
 DISPATCHERS: dict[str, type[ParallelTokenDispatcher]] = {
     "all_to_all": AllToAllTokenDispatcher,
@@ -60,6 +65,10 @@ def unsupported(layout: ShardLayout) -> str | None:
 
 def parallelize(moe: MoE, mesh: DeviceMesh, layout: ShardLayout, **fully_shard_options: Any) -> MoE:
     """Leaves each rank its own part of a whole layer, which is the same on all ranks; changes it, and returns it.
+
+    The rest of a model may lie over the ranks in any way. Where it is DTensors on the same mesh (`fully_shard(model,
+    mesh=mesh, ignored_params=set(moe.parameters()))`), torch's clipping takes all parameters at once; else
+    `moe_torch.parallel.clip_grad_norm_` does.
 
     Args:
         moe: on any device, meta included.
@@ -87,9 +96,10 @@ def parallelize(moe: MoE, mesh: DeviceMesh, layout: ShardLayout, **fully_shard_o
     # One rank on the expert axis has nothing to exchange.
     dispatcher = DISPATCHERS[layout.strategy] if "expert" in groups else ReplicatedTokenDispatcher
     moe.dispatcher = dispatcher.of(moe.spec.router, parallel)
-    keep_own_experts(moe.experts, parallel)
+    divide(moe, parallel)
     if "fsdp" in groups:
         _shard_fully(moe, parallel, fully_shard_options)
+    guard_states(moe)
     return moe
 
 
@@ -114,8 +124,9 @@ def _shard_fully(moe: MoE, parallel: Parallel, options: dict) -> None:
 
     def place(parameter: nn.Parameter) -> Shard | None:
         # Few experts on each rank are divided by their columns: an uneven number of experts would be padded.
-        is_uneven = parameter.ndim == 3 and parameter.shape[0] % size
-        return Shard(1) if is_uneven and parameter.shape[1] % size == 0 else None
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        is_uneven = own.ndim == 3 and own.shape[0] % size
+        return Shard(1) if is_uneven and own.shape[1] % size == 0 else None
 
     fully_shard(moe, mesh=parallel.mesh[axes], **{"shard_placement_fn": place, **options})
     # Losses need the routing as well as the output, and parameters are gathered before that method too.
@@ -126,28 +137,42 @@ def _shard_fully(moe: MoE, parallel: Parallel, options: dict) -> None:
     moe.set_force_sum_reduction_for_comms(True)
 
 
+@torch.no_grad()
 def sync_gradients(moe: MoE) -> None:
     """Completes the gradients after the backward pass, by the rule at the top of this file.
 
-    A parameter without a gradient takes part with 0: another rank may have one.
+    Until then a gradient that misses a sum is a DTensor that is partial over the axis. Here they are summed together,
+    in one collective for each axis and dtype. A parameter without a gradient takes part with 0: another rank may have
+    one.
     """
     parallel = parallel_of(moe)
-    axes_of_experts = [] if "fsdp" in parallel.groups else ["data"]
-    axes_of_others = [*axes_of_experts, *([] if parallel.layout.facts.shares_tokens else ["expert"])]
-    own = {id(parameter) for parameter in moe.experts.parameters()}
-    for is_expert, axes in ((True, axes_of_experts), (False, axes_of_others)):
-        gradients = [
-            _gradient(parameter)
-            for parameter in moe.parameters()
-            if parameter.requires_grad and (id(parameter) in own) == is_expert
-        ]
-        for axis in axes:
-            if axis in parallel.groups and gradients:
-                sum_in_place(gradients, parallel.groups[axis])
+    partial = []
+    for module in moe.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                gradient = parameter.grad = _gradient(module, name, parameter)
+                if isinstance(gradient, DTensor) and any(placement.is_partial() for placement in gradient.placements):
+                    partial.append((parameter, gradient))
+    for axis, group in parallel.groups.items():
+        own = [gradient.to_local() for _, gradient in partial if is_partial_over(gradient, axis)]
+        if own:
+            sum_in_place(own, group)
+    for parameter, gradient in partial:
+        complete = [Replicate() if placement.is_partial() else placement for placement in gradient.placements]
+        parameter.grad = DTensor.from_local(
+            gradient.to_local(), gradient.device_mesh, complete, shape=gradient.shape, stride=gradient.stride()
+        )
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    """The gradient as this rank stores it; zeros where there is none yet."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+def _gradient(module: nn.Module, name: str, parameter: nn.Parameter) -> Tensor:
+    """The gradient as this rank stores it; zeros where there is none yet, to be summed like those of other ranks."""
+    if parameter.grad is not None:
+        return parameter.grad
+    part = getattr(module, "part", None)
+    if isinstance(part, PartOfRank) and isinstance(parameter, DTensor) and parameter.device_mesh == part.mesh:
+        own = torch.zeros_like(parameter.to_local())
+        placements = part.placements_of_gradient(name, parameter)
+        return DTensor.from_local(
+            own, parameter.device_mesh, placements, shape=parameter.shape, stride=parameter.stride()
+        )
+    return torch.zeros_like(parameter)

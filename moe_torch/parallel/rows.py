@@ -40,7 +40,7 @@ class _Copies(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return _sums(grads[0], ctx.rows), None
+        return _Sums.apply(grads[0], ctx.rows), None
 
 
 class _Sums(torch.autograd.Function):
@@ -51,7 +51,7 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return grads[0].index_select(0, ctx.rows.token_R), None
+        return _Copies.apply(grads[0], ctx.rows), None
 
 
 def _sums(rows_RD: Tensor, rows: Rows) -> Tensor:

@@ -9,14 +9,14 @@ import pytest
 
 from conformance.balance.kind import BALANCE
 from conformance.core.check import CHECKS
-from conformance.core.fault import FAULTS, first_killer, killers, patched
+from conformance.core.fault import FAULTS, first_killer, killers, patched, replaces
 from conformance.core.judge import Judge, Violation
 from conformance.core.register import REQUIREMENTS, STAGES, of_stage, stage_order
 from conformance.core.subject import Subject, capabilities
 from conformance.core.trial import accuse
 from conformance.router.draw import SPECS, make_case
 from conformance.router.faulty import FaultyRouter, routing_under
-from conformance.router.kind import ROUTER
+from conformance.router.kind import ROUTER, requires
 from conformance.run.kinds import load_faults
 from conformance.sharded.kind import SHARDED
 from conformance.subjects.reference import Reference
@@ -123,6 +123,17 @@ def test_every_requirement_has_a_check_and_a_fault_that_breaks_it():
     assert {fault.requirement for fault in FAULTS.values()} == set(REQUIREMENTS)
 
 
+def test_a_check_and_a_fault_of_an_id_that_no_requirement_has_are_errors():
+    with pytest.raises(ValueError, match="no row with the id 'SEL-999'"):
+        requires("SEL-999")(print)
+    with pytest.raises(ValueError, match="no row with the id 'GRP-999'"):
+        requires("SEL-2", after=("GRP-999",))(print)
+    with pytest.raises(AssertionError, match="SEL-999"):
+        replaces("select", breaks="SEL-999")(first_killer)
+    assert not {"SEL-999", "GRP-999"} & CHECKS.keys()
+    assert "first-killer" not in FAULTS
+
+
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_fault_is_accused_at_its_stage_by_the_cases_of_a_run(stage, part):
@@ -145,9 +156,12 @@ def test_every_fault_of_a_router_is_accused_by_other_cases_too_and_where_it_show
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS)
 def test_a_requirement_accuses_a_fault_of_its_own(requirement):
-    own = [fault for fault in FAULTS.values() if fault.requirement == requirement]
-    found = (accuse(Judge(fault.kind.faulty(fault)), ids=[requirement]) for fault in own)
-    assert any(requirement in accused for accused in found)
+    accused = {}
+    for fault in [fault for fault in FAULTS.values() if fault.requirement == requirement]:
+        accused[fault.name] = list(accuse(Judge(fault.kind.faulty(fault)), ids=[requirement]))
+        if requirement in accused[fault.name]:
+            return
+    pytest.fail(f"{requirement} accuses none of its faults; what its check accuses in its place: {accused}")
 
 
 LATE = ("bias-missing", "scale-missing", "weights-reversed", "dropped-groups-filled-with-0", "learned-scale-by-slot",

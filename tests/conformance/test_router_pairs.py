@@ -1,5 +1,6 @@
 """tests of the judge: routers are tried on every pair of what a case is made of, at the default number of examples."""
 
+from dataclasses import fields
 from itertools import combinations
 
 import numpy as np
@@ -75,6 +76,17 @@ def test_every_pair_of_what_it_supports_is_tried_on_a_router_of_two_models():
 def test_every_value_of_every_part_is_in_the_survey():
     found = {fact for setting in pairs.survey() for fact in facts(setting)}
     assert found == {(part, value) for part, values in PARTS.items() for value in values}
+
+
+IN_NO_PAIR = {"num_experts", "top_k", "num_expert_groups", "num_limited_groups", "mixer_eps"}
+"""Fields of a spec that are sizes, which the survey has in classes; and one that sparsemixer alone reads."""
+
+
+def test_the_pool_and_the_survey_have_every_field_of_a_spec():
+    every = fields(RouterSpec)
+    unchanged = {each.name for each in every if all(getattr(spec, each.name) == each.default for spec in SPECS)}
+    assert unchanged == set(), "no row of _variants in conformance/router/draw.py changes it"
+    assert {each.name for each in every} - FIELDS.keys() == IN_NO_PAIR, "FIELDS in conformance/router/pairs.py"
 
 
 def test_every_spec_of_the_pool_has_facts_that_the_survey_knows():

@@ -128,7 +128,7 @@ def kinds_on_rank(spec: LayerSpec) -> dict:
     w1, w2 = moe.experts.w1_EFD, moe.experts.w2_EDF
     return {
         "device": w1.device.type, "dtype": str(w1.dtype), "trained": [w1.requires_grad, w2.requires_grad],
-        "training": moe.experts.training, "experts": [len(w1), moe.experts.num_experts],
+        "training": moe.experts.training, "experts": [len(w1.to_local()), moe.experts.num_experts],
     }  # fmt: skip
 
 

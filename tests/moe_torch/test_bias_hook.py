@@ -137,6 +137,25 @@ def test_a_layer_built_on_meta_starts_from_no_counts_and_no_bias(setup):
     assert setup == "nothing" or all(each.isfinite().all() for each in built.parameters())
 
 
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize("way", ["reset_parameters", "load_state_dict", "assign"])
+def test_whatever_memory_held_is_no_count_and_no_bias(device, way):
+    whole, other = MoE(LAYER), MoE(LAYER, device=device)
+    whole.router.expert_bias.fill_(2.0)
+    if way != "assign":
+        other.to_empty(device="cpu")
+        other.tokens_per_expert.fill_(7)
+        other.router.expert_bias.fill_(7.0)
+    if way == "reset_parameters":
+        other.reset_parameters()
+    else:
+        other.load_state_dict(whole.state_dict(), assign=way == "assign")
+    np.testing.assert_array_equal(other.tokens_per_expert, np.zeros(E))
+    np.testing.assert_array_equal(other.router.expert_bias, np.full(E, 0.0 if way == "reset_parameters" else 2.0))
+    other(torch.randn(T, D))
+    assert other.tokens_per_expert.sum() == T * K
+
+
 def test_reset_parameters_forgets_what_was_counted_and_draws_every_parameter_anew():
     moe = MoE(LAYER.replace(shared=SharedSpec(hidden_dim=3, gate="sigmoid")))
     before = {name: values.detach().clone() for name, values in moe.named_parameters()}

@@ -48,6 +48,7 @@ LAYOUTS = {
     "EP 4, TP 2, replicated": ((5,), {"expert": 4, "tensor": 2, "strategy": "replicated"}),
     "DP 2, EP 2": ((3, 2, 0, 5), {"data": 2, "expert": 2}),
     "FSDP 2": ((3, 5), {"fsdp": 2}),
+    "FSDP 2, placed": ((3, 5), {"fsdp": 2, "placement": PLACED}),
     "FSDP 2, EP 2": ((3, 0, 2, 5), {"fsdp": 2, "expert": 2}),
     "DP 2, FSDP 2, EP 2": ((3, 0, 2, 5, 1, 1, 7, 0), {"data": 2, "fsdp": 2, "expert": 2}),
     "FSDP 2, EP 2, TP 2, placed": ((3, 0, 2, 5), {
@@ -72,7 +73,7 @@ LAYOUTS = {
 WITH = {
     "biases": (
         "nodes of 4", "EP 2, TP 2, chunks", "FSDP 2, EP 2, TP 2, placed", "EP 4, placed",
-        "FSDP 3, EP 2, experts padded",
+        "FSDP 3, EP 2, experts padded", "FSDP 2, placed",
     ),
     "weight on the input": (
         "TP 4", "EP 8, uneven", "EP 4, chunks", "nodes of 2, placed", "EP 4, TP 2, replicated",

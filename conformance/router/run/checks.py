@@ -4,14 +4,15 @@ import numpy as np
 
 from conformance.core.judge import Crash, Judge, Violation, accuse
 from conformance.router.case import RouterCase
+from conformance.router.draw import LOGITS
 from conformance.router.kind import requires
 from conformance.router.observation import RUNS, Observation, given_to, observe, routed
-from conformance.router.predicates import ALL_KINDS, by_token
+from conformance.router.predicates import by_token
 from conformance.router.verdicts import differ, unused
 from moe_ref import UNUSED
 
 
-@requires("RUN-1", logits=ALL_KINDS)
+@requires("RUN-1", logits=LOGITS)
 def a_router_runs_every_case_that_it_supports(judge, case):
     routed(judge, case)
 
@@ -39,7 +40,9 @@ def elsewhere(judge: Judge, case: RouterCase, *, fewer: bool = True) -> np.ndarr
     return order_T[: case.num_tokens - 2] if fewer or not judge.subject.compiles else order_T
 
 
-@requires("RUN-3", tokens=FEW, spec=by_token, logits=("separated", "close", "normal", "large", "negative", "huge"))
+@requires(
+    "RUN-3", few=True, tokens=FEW, spec=by_token, logits=("separated", "close", "normal", "large", "negative", "huge")
+)
 def a_token_is_routed_by_itself(judge, case):
     rows = elsewhere(judge, case, fewer=case.num_tokens in FEW)
     seen, alone = observe(judge, case), observe(judge, case.tokens(rows))
@@ -163,6 +166,7 @@ def hold_unchanged(arrays: dict[str, tuple]) -> None:
 
 @requires(
     "RUN-8",
+    few=True,
     tokens=FEW,
     spec=by_token,
     logits=("tied", "equal", "one_hot", "separated", "close", "saturated"),

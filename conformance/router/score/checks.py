@@ -43,9 +43,7 @@ PLAIN_WEIGHTS = {
 
 def scored(score_func: str):
     """Specs that score every choice with this function, from logits as they are."""
-    return lambda spec: (
-        spec.score_func == score_func and shows_scores(spec) and spec.logit_scale == 1 and spec.logit_softcap is None
-    )
+    return lambda spec: spec.score_func == score_func and shows_scores(spec) and not spec.scales_logits
 
 
 def hold_scores(judge, case) -> None:
@@ -137,7 +135,7 @@ def softmax_over_the_selected(judge, case):
 
 @requires(
     "SCR-5",
-    spec=lambda s: shows_scores(s) and (s.logit_scale != 1 or s.logit_softcap is not None),
+    spec=lambda s: shows_scores(s) and s.scales_logits,
     logits=(*MODERATE, "large"),
     bias=("none",),
     given=(UNBIASED,),
@@ -147,12 +145,7 @@ def logits_are_scaled_and_capped(judge, case):
 
 
 def shift_invariant(spec) -> bool:
-    return (
-        spec.score_func == "softmax"
-        and spec.selector in ("top_k", "table")
-        and spec.logit_scale == 1
-        and spec.logit_softcap is None
-    )
+    return spec.score_func == "softmax" and spec.selector in ("top_k", "table") and not spec.scales_logits
 
 
 @requires("SCR-6", spec=shift_invariant, logits=MODERATE, bias=("none",), dtypes=EXACT)

@@ -5,10 +5,10 @@ import numpy as np
 from conformance.core.check import given
 from conformance.core.judge import accuse
 from conformance.router.bounds import choice_error, unlimited_choice
+from conformance.router.draw import LOGITS
 from conformance.router.kind import requires
 from conformance.router.observation import observe
 from conformance.router.predicates import (
-    ALL_KINDS,
     BIASED,
     EXACT,
     MODERATE,
@@ -26,7 +26,7 @@ def ungrouped(spec) -> bool:
     return spec.selector == "top_k" and spec.num_expert_groups is None
 
 
-@requires("SEL-1", logits=ALL_KINDS, bias=("none", "mixed", "negative", "strong"), sweeps=True)
+@requires("SEL-1", logits=LOGITS, bias=("none", "mixed", "negative", "strong"), sweeps=True)
 def distinct_experts_in_range(judge, case):
     observe(judge, case)
 

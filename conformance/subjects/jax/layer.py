@@ -30,8 +30,11 @@ class JaxLayer(Subject):
     def experts(
         self, rows_RD: np.ndarray, tokens_per_expert_E: np.ndarray, params: LayerParams, spec: LayerSpec
     ) -> np.ndarray:
-        """Both projections and the activation between them."""
-        return np.asarray(_experts(narrow(rows_RD), narrow(tokens_per_expert_E), narrow_params(params), spec=spec))
+        """Both projections and the activation between them, of a buffer with a tail of NaN, as a layer has one."""
+        tail = -len(rows_RD) % ROWS
+        padded_RD = np.pad(rows_RD, ((0, tail), (0, 0)), constant_values=np.nan)
+        made_RD = _experts(narrow(padded_RD), narrow(tokens_per_expert_E), narrow_params(params), spec=spec)
+        return np.asarray(made_RD)[: len(rows_RD)]
 
     def combine(self, rows_ND: np.ndarray, order_N: np.ndarray, weights_TK: np.ndarray, spec: LayerSpec) -> np.ndarray:
         """The weighted sum; slots that are no row become a tail of NaN, which it does not read."""
@@ -51,7 +54,8 @@ class JaxLayer(Subject):
     ) -> np.ndarray:
         """`sparse_matmul`, whose second output, the routing, is not read."""
         how, limits = _arguments(spec, inputs)
-        return np.asarray(_layer(narrow(x_TD), narrow_params(with_bias(params, spec)), spec=spec, how=how, **limits))
+        made = _layer(narrow(x_TD), narrow_params(with_bias(params, spec)), spec=spec, how=how, **limits)
+        return np.asarray(made[0])
 
     def layer_gradients(
         self,
@@ -74,8 +78,8 @@ class JaxLayer(Subject):
     ) -> RoutingRecord:
         """What `sparse_matmul` decided."""
         how, limits = _arguments(spec, inputs)
-        decided = _decided(narrow(x_TD), narrow_params(with_bias(params, spec)), spec=spec, how=how, **limits)
-        return capture(decided, spec.router, token_mask_T=how["token_mask_T"])
+        made = _layer(narrow(x_TD), narrow_params(with_bias(params, spec)), spec=spec, how=how, **limits)
+        return capture(made[1], spec.router, token_mask_T=how["token_mask_T"])
 
     def replay(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, record: RoutingRecord) -> np.ndarray:
         """`sparse_matmul` with the spec of a replay; a balancing bias takes part in a choice alone."""
@@ -84,20 +88,17 @@ class JaxLayer(Subject):
         inputs, mask_T = record.inputs(spec.router, with_weights=with_weights)
         params = narrow_params(replace(params, expert_bias_E=None))
         how = {"token_mask_T": mask_T, "inputs": inputs}
-        return np.asarray(_layer(narrow(x_TD), params, spec=forced, how=how))
+        return np.asarray(_layer(narrow(x_TD), params, spec=forced, how=how)[0])
 
 
 STATIC = ("spec", "capacity", "num_sequences")
+ROWS = 32
+"""Buffers of rows have a multiple of so many: each size is a program."""
 
 
 @partial(jax.jit, static_argnames=STATIC)
 def _layer(x_TD, params: LayerParams, *, spec: LayerSpec, how: dict, **limits):
-    return sparse_matmul(x_TD, params, spec, **how, **limits)[0]
-
-
-@partial(jax.jit, static_argnames=STATIC)
-def _decided(x_TD, params: LayerParams, *, spec: LayerSpec, how: dict, **limits):
-    return sparse_matmul(x_TD, params, spec, **how, **limits)[1]
+    return sparse_matmul(x_TD, params, spec, **how, **limits)
 
 
 @partial(jax.jit, static_argnames=STATIC)

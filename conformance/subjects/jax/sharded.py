@@ -39,7 +39,6 @@ class JaxLayouts(Subject):
 
     name = "jax-layouts"
     version = jax.__version__
-    url = "https://github.com/jax-ml/jax"
     compiles = equal_shards = True
 
     def supports_layer(self, spec, layout=None):

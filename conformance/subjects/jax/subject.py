@@ -13,6 +13,5 @@ class Jax(JaxRouter, JaxLayer, JaxBalance, JaxTraining):
 
     name = "jax"
     version = jax.__version__
-    url = "https://github.com/jax-ml/jax"
     logit_dtypes = ("float32", "bfloat16")
     compiles = True

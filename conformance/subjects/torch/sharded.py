@@ -28,7 +28,6 @@ class TorchLayouts(Subject):
 
     name = "torch-layouts"
     version = torch.__version__
-    url = "https://github.com/pytorch/pytorch"
 
     @property
     def ranks(self) -> Ranks:

@@ -13,7 +13,6 @@ class Torch(TorchRouter, TorchLayer, TorchBalance, TorchTraining):
 
     name = "torch"
     version = torch.__version__
-    url = "https://github.com/pytorch/pytorch"
     logit_dtypes = ("float32", "float64", "bfloat16")
 
     def __init__(self):

@@ -14,7 +14,6 @@ class Torchtitan(TorchtitanRouter, TorchtitanLayer, TorchtitanBalance, Torchtita
     """torchtitan on one rank; the experts compute in bfloat16."""
 
     name = "torchtitan"
-    url = "https://github.com/pytorch/torchtitan"
     # Not bfloat16: it raises its gate to float32 by autocast, which CPU builds of torch do not offer.
     logit_dtypes = ("float32",)
     expert_dtype = "bfloat16"

@@ -47,7 +47,7 @@ class TransformersBalance(Subject):
         sequence_lengths: tuple[int, ...] | None = None,
     ) -> dict[str, Any]:
         """The function of the family for one layer, times the coefficient; its gradient by autograd."""
-        if router.num_null_experts or router.logit_scale != 1 or router.logit_softcap is not None:
+        if router.num_null_experts or router.scales_logits:
             raise Unsupported("the loss of transformers scores the logits as they come, one for each expert")
         logits = to_torch(logits_TE).requires_grad_()
         if balance.per == "sequence":

@@ -15,7 +15,6 @@ class Transformers(TransformersRouter, TransformersLayer, TransformersBalance):
     """The classes and functions of transformers that compute a spec; with `family`, only that family's."""
 
     name = "transformers"
-    url = "https://github.com/huggingface/transformers"
     logit_dtypes = ("float32", "bfloat16")
 
     def __init__(self, family: str = "", experts_implementation: str = ""):
