@@ -53,12 +53,12 @@ def _tiny(router: RouterSpec, changes: dict) -> RouterSpec:
     """The router with 8 experts, or 16 in 4 groups of which 2 are kept."""
     if router.num_expert_groups:
         changes = TINY_GROUPS | changes
-    sizes: dict[str, Any] = {
+    sizes = {
         "num_experts": 16 if "num_expert_groups" in changes else 8,
         "top_k": min(router.top_k, 4),
         "num_null_experts": min(router.num_null_experts, 4),
     }
-    return router.replace(**sizes | changes)
+    return router.replace(**sizes, **changes)
 
 
 def _family(name: str, checkpoint: str, num_experts: int, top_k: int, *semantics: dict, tiny: dict = NO_CHANGES,
@@ -105,17 +105,7 @@ def _deepseek_v3_line() -> list[Family]:
         ("nemotron_h", "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", 128, 6, ONE_GROUP, 2.5),
     ]
     return [
-        _family(
-            name,
-            checkpoint,
-            num_experts,
-            top_k,
-            DEEPSEEK_V3,
-            groups,
-            expert_bias=True,
-            route_scale=scale,
-            tiny={"top_k": 2, "route_scale": 1.0} if name == "nemotron_h" else NO_CHANGES,
-        )
+        _family(name, checkpoint, num_experts, top_k, DEEPSEEK_V3, groups, expert_bias=True, route_scale=scale)
         for name, checkpoint, num_experts, top_k, groups, scale in rows
     ]
 
@@ -140,8 +130,7 @@ def _other_groups() -> list[Family]:
 def _sigmoid_line() -> list[Family]:
     """Sigmoid (or sqrtsoftplus) scores without groups."""
     return [
-        _family("afmoe", "arcee-ai/Trinity-Mini", 128, 8, DEEPSEEK_V3, expert_bias=True, route_scale=2.826,
-                tiny={"route_scale": 1.0}),
+        _family("afmoe", "arcee-ai/Trinity-Mini", 128, 8, DEEPSEEK_V3, expert_bias=True, route_scale=2.826),
         _family("hy_v3", "tencent/Hy3", 192, 8, DEEPSEEK_V3, expert_bias=True, route_scale=2.826),
         _family("inkling2", "defaults of Inkling2TextConfig", 384, 8, DEEPSEEK_V3, expert_bias=True, route_scale=8.0),
         _family("muse_spark", "defaults of MuseSparkTextConfig", 256, 8, DEEPSEEK_V3, expert_bias=True,
@@ -150,8 +139,7 @@ def _sigmoid_line() -> list[Family]:
         _family("minimax_m2", "MiniMaxAI/MiniMax-M2", 256, 8, MINIMAX_M2, expert_bias=True),
         _family("minimax_m3_vl", "MiniMaxAI/MiniMax-M3", 128, 4, MINIMAX_M2, expert_bias=True,
                 output_scale=2.0),
-        _family("step3p7", "stepfun-ai/Step-3.7-Flash", 288, 8, MINIMAX_M2, expert_bias=True, output_scale=3.0,
-                tiny={"output_scale": 1.0}),
+        _family("step3p7", "stepfun-ai/Step-3.7-Flash", 288, 8, MINIMAX_M2, expert_bias=True, output_scale=3.0),
         # The cap is off by default; the tiny router has it.
         _family("laguna", "defaults of LagunaConfig", 256, 8, MINIMAX_M2, expert_bias=True,
                 tiny={"logit_softcap": 2.0}),
@@ -206,7 +194,7 @@ def _logit_line() -> list[Family]:
         _family("openai_privacy_filter", "defaults of OpenAIPrivacyFilterConfig", 128, 4, SELECTED, gate_bias=True,
                 route_scale=1 / 4, output_scale=4.0),
         _family("granitemoe", "ibm-granite/granite-3.0-3b-a800m-base", 40, 8, SELECTED),
-        _family("granitemoehybrid", "ibm-granite/granite-4.0-h-tiny", 64, 6, SELECTED, tiny={"top_k": 2}),
+        _family("granitemoehybrid", "ibm-granite/granite-4.0-h-tiny", 64, 6, SELECTED),
         _family("granitemoeshared", "defaults of GraniteMoeSharedConfig", 8, 2, SELECTED),
         _family("granitemoe_swa", "defaults of GraniteMoeSWAConfig", 8, 2, SELECTED),
         _family("aria", "rhymes-ai/Aria", 64, 6, SELECTED),
