@@ -9,6 +9,7 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, N = T * 
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from moe_ref.specs.layer import ExpertSpec
 from moe_torch.activation import Activation, hide, hide_backward
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation, weighted_sum
 from moe_torch.kernels.choice import for_experts, say_once
-from moe_torch.kernels.expert_ops import expert_tiles
+from moe_torch.kernels.expert_ops import expert_tiles, expert_tiles_backward
 from moe_torch.modes import transformed
 from moe_torch.parts import OverRanks
 from moe_torch.transforms import differentiable_gradients, sum_of_slots
@@ -342,24 +343,28 @@ def _(d_out_TD, gate_NF, up_NF, x_TD, order_N, counts_E, weights_TK, top_k, *wei
     return [torch.empty_like(x_TD), d_weights_TK, *grads]
 
 
+# Both operators have the same arguments, and so the same gradient but for what computes it.
+
+
 def _keep_for_backward(ctx, inputs, output) -> None:
-    x_TD, order_N, counts_E, weights_TK, top_k, *rest = inputs
+    x_TD, order_R, counts_E, weights_TK, top_k, *rest = inputs
     ctx.rest = (top_k, rest[6:-1])
-    ctx.save_for_backward(output[1], output[2], x_TD, order_N, counts_E, weights_TK, *rest[:6])
+    ctx.save_for_backward(output[1], output[2], x_TD, order_R, counts_E, weights_TK, *rest[:6])
 
 
-def _expert_loop_gradients(ctx, d_out_TD, _gate, _up):
-    gate_NF, up_NF, x_TD, order_N, counts_E, weights_TK, *weights = ctx.saved_tensors
+def _gradients(backward, ctx, d_out_TD: Tensor, _gate, _up):
+    gate_RF, up_RF, x_TD, order_R, counts_E, weights_TK, *weights = ctx.saved_tensors
     top_k, act = ctx.rest
     if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
         return differentiable_gradients(ctx, d_out_TD)
     train = any(ctx.needs_input_grad[5:11])
-    d_x_TD, d_weights_TK, *d_weights = expert_loop_backward(
-        d_out_TD.contiguous(), gate_NF, up_NF, x_TD, order_N, counts_E, weights_TK, top_k, *weights, *act, train
+    d_x_TD, d_weights_TK, *d_weights = backward(
+        d_out_TD.contiguous(), gate_RF, up_RF, x_TD, order_R, counts_E, weights_TK, top_k, *weights, *act, train
     )
     d_experts = (d if w is not None and train else None for d, w in zip(d_weights, weights, strict=True))
     d_weights_TK = None if weights_TK is None else d_weights_TK.to(weights_TK.dtype)
     return d_x_TD, None, None, d_weights_TK, None, *d_experts, *(None,) * 6
 
 
-expert_loop.register_autograd(_expert_loop_gradients, setup_context=_keep_for_backward)
+for operator, its_backward in ((expert_loop, expert_loop_backward), (expert_tiles, expert_tiles_backward)):
+    operator.register_autograd(partial(_gradients, its_backward), setup_context=_keep_for_backward)

@@ -1,4 +1,4 @@
-"""moe_torch, kernels: the experts as custom operators, with fake and autograd formulas.
+"""moe_torch, kernels: the experts as custom operators, with fake formulas; `moe_torch/experts.py` registers autograd.
 
 Triton is imported with the first call.
 
@@ -7,8 +7,6 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, R = T * 
 
 import torch
 from torch import Tensor
-
-from moe_torch.transforms import differentiable_gradients
 
 
 @torch.library.custom_op("moe_torch::expert_tiles", mutates_args=())
@@ -137,26 +135,3 @@ def _readable(w: Tensor | None) -> Tensor | None:
 
 def _dense(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.contiguous()
-
-
-def _keep_for_backward(ctx, inputs, output) -> None:
-    x_TD, order_R, counts_E, weights_TK, top_k, *rest = inputs
-    ctx.rest = (top_k, rest[6:-1])
-    ctx.save_for_backward(output[1], output[2], x_TD, order_R, counts_E, weights_TK, *rest[:6])
-
-
-def _gradients(ctx, d_out_TD, _gate, _up):
-    gate_RF, up_RF, x_TD, order_R, counts_E, weights_TK, *weights = ctx.saved_tensors
-    top_k, act = ctx.rest
-    if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
-        return differentiable_gradients(ctx, d_out_TD)
-    train = any(ctx.needs_input_grad[5:11])
-    d_x_TD, d_weights_TK, *d_weights = expert_tiles_backward(
-        d_out_TD, gate_RF, up_RF, x_TD, order_R, counts_E, weights_TK, top_k, *weights, *act, train
-    )
-    d_experts = (d if w is not None and train else None for d, w in zip(d_weights, weights, strict=True))
-    d_weights_TK = None if weights_TK is None else d_weights_TK.to(weights_TK.dtype)
-    return d_x_TD, None, None, d_weights_TK, None, *d_experts, *(None,) * 6
-
-
-expert_tiles.register_autograd(_gradients, setup_context=_keep_for_backward)
