@@ -223,7 +223,7 @@ class Ranks:
         ]
         found += [
             (rank, "hung", f"rank {rank} of {size} has hung for {failed.timed_out:.1f} s\n{stack}{logs[rank]}", "")
-            for rank, stack in sorted(stacks.items(), key=lambda item: (_waits(item[1]), item[0]))
+            for rank, stack in sorted(stacks.items(), key=lambda item: ("torch/distributed" in item[1], item[0]))
         ]
         rank, how, _, error = found[0]
         return RankError("\n".join(message for _, _, message, _ in found), rank=rank, how=how, error=error)
@@ -293,11 +293,6 @@ def _stacks(world: _World, ranks: Sequence[int]) -> dict[int, str]:
             os.kill(world.pids[rank], signal.SIGUSR1)
     time.sleep(GRACE)
     return {rank: (world.folder / f"{rank}.stack").read_text() for rank in ranks}
-
-
-def _waits(stack: str) -> bool:
-    """Whether a rank is in a collective, where it waits for one that hangs elsewhere."""
-    return any(f"/{place}/" in stack for place in ("torch/distributed", "jax/_src"))
 
 
 def _log(world: _World, rank: int) -> str:
