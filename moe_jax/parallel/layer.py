@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.experts import keep_tokens
@@ -181,7 +182,7 @@ def _reordered(params: LayerParams, order) -> LayerParams:
 
 def _in_order(value, order):
     """Experts in another order; an array of a mesh stays where it lies."""
-    if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
+    if isinstance(value, jax.Array) and not isinstance(value, Tracer):
         return jax.jit(lambda value: value[order], out_shardings=value.sharding)(value)
     return value[order]
 

@@ -1,4 +1,4 @@
-"""The subject jax-processes: moe_jax over two and four real processes against moe_ref, and what a failing one leaves."""
+"""The subject jax-processes: moe_jax over two and four real processes, and what a failing one leaves behind."""
 
 import os
 import time
