@@ -60,7 +60,7 @@ def main(words: list[str]) -> None:
             row = tried(wanted)
             print(f"    {row.versions or '-'}: {row.found}", flush=True)
             rows[row.framework, row.wish, row.python] = row
-            failed |= "failed" in row.found
+            failed |= "failed" in row.found or "error" in row.found
     ENVIRONMENTS.mkdir(exist_ok=True)
     PAGE.write_text(page([rows.get((row.framework, row.wish, row.python), row) for row in every_row()]))
     if failed:
@@ -129,7 +129,7 @@ def tests_in(python: Path, row: Row) -> str:
     counts = re.findall(r"(\d+) (passed|failed|errors?)", done.stdout.splitlines()[-1]) if done.stdout else []
     if not counts:
         return f"failed: exit code {done.returncode}"
-    return ", ".join(f"{number} {'failed' if word.startswith('error') else word}" for number, word in counts)
+    return ", ".join(f"{number} {word}" for number, word in counts)
 
 
 def page(rows: list[Row]) -> str:
