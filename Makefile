@@ -1,9 +1,10 @@
 # make check: judge real public routers.  make test: test this project.  Both install what they need into .venv.
+# make matrix: the oldest and newest JAX and PyTorch under each Python, in .matrix; its table is docs/matrix.md.
 # make bare: the wheel without any framework, with the oldest NumPy, into .bare.  PYTHON=python3.13 chooses another one.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: check test bare install docs
+.PHONY: check test bare install docs matrix
 check: install
 	$(BIN)/moe-conformance run
 
@@ -19,6 +20,10 @@ bare:
 	.bare/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir .bare/wheel .
 	.bare/bin/python -m pip install --quiet --disable-pip-version-check .bare/wheel/*.whl -c constraints-oldest.txt
 	cd .bare && bin/python ../tools/bare.py wheel/*.whl && bin/moe-conformance run reference --stage select
+
+# ONLY="jax 3.13 newest" runs what has all these words.
+matrix:
+	$(PYTHON) -m tools.matrix $(ONLY)
 
 install: .venv/installed
 

@@ -11,6 +11,7 @@ from moe_jax.grouped_matmul import grouped_matmul
 from moe_jax.losses import BalanceSums, balance_loss, balance_sums, loss_of_sums, z_loss
 from moe_jax.parallel.layer import (
     ShardedOutput,
+    abstract_params,
     make_mesh,
     param_specs,
     place,
@@ -32,6 +33,7 @@ __all__ = [
     "RouteOutput",
     "RoutingTrace",
     "ShardedOutput",
+    "abstract_params",
     "activate",
     "apply_capacity",
     "balance_loss",

@@ -3,6 +3,8 @@
 Legend: T tokens, D model dim, E experts, F expert hidden dim, K top_k, S shared experts.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -50,10 +52,25 @@ def _at_most(z, limit: float):
 def _activation(z, spec: ExpertSpec):
     if spec.activation == "silu":
         return z * jax.nn.sigmoid(spec.alpha * z)
-    if spec.activation in ("gelu", "gelu_tanh"):
-        return jax.nn.gelu(z, approximate=spec.activation == "gelu_tanh")
+    if spec.activation == "gelu":
+        return z * _normal_cdf(z)
+    if spec.activation == "gelu_tanh":
+        return jax.nn.gelu(z, approximate=True)
     rectified = jax.nn.relu(z)
     return rectified if spec.activation == "relu" else jnp.square(rectified)
+
+
+@jax.custom_jvp
+def _normal_cdf(z):
+    # jax.nn.gelu would do, but for its derivative: that of erfc raises inside shard_map with jax 0.12.0.1, where a
+    # primitive of it asks for coefficients that vary over the mesh as z does.
+    return 0.5 * lax.erfc(-math.sqrt(0.5) * z)
+
+
+@_normal_cdf.defjvp
+def _normal_cdf_jvp(primals, tangents):
+    (z,), (dz,) = primals, tangents
+    return _normal_cdf(z), jnp.exp(-0.5 * jnp.square(z)) / math.sqrt(2 * math.pi) * dz
 
 
 def null_output(x_TD: jax.Array, expert_ids_TK: jax.Array, weights_TK: jax.Array, spec: RouterSpec) -> jax.Array | int:

@@ -25,6 +25,7 @@ BUILT_IN = {
     "torch-layouts": "conformance.subjects.torch.sharded:TorchLayouts",
     "torchtitan-float32": "conformance.subjects.torchtitan.subject:TorchtitanFloat32",
     "jax-layouts": "conformance.subjects.jax.sharded:JaxLayouts",
+    "jax-processes": "conformance.subjects.jax.sharded:JaxProcesses",
     "torchtitan-layouts": "conformance.subjects.torchtitan.sharded:TorchtitanLayouts",
 }
 ENTRY_POINTS = "moe_conformance.subjects"

@@ -1,6 +1,7 @@
-"""conformance, the server of the ranks: a process that imports torch, forks ranks, and dies with whoever started it.
+"""conformance, the server of the ranks: a process that imports, forks ranks, and dies with whoever started it.
 
-`conformance.subjects.ranks` starts it, and says what the messages are for. It does no work that would start a thread.
+`conformance.subjects.ranks` starts it, and says what the messages are for. It does no work that would start a thread:
+a framework is imported in it, and started in the ranks alone.
 """
 
 import faulthandler
@@ -14,15 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
-
-COLLECTIVE = timedelta(minutes=30)
-"""Far longer than the caller waits: it is the caller that calls a rank hung, and says where."""
 
 
 def main(address: str) -> None:
@@ -54,17 +48,24 @@ def preload(address: str, modules: tuple[str, ...]) -> None:
         importlib.import_module(module)
 
 
-def fork(address: str, size: int, folder: str) -> tuple[int, ...]:
-    """The process ids of a new world."""
-    if threading.active_count() > 1:
-        raise RuntimeError(f"{threading.enumerate()} run in the server; what was preloaded starts threads")
+def fork(address: str, size: int, folder: str, join: str) -> tuple[int, ...]:
+    """The process ids of a new world; `join` is the module that makes a world of it."""
+    importlib.import_module(join)
+    if (running := threads()) > 1:
+        raise RuntimeError(f"{running} threads run in the server; what was preloaded starts threads")
     pids = []
     for rank in range(size):
         pid = os.fork()
         if pid == 0:
-            live(rank, size, address, Path(folder))
+            live(rank, size, address, Path(folder), join)
         pids.append(pid)
     return tuple(pids)
+
+
+def threads() -> int:
+    """Those of this process: of a framework too, where the system tells."""
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) if tasks.exists() else threading.active_count()
 
 
 def end(address: str, pids: tuple[int, ...]) -> dict[int, int]:
@@ -85,7 +86,7 @@ def end(address: str, pids: tuple[int, ...]) -> dict[int, int]:
 COMMANDS = {"preload": preload, "fork": fork, "end": end}
 
 
-def live(rank: int, size: int, address: str, folder: Path) -> None:
+def live(rank: int, size: int, address: str, folder: Path, join: str) -> None:
     """The life of a rank; it never returns."""
     try:
         server = os.getppid()
@@ -95,9 +96,7 @@ def live(rank: int, size: int, address: str, folder: Path) -> None:
         os.dup2(log, 2)
         with (folder / f"{rank}.stack").open("w") as stack:
             faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
-            torch.set_num_threads(1)
-            method = f"file://{folder / 'store'}"
-            dist.init_process_group("gloo", init_method=method, rank=rank, world_size=size, timeout=COLLECTIVE)
+            sys.modules[join].join(rank, size, folder)
             connection = connect(address)
             connection.send_bytes(pickle.dumps(rank))
             while True:
@@ -130,6 +129,4 @@ def die_with(server: int) -> None:
 
 
 if __name__ == "__main__":
-    # gloo listens on the address of the host's name, which need not be this machine's.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     main(sys.argv[1])

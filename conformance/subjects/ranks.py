@@ -3,9 +3,10 @@
     with Ranks(preload=("moe_torch.moe",)) as ranks:
         outputs = ranks.run(4, function, *arguments)        # one result for each of four ranks
 
-A server process imports torch and what `preload` names, and does nothing else; the ranks of a world are forked from it,
-which takes a tenth of a second where an import takes seconds. The caller may have used JAX or OpenMP, which do not
-survive a fork: it is never forked itself, and needs no torch. Every wait has a timeout. A rank that raises, dies or
+A server process imports a framework and what `preload` names, and does nothing else; the ranks of a world are forked
+from it, which takes a tenth of a second where an import takes seconds. `join` names the module that makes one world of
+them, of torch or of JAX. The caller may have used JAX or OpenMP, which do not survive a fork: it is never forked
+itself, and needs no framework. Every wait has a timeout. A rank that raises, dies or
 hangs is an error that names it; then its world is gone, and the next call starts a new one.
 """
 
@@ -30,6 +31,8 @@ from typing import Any
 
 from moe_ref.specs.checks import integer
 
+TORCH, JAX = "conformance.subjects.torch.join", "conformance.subjects.jax.join"
+"""What joins ranks to a world."""
 START = 120.0
 """Seconds for the server to import, and for ranks to find each other; seconds under load, else well below one."""
 GRACE = 0.5
@@ -64,11 +67,13 @@ class Ranks:
 
     Args:
         preload: modules that the server imports before it forks; they start no thread on import.
+        join: the module whose `join(rank, size, folder)` each rank calls before all else.
         timeout: seconds without any result of any rank after which those that are left are called hung.
     """
 
-    def __init__(self, *, preload: Sequence[str] = (), timeout: float = 60.0):
+    def __init__(self, *, preload: Sequence[str] = (), join: str = TORCH, timeout: float = 60.0):
         self.preload = tuple(preload)
+        self.join = join
         self.timeout = timeout
         self._worlds: dict[int, _World] = {}
         self._server: subprocess.Popen | None = None
@@ -87,7 +92,7 @@ class Ranks:
         """The same for a batch of arguments, in one message to each rank: for each of them a list as from `run`.
 
         Args:
-            size: ranks in the world; torch.distributed is initialised for it, and says who is who.
+            size: ranks in the world; torch.distributed, or jax.distributed, is initialised and says who is who.
             function: of a module that ranks can import; arguments and results can be pickled.
             timeout: instead of the one of all calls.
 
@@ -156,7 +161,7 @@ class Ranks:
                 self.close()
                 raise
         folder = Path(tempfile.mkdtemp(dir=self._folder))
-        pids = self._ask("fork", size, str(folder))
+        pids = self._ask("fork", size, str(folder), self.join)
         world = _World(pids=pids, connections=(), folder=folder)
         try:
             accepted = [self._accept() for _ in pids]
@@ -225,9 +230,9 @@ class Ranks:
 
 
 @cache
-def shared(*preload: str) -> Ranks:
+def shared(*preload: str, join: str = TORCH) -> Ranks:
     """The ranks that everybody in this process shares who needs the same modules."""
-    return Ranks(preload=preload)
+    return Ranks(preload=preload, join=join)
 
 
 class _Failed(Exception):

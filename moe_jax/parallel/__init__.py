@@ -3,6 +3,7 @@
 from moe_jax.parallel.exchange import unsupported
 from moe_jax.parallel.layer import (
     ShardedOutput,
+    abstract_params,
     make_mesh,
     place,
     shard,
@@ -15,6 +16,7 @@ from moe_jax.parallel.stages import Stages, param_specs, split, stage_specs, tok
 __all__ = [
     "ShardedOutput",
     "Stages",
+    "abstract_params",
     "make_mesh",
     "param_specs",
     "place",

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.experts import keep_tokens
@@ -175,14 +176,49 @@ def _reordered(params: LayerParams, order) -> LayerParams:
     for field in fields(LayerParams):
         value = getattr(params, field.name)
         if field.name.startswith(("w_", "b_")) and value is not None:
-            changes[field.name] = value[order]
+            changes[field.name] = _in_order(value, order)
     return replace(params, **changes)
 
 
+def _in_order(value, order):
+    """Experts in another order; an array of a mesh stays where it lies."""
+    if isinstance(value, jax.Array) and not isinstance(value, Tracer):
+        return jax.jit(lambda value: value[order], out_shardings=value.sharding)(value)
+    return value[order]
+
+
 def shard(params: LayerParams, spec: LayerSpec, layout: ShardLayout, mesh: Mesh) -> LayerParams:
-    """Parameters of `place`, put on the devices that own them."""
+    """Parameters of `place`, put on the devices that own them.
+
+    Over several processes each has the same arrays of the host, and puts its own pieces on its own devices.
+    """
+
+    def put(array, target: jax.ShapeDtypeStruct):
+        if isinstance(array, jax.Array):
+            return jax.device_put(array, target.sharding)
+        host = np.asarray(array, target.dtype)
+        return jax.make_array_from_callback(host.shape, target.sharding, lambda index: host[index])
+
+    return jax.tree.map(put, params, abstract_params(params, spec, layout, mesh))
+
+
+def abstract_params(params: LayerParams, spec: LayerSpec, layout: ShardLayout, mesh: Mesh) -> LayerParams:
+    """Shape, dtype and place of each parameter on a mesh: what a checkpoint is restored into.
+
+    A checkpoint holds experts in the order of their ids. Save `unplace(params, layout)`; restore into what this returns
+    for the layout to come, which need not be the one before, and `place` what came. orbax leaves out what is None here,
+    the balancing bias too, and returns None for what was None when it was saved.
+
+    Args:
+        params: arrays, or what `jax.eval_shape` makes of them; their shapes and dtypes alone are read.
+    """
     specs: Any = param_specs(params, spec, layout)
-    return jax.tree.map(lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec)), params, specs)
+
+    def of(array, spec) -> jax.ShapeDtypeStruct:
+        dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+        return jax.ShapeDtypeStruct(array.shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(of, params, specs)
 
 
 def use_cpu_devices(count: int) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from moe_jax.dense_matmul import dense_matmul
 from moe_jax.experts import hide
+from moe_jax.parallel import make_mesh
 from moe_jax.permute import dispatch, permute, unpermute
 from moe_jax.sparse_matmul import gmm_down, gmm_up, route_tokens, sparse_matmul
 from moe_ref.backward.layer import hide_backward, layer_backward
@@ -20,6 +21,7 @@ from moe_ref.permute import permute as reference_permute
 from moe_ref.permute import unpermute as reference_unpermute
 from moe_ref.specs.inputs import RouterInputs
 from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
+from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.params import LayerParams
 from moe_ref.specs.router import RouterSpec
 
@@ -284,3 +286,14 @@ def test_what_does_not_fit_is_refused(options, message):
         jax.eval_shape(lambda: sparse_matmul(np.zeros((T, D), np.float32), params, spec, **options))
     with pytest.raises(ValueError, match=r"x_TD is float32\[8, 5\]; it is floats of shape \(T, 6\)"):
         sparse_matmul(np.zeros((T, 5), np.float32), params, spec)
+
+
+def test_exact_gelu_differentiates_any_number_of_times_inside_shard_map():
+    mesh, spec = make_mesh(ShardLayout(expert=2)), ExpertSpec(dim=1, hidden_dim=1, activation="gelu")
+    own = jax.sharding.PartitionSpec("expert")
+    z_F = np.linspace(-6, 6, 32, dtype=np.float32)
+    mine, its = (lambda z: hide(z, jnp.ones_like(z), spec)), partial(jax.nn.gelu, approximate=False)
+    for _ in range(3):
+        for found in (mine, jax.shard_map(mine, mesh=mesh, in_specs=own, out_specs=own)):
+            np.testing.assert_allclose(jax.jit(found)(z_F), its(z_F), rtol=1e-5, atol=1e-6)
+        mine, its = (jax.grad(lambda z, f=f: f(z).sum()) for f in (mine, its))
