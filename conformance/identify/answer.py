@@ -161,7 +161,7 @@ def _asked(found: Identity, holder: Holder, case: RouterCase) -> Question | None
 def known_faults(found: Identity, faults: dict[str, Fault]) -> tuple[Guess, list[Fault]]:
     """A spec and the known faults of routers that together explain every answer; the nearest spec where none do."""
     own = [fault for fault in faults.values() if fault.kind.name == "router" and fault.method == "route"]
-    wrong = sorted({id(question): question for question, _ in found.wrong}.values(), key=lambda q: len(q.logits_TC))
+    wrong = sorted({id(question): question for question, _ in found.wrong}.values(), key=lambda q: -len(q.logits_TC))
     rest = [question for question in found.questions if not any(question is each for each in wrong)]
     of_groups = [fault for fault in own if fault.stage == "groups"]
     tried = [

@@ -6,7 +6,6 @@ Legend: T tokens, C columns, E choices, K top_k.
 """
 
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +17,8 @@ from conformance.identify.box import Box, Question
 from conformance.identify.choice import Guess, Holder, chosen, groupings, prefiltered
 from conformance.identify.equal import alternatives, normal
 from conformance.identify.law import FITS, Data, Law, laws, near_numbers
+from conformance.identify.near import nearest
 from moe_ref import RouterSpec
-from moe_ref.specs.families import FAMILIES
-from moe_ref.specs.router import WITHOUT_GROUPS
 
 POOLS = 5
 """Pools of inputs without one that tells two guesses apart, after which no further ones are tried."""
@@ -29,8 +27,6 @@ ASKED = 12
 """Tokens of a question that tells apart."""
 CLOSE = 1e-3
 """A part of itself by which weights have to differ where a question is to tell them apart."""
-AS_NEAR = 1.25
-"""What is published counts as nearest where it is not this many times further than what was fitted."""
 MOST_OPEN = 12
 """Guesses that are compared with each other in a pool."""
 
@@ -344,6 +340,8 @@ class _Search:
             if value_T.sum() > best:
                 best, rows = value_T.sum(), np.argsort(-value_T, kind="stable")[:ASKED]
                 found = logits_TC[rows[value_T[rows] > 0]], bias_E
+            if best >= ASKED:
+                break
         return found
 
     def _told_apart(self, guesses: list[Guess]) -> list[Guess]:
@@ -381,7 +379,7 @@ class _Search:
         if not self._wrong(best):
             self._confirm(best)
         wrong = self._wrong(best)
-        near = [best] if not wrong else self._nearest(guesses)
+        near = [best] if not wrong else nearest(self.holder, guesses[:MOST_OPEN], self.questions)
         if wrong:
             best, wrong = near[0], self._wrong(near[0])
         found = Identity(box=self.box, guess=best, near=near, wrong=wrong, questions=self.questions, notes=self.notes)
@@ -390,32 +388,6 @@ class _Search:
                 self.notes.append("it takes a bias, which changes nothing")
             found.open = self._open(best, guesses)
         return found
-
-    def _nearest(self, guesses: list[Guess]) -> list[Guess]:
-        """Where nothing fits: the nearest guesses, the nearest first; what is published before what is as near."""
-        published = dict.fromkeys(self._normal(guess)[0] for guess in self._published(guesses[0].spec))
-        candidates = [*(Guess(spec=spec) for spec in published), *guesses[:MOST_OPEN]]
-        far = []
-        for guess in candidates:
-            try:
-                far.append(self.holder.distance(guess, self.questions))
-            except ValueError:  # it refuses what was asked
-                far.append(np.inf)
-        least = min(far)
-        ranked = sorted(range(len(candidates)), key=lambda i: (far[i] > AS_NEAR * least, i >= len(published), far[i]))
-        return [candidates[i] for i in ranked]
-
-    def _published(self, found: RouterSpec) -> Iterator[Guess]:
-        """The routers of the families, at the sizes of the box, with and without the groups that were found."""
-        sizes = {"num_experts": found.num_choices, "top_k": found.top_k, "num_null_experts": 0}
-        groups = {name: getattr(found, name) for name in ("num_expert_groups", "num_limited_groups")}
-        for family in FAMILIES.values():
-            for scale in sorted({family.tiny.route_scale, found.route_scale}):
-                for grouped in (groups, WITHOUT_GROUPS) if groups["num_expert_groups"] else (WITHOUT_GROUPS,):
-                    with suppress(ValueError):
-                        spec = family.tiny.replace(**{**sizes, "route_scale": scale, **grouped})
-                        if spec.selector == found.selector and spec.num_logits == self.box.columns:
-                            yield Guess(spec=spec)
 
     def _confirm(self, best: Guess) -> None:
         """Fresh inputs of every kind, with learned factors and a bias where they are taken."""
