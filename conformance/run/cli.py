@@ -16,6 +16,8 @@ from conformance.pictures import balance as balance_picture
 from conformance.pictures import traffic
 from conformance.run.compare import compare
 from conformance.run.deviations import case_id, read_case
+from conformance.run.diff import add_options as add_diff_options
+from conformance.run.diff import diff
 from conformance.run.identify import add_options as add_identify_options
 from conformance.run.identify import identify
 from conformance.run.kinds import load_faults
@@ -110,6 +112,9 @@ def parser() -> Parser:
     faults.add_argument(
         "--diagnose", action="store_true", help="in place of that: does the first page of a run name it (minutes)"
     )
+
+    two = commands.add_parser("diff", help="two routers, or two files of routing records, against each other")
+    add_diff_options(two, _positive)
 
     named = commands.add_parser("identify", help="which RouterSpec, and whose, an unknown router computes")
     add_identify_options(named, _positive)
@@ -279,6 +284,7 @@ COMMANDS = {
     "replay": replay,
     "compare": compare,
     "faults": faults,
+    "diff": diff,
     "identify": identify,
     "traffic": traffic.traffic,
     "load": balance_picture.load,
