@@ -93,11 +93,6 @@ class BestSkipped(Right):
         return top_k(choice_TE, 5)[:, 1:]
 
 
-class BiasSubtracted(Right):
-    def choice(self, scores_TE, bias_E):
-        return scores_TE if bias_E is None else scores_TE - bias_E
-
-
 class GroupsWithoutBias(Right):
     def kept(self, scores_TE, choice_TE):
         return super().kept(scores_TE, scores_TE)
@@ -169,7 +164,6 @@ def test_a_family_is_found_from_its_real_module(name):
 
 
 OTHERS = (
-    {"norm_p": 2.0, "route_norm": True},
     {"norm_p": 1.7, "route_norm": True, "route_scale": 3.0},
     {"score_func": "sigmoid", "route_norm": True, "norm_form": "clamp", "norm_eps": 1e-3},
     {"logit_scale": 3.0, "logit_softcap": 6.0},
@@ -244,7 +238,6 @@ def test_a_fill_of_0_is_a_spec_that_one_family_has():
         (BiasLeaks, "weights-of-biased-scores"),
         (Float16Scores, "rounded to float16"),
         (BestSkipped, "best-pick-skipped"),
-        (BiasSubtracted, "bias-subtracted"),
         (GroupsWithoutBias, "group-scores-without-bias"),
         (InterleavedGroups, "interleaved-groups"),
     ],
@@ -378,6 +371,12 @@ def test_the_command_names_the_families(tmp_path, capsys):
 def test_the_command_fails_where_the_top_k_is_not_the_one_told(tmp_path, capsys):
     assert run(tmp_path, SOURCE.replace("K]", "spec.top_k + 1]"), "--num-experts", "8", "--top-k", "2") == 1
     assert "top_k is told to be 2; it returns 3" in capsys.readouterr().out
+
+
+def test_the_command_takes_the_top_k_of_a_router_where_none_is_told(tmp_path, capsys):
+    assert run(tmp_path, SOURCE.replace("K]", "3]")) == 0
+    assert "spec      num_experts=8 top_k=3 score_func=sigmoid" in capsys.readouterr().out
+    assert run(tmp_path, SOURCE.replace("K]", "spec.top_k + 1]")) == 1
 
 
 def test_the_command_says_what_it_was_not_handed(tmp_path, capsys):
