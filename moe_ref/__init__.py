@@ -1,5 +1,6 @@
 """moe_ref: the reference. It says what a Mixture-of-Experts layer computes, in NumPy and float64."""
 
+from moe_ref.agreement import RoutingAgreement, agreement
 from moe_ref.backward.balance import balance_layers_backward, balance_loss_backward, capacity_backward, z_loss_backward
 from moe_ref.backward.layer import LayerGradients, layer_backward
 from moe_ref.backward.sharded import ShardedGradients, sharded_backward
@@ -57,6 +58,7 @@ __all__ = [
     "RankPlan",
     "RouterInputs",
     "RouterSpec",
+    "RoutingAgreement",
     "RoutingRecord",
     "RoutingTrace",
     "ShardLayout",
@@ -66,6 +68,7 @@ __all__ = [
     "StackSpec",
     "TrainingState",
     "WeightLayout",
+    "agreement",
     "apply_capacity",
     "balance",
     "balance_layers",

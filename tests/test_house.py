@@ -28,6 +28,7 @@ FLOORS = {
         "conformance.sharded": 4,
         "conformance.balance": 4,
         "conformance.training": 4,
+        "conformance.identify": 5,
         "conformance.pictures": 5,
         "conformance.run": 6,
         "conformance.suite": 7,

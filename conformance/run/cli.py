@@ -16,6 +16,10 @@ from conformance.pictures import balance as balance_picture
 from conformance.pictures import traffic
 from conformance.run.compare import compare
 from conformance.run.deviations import case_id, read_case
+from conformance.run.diff import add_options as add_diff_options
+from conformance.run.diff import diff
+from conformance.run.identify import add_options as add_identify_options
+from conformance.run.identify import identify
 from conformance.run.kinds import load_faults
 from conformance.run.subjects_by_name import subject_named
 from moe_ref.specs.checks import nearest
@@ -114,6 +118,12 @@ def parser() -> Parser:
     faults.add_argument(
         "--diagnose", action="store_true", help="in place of that: does the first page of a run name it (minutes)"
     )
+
+    two = commands.add_parser("diff", help="two routers, or two files of routing records, against each other")
+    add_diff_options(two, _positive)
+
+    named = commands.add_parser("identify", help="which RouterSpec, and whose, an unknown router computes")
+    add_identify_options(named, _positive)
 
     moved = commands.add_parser("traffic", help="rows and bytes across nodes, for each strategy of a layout")
     traffic.add_options(moved, _positive)
@@ -313,6 +323,8 @@ COMMANDS = {
     "replay": replay,
     "compare": compare,
     "faults": faults,
+    "diff": diff,
+    "identify": identify,
     "traffic": traffic.traffic,
     "load": balance_picture.load,
     "glossary": glossary,

@@ -1,0 +1,1 @@
+"""conformance, identify: which RouterSpec an unknown router computes, found by asking it."""

@@ -1,0 +1,190 @@
+"""conformance, identify: the choice. Which fields give the experts that were chosen, and which tokens they leave open.
+
+Legend: T tokens, E choices, K top_k, G groups, P experts per group, L groups kept.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from conformance.core.judge import Judge
+from conformance.core.rounding import close
+from conformance.identify.box import Box, Question
+from conformance.router.bounds import weight_error
+from conformance.router.case import RouterCase
+from conformance.router.observation import Observation
+from conformance.router.verdicts import selection_differs, weights_differ
+from moe_ref import RouterSpec
+from moe_ref.routing import bias_choice, limit_groups, scale_logits, score, top_k
+
+MOST_GROUP_SCORE_K = 4
+AT_FIRST = 6
+"""Tokens on which the many choices of groups are tried first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guess:
+    """A router that it may be."""
+
+    spec: RouterSpec
+    bias_used: bool = True
+    """Whether a bias that is given changes the choice."""
+
+    def case(self, question: Question, dtype: str) -> RouterCase:
+        """A question as a case of this spec."""
+        reads = {"learned_scale"} if self.spec.learned_scale != "none" else set()
+        reads |= {"table": {"table_VK", "token_ids_T"}, "given": {"given_ids_TK"}}.get(self.spec.selector, set())
+        biased = self.bias_used and self.spec.selector == "top_k"
+        return RouterCase(
+            spec=self.spec,
+            logits_TE=question.logits_TC,
+            expert_bias_E=question.bias_E if biased else None,
+            inputs={name: value for name, value in question.inputs.items() if name in reads},
+            dtype=dtype,
+        )
+
+
+def groupings(num_experts: int, num_chosen: int) -> Iterator[dict[str, Any]]:
+    """Every way to keep some of some groups: sizes, and how many of its best score a group."""
+    for G in range(2, num_experts + 1):
+        P, rest = divmod(num_experts, G)
+        for L in range(1, G) if not rest else ():
+            if num_chosen > L * P:
+                continue
+            for k in sorted({*range(1, min(MOST_GROUP_SCORE_K, P) + 1), P} if P <= 16 else range(1, 5)):
+                yield {"num_expert_groups": G, "num_limited_groups": L, "group_score_k": k}
+
+
+def chosen(spec: RouterSpec, logits_TC: np.ndarray, bias_E: np.ndarray | None) -> np.ndarray:
+    """(T, K) the choice of a spec with selector top_k or sparsemixer, ascending; ties go to the lower id."""
+    scaled_TE = scale_logits(logits_TC[:, : spec.num_choices], spec)
+    scores_TE = score(scaled_TE, spec) if spec.select_by == "score" else None
+    choice_TE = bias_choice(scaled_TE, scores_TE, np.zeros(1) if bias_E is None else bias_E, spec)
+    if spec.num_expert_groups is not None:
+        choice_TE = limit_groups(choice_TE, spec)[0]
+    return np.sort(top_k(choice_TE, spec.top_k), axis=-1)
+
+
+class Holder:
+    """Holds guesses against answers, within what rounding explains."""
+
+    def __init__(self, box: Box, judge: Judge):
+        self.box, self.judge = box, judge
+
+    def _seen(self, guess: Guess, question: Question, shared: bool = True) -> Observation:
+        return Observation(
+            case=guess.case(question, self.box.dtype),
+            expert_ids_TK=question.expert_ids_TK,
+            weights_TK=question.weights_TK,
+            shared_weights_TS=question.shared_weights_TS if shared else None,
+        )
+
+    def other_choice(self, guess: Guess, question: Question, *, bounds: bool = True) -> list[int]:
+        """Tokens whose experts the guess does not choose.
+
+        Args:
+            bounds: whether a near tie is forgiven.
+        """
+        spec = guess.spec
+        if spec.selector in ("table", "given"):
+            wanted_TK = guess.case(question, self.box.dtype).reference.expert_ids_TK
+        elif spec.selector == "round_robin":
+            T = len(question.logits_TC)
+            wanted_TK = (np.arange(T * spec.top_k) % spec.num_experts).reshape(T, -1)
+        elif spec.selector == "random":
+            return []
+        else:
+            wanted_TK = chosen(spec, question.logits_TC, question.bias_E if guess.bias_used else None)
+        different_T = (np.sort(wanted_TK) != np.sort(question.expert_ids_TK)).any(axis=-1)
+        tokens = np.flatnonzero(different_T)
+        if not (bounds and len(tokens)) or spec.selector not in ("top_k", "sparsemixer"):
+            return tokens.tolist()
+        # The ids of sparsemixer are those of the best logits.
+        plain = RouterSpec(num_experts=spec.num_choices, top_k=spec.top_k, select_by="logit")
+        alike = guess if spec.selector == "top_k" else Guess(spec=plain)
+        some = self._seen(alike, question.tokens(tokens), shared=False)
+        return [int(tokens[t]) for t in selection_differs(self.judge, some)]
+
+    def other_weights(self, guess: Guess, question: Question) -> list[int]:
+        """Tokens whose weights are not those that the guess gives to their experts."""
+        seen = self._seen(guess, question)
+        wrong = set(weights_differ(self.judge, seen))
+        S, shared_TS = guess.spec.num_scored_shared_experts, seen.shared_weights_TS
+        if S and shared_TS is not None:
+            wanted_TS = seen.case.reference.shared_weights_TS
+            assert wanted_TS is not None
+            if shared_TS.shape != wanted_TS.shape:
+                return list(range(len(question.logits_TC)))
+            same_T = (np.sort(seen.expert_ids_TK) == np.sort(seen.case.reference.expert_ids_TK)).all(axis=-1)
+            worst_T1 = 4 * weight_error(seen.case, seen.expert_ids_TK, self.judge.subject.compute_dtype).max(
+                axis=-1, keepdims=True, initial=0
+            )
+            z_TS = np.abs(question.logits_TC[:, -S:])
+            good_TS = close(shared_TS, wanted_TS, worst_T1 * (1 + z_TS), 1e-35)
+            wrong |= set(np.flatnonzero(same_T & ~good_TS.all(axis=-1)).tolist())
+        return sorted(wrong)
+
+    def wrong(self, guess: Guess, question: Question) -> list[int]:
+        """Tokens that the guess does not explain."""
+        return sorted({*self.other_choice(guess, question), *self.other_weights(guess, question)})
+
+    def best(self, guesses: Iterable[Guess], questions: list[Question], *, weights: bool = False) -> list[Guess]:
+        """Those that leave the least unexplained of each question in turn."""
+        open_ = list(guesses)
+        for question in questions:
+            left = [self.unexplained(guess, question, weights=weights) for guess in open_]
+            open_ = [guess for guess, count in zip(open_, left, strict=True) if count == min(left)]
+        return open_
+
+    def fewest(self, guesses: list[Guess], questions: list[Question]) -> list[Guess]:
+        """Those whose choice leaves the least unexplained of all questions together."""
+        counts = [sum(self.unexplained(guess, question) for question in questions) for guess in guesses]
+        return [guess for guess, count in zip(guesses, counts, strict=True) if count == min(counts)]
+
+    def unexplained(self, guess: Guess, question: Question, *, weights: bool = False) -> int:
+        """How much is not explained: experts that are not chosen; with `weights`, tokens."""
+        if weights:
+            return len(self.wrong(guess, question))
+        rough = self.other_choice(guess, question, bounds=False)
+        if not rough:
+            return 0
+        many = len(rough) > max(4, len(question.logits_TC) // 2)
+        return self.missing(guess, question, rough if many else self.other_choice(guess, question))
+
+    def missing(self, guess: Guess, question: Question, tokens: list[int]) -> int:
+        """How many experts of these tokens the guess does not choose."""
+        if not tokens or guess.spec.selector != "top_k":
+            return len(tokens)
+        some = question.tokens(np.array(tokens))
+        wanted_TK = chosen(guess.spec, some.logits_TC, some.bias_E if guess.bias_used else None)
+        return int((~(some.expert_ids_TK[:, :, None] == wanted_TK[:, None, :]).any(axis=-1)).sum())
+
+    def distance(self, guess: Guess, questions: list[Question]) -> float:
+        """How far the answers are: of each token the share of other experts, of other weights and of weights moved."""
+        total = 0.0
+        for question in questions:
+            trace = guess.case(question, self.box.dtype).reference
+            ids_TK, found_TK = question.expert_ids_TK, question.weights_TK
+            dense_2TE = np.zeros((2, len(ids_TK), guess.spec.num_choices))
+            np.put_along_axis(dense_2TE[0], ids_TK, found_TK, axis=-1)
+            np.put_along_axis(dense_2TE[1], trace.expert_ids_TK, trace.weights_TK, axis=-1)
+            size_T = np.maximum(np.abs(dense_2TE).sum(axis=-1).max(axis=0), 1e-30)
+            moved_T = np.abs(dense_2TE[0] - dense_2TE[1]).sum(axis=-1) / size_T
+            changed_T = np.abs(np.sort(found_TK) - np.sort(trace.weights_TK)).sum(axis=-1) / size_T
+            other_T = (~(ids_TK[:, :, None] == trace.expert_ids_TK[:, None, :]).any(axis=-1)).mean(axis=-1)
+            total += float((other_T + np.minimum(changed_T, 2) + np.minimum(moved_T, 2) / 4).sum())
+        return total
+
+
+def prefiltered(guesses: list[Guess], question: Question) -> list[Guess]:
+    """The guesses that choose most like the answers on the first few tokens, without a look at near ties."""
+    some = question.tokens(np.arange(min(AT_FIRST, len(question.logits_TC))))
+    seen_TK = np.sort(some.expert_ids_TK)
+    counts = []
+    for guess in guesses:
+        wanted_TK = chosen(guess.spec, some.logits_TC, some.bias_E if guess.bias_used else None)
+        counts.append(int((~(seen_TK[:, :, None] == wanted_TK[:, None, :]).any(axis=-1)).sum()))
+    least = min(counts, default=0)
+    return [guess for guess, count in zip(guesses, counts, strict=True) if count <= least + 1]
