@@ -143,8 +143,8 @@ def page(made) -> str:
 # right ones
 
 TRIED = (
-    "deepseek_v3", "axk2", "muse_spark", "laguna", "inkling", "deepseek_v4", "deepseek_v4_hash", "llama4", "gemma4",
-    "ernie4_5_moe", "longcat_flash", "zaya", "gpt_oss", "phimoe",
+    "deepseek_v3", "muse_spark", "laguna", "inkling", "deepseek_v4", "deepseek_v4_hash", "llama4", "gemma4",
+    "longcat_flash", "zaya", "gpt_oss", "phimoe",
 )  # fmt: skip
 """A family of each kind of router; `moe-conformance identify transformers --family NAME` asks any of them."""
 
