@@ -113,8 +113,10 @@ def softmax(logits_TE: Tensor) -> Tensor:
     # torch.softmax makes such a row NaN, in value and gradient.
     largest_T1 = logits_TE.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(logits_TE.dtype).min)
     exp_TE = torch.exp(logits_TE - largest_T1)
-    # Any other row holds an exp(0), so that its sum is at least 1.
-    return exp_TE / exp_TE.sum(-1, keepdim=True).clamp(min=1)
+    # Any other row holds an exp(0), so that its sum is at least 1. No clamp: where the sum is 1, one exp that is not 0,
+    # the gradient of a value at its bound is 1 in torch 2.13 and 0 in 2.14.
+    sum_T1 = exp_TE.sum(-1, keepdim=True)
+    return exp_TE / (sum_T1 + (sum_T1 == 0))
 
 
 def bias_choice(
