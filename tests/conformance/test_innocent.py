@@ -9,6 +9,7 @@ import pytest
 from conformance.core.check import CHECKS
 from conformance.core.judge import Judge
 from conformance.core.register import REQUIREMENTS, stage_order
+from conformance.core.rounding import TINY
 from conformance.core.subject import Subject
 from conformance.core.trial import accuse
 from conformance.run import kinds  # noqa: F401  (its chapters register)
@@ -106,7 +107,8 @@ class ScaledFirst(Closed):
             for k in reversed(range(spec.top_k)):
                 total_T1 = total_T1 + raw_TK[:, k : k + 1]
             divisor_T1 = total_T1 + raw_TK.dtype.type(spec.norm_eps)
-            return raw_TK * (1 / np.where(divisor_T1 < 1e-30, np.inf, divisor_T1)), shared_TS
+            # Below this there are no float32 numbers of full accuracy, and 1 / divisor overflows soon.
+            return raw_TK * (1 / np.where(divisor_T1 < TINY["float32"], np.inf, divisor_T1)), shared_TS
 
         def other_weigh(z_TE, scores_TE, ids_TK, spec):
             raw_TK = weigh(z_TE, scores_TE, ids_TK, spec)
