@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from moe_ref import RouterSpec
+from moe_ref.specs.readers.hf_rows import DEEPSEEK, ERNIE, GEMMA, GROUPS, KIMI, LOCAL, NORM, ROUTED, SCALE, SIZES
 
 TINY = {"num_hidden_layers": 2, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2}
 """Config entries that no router reads, but that some config classes check (heads divide the width, RoPE is even)."""
@@ -150,19 +151,6 @@ def _full_attention(values: dict) -> dict:
     return {"layer_types": ["full_attention"] * TINY["num_hidden_layers"]}
 
 
-SIZES = {"num_experts": "num_experts", "top_k": "num_experts_per_tok"}
-ROUTED = {"num_experts": "n_routed_experts", "top_k": "num_experts_per_tok"}
-LOCAL = {"num_experts": "num_local_experts", "top_k": "num_experts_per_tok"}
-GEMMA = {"num_experts": "num_experts", "top_k": "top_k_experts"}
-ERNIE = {"num_experts": "moe_num_experts", "top_k": "moe_k", "norm_eps": "moe_norm_min"}
-GROUPS = {"num_expert_groups": "n_group", "num_limited_groups": "topk_group"}
-NORM = {"route_norm": "norm_topk_prob"}
-SCALE = {"route_scale": "routed_scaling_factor"}
-DEEPSEEK = ROUTED | GROUPS | NORM | SCALE
-KIMI = {
-    "num_experts": "num_experts", "top_k": "num_experts_per_token", "num_expert_groups": "num_expert_group",
-    "num_limited_groups": "topk_group", "route_norm": "moe_renormalize", "route_scale": "routed_scaling_factor",
-}  # fmt: skip
 ONE_GROUP = {"n_group": 1, "topk_group": 1}
 CORRECTION = "e_score_correction_bias"
 
