@@ -8,6 +8,7 @@ Legend: T tokens, D model dim, E choices, K top_k.
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -183,7 +184,8 @@ THIN_LAYER_SPECS: list[LayerSpec] = _thin()
 """For subjects that compile: a layer and its gradients take seconds for each spec and number of tokens."""
 
 
-def facts(spec: LayerSpec) -> set:
+@cache
+def facts(spec: LayerSpec) -> frozenset:
     """What is not the default in a layer, sizes apart; and what some requirement asks for."""
     router, experts, shared = spec.router, spec.experts, spec.shared
     sizes = {"num_experts", "top_k", "num_limited_groups", "dim", "hidden_dim"}
@@ -197,7 +199,7 @@ def facts(spec: LayerSpec) -> set:
     slots = "one slot" if router.top_k == 1 else "all slots" if router.top_k == router.num_choices else "some slots"
     square = experts.hidden_dim in (experts.dim, experts.dim / 2)
     scaled = router.route_scale != 1 or router.output_scale != 1
-    return found | {
+    return frozenset(found) | {
         (slots, router.weight_on, "normed" if router.route_norm else ""),
         ("square", square, experts.bias),
         (shared and (shared.gate, shared.combine), scaled),
