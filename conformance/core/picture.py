@@ -72,8 +72,8 @@ class Grid(Panel):
     columns: tuple[str, ...]
     wanted: tuple[tuple[float, ...], ...]
     found: tuple[tuple[float, ...], ...] = ()
-    wrong: tuple[tuple[int, int], ...] = ()
-    """Cells on which the two differ."""
+    wrong: tuple[tuple[int, ...], ...] = ()
+    """(row, column) of cells on which the two differ."""
     of_rows: str = ""
     """What a row is."""
     of_columns: str = ""
