@@ -81,12 +81,14 @@ def _head(report: dict[str, Any]) -> str:
         "not judged.</p>"
     )
     has = {
-        "failures": any("failure" in r for r in report["requirements"]),
+        "failures": any(r["status"] in FAILING and "failure" in r for r in report["requirements"]),
+        "advice": any(r["status"] == "advice" for r in report["requirements"]),
         "known": any(r["known"] for r in report["requirements"]),
     }
     links = [
         ("stages", "Stages"),
         ("failures", "Failures"),
+        ("advice", "Advice"),
         ("known", "Known differences"),
         ("matrix", "All requirements"),
     ]
@@ -158,18 +160,23 @@ def _strips(report: dict[str, Any]) -> str:
 
 
 def _failures(failing: list[Record], *, several: bool) -> str:
-    if not failing:
-        return ""
-    order = {"NEW": 0, "STALE": 0}
-    pages = sorted(failing, key=lambda r: (order.get(r["status"], 1), r["subject"], stage_order(r["id"])))
+    """The failures of a MUST, then the SHOULDs that do not hold; the first failure of each subject is open."""
+    order = sorted(failing, key=lambda r: (r["subject"], stage_order(r["id"])))
+    musts, shoulds = ([r for r in order if (r["status"] in FAILING) == must] for must in (True, False))
     opened: set[str] = set()
-    parts = ['<section id="failures"><h2>Failures</h2>',
-             '<p class="quiet">One fault has one page; the first one of each subject is open.</p>']  # fmt: skip
-    for r in pages:
-        is_open = r["subject"] not in opened and not is_told_elsewhere(r)
-        opened |= {r["subject"]} if is_open else set()
-        parts.append(_failure(r, is_open=is_open, several=several))
-    return "".join([*parts, "</section>"])
+    parts = []
+    for at, title, note, records in (
+        ("failures", "Failures", "One fault has one page; the first one of each subject is open.", musts),
+        ("advice", "Advice", "SHOULDs that do not hold; no run fails by them.", shoulds),
+    ):
+        pages = []
+        for r in records:
+            is_open = at == "failures" and r["subject"] not in opened and not is_told_elsewhere(r)
+            opened |= {r["subject"]} if is_open else set()
+            pages.append(_failure(r, is_open=is_open, several=several))
+        if pages:
+            parts.append(f'<section id="{at}"><h2>{title}</h2><p class="quiet">{note}</p>{"".join(pages)}</section>')
+    return "\n".join(parts)
 
 
 def _failure(r: Record, *, is_open: bool, several: bool) -> str:
@@ -256,7 +263,7 @@ FILTERS = (
     ("all", "all"),
     ("judged", "judged"),
     ("known", "declared"),
-    ("failing", "failing"),
+    ("failing", "what does not hold"),
 )
 
 

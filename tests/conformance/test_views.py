@@ -68,7 +68,8 @@ def report(failures) -> dict:
     holds = record(Judge(Reference()), "SEL-1", Entry(judged=3))
     declared = {"deviation": "SEL-2", "reason": "a < b", "link": "https://example.org/1", "kind": "bug", "cases": 2}
     known = record(Judge(Reference()), "SEL-2", Entry(judged=3)) | {"status": "known", "known": [declared]}
-    return report_of([*own, holds, known])
+    advice = record(Judge(Reference()), "SEL-6", Entry(violation=Violation("slots", requirement="SEL-6"), judged=1))
+    return report_of([*own, holds, known, advice])
 
 
 # pictures
@@ -207,8 +208,9 @@ def test_a_page_has_each_failure_as_text_and_what_a_person_wrote_is_no_markup(pa
     assert page.of("b") == [{} for _ in page.of("b")]
     assert "https://github.com/huggingface/transformers/issues/45440" in {attrs["href"] for attrs in page.of("a")}
     details = [attrs for attrs in page.of("details") if attrs.get("class") == "failure"]
-    assert len(details) == len(failures)
-    assert sum("open" in attrs for attrs in details) == 1
+    assert len(details) == len(failures) + 1
+    assert [attrs["id"] for attrs in details if "open" in attrs] == ["f-wrong-GRP-1"]
+    assert {"failures", "advice", "known", "matrix"} <= {attrs.get("id") for attrs in page.of("section")}
 
 
 def test_a_page_says_in_which_stage_the_first_failure_is(page):
