@@ -95,13 +95,14 @@ def records_from_served(
         ValueError: rows of 0, ids that are not logical, rows that are missing; it names the token and the layer.
     """
     one_of("padding", padding, PADDINGS)
-    given = list(specs) if isinstance(specs, Sequence) else None
-    known = [each for each in (given if given is not None else [specs]) if each is not None]
-    require(len(known) > 0, "specs has no layer that routes")
-    K = _router(known[0]).top_k
-    L = None if given is None else len(given)
-    ids_TLK = served_array(routed_experts, num_layers=L, top_k=K)
-    by_layer = given if given is not None else known * ids_TLK.shape[1]
+    by_layer: list[Spec] = list(specs) if isinstance(specs, Sequence) else [specs]
+    known = next((_router(spec) for spec in by_layer if spec is not None), None)
+    require(known is not None, "specs has no layer that routes")
+    assert known is not None
+    K = known.top_k
+    ids_TLK = served_array(routed_experts, num_layers=len(by_layer) if isinstance(specs, Sequence) else None, top_k=K)
+    if not isinstance(specs, Sequence):
+        by_layer *= ids_TLK.shape[1]
     ids_TLK = _whole(ids_TLK, num_tokens)
     routing = [layer for layer, spec in enumerate(by_layer) if spec is not None]
     if padding == "arange":
