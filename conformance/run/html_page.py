@@ -62,8 +62,8 @@ def _title(report: dict[str, Any]) -> str:
     return f"{f'{new} failures' if new else 'no new failure'}: {names}"
 
 
-def _anchor(r: Record) -> str:
-    return re.sub(r"[^A-Za-z0-9-]+", "-", f"f-{r['subject']}-{r['id']}")
+def _anchor(r: Record, what: str = "f") -> str:
+    return re.sub(r"[^A-Za-z0-9-]+", "-", f"{what}-{r['subject']}-{r['id']}")
 
 
 def _status(status: str) -> str:
@@ -235,16 +235,24 @@ def _linked(text: str) -> str:
 
 
 def _known(known: list[Record]) -> str:
-    if not known:
-        return ""
-    head, rows = _row("th", ("id", "subject", "kind", "reason", "cases")), []
+    """Each declared difference with its reason, and the page of its witness."""
+    parts = []
     for r in known:
-        for d in r["known"]:
-            reason = f'{escape(d["reason"])} <a href="{escape(d["link"])}">{escape(d["link"])}</a>'
-            cells = (escape(r["subject"]), escape(d["kind"]), reason, str(d["cases"]))
-            rows.append(f'<tr><th scope="row">{r["id"]}</th>{_row("td", cells)}</tr>')
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return f'<section id="known"><h2>Known differences</h2>{_scrolling("Known differences", table)}</section>'
+        for number, d in enumerate(r["known"]):
+            anchor = _anchor(r, "k") if number == 0 else f"{_anchor(r, 'k')}-{number}"
+            who = f"{escape(r['subject'])}: {escape(d['reason'])}"
+            head = (
+                f'<summary><span class="id">{r["id"]}</span>{_status("known")}<span class="quiet">{escape(d["kind"])}'
+                f'</span><span class="title">{who}</span></summary>'
+            )
+            link = f'<p><a href="{escape(d["link"])}">{escape(d["link"])}</a></p>'
+            cases = f'<p class="quiet">Declared as {escape(d["deviation"])}; {d["cases"]} cases of this run.</p>'
+            page = _page(r | {"failure": d["failure"]}) if "failure" in d else ""
+            parts.append(f'<details class="failure" id="{anchor}">{head}<div>{link}{cases}{page}</div></details>')
+    if not parts:
+        return ""
+    note = "Declared with a reason; no run fails by them, and one that is gone makes a run fail."
+    return f'<section id="known"><h2>Known differences</h2><p class="quiet">{note}</p>{"".join(parts)}</section>'
 
 
 def _row(cell: str, texts: Sequence[str]) -> str:
@@ -305,6 +313,8 @@ def _cell(r: Record | None) -> str:
     text = _status(r["status"])
     if "failure" in r:
         return f'<a href="#{_anchor(r)}">{text}</a>'
+    if r["known"]:
+        return f'<a href="#{_anchor(r, "k")}">{text}</a>'
     if r["status"] == "unsupported" and r["unsupported"]:
         return f'{text}<br><span class="quiet">{escape(r["unsupported"][0])}</span>'
     ties = f'<br><span class="quiet">{r["near_ties"]} near ties forgiven</span>' if r["near_ties"] else ""

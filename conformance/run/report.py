@@ -4,11 +4,13 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Collection, Sequence
 
+from conformance.core.case import Case
 from conformance.core.fault import Fault
 from conformance.core.judge import Entry, Judge, Violation
 from conformance.core.kind import kind_of
 from conformance.core.picture import panels_of
 from conformance.core.register import REQUIREMENTS, SPEC_VERSION, STAGES, stage_order
+from conformance.core.shrink import still_violated
 from conformance.run.causes import MOST_SHOWN
 from conformance.run.deviations import case_id
 from conformance.run.watch import Died
@@ -54,6 +56,16 @@ def _picture(judge: Judge, violation: Violation) -> list[dict]:
         return []
     asked = None if isinstance(violation, Died) else judge
     return panels_of(kind_of(violation.requirement).picture(asked, violation, violation.case))
+
+
+def _witnessed(judge: Judge, requirement: str, witness: Case | None) -> dict:
+    """The failure that a declared deviation is about, as its witness shows it; nothing without a witness."""
+    undeclared = Judge(judge.subject)
+    violation = None if witness is None else still_violated(undeclared, requirement, witness)
+    if violation is None:
+        return {}
+    failure = _failure(undeclared, violation, ())
+    return {"failure": failure | {"page": _page(failure)}}
 
 
 def _page(failure: dict) -> str:
@@ -132,6 +144,7 @@ def record(
         "layouts": sorted(entry.places),
         "known": [
             {"deviation": str(d), "reason": d.reason, "link": d.link, "kind": d.kind, "cases": n}
+            | _witnessed(judge, d.requirement, d.witness)
             for d, n in entry.known.items()
         ],
         "unsupported": [] if entry.judged else [why for why, _ in (entry.reasons + entry.not_run).most_common(5)],

@@ -18,6 +18,7 @@ from conformance.pictures.panels import bars_html, grid_html
 from conformance.router.case import RouterCase
 from conformance.run.badge import BAD, GOOD, PARTIAL, badge
 from conformance.run.cli import main
+from conformance.run.deviations import Deviation
 from conformance.run.html_page import html
 from conformance.run.kinds import load_faults
 from conformance.run.report import assemble, junit, not_judged, record
@@ -105,6 +106,21 @@ def test_a_subject_that_died_is_not_called_again():
     assert scores["chosen"] == [3, 2]
     assert "chosen_found" not in scores
     assert "found" not in weights
+
+
+def test_a_known_difference_has_the_page_and_the_picture_of_its_witness():
+    fault, violation = FAULTS["worst-groups-kept"], first_killer(FAULTS["worst-groups-kept"])
+    assert violation is not None
+    declared = Deviation(
+        requirement="GRP-1", when=frozenset(), kind="bug", reason="r", link="https://x.org", witness=violation.case
+    )
+    judge = Judge(fault.kind.faulty(fault), [declared])
+    (known,) = record(judge, "GRP-1", Entry(judged=3, known=Counter({declared: 3})))["known"]
+    assert known["cases"] == 3
+    assert known["failure"]["page"].startswith("GRP-1 MUST")
+    assert known["failure"]["picture"][0]["chosen"] != known["failure"]["picture"][0]["chosen_found"]
+    gone = record(Judge(Reference(), [declared]), "GRP-1", Entry(judged=3, known=Counter({declared: 3})))
+    assert "failure" not in gone["known"][0]
 
 
 def test_of_very_many_experts_the_best_and_the_chosen_are_shown():
@@ -208,7 +224,7 @@ def test_a_page_has_each_failure_as_text_and_what_a_person_wrote_is_no_markup(pa
     assert page.of("b") == [{} for _ in page.of("b")]
     assert "https://github.com/huggingface/transformers/issues/45440" in {attrs["href"] for attrs in page.of("a")}
     details = [attrs for attrs in page.of("details") if attrs.get("class") == "failure"]
-    assert len(details) == len(failures) + 1
+    assert len(details) == len(failures) + 2
     assert [attrs["id"] for attrs in details if "open" in attrs] == ["f-wrong-GRP-1"]
     assert {"failures", "advice", "known", "matrix"} <= {attrs.get("id") for attrs in page.of("section")}
 
