@@ -47,7 +47,7 @@ def _figure(panel: dict[str, Any], drawing: str, legend: str, numbers: str) -> s
     label = escape(panel["title"])
     return (
         f'<figure class="panel"><figcaption>{label}</figcaption>{legend}'
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">{drawing}</div>{note}{numbers}</figure>'
+        f'<div class="scroll" tabindex="0" role="group" aria-label="{label}">{drawing}</div>{note}{numbers}</figure>'
     )
 
 
@@ -226,7 +226,7 @@ def _numbers(head: list[str], rows: list[tuple[str, list[str]]]) -> str:
         for name, cells in rows
     )
     return (
-        '<details class="numbers"><summary>Numbers</summary><div class="scroll" tabindex="0" role="region" '
+        '<details class="numbers"><summary>Numbers</summary><div class="scroll" tabindex="0" role="group" '
         f'aria-label="Numbers"><table><thead><tr>{first}</tr></thead><tbody>{body}</tbody></table></div></details>'
     )
 

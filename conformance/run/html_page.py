@@ -262,7 +262,7 @@ def _row(cell: str, texts: Sequence[str]) -> str:
 
 def _scrolling(label: str, content: str) -> str:
     """What may be wider than the page, in a box that the keyboard reaches and moves."""
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">{content}</div>'
+    return f'<div class="scroll" tabindex="0" role="group" aria-label="{label}">{content}</div>'
 
 
 # the matrix
