@@ -109,8 +109,13 @@ def _of(report: dict[str, Any], name: str) -> list[Record]:
 
 
 def first_failure(records: list[Record]) -> Record | None:
-    """The failing requirement of one subject that comes first in the order of the data."""
-    return min((r for r in records if r["status"] in FAILING), key=lambda r: stage_order(r["id"]), default=None)
+    """The failing requirement of one subject that comes first, of those with a page of their own.
+
+    What is told on the page of another one need not be of the stage that is at fault.
+    """
+    failing = [r for r in records if r["status"] in FAILING]
+    own = [r for r in failing if not is_told_elsewhere(r)]
+    return min(own or failing, key=lambda r: stage_order(r["id"]), default=None)
 
 
 def _cards(report: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from conformance.router.case import RouterCase
 from conformance.run.badge import BAD, GOOD, PARTIAL, badge
 from conformance.run.cli import main
 from conformance.run.deviations import Deviation
-from conformance.run.html_page import html
+from conformance.run.html_page import first_failure, html
 from conformance.run.kinds import load_faults
 from conformance.run.report import assemble, junit, not_judged, record
 from conformance.run.views import STEP_SUMMARY, short_markdown, write_folder
@@ -235,6 +235,15 @@ def test_a_page_says_in_which_stage_the_first_failure_is(page):
     words = [word for word in page.words if word.strip()]
     at = words.index("first failure")
     assert "groups" in words[at - 4 : at]
+
+
+def test_the_first_failure_is_the_first_that_has_a_page_of_its_own(failures):
+    groups, layer = failures["worst-groups-kept"], failures["bare-outputs-added"]
+    assert first_failure([layer, groups]) is groups
+    told = groups | {"failure": groups["failure"] | {"first": {"requirement": layer["id"], "why": "the same fault"}}}
+    assert first_failure([told, layer]) is layer
+    assert first_failure([told]) is told
+    assert first_failure([]) is None
 
 
 # the others
