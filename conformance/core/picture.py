@@ -99,6 +99,22 @@ def differing(wanted: np.ndarray, found: np.ndarray, part: float = APART) -> np.
     return ~(near | (found == wanted) | (np.isnan(found) & np.isnan(wanted)))
 
 
+def distance(wanted: np.ndarray, found: np.ndarray) -> float:
+    """The largest difference of two arrays, as a part of the largest number wanted; 0 where a reader sees none.
+
+    Infinite where one alone is a number.
+    """
+    wanted, found = np.asarray(wanted, np.float64), np.asarray(found, np.float64)
+    with np.errstate(all="ignore"):
+        apart = np.where((found == wanted) | (np.isnan(found) & np.isnan(wanted)), 0, np.abs(found - wanted))
+    largest = max(float(np.abs(wanted[np.isfinite(wanted)]).max(initial=0)), float(np.finfo(np.float32).tiny))
+    part = float(np.nan_to_num(apart, nan=np.inf, posinf=np.inf).max(initial=0)) / largest
+    return part if part > APART else 0.0
+
+
+NOTE_OF_DISTANCES = f"The largest difference, as a part of the largest number; below {APART:g} it is shown as 0."
+
+
 def bars(title: str, columns: Sequence[str], wanted: np.ndarray, found: np.ndarray | None, **more) -> Bars:
     """Bars of two rows of numbers; what differs is marked."""
     wrong = () if found is None else tuple(np.flatnonzero(differing(wanted, found)).tolist())

@@ -39,7 +39,7 @@ class LayerKind(Kind):
         return page.side_by_side(judge, case, most_tokens)
 
     def picture(self, judge: Judge | None, violation: Violation, case: LayerCase) -> list[Panel]:
-        return picture.picture(judge, case, violation.token)
+        return picture.picture(judge, violation, case)
 
     def faulty(self, fault: Fault, **how: Any) -> Subject:
         return faulty(Reference(**how), fault)

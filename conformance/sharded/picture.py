@@ -9,11 +9,17 @@ import numpy as np
 
 from conformance.core.check import CHECKS
 from conformance.core.judge import Judge, Violation
-from conformance.core.picture import MOST_COLUMNS, Panel, asked, grid
+from conformance.core.picture import MOST_COLUMNS, NOTE_OF_DISTANCES, Panel, asked, distance, grid
 from conformance.router import picture as of_router
 from conformance.sharded.case import ShardedCase
 from conformance.sharded.plans import SIZES, Plan, name_of_place, plans_of_subject
-from conformance.sharded.verdicts import name_of_rank, outputs_of_subject, trace_on_layout
+from conformance.sharded.verdicts import (
+    gradients_of_subject,
+    gradients_on_layout,
+    name_of_rank,
+    outputs_of_subject,
+    trace_on_layout,
+)
 from moe_ref.strategies.base import RankPlan
 
 MOST_RANKS = 64
@@ -33,13 +39,14 @@ def picture(judge: Judge | None, violation: Violation, case: ShardedCase) -> lis
     layout = case.layout
     if layout.num_ranks > MOST_RANKS:
         return []
-    panels: list[Panel] = []
-    plans = layout.num_token_chunks == 1
-    if plans:
-        found = asked(judge, plans_of_subject, case) if CHECKS[violation.requirement].method == "dispatch" else None
-        panels += [_sizes(case, name, found) for name in SIZES]
-    if CHECKS[violation.requirement].method != "dispatch":
-        panels = [*_outputs(judge, case), *panels[:1]]
+    method, panels = CHECKS[violation.requirement].method, list[Panel]()
+    if method == "sharded_gradients":
+        panels += _gradients(judge, case)
+    elif method == "sharded_layer":
+        panels += _outputs(judge, case)
+    if layout.num_token_chunks == 1:
+        found = asked(judge, plans_of_subject, case) if method == "dispatch" else None
+        panels += [_sizes(case, name, found) for name in (SIZES if method == "dispatch" else SIZES[:1])]
     if violation.token is not None:
         panels += of_router.picture(None, case.router_case, violation.token)
     return panels
@@ -66,20 +73,32 @@ def _outputs(judge: Judge | None, case: ShardedCase) -> list[Panel]:
     found = asked(judge, outputs_of_subject, case) if 0 < longest <= MOST_COLUMNS else None
     if found is None:
         return []
-    wanted_by_shard = trace_on_layout(case).outputs_by_shard
+    # A token that is not there has no number.
     apart = np.full((len(found), longest), np.nan)
+    wanted_by_shard = trace_on_layout(case).outputs_by_shard
     for rank, output_TD in enumerate(found):
-        wanted_TD = wanted_by_shard[case.layout.shard_of(rank)]
-        largest_T = np.maximum(np.abs(wanted_TD).max(axis=-1, initial=0), np.finfo(np.float32).tiny)
-        with np.errstate(all="ignore"):
-            apart[rank, : len(output_TD)] = np.abs(output_TD - wanted_TD).max(axis=-1, initial=0) / largest_T
-    names = [name_of_rank(case, rank) for rank in range(len(found))]
-    # A token that is not there has no number; one whose output is none is infinitely far.
-    there = np.array([[t < len(each) for t in range(longest)] for each in found])
-    apart = np.where(there & np.isnan(apart), np.inf, apart)
-    rounded = np.where(there, np.where(apart < 1e-3, 0.0, apart), np.nan)
-    title = "Distance of each output from the reference, as a part of its largest number"
-    tokens = [str(t) for t in range(longest)]
-    note = "Below 0.001 a distance is shown as 0."
-    none = np.where(there, 0.0, np.nan)
-    return [grid(title, names, tokens, none, rounded, note=note, of_rows="on", of_columns="token of its shard")]
+        for t, pair in enumerate(zip(wanted_by_shard[case.layout.shard_of(rank)], output_TD, strict=True)):
+            apart[rank, t] = distance(*pair)
+    return [_distances("Distance of each output from the reference", case, list(map(str, range(longest))), apart,
+                       of_columns="token of its shard")]  # fmt: skip
+
+
+def _gradients(judge: Judge | None, case: ShardedCase) -> list[Panel]:
+    """How far each gradient is from the reference's, on each rank."""
+    found = asked(judge, gradients_of_subject, case)
+    if not found:
+        return []
+    wanted = gradients_on_layout(case)
+    own_by_shard = case.by_shard(wanted["x_TD"])
+    names = [name for name in wanted if name in found[0]]
+    apart = np.zeros((len(found), len(names)))
+    for rank, grads in enumerate(found):
+        own = wanted | {"x_TD": own_by_shard[case.layout.shard_of(rank)]}
+        apart[rank] = [distance(own[name], grads[name]) for name in names]
+    return [_distances("Distance of each gradient from the reference", case, names, apart, of_columns="gradient")]
+
+
+def _distances(title: str, case: ShardedCase, columns: list[str], apart: np.ndarray, *, of_columns: str) -> Panel:
+    ranks = [name_of_rank(case, rank) for rank in range(len(apart))]
+    none = np.where(np.isnan(apart), np.nan, 0.0)
+    return grid(title, ranks, columns, none, apart, note=NOTE_OF_DISTANCES, of_rows="on", of_columns=of_columns)

@@ -12,7 +12,7 @@ import pytest
 from conformance.core.fault import first_killer
 from conformance.core.judge import Entry, Judge, Violation
 from conformance.core.kind import kind_of
-from conformance.core.picture import MOST_COLUMNS, bars, grid
+from conformance.core.picture import MOST_COLUMNS, bars, distance, grid
 from conformance.core.shrink import shrink
 from conformance.pictures.panels import bars_html, grid_html
 from conformance.router.case import RouterCase
@@ -35,6 +35,7 @@ PICTURES = {
     "slot-numbers-overflow": ("Rows of each expert",),  # names a token of a batch that its check made itself
     "sizes-are-not-exchanged": ("sends", "receives", "local expert"),
     "tensor-ranks-keep-their-partial-sums": ("Distance", "sends"),
+    "slices-of-other-tensor-ranks-are-left-out": ("gradient", "sends"),
     "the-bias-never-moves": ("Load", "before", "after"),
     "the-capacity-is-of-the-batch": ("chose", "keeps"),
     "only-the-first-slot-of-a-pass-is-counted": ("Counts", "Bias"),
@@ -142,6 +143,15 @@ def test_numbers_that_are_none_and_huge_ones_leave_the_others_visible():
     assert "↑" in drawn
     heights = [float(h) for h in re.findall(r'<rect class="wanted[^>]*height="([\d.]+)"', drawn)]
     assert heights[1] > heights[0] > 10
+
+
+def test_a_distance_is_a_part_of_the_largest_number_and_infinite_where_one_alone_is_a_number():
+    wanted = np.array([0.0, -4.0])
+    assert distance(wanted, np.array([1.0, -4.0])) == 0.25
+    assert distance(wanted, wanted + 1e-5) == 0
+    assert distance(wanted, np.array([np.nan, -4.0])) == np.inf
+    assert distance(np.array([np.nan, 1]), np.array([np.nan, 1])) == 0
+    assert distance(np.zeros(0), np.zeros(0)) == 0
 
 
 def test_a_wrong_cell_says_what_the_reference_has_there():
