@@ -32,6 +32,7 @@ from moe_ref.specs.params import LayerParams, WeightLayout
 from moe_ref.specs.readers.hf_weights import params_from_hf, params_to_hf
 from moe_ref.specs.record import RoutingRecord, load_records, save_records
 from moe_ref.specs.router import RouterSpec
+from moe_ref.specs.served import records_from_served, served_array, served_base64, served_from_records
 from moe_ref.specs.training import Event, StackSpec
 from moe_ref.strategies import STRATEGIES
 from moe_ref.strategies.base import RankPlan
@@ -89,11 +90,15 @@ __all__ = [
     "permute",
     "plan",
     "plan_chunks",
+    "records_from_served",
     "replay",
     "replay_layer",
     "route",
     "run_experts",
     "save_records",
+    "served_array",
+    "served_base64",
+    "served_from_records",
     "sharded_backward",
     "sharded_layer",
     "tokens_per_expert",
