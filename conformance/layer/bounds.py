@@ -293,10 +293,11 @@ def stable_T(case: LayerCase, dtype: str) -> np.ndarray:
     choice_TE = trace.scores_for_choice_TE
     worst_in_T = np.where(chosen_TE, choice_TE - error_TE, np.inf).min(axis=-1)
     best_out_T = np.where(chosen_TE, -np.inf, choice_TE + error_TE).max(axis=-1)
-    return (worst_in_T > best_out_T) & _stable_groups_T(router, error_TE, dtype) | ~case.valid_T
+    return (worst_in_T > best_out_T) & stable_groups_T(router, error_TE, dtype) | ~case.valid_T
 
 
-def _stable_groups_T(router: RouterCase, error_TE: np.ndarray, dtype: str) -> np.ndarray:
+def stable_groups_T(router: RouterCase, error_TE: np.ndarray, dtype: str) -> np.ndarray:
+    """(T,) whether the kept groups are the same for all choice scores within the error."""
     spec, T = router.spec, router.num_tokens
     G, L = spec.num_expert_groups, spec.num_limited_groups
     if G is None or L is None or L == G:

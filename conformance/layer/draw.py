@@ -210,8 +210,9 @@ def facts(spec: LayerSpec) -> frozenset:
 
 def evenly(specs: list[LayerSpec]) -> list[LayerSpec]:
     """The specs, repeated so that each fact comes about as often as any other, however few specs it holds for."""
-    found = sorted({fact for spec in specs for fact in facts(spec)}, key=str)
-    groups = [[spec for spec in specs if fact in facts(spec)] for fact in found]
+    known = [(spec, facts(spec)) for spec in specs]
+    found = sorted({fact for _, own in known for fact in own}, key=str)
+    groups = [[spec for spec, own in known if fact in own] for fact in found]
     return [group[i % len(group)] for i in range(max(map(len, groups), default=0)) for group in groups]
 
 

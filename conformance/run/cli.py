@@ -22,6 +22,8 @@ from conformance.run.identify import add_options as add_identify_options
 from conformance.run.identify import identify
 from conformance.run.kinds import load_faults
 from conformance.run.subjects_by_name import subject_named
+from conformance.run.vectors import add_options as add_vectors_options
+from conformance.run.vectors import vectors
 from conformance.run.views import add_options as add_view_options
 from conformance.run.views import views
 from moe_ref.specs.checks import nearest
@@ -139,6 +141,11 @@ def parser() -> Parser:
 
     evened = commands.add_parser("load", help="the load of experts over steps, without bias updates and with them")
     balance_picture.add_options(evened, _positive)
+
+    stored = commands.add_parser(
+        "vectors", help="stored calls with what they return, for any language (docs/vectors.md)"
+    )
+    add_vectors_options(stored)
 
     commands.add_parser("glossary", help="our names, and those of other code bases, as Markdown")
     commands.add_parser("options", help="this table")
@@ -337,6 +344,7 @@ COMMANDS = {
     "identify": identify,
     "traffic": traffic.traffic,
     "load": balance_picture.load,
+    "vectors": vectors,
     "glossary": glossary,
     "options": options_table,
     "spec": spec,
