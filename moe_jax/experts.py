@@ -104,7 +104,8 @@ def shared_output(
         if shared_weights_TS is not None:
             one_output_TD *= shared_weights_TS[:, shared_id, None].astype(x_TD.dtype)
         elif params.shared_token_gate_D is not None:
-            token_gate_T = jnp.matmul(x_TD, params.shared_token_gate_D, precision=precision)
+            # A score, as those of the router: float32 whatever the platform's default precision.
+            token_gate_T = jnp.matmul(x_TD, params.shared_token_gate_D, precision=lax.Precision.HIGHEST)
             one_output_TD *= jax.nn.sigmoid(token_gate_T)[:, None]
         output_TD += one_output_TD
     return output_TD
