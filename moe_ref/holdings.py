@@ -44,10 +44,13 @@ def used(rank: int, layout: ShardLayout, spec: LayerSpec) -> dict[str, Part]:
 def held(rank: int, layout: ShardLayout, spec: LayerSpec) -> dict[str, Part]:
     """The part of each parameter that a rank stores, by name: of what it uses, its piece of D."""
     _, f, _, _ = layout.coordinates(rank)
-    piece = np.array_split(np.arange(spec.experts.dim), layout.fsdp)[f]
+    # The D of the routed experts is that of the latent where there is one.
+    of_token, of_experts = (
+        np.array_split(np.arange(e.dim), layout.fsdp)[f] for e in (spec.experts, spec.routed_experts)
+    )
     parts = {}
     for name, part in used(rank, layout, spec).items():
-        axes = _axes(name, part)
+        axes, piece = _axes(name, part), of_experts if name in ROUTED else of_token
         parts[name] = tuple(piece if axis == "D" else indices for axis, indices in zip(axes, part, strict=True))
     return parts
 

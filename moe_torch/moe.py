@@ -2,6 +2,8 @@
 
     route (-> capacity) -> permute -> dispatch -> experts -> combine (+ shared experts)
 
+A latent is made before dispatch, and left after combine (`latent.py`).
+
 Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, S shared experts. What is computed is
 `moe_ref.moe_layer`; it names and explains every stage.
 """
@@ -26,6 +28,7 @@ from moe_torch.balance import add_counts, tokens_per_expert
 from moe_torch.capacity import apply_capacity
 from moe_torch.dispatcher import LocalTokenDispatcher, TokenDispatcher
 from moe_torch.experts import GroupedExperts, run_experts
+from moe_torch.latent import Latent
 from moe_torch.parts import Linear
 from moe_torch.router import Gate, NodeLimitedRouter
 from moe_torch.routing import Routing
@@ -100,7 +103,10 @@ class MoE(nn.Module):
         self.capacity_group = capacity_group
         self.router = NodeLimitedRouter(experts.dim, router, gate_bias=spec.gate_bias, device=device, dtype=dtype)
         self.dispatcher: TokenDispatcher = LocalTokenDispatcher(router.num_experts, router.num_choices)
-        self.experts = GroupedExperts(router.num_experts, experts, device=device, dtype=dtype)
+        self.experts = GroupedExperts(router.num_experts, spec.routed_experts, device=device, dtype=dtype)
+        self.latent = None
+        if spec.latent is not None:
+            self.latent = Latent(experts.dim, spec.latent, device=device, dtype=dtype)
         self.shared_experts = None
         if spec.shared is not None and spec.shared_experts is not None:
             self.shared_experts = SharedExperts(
@@ -121,6 +127,8 @@ class MoE(nn.Module):
         self.experts.reset_parameters()
         if self.shared_experts is not None:
             self.shared_experts.reset_parameters()
+        if self.latent is not None:
+            self.latent.reset_parameters()
         self.tokens_per_expert.zero_()
 
     def _apply(self, fn, recurse=True):
@@ -181,10 +189,13 @@ class MoE(nn.Module):
                 # What was dropped is a part of the load that the bias is to even out.
                 counts_E = tokens_per_expert(routing.chosen_ids_TK, self.spec.router.num_choices)
             add_counts(self.tokens_per_expert, counts_E)
-        routed_TD = self.run_experts(x_TD, permutation, routing.weights_TK)
-        routed_TD = self.add_null_experts(routed_TD, x_TD, routing.expert_ids_TK, routing.weights_TK)
+        expert_input_TD = x_TD if self.latent is None else self.latent.down(x_TD)
+        routed_TD = self.run_experts(expert_input_TD, permutation, routing.weights_TK)
+        routed_TD = self.add_null_experts(routed_TD, expert_input_TD, routing.expert_ids_TK, routing.weights_TK)
         if self.spec.router.output_scale != 1:
             routed_TD = routed_TD * self.spec.router.output_scale
+        if self.latent is not None:
+            routed_TD = self.latent.expand(routed_TD)
         output_TD = self.join(routed_TD, x_TD, routing.shared_weights_TS)
 
         if mask_T is not None:
@@ -265,6 +276,10 @@ class MoE(nn.Module):
         _copy(experts.b1_EF, b1_EF)
         _copy(experts.b2_ED, params.b_down_ED)
         _copy(experts.b3_EF, params.b_up_EF)
+        if self.latent is not None:
+            _copy(self.latent.down.weight, _turned(params.latent_w_down_DH))
+            _copy(self.latent.up.weight, _turned(params.latent_w_up_HD))
+            _copy(None if self.latent.norm is None else self.latent.norm.weight, params.latent_norm_H)
         if shared is None or params.shared_w_up_SDF is None or params.shared_w_down_SFD is None:
             return
         w1_SDF = params.shared_w_gate_SDF if gated else params.shared_w_up_SDF

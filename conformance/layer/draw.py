@@ -23,7 +23,7 @@ from conformance.layer.case import LayerCase
 from conformance.layer.check import LayerCheck
 from conformance.layer.large import LARGE, THIN_LARGE
 from conformance.router.draw import inputs_of as inputs_of_router
-from moe_ref import CapacitySpec, ExpertSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec
+from moe_ref import CapacitySpec, ExpertSpec, LatentSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec
 from moe_ref.specs.families import tiny
 
 GRID = 2.0**-7
@@ -113,6 +113,17 @@ FORMULAS = (
 """Of a layer whose shared expert has a clamp."""
 
 
+LATENTS = (
+    LayerSpec(router=ROUTERS[1], experts=EXPERTS[0], latent=LatentSpec(dim=3)),
+    LayerSpec(router=ROUTERS[2], experts=EXPERTS[10], shared=SHARED[1], latent=LatentSpec(dim=4)),
+    LayerSpec(router=ROUTERS[4], experts=EXPERTS[2], latent=LatentSpec(dim=7)),
+    LayerSpec(router=ROUTERS[10], experts=EXPERTS[2], latent=LatentSpec(dim=4, norm_eps=0.1)),
+    LayerSpec(router=ROUTERS[0], experts=EXPERTS[16], shared=SHARED[0], latent=LatentSpec(dim=4, norm_eps=1e-5)),
+    LayerSpec(router=ROUTERS[11], experts=EXPERTS[0], latent=LatentSpec(dim=3, norm_eps=0.1)),
+)
+"""Of Nemotron-3 and of Kimi-K3, and with what neither has."""
+
+
 def _models() -> list[LayerSpec]:
     """Whole layers of public models, small."""
     dims: dict[str, Any] = {"dim": 8, "hidden_dim": 16}
@@ -155,7 +166,7 @@ def _pool() -> list[LayerSpec]:
     found += [LayerSpec(router=ROUTERS[i], experts=EXPERTS[2], shared=SHARED[0], gate_bias=True) for i in (2, 10)]
     # A shared expert has its own clamp, at the place of the routed ones', and their alpha and offset.
     found += [LayerSpec(router=ROUTERS[i % 2], experts=e, shared=SHARED[4]) for i, e in enumerate(FORMULAS)]
-    return list(dict.fromkeys(found + _models() + _mixed()))
+    return list(dict.fromkeys(found + _models() + list(LATENTS) + _mixed()))
 
 
 LAYER_SPECS: list[LayerSpec] = _pool()
@@ -175,7 +186,7 @@ def _thin() -> list[LayerSpec]:
         LayerSpec(router=ROUTERS[11], experts=ExpertSpec(dim=6, hidden_dim=3), gate_bias=True),
         LayerSpec(router=ROUTERS[14].replace(selector="given"),
                   experts=ExpertSpec(dim=5, hidden_dim=7, gated=False, activation="relu2"),
-                  shared=SHARED[0]),
+                  shared=SHARED[0], latent=LatentSpec(dim=4, norm_eps=0.1)),
     ]  # fmt: skip
 
 
@@ -189,13 +200,15 @@ def facts(spec: LayerSpec) -> set:
     sizes = {"num_experts", "top_k", "num_limited_groups", "dim", "hidden_dim"}
     numbers = {"route_scale", "output_scale", "norm_eps", "clamp", "alpha", "up_offset", "logit_scale"}
     found: set = {"gate_bias"} if spec.gate_bias else {"plain"}
+    if spec.latent is not None:
+        found |= {("latent", spec.latent.norm_eps is not None, what) for what in (shared is None, router.weight_on)}
     for part in (router, experts, shared):
         for f in fields(part) if part is not None else ():
             value = getattr(part, f.name)
             if f.name not in sizes and value != f.default:
                 found.add((type(part).__name__, f.name, True if f.name in numbers else value))
     slots = "one slot" if router.top_k == 1 else "all slots" if router.top_k == router.num_choices else "some slots"
-    square = experts.hidden_dim in (experts.dim, experts.dim / 2)
+    square = experts.hidden_dim in (spec.routed_experts.dim, spec.routed_experts.dim / 2)
     scaled = router.route_scale != 1 or router.output_scale != 1
     return found | {
         (slots, router.weight_on, "normed" if router.route_norm else ""),

@@ -38,7 +38,7 @@ def is_plain(spec: LayerSpec) -> bool:
 
 def is_square(spec: LayerSpec) -> bool:
     """Experts whose matrices fit in another layout as well."""
-    return spec.experts.hidden_dim in (spec.experts.dim, spec.experts.dim / 2)
+    return spec.experts.hidden_dim in (spec.routed_experts.dim, spec.routed_experts.dim / 2)
 
 
 HAS_ROWS = given("judged with rows", lambda case: len(case.reference.experts.input_RD) > 0)
@@ -52,7 +52,7 @@ def rows_of(case: LayerCase) -> tuple[np.ndarray, np.ndarray]:
 
 def any_rows(case: LayerCase, counts_E: np.ndarray) -> np.ndarray:
     """(N, D) random rows for these counts."""
-    return float32(case.rng().normal(size=(int(np.sum(counts_E)), case.spec.experts.dim)))
+    return float32(case.rng().normal(size=(int(np.sum(counts_E)), case.spec.routed_experts.dim)))
 
 
 def without_biases(case: LayerCase) -> LayerCase:
@@ -131,7 +131,7 @@ def each_row_gets_the_biases_of_its_expert_once(judge, case):
 @requires("EXP-5", large=1, method="experts", spec=is_square, after=PLAIN)
 def square_matrices_are_read_in_their_own_layout(judge, case):
     e, unbiased = case.spec.experts, where_supported(judge, case, without_biases)
-    hold_experts(judge, unbiased, *rows_of(unbiased), f"dim {e.dim}, hidden_dim {e.hidden_dim}")
+    hold_experts(judge, unbiased, *rows_of(unbiased), f"dim {case.spec.routed_experts.dim}, hidden_dim {e.hidden_dim}")
 
 
 @requires("EXP-6", method="experts", after=FORMS, bias=("none",), tokens=(1,))
@@ -171,7 +171,7 @@ def zero_rows_give_zero_outputs(judge, case):
     counts_E = np.zeros(case.spec.router.num_experts, dtype=np.int64)
     # Without any row, and with rows that all are past the counts.
     for rows in (0, TAIL):
-        rows_of_subject(judge, case, np.full((rows, case.spec.experts.dim), np.nan), counts_E)
+        rows_of_subject(judge, case, np.full((rows, case.spec.routed_experts.dim), np.nan), counts_E)
 
 
 @requires("EXP-10", method="experts", after=FORMS)

@@ -73,7 +73,7 @@ def a_tile_of_the_activation_is_off(gate_RF, up_RF, spec):
 def trailing_columns_not_written(run, memory, rows_RD, counts_E, params, spec):
     """The columns past the last whole block of 4 are not written."""
     found_RD = run(rows_RD, counts_E, params, spec)
-    found_RD[:, spec.experts.dim // 4 * 4 :] = 0
+    found_RD[:, found_RD.shape[1] // 4 * 4 :] = 0
     return found_RD
 
 
