@@ -39,8 +39,10 @@ def _activated(z, spec: ExpertSpec):
 
 
 def _clamped_up(up, spec: ExpertSpec):
-    """The up half is clamped on both sides, then offset."""
+    """The up half is clamped on both sides, or softly by a tanh, then offset."""
     clamped = up if spec.clamp is None else -_at_most(-_at_most(up, spec.clamp), spec.clamp)
+    if spec.linear_beta is not None:
+        clamped = spec.linear_beta * jnp.tanh(clamped / spec.linear_beta)
     return clamped + spec.up_offset
 
 
@@ -56,6 +58,8 @@ def _activation(z, spec: ExpertSpec):
         return z * _normal_cdf(z)
     if spec.activation == "gelu_tanh":
         return jax.nn.gelu(z, approximate=True)
+    if spec.activation == "situ":
+        return spec.beta * jnp.tanh(z / spec.beta) * jax.nn.sigmoid(z)
     rectified = jax.nn.relu(z)
     return rectified if spec.activation == "relu" else jnp.square(rectified)
 

@@ -162,6 +162,7 @@ LayerCase.TAGS = {name: _of_router(holds) for name, holds in RouterCase.TAGS.ite
     "alpha": lambda c: c.spec.experts.alpha != 1,
     "up_offset": lambda c: c.spec.experts.up_offset != 0,
     "silu": lambda c: c.spec.experts.activation == "silu",
+    "situ": lambda c: c.spec.experts.activation == "situ",
     "gelu": lambda c: c.spec.experts.activation in ("gelu", "gelu_tanh"),
     "relu": lambda c: c.spec.experts.activation in ("relu", "relu2"),
     "square": lambda c: c.spec.experts.hidden_dim in (c.spec.routed_experts.dim, c.spec.routed_experts.dim / 2),

@@ -39,6 +39,7 @@ NORM: dict[str, Any] = {"route_norm": True}
 DEEPSEEK: dict[str, Any] = SIGMOID | NORM | {"norm_eps": 1e-20}
 SELECTED: dict[str, Any] = {"score_over": "selected", "select_by": "logit"}
 GROUPS: dict[str, Any] = {"num_expert_groups": 4, "num_limited_groups": 2}
+SITU: dict[str, Any] = {"activation": "situ", "beta": 0.5}
 GPT_OSS: dict[str, Any] = {"alpha": 1.702, "up_offset": 1.0, "clamp": 0.75, "bias": True}
 
 ROUTERS = (
@@ -84,6 +85,9 @@ EXPERTS = (
     ExpertSpec(dim=8, hidden_dim=16),
     ExpertSpec(dim=8, hidden_dim=8),
     ExpertSpec(dim=16, hidden_dim=8),
+    ExpertSpec(dim=5, hidden_dim=7, **SITU, linear_beta=0.75),
+    ExpertSpec(dim=5, hidden_dim=7, **SITU),
+    ExpertSpec(dim=5, hidden_dim=7, activation="situ", gated=False, bias=True),
 )
 CAPACITIES = (
     CapacitySpec(slots=1),
@@ -119,6 +123,7 @@ LATENTS = (
     LayerSpec(router=ROUTERS[4], experts=EXPERTS[2], latent=LatentSpec(dim=7)),
     LayerSpec(router=ROUTERS[10], experts=EXPERTS[2], latent=LatentSpec(dim=4, norm_eps=0.1)),
     LayerSpec(router=ROUTERS[0], experts=EXPERTS[16], shared=SHARED[0], latent=LatentSpec(dim=4, norm_eps=1e-5)),
+    LayerSpec(router=ROUTERS[15], experts=EXPERTS[18], shared=SHARED[0], latent=LatentSpec(dim=4, norm_eps=1e-2)),
     LayerSpec(router=ROUTERS[11], experts=EXPERTS[0], latent=LatentSpec(dim=3, norm_eps=0.1)),
 )
 """Of Nemotron-3 and of Kimi-K3, and with what neither has."""
@@ -178,7 +183,7 @@ def _thin() -> list[LayerSpec]:
     return [
         gpt_oss,
         deepseek,
-        qwen2,
+        qwen2.replace(experts=qwen2.experts.replace(**SITU, linear_beta=0.75)),
         LayerSpec(router=ROUTERS[6], experts=ExpertSpec(dim=7, hidden_dim=7)),
         LayerSpec(router=ROUTERS[4], experts=ExpertSpec(dim=5, hidden_dim=7, activation="gelu", bias=True)),
         LayerSpec(router=ROUTERS[10], experts=ExpertSpec(dim=5, hidden_dim=7, clamp=0.25, clamp_at="after"),
@@ -198,7 +203,8 @@ def facts(spec: LayerSpec) -> set:
     """What is not the default in a layer, sizes apart; and what some requirement asks for."""
     router, experts, shared = spec.router, spec.experts, spec.shared
     sizes = {"num_experts", "top_k", "num_limited_groups", "dim", "hidden_dim"}
-    numbers = {"route_scale", "output_scale", "norm_eps", "clamp", "alpha", "up_offset", "logit_scale"}
+    numbers = {"route_scale", "output_scale", "norm_eps", "clamp", "alpha", "beta", "up_offset", "logit_scale"}
+    numbers |= {"linear_beta"}
     found: set = {"gate_bias"} if spec.gate_bias else {"plain"}
     if spec.latent is not None:
         found |= {("latent", spec.latent.norm_eps is not None, what) for what in (shared is None, router.weight_on)}

@@ -12,7 +12,7 @@ from conformance.layer.bounds import stable_T
 from conformance.layer.case import LayerCase
 from moe_ref import LayerParams, LayerSpec, RouterSpec
 
-PARTS = ("EXP-2", "EXP-3", "EXP-4", "EXP-5", "CMB-2", "CMB-3", "CMB-5", "CMB-7", "LAY-1")
+PARTS = ("EXP-2", "EXP-3", "EXP-4", "EXP-5", "EXP-11", "CMB-2", "CMB-3", "CMB-5", "CMB-7", "LAY-1")
 """Where one of these fails on the same case, the layer fails too, and is not the one to blame."""
 WHOLE = ("LAY-2", "LAY-8", "LAY-9", "LAY-10", "LAY-11", "LAY-12", "LAY-13", "LAT-1", "LAT-2", "LAT-3")
 """What the output of a layer is; each layer has one of them."""

@@ -221,6 +221,8 @@ def hide_backward(
     limit = np.inf if spec.clamp is None else spec.clamp
     d_gate_RF = d_hidden_RF * clamped_up(up_RF, spec) * activated_slope(gate_RF, spec)
     d_up_RF = d_hidden_RF * activated(gate_RF, spec) * (np.abs(up_RF) <= limit)
+    if spec.linear_beta is not None:
+        d_up_RF = d_up_RF * (1 - np.tanh(np.clip(up_RF, -limit, limit) / spec.linear_beta) ** 2)
     return d_gate_RF, d_up_RF
 
 
@@ -242,6 +244,9 @@ def activation_slope(z_RF: np.ndarray, spec: ExpertSpec) -> np.ndarray:
         tanh_RF = np.tanh(gelu_argument(z_RF))
         argument_slope_RF = np.sqrt(2 / np.pi).astype(z_RF.dtype) * (1 + 3 * 0.044715 * z_RF**2)
         return 0.5 * (1 + tanh_RF) + 0.5 * z_RF * (1 - tanh_RF**2) * argument_slope_RF
+    if spec.activation == "situ":
+        s_RF, t_RF = sigmoid(z_RF), np.tanh(z_RF / spec.beta)
+        return s_RF * ((1 - t_RF**2) + spec.beta * t_RF * sigmoid(-z_RF))
     return np.where(z_RF > 0, 1.0 if spec.activation == "relu" else 2 * z_RF, 0)
 
 

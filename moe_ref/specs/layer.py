@@ -14,7 +14,7 @@ from moe_ref.specs.readers import hf, maxtext, megatron, torchtitan
 from moe_ref.specs.readers.config import Config
 from moe_ref.specs.router import RouterSpec
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "situ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,13 @@ class ExpertSpec(Spec):
     gated: bool = True
     """Two projections in, gate and up; False: up alone (nemotron_h)."""
     activation: str = "silu"
-    """silu, gelu (exact, with erf), gelu_tanh, relu, or relu2, the square of relu."""
+    """silu, gelu (exact, with erf), gelu_tanh, relu, relu2, the square of relu, or situ."""
     alpha: float = 1.0
     """alpha in z * sigmoid(alpha * z); only with silu (gpt-oss: 1.702)."""
+    beta: float = 1.0
+    """beta in beta * tanh(z / beta) * sigmoid(z); only with situ (Kimi-K3 technical report, eq. 12: 4)."""
+    linear_beta: float | None = None
+    """The up half is this * tanh(up / this), after its clamp; None: as it is; only with situ (Kimi-K3: 25)."""
     up_offset: float = 0.0
     """Added to the up half, after its clamp (gpt-oss: 1)."""
     clamp: float | None = None
@@ -63,6 +67,17 @@ class ExpertSpec(Spec):
             self.alpha == 1.0 or self.activation == "silu",
             f"alpha is {self.alpha!r} with activation {self.activation!r}; only 'silu' has one",
         )
+        number("beta", self.beta, above=0.0)
+        require(
+            self.beta == 1.0 or self.activation == "situ",
+            f"beta is {self.beta!r} with activation {self.activation!r}; only 'situ' has one",
+        )
+        if self.linear_beta is not None:
+            number("linear_beta", self.linear_beta, above=0.0)
+            require(
+                self.activation == "situ" and self.gated,
+                f"linear_beta is {self.linear_beta!r}; only 'situ' with a gate has one",
+            )
         require(self.up_offset == 0.0 or self.gated, f"up_offset is {self.up_offset!r}; without a gate it is 0.0")
         require(
             self.clamp_at == "before" or self.clamp is not None,
