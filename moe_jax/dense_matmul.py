@@ -64,7 +64,7 @@ def dense_matmul(
         batch = len(x_TD) if axis_name is None or capacity.scope == "rank" else len(x_TD) * lax.axis_size(axis_name)
         num_places = most_slots(capacity, batch, spec.router.top_k, spec.router.num_experts, num_sequences)
         routed_TD = _places_of_experts(expert_input_TD, params, decided, spec, min(num_places, len(x_TD)), precision)
-    summed_TD = routed_TD + null_output(expert_input_TD, decided.expert_ids_TK, decided.weights_TK, spec.router)
+    summed_TD = routed_TD + null_output(expert_input_TD, decided.expert_ids_TK, decided.weights_TK, params, spec.router)
     scaled_TD = expand(summed_TD * spec.router.output_scale, params, spec, precision=precision)
     output_TD = join(scaled_TD, clean_x_TD, decided.shared_weights_TS, params, spec, precision=precision)
     return keep_tokens(output_TD, token_mask_T), decided

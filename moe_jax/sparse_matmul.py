@@ -204,7 +204,9 @@ def run_experts(
         b_down_ED = None if params.b_down_ED is None else params.b_down_ED[:, chunk]
         rows_RD = gmm_down(hidden_RF, params.w_down_EFD[:, :, chunk], b_down_ED, metadata, **options)
         outputs.append(unpermute(rows_RD, metadata, weights_TK))
-    summed_TD = jnp.concatenate(outputs, axis=-1) + null_output(x_TD, decided.expert_ids_TK, decided.weights_TK, router)
+    summed_TD = jnp.concatenate(outputs, axis=-1) + null_output(
+        x_TD, decided.expert_ids_TK, decided.weights_TK, params, router
+    )
     return summed_TD * router.output_scale
 
 

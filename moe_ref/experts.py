@@ -137,7 +137,7 @@ def fill_slots(
 
 def identity_slots(expert_ids_TK: np.ndarray, spec: RouterSpec) -> np.ndarray:
     """Whether each slot belongs to a null expert that returns its input."""
-    return (expert_ids_TK >= spec.num_experts) & (spec.null_kind == "identity")
+    return (expert_ids_TK >= spec.identity_ids.start) & (expert_ids_TK < spec.identity_ids.stop)
 
 
 def combine(slot_outputs_TKD: np.ndarray, weights_TK: np.ndarray, spec: RouterSpec) -> np.ndarray:

@@ -23,6 +23,9 @@ from moe_ref.specs.params import LayerParams, param_shapes
 ROUTED = ("w_up_EDF", "w_down_EFD", "w_gate_EDF", "b_up_EF", "b_down_ED", "b_gate_EF")
 """The parameters of the routed experts: what the expert and the tensor axis split."""
 
+CONSTANTS = ("constant_w_ZD2", "constant_ZD")
+"""Those of constant experts, which see what the routed experts see, on the rank of the token."""
+
 Part = tuple[np.ndarray, ...]
 """The indices along each axis, as `numpy.ix_` takes them."""
 
@@ -50,7 +53,7 @@ def held(rank: int, layout: ShardLayout, spec: LayerSpec) -> dict[str, Part]:
     )
     parts = {}
     for name, part in used(rank, layout, spec).items():
-        axes, piece = _axes(name, part), of_experts if name in ROUTED else of_token
+        axes, piece = _axes(name, part), of_experts if name in (*ROUTED, *CONSTANTS) else of_token
         parts[name] = tuple(piece if axis == "D" else indices for axis, indices in zip(axes, part, strict=True))
     return parts
 

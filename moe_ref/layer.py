@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from moe_ref.capacity import CapacityTrace, apply_capacity
+from moe_ref.constants import fill_constants
 from moe_ref.experts import (
     FeedForwardTrace,
     combine,
@@ -125,6 +126,7 @@ def moe_layer(
     rows_ND = dispatch(slot_inputs_TKD, permutation.order_N)
     experts = run_experts(rows_ND, permutation.tokens_per_expert_E, params, spec.experts)
     slot_outputs_TKD = fill_slots(experts.output_RD, permutation.order_N, slot_inputs_TKD, ids_TK, spec.router)
+    slot_outputs_TKD = fill_constants(slot_outputs_TKD, slot_inputs_TKD, ids_TK, params, spec.router)
     latent = expand(expert_input_TD, combine(slot_outputs_TKD, weights_TK, spec.router), params, spec)
     routed_TD = latent.routed_TD
 

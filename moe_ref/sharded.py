@@ -20,6 +20,7 @@ from functools import reduce
 import numpy as np
 from numpy.typing import DTypeLike
 
+from moe_ref.constants import fill_constants
 from moe_ref.dispatch import plan_chunks
 from moe_ref.experts import (
     FeedForwardTrace,
@@ -292,6 +293,7 @@ def finish(
     ids_TK, weights_TK = begun.routing.expert_ids_TK, begun.routing.weights_TK
     identity_TK = identity_slots(ids_TK, spec.router)
     slot_outputs_TKD = np.where(identity_TK[:, :, None], begun.slot_inputs_TKD, 0)
+    slot_outputs_TKD = fill_constants(slot_outputs_TKD, begun.slot_inputs_TKD, ids_TK, params, spec.router)
     partial_TK = np.full((T, K), home_of(shard, layout))
     for rank in range(0, layout.num_ranks, layout.tensor):
         for chunk in ranks[rank]:

@@ -45,7 +45,9 @@ def to_torchtitan(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             names become one.
     """
     for name in state_dict:
-        if re.search(r"(^|\.)(experts\.b[123]_\w+|router\.learned_scale|latent\.\w+\.weight)$", name):
+        if re.search(
+            r"(^|\.)(experts\.b[123]_\w+|router\.learned_scale|latent\.\w+\.weight|constant_experts\.\w+)$", name
+        ):
             raise ValueError(f"the state dict has {name!r}, which torchtitan's MoE has not")
     return _renamed(state_dict, [(ours, theirs) for theirs, ours in _NAMES])
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from conformance.core.rounding import EPSILON
+from conformance.layer import balls_constant
 from conformance.layer.balls import LIBRARY, Ball, FeedForwardBall, exact, feed_forward, feed_forward_backward, narrower
 from conformance.layer.balls_latent import LatentBall, compress, compress_backward, expand, expand_backward
 from conformance.layer.case import LayerCase
@@ -74,6 +75,7 @@ def layer(case: LayerCase, dtype: str, expert_dtype: str) -> LayerBall:
         slot_inputs_TKD.radius[identity_TK],
     )
     slot_outputs_TKD = slot_inputs_TKD.made(centre, radius)
+    balls_constant.fill(slot_outputs_TKD, slot_inputs_TKD, trace.expert_ids_TK, params, spec.router)
     latent, output_TD = expand(combine(slot_outputs_TKD, weights_TK.to(narrow), spec.router), params, spec)
 
     factors_TS, shared = shared_factors(case, x_TD, shared_weights_TS), ()
@@ -194,6 +196,9 @@ def gradients(case: LayerCase, dtype: str, expert_dtype: str) -> dict[str, Ball]
         for name, grad in grads.items():
             found[name][expert_id] = grad
     stacked = {_routed_name(name): _stack(balls) for name, balls in found.items()}
+    stacked |= balls_constant.backward(
+        d_outputs_TKD, ball.slot_inputs_TKD, d_rows, trace.expert_ids_TK, params, spec.router
+    )
 
     if on_input:
         d_weights_TK = (d_rows * ball.expert_input_TD.to(narrow)[:, None]).sum(2)

@@ -39,6 +39,7 @@ NORM: dict[str, Any] = {"route_norm": True}
 DEEPSEEK: dict[str, Any] = SIGMOID | NORM | {"norm_eps": 1e-20}
 SELECTED: dict[str, Any] = {"score_over": "selected", "select_by": "logit"}
 GROUPS: dict[str, Any] = {"num_expert_groups": 4, "num_limited_groups": 2}
+KINDS: dict[str, Any] = {"num_null_experts": 5, "num_constant_experts": 2, "num_zero_experts": 1}
 SITU: dict[str, Any] = {"activation": "situ", "beta": 0.5}
 GPT_OSS: dict[str, Any] = {"alpha": 1.702, "up_offset": 1.0, "clamp": 0.75, "bias": True}
 
@@ -64,6 +65,8 @@ ROUTERS = (
     RouterSpec(num_experts=5, top_k=2, **DEEPSEEK, selector="table"),
     RouterSpec(num_experts=6, top_k=3, **SIGMOID, **NORM, selector="given"),
     RouterSpec(num_experts=5, top_k=2, **SIGMOID, **NORM, norm_eps=1e-20, selector="round_robin"),
+    RouterSpec(num_experts=3, top_k=3, **SIGMOID, **NORM, norm_eps=0.1, **KINDS),
+    RouterSpec(num_experts=3, top_k=2, **SOFTMAX, **KINDS, weight_on="input"),
 )
 EXPERTS = (
     ExpertSpec(dim=5, hidden_dim=7),
@@ -186,7 +189,8 @@ def _thin() -> list[LayerSpec]:
         qwen2.replace(experts=qwen2.experts.replace(**SITU, linear_beta=0.75)),
         LayerSpec(router=ROUTERS[6], experts=ExpertSpec(dim=7, hidden_dim=7)),
         LayerSpec(router=ROUTERS[4], experts=ExpertSpec(dim=5, hidden_dim=7, activation="gelu", bias=True)),
-        LayerSpec(router=ROUTERS[10], experts=ExpertSpec(dim=5, hidden_dim=7, clamp=0.25, clamp_at="after"),
+        LayerSpec(router=ROUTERS[10].replace(**KINDS),
+                  experts=ExpertSpec(dim=5, hidden_dim=7, clamp=0.25, clamp_at="after"),
                   shared=SharedSpec(hidden_dim=3, combine="average")),
         LayerSpec(router=ROUTERS[11], experts=ExpertSpec(dim=6, hidden_dim=3), gate_bias=True),
         LayerSpec(router=ROUTERS[14].replace(selector="given"),
@@ -202,7 +206,7 @@ THIN_LAYER_SPECS: list[LayerSpec] = _thin()
 def facts(spec: LayerSpec) -> set:
     """What is not the default in a layer, sizes apart; and what some requirement asks for."""
     router, experts, shared = spec.router, spec.experts, spec.shared
-    sizes = {"num_experts", "top_k", "num_limited_groups", "dim", "hidden_dim"}
+    sizes = {"num_experts", "top_k", "num_limited_groups", "dim", "hidden_dim", "num_zero_experts"}
     numbers = {"route_scale", "output_scale", "norm_eps", "clamp", "alpha", "beta", "up_offset", "logit_scale"}
     numbers |= {"linear_beta"}
     found: set = {"gate_bias"} if spec.gate_bias else {"plain"}

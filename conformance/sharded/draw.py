@@ -79,7 +79,7 @@ LAYOUT_SPECS = (
         experts=ExpertSpec(**DIMS, activation="gelu", bias=True),
     ),
     LayerSpec(router=tiny("cohere2_moe"), experts=PLAIN, shared=SharedSpec(hidden_dim=16, combine="average")),
-    LayerSpec(router=tiny("longcat_flash"), experts=PLAIN),
+    LayerSpec(router=tiny("longcat_flash").replace(num_constant_experts=1, num_zero_experts=1), experts=PLAIN),
     LayerSpec(
         router=RouterSpec(num_experts=8, top_k=3, **SOFTMAX, num_null_experts=3, null_kind="skip"), experts=PLAIN
     ),

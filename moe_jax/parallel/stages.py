@@ -83,7 +83,7 @@ def _axis_of(letter: str, name: str, spec: LayerSpec, layout: ShardLayout) -> st
 def _parts(spec: LayerSpec, layout: ShardLayout, name: str = "w_up_EDF") -> int:
     """Pieces of D that the fsdp ranks store of a parameter; each has a part of every chunk of the model dim."""
     # The D of the routed experts is that of the latent where there is one.
-    D = (spec.routed_experts if name.startswith(("w_", "b_")) else spec.experts).dim
+    D = (spec.routed_experts if name.startswith(("w_", "b_", "constant")) else spec.experts).dim
     return layout.fsdp if D % (layout.fsdp * layout.num_emb_chunks) == 0 else 1
 
 
@@ -208,7 +208,9 @@ class Stages:
     ) -> jax.Array:
         """Null experts and shared experts are the token's own rank's, and join once; a latent is left in between."""
         router, spec = self.spec.router, self.spec
-        summed_TD = routed_TD + null_output(expert_input_TD, decided.expert_ids_TK, decided.weights_TK, router)
+        summed_TD = routed_TD + null_output(
+            expert_input_TD, decided.expert_ids_TK, decided.weights_TK, self._with_whole("constant", params), router
+        )
         scaled_TD = expand(
             summed_TD * router.output_scale,
             self._with_whole("latent", params),

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from moe_ref.backward.balance import capacity_backward
+from moe_ref.backward.constants import constants_backward
 from moe_ref.backward.latent import compress_backward, expand_backward
 from moe_ref.backward.routing import gate_backward, route_backward
 from moe_ref.experts import (
@@ -80,7 +81,12 @@ def layer_backward(
     d_rows_ND, expert_grads = experts_backward(
         d_expert_rows_ND, trace.experts, trace.permutation.tokens_per_expert_E, params, spec.experts
     )
-    d_slot_inputs_TKD = d_passed_TKD + unpermute(d_rows_ND, trace.permutation.order_N, *reversed(ids_TK.shape))
+    d_constants_TKD, constant_grads = constants_backward(
+        d_slot_outputs_TKD, trace.slot_inputs_TKD, ids_TK, params, spec.router
+    )
+    d_slot_inputs_TKD = (
+        d_passed_TKD + d_constants_TKD + unpermute(d_rows_ND, trace.permutation.order_N, *reversed(ids_TK.shape))
+    )
     expert_input_TD = trace.x_TD if trace.latent is None else trace.latent.input_TH
     d_expert_input_TD, d_weights_at_input_TK = weigh_inputs_backward(
         d_slot_inputs_TKD, expert_input_TD, weights_TK, spec.router
@@ -112,6 +118,7 @@ def layer_backward(
             learned_scale=d_learned_scale,
             **expert_grads,
             **shared_grads,
+            **constant_grads,
             **latent_grads,
             **compress_grads,
         ),

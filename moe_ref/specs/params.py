@@ -3,7 +3,8 @@
 The canonical layout is [in, out] with gate and up apart: x @ w. Layouts are named, never guessed from a shape,
 since 2F == D and F == D are legal sizes.
 
-Legend: E experts, S shared experts, D model dim, F expert hidden dim, H latent dim.
+Legend: E experts, S shared experts, D model dim, F expert hidden dim, H latent dim,
+Z constant experts.
 """
 
 from dataclasses import dataclass, fields
@@ -63,6 +64,11 @@ class LayerParams:
     shared_token_gate_D: np.ndarray | None = None
     """(D,): the logit of shared.gate 'sigmoid' is x @ shared_token_gate_D."""
 
+    constant_w_ZD2: np.ndarray | None = None
+    """Z constant experts, of the width of what the experts see: (a1, a2) = softmax(x @ constant_w_D2)."""
+    constant_ZD: np.ndarray | None = None
+    """v of each constant expert."""
+
     latent_w_down_DH: np.ndarray | None = None
     """What the routed experts see is x @ latent_w_down_DH."""
     latent_w_up_HD: np.ndarray | None = None
@@ -83,6 +89,8 @@ class LayerParams:
                 values[name] = rng.standard_normal(shape) / np.sqrt(spec.experts.dim)
             elif "w_" in name:
                 values[name] = rng.standard_normal(shape) / np.sqrt(shape[-2])
+            elif name == "constant_ZD":
+                values[name] = rng.standard_normal(shape)
             else:
                 values[name] = 0.1 * rng.standard_normal(shape)
         return cls(**values)
@@ -154,6 +162,9 @@ def param_shapes(spec: LayerSpec) -> dict[str, tuple[int, ...] | None]:
             "shared_w_gate_SDF": (S, D, shared_F) if experts.gated else None,
             "shared_token_gate_D": (D,) if shared.gate == "sigmoid" else None,
         }
+    if router.num_constant_experts:
+        Z = router.num_constant_experts
+        shapes |= {"constant_w_ZD2": (Z, H, 2), "constant_ZD": (Z, H)}
     if spec.latent is not None:
         shapes |= {
             "latent_w_down_DH": (D, H),

@@ -45,7 +45,13 @@ DEEPSEEK = LayerSpec(
 )  # fmt: skip
 LLAMA = LayerSpec(
     router=RouterSpec(
-        num_experts=4, top_k=3, score_func="sigmoid", weight_on="input", num_null_experts=2, output_scale=3.0
+        num_experts=4,
+        top_k=3,
+        score_func="sigmoid",
+        weight_on="input",
+        num_null_experts=2,
+        num_constant_experts=1,
+        output_scale=3.0,
     ),
     experts=ExpertSpec(dim=D, hidden_dim=F, activation="gelu", bias=True),
 )

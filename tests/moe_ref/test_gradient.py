@@ -147,7 +147,7 @@ LAYERS |= {
     "nemotron_h": ("sigmoid_norm", {"gated": False, "activation": "relu2"}, SHARED),
     "latent": ("sigmoid_norm", {"bias": True}, SHARED),
     "latent_normed": ("softmax", {}, SharedSpec(hidden_dim=6, gate="sigmoid")),
-    "latent_normed_null": ("null", {}, None),
+    "latent_normed_null": ("null_kinds", {}, None),
     "latent_normed_on_input": ("by_logit", {"bias": True}, None),
 }
 

@@ -81,6 +81,12 @@ LAYERS = {
         shared=SharedSpec(hidden_dim=7),
     ),
     "relu": LayerSpec(router=PLAIN, experts=experts(activation="relu", gated=False)),
+    "moe_plus_plus": LayerSpec(
+        router=SIGMOID.replace(num_null_experts=4, num_constant_experts=2, num_zero_experts=1), experts=experts()
+    ),
+    "constants_on_input": LayerSpec(
+        router=NULL.replace(weight_on="input", num_constant_experts=NULL.num_null_experts), experts=experts()
+    ),
     "latent": LayerSpec(router=PLAIN, experts=experts(bias=True), latent=LatentSpec(dim=3)),
     "latent_normed": LayerSpec(
         router=NULL.replace(weight_on="input"),
@@ -140,6 +146,8 @@ def gradients(moe: MoE) -> dict[str, np.ndarray]:
         found["shared_w_gate_SDF"] = None if gate_SFD is None else gate_SFD.weight
         found["shared_w_down_SFD"] = shared.w2.weight
         found["shared_token_gate_D"] = None if shared.token_gate is None else shared.token_gate.weight
+    if moe.constant_experts is not None:
+        found["constant_w_ZD2"], found["constant_ZD"] = moe.constant_experts.w_Z2D, moe.constant_experts.v_ZD
     if moe.latent is not None:
         found["latent_w_down_DH"], found["latent_w_up_HD"] = moe.latent.down.weight, moe.latent.up.weight
         found["latent_norm_H"] = None if moe.latent.norm is None else moe.latent.norm.weight
@@ -149,7 +157,7 @@ def gradients(moe: MoE) -> dict[str, np.ndarray]:
             numbers[name] = value.T.reshape(S, -1, dim)
         elif name.startswith("shared_w"):
             numbers[name] = np.swapaxes(value.reshape(S, -1, dim), 1, 2)
-        elif name.startswith(("w_", "latent_w")):
+        elif name.startswith(("w_", "latent_w", "constant_w")):
             numbers[name] = np.swapaxes(value, -1, -2)
         elif name == "shared_token_gate_D" or (name, spec.router.learned_scale) == ("learned_scale", "global"):
             numbers[name] = value[0]

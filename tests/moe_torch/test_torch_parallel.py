@@ -25,7 +25,14 @@ LAYERS = {
         latent=LatentSpec(dim=4),
     ),
     "null experts": LayerSpec(
-        router=RouterSpec(num_experts=8, top_k=3, num_null_experts=3, learned_scale="per_expert"),
+        router=RouterSpec(
+            num_experts=8,
+            top_k=3,
+            num_null_experts=4,
+            num_constant_experts=2,
+            num_zero_experts=1,
+            learned_scale="per_expert",
+        ),
         experts=ExpertSpec(dim=8, hidden_dim=16),
         latent=LatentSpec(dim=6, norm_eps=0.1),
     ),

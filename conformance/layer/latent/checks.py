@@ -35,7 +35,7 @@ def has_norm(spec: LayerSpec) -> bool:
 
 def returns_no_input(spec: LayerSpec) -> bool:
     """Without null experts that return what experts see."""
-    return spec.router.num_null_experts == 0 or spec.router.null_kind == "skip"
+    return len(spec.router.identity_ids) == 0 and spec.router.num_constant_experts == 0
 
 
 def without_norm(case: LayerCase) -> LayerCase | None:
