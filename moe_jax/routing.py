@@ -125,6 +125,9 @@ def route(
         raw_TK = banded_weights(choices_TE, expert_ids_TK, spec)
     else:
         raw_TK = weigh(choices_TE, scores_TE, expert_ids_TK, group_ids_TL, spec)
+    if spec.num_zero_experts:
+        # A zero expert weighs 0 before the norm. [WGT-12]
+        raw_TK = jnp.where(expert_ids_TK >= spec.num_choices - spec.num_zero_experts, 0, raw_TK)
     normed_TK, normed_shared_TS = normalise(raw_TK, score(shared_logits_TS, spec), spec)
     shared_TS = normed_shared_TS * spec.route_scale * (scale if spec.learned_scale == "global" else 1)
     weights_TK = scale_weights(normed_TK, expert_ids_TK, scale, spec)

@@ -26,7 +26,7 @@ from moe_ref.sharded import ShardedTrace, sharded_layer
 from moe_ref.specs.balance import BALANCE_FORMS, BalanceSpec, BiasUpdateSpec, CapacitySpec
 from moe_ref.specs.ids import UNUSED
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
-from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
+from moe_ref.specs.layer import ExpertSpec, LatentSpec, LayerSpec, SharedSpec
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.params import LayerParams, WeightLayout
 from moe_ref.specs.readers.hf_weights import params_from_hf, params_to_hf
@@ -50,6 +50,7 @@ __all__ = [
     "CapacityTrace",
     "Event",
     "ExpertSpec",
+    "LatentSpec",
     "LayerGradients",
     "LayerParams",
     "LayerSpec",

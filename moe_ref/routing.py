@@ -189,6 +189,11 @@ def weigh(
     return softmax(np.where(expert_ids_TK == UNUSED, -np.inf, gather(scaled_logits_TE, expert_ids_TK)))
 
 
+def leave_out(raw_weights_TK: np.ndarray, expert_ids_TK: np.ndarray, spec: RouterSpec) -> np.ndarray:
+    """A zero expert weighs 0 before the norm. [WGT-12]"""
+    return np.where(expert_ids_TK >= spec.num_choices - spec.num_zero_experts, 0, raw_weights_TK)
+
+
 def normalise(
     raw_weights_TK: np.ndarray, shared_scores_TS: np.ndarray, spec: RouterSpec
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -282,6 +287,7 @@ def route(
     else:
         expert_ids_TK = choose(scores_for_choice_TE, T, spec, inputs)
         raw_weights_TK = weigh(choices_TE, weighed_TE, expert_ids_TK, spec)
+    raw_weights_TK = leave_out(raw_weights_TK, expert_ids_TK, spec)
     raw_shared_TS = score(shared_TS, spec)
     normed_weights_TK, normed_shared_TS = normalise(raw_weights_TK, raw_shared_TS, spec)
     weights_TK = scale_weights(normed_weights_TK, expert_ids_TK, learned_scale, spec)

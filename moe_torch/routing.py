@@ -392,6 +392,9 @@ def route(
         raw_weights_TK = weigh(choices_TE, weighed_TE, expert_ids_TK, spec)
     else:
         raw_weights_TK = torch.where(expert_ids_TK == UNUSED, 0, raw_weights_TK)
+    if spec.num_zero_experts:
+        # A zero expert weighs 0 before the norm. [WGT-12]
+        raw_weights_TK = torch.where(expert_ids_TK >= spec.num_choices - spec.num_zero_experts, 0, raw_weights_TK)
     normed_weights_TK, normed_shared_TS = normalise(raw_weights_TK, raw_shared_TS, spec)
     shared_weights_TS = None
     if normed_shared_TS is not None:

@@ -11,7 +11,7 @@ import numpy as np
 from conformance.core.rounding import EPSILON, TINY
 from conformance.router.case import RouterCase
 from moe_ref import UNUSED, RouterSpec
-from moe_ref.routing import factor_of, gather, kept_experts, normalise, scale_weights, score, softmax
+from moe_ref.routing import factor_of, gather, kept_experts, leave_out, normalise, scale_weights, score, softmax
 
 ROUNDINGS = 16
 """Roundings granted to a score or weight besides those of exp's argument: sums, divisions, library exp (4 ulp)."""
@@ -211,7 +211,7 @@ def expected_weights(case: RouterCase, expert_ids_TK) -> np.ndarray:
             scores_TE = np.where(kept_experts(trace.group_ids_TL, spec), scores_TE, 0)
         raw_TK = gather(scores_TE, expert_ids_TK)
     shared_TS = score(trace.scaled_logits_TE[:, E:], spec) if S else np.zeros((case.num_tokens, 0))
-    normed_TK, _ = normalise(raw_TK, shared_TS, spec)
+    normed_TK, _ = normalise(leave_out(raw_TK, expert_ids_TK, spec), shared_TS, spec)
     learned = case.inputs.get("learned_scale", np.ones(()))
     return scale_weights(normed_TK, expert_ids_TK, learned, spec)
 

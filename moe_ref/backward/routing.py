@@ -24,6 +24,7 @@ from moe_ref.routing import (
     factor_of,
     gather,
     kept_experts,
+    leave_out,
     normalise,
     score,
     softmax,
@@ -63,14 +64,17 @@ def route_backward(
     d_shared_TS = np.where(valid_T1, d_shared_weights_TS, 0)
 
     shared_logits_TS = routing.scaled_logits_TE[:, E:]
-    raw_TK, shared_scores_TS = raw_weights(routing, spec), score(shared_logits_TS, spec)
+    raw_TK, shared_scores_TS = (
+        leave_out(raw_weights(routing, spec), routing.expert_ids_TK, spec),
+        score(shared_logits_TS, spec),
+    )
     normed_TK, normed_shared_TS = normalise(raw_TK, shared_scores_TS, spec)
 
     d_normed_TK, d_normed_shared_TS, d_learned_scale = scale_weights_backward(
         d_used_TK, d_shared_TS, normed_TK, normed_shared_TS, routing.expert_ids_TK, learned_scale, spec
     )
     d_raw_TK, d_shared_scores_TS = normalise_backward(d_normed_TK, d_normed_shared_TS, raw_TK, shared_scores_TS, spec)
-    d_choices_TE = weigh_backward(d_raw_TK, routing, spec)
+    d_choices_TE = weigh_backward(leave_out(d_raw_TK, routing.expert_ids_TK, spec), routing, spec)
     d_shared_logits_TS = score_backward(d_shared_scores_TS, shared_logits_TS, spec)
     d_scaled_TE = np.concatenate([d_choices_TE, d_shared_logits_TS], axis=-1)
     return scale_logits_backward(d_scaled_TE, routing.scaled_logits_TE, spec), d_learned_scale

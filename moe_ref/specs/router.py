@@ -92,6 +92,11 @@ class RouterSpec(Spec):
     """Choices without an FFN, Z; their columns follow the E experts. Ids E .. E+Z-1."""
     null_kind: str = "identity"
     """identity: the expert returns its input (longcat_flash); skip: its weight is 0 (zaya)."""
+    num_constant_experts: int = 0
+    """Of the null experts the first so many return a1 * x + a2 * v, with (a1, a2) = softmax(W x), where v and W are
+    learned (MoE++, arXiv:2410.07348, SkyworkAI/MoE-plus-plus)."""
+    num_zero_experts: int = 0
+    """Of the null experts the last so many return 0, and weigh 0 before the norm, which so leaves them out (MoE++)."""
     num_scored_shared_experts: int = 0
     """Always active experts, scored by the router; their columns come last (inkling)."""
     weight_on: str = "output"
@@ -104,6 +109,9 @@ class RouterSpec(Spec):
         integer("num_experts", self.num_experts, 1)
         integer("num_null_experts", self.num_null_experts, 0)
         integer("num_scored_shared_experts", self.num_scored_shared_experts, 0)
+        integer("num_constant_experts", self.num_constant_experts, 0, self.num_null_experts, why="num_null_experts")
+        rest = self.num_null_experts - self.num_constant_experts
+        integer("num_zero_experts", self.num_zero_experts, 0, rest, why="num_null_experts - num_constant_experts")
         one_of("score_func", self.score_func, SCORE_FUNCS)
         one_of("score_over", self.score_over, ("all", "selected"))
         one_of("select_by", self.select_by, ("score", "logit"))
@@ -178,6 +186,11 @@ class RouterSpec(Spec):
                 self.score_func != "softmax",
                 "num_scored_shared_experts needs a score_func of one logit alone, not 'softmax'",
             )
+        for field in ("num_constant_experts", "num_zero_experts"):
+            require(
+                getattr(self, field) == 0 or self.null_kind == "identity",
+                f"{field} is {getattr(self, field)}; then null_kind, of the other null experts, is 'identity'",
+            )
         require(
             self.num_scored_shared_experts > 0 or not self.norm_with_shared,
             "norm_with_shared is True, but num_scored_shared_experts is 0",
@@ -187,6 +200,12 @@ class RouterSpec(Spec):
     def num_choices(self) -> int:
         """What a token can choose from: experts and null experts."""
         return self.num_experts + self.num_null_experts
+
+    @property
+    def identity_ids(self) -> range:
+        """The null experts that return their input, by id."""
+        last = self.num_choices - self.num_zero_experts
+        return range(self.num_experts + self.num_constant_experts, last if self.null_kind == "identity" else 0)
 
     @property
     def num_logits(self) -> int:

@@ -103,7 +103,7 @@ def unfit(spec: RouterSpec) -> str:
     for field, only in (
         ("selector", "top_k"), ("logit_softcap", None), ("mask_fill", -float("inf")), ("weights_from", "scores"),
         ("norm_p", 1.0), ("norm_with_shared", False), ("learned_scale", "none"), ("null_kind", "identity"),
-        ("num_scored_shared_experts", 0),
+        ("num_zero_experts", 0),        ("num_scored_shared_experts", 0),
     ):  # fmt: skip
         if getattr(spec, field) != only:
             return f"{field} is {getattr(spec, field)!r}; the router's kernel has {only!r} alone"
