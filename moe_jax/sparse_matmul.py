@@ -86,7 +86,7 @@ def sparse_matmul(
     """
     check_tokens(x_TD, spec)
     clean_x_TD = keep_tokens(jnp.asarray(x_TD), token_mask_T)
-    logits_TE = routing.gate(clean_x_TD, params.gate_ED, params.gate_bias_E)
+    logits_TE = routing.gate(clean_x_TD, params.gate_ED, params.gate_bias_E, spec=spec.router)
     decided, metadata = route_tokens(
         logits_TE,
         spec.router,

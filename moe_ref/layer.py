@@ -30,6 +30,7 @@ from moe_ref.experts import (
 )
 from moe_ref.latent import LatentTrace, compress, expand
 from moe_ref.permute import Permutation, dispatch, permute
+from moe_ref.rounding import dtype_of_router
 from moe_ref.routing import RoutingTrace, gate, route
 from moe_ref.specs.balance import CapacitySpec
 from moe_ref.specs.checks import array, mask_array
@@ -103,7 +104,8 @@ def moe_layer(
     # 0 * NaN is NaN: a padding row is replaced, not multiplied by a mask.
     x_TD = np.where(mask_T[:, None], given_x_TD, 0)
 
-    logits_TE = gate(x_TD, params.gate_ED, params.gate_bias_E, dtype=dtype)
+    gate_dtype = dtype_of_router(spec.router, dtype)
+    logits_TE = gate(x_TD, params.gate_ED, params.gate_bias_E, dtype=gate_dtype)
     routing = route(
         logits_TE,
         spec.router,
@@ -113,7 +115,7 @@ def moe_layer(
         token_mask_T=mask_T,
         dtype=dtype,
     )
-    ids_TK, weights_TK, kept = routing.expert_ids_TK, routing.weights_TK, None
+    ids_TK, weights_TK, kept = routing.expert_ids_TK, routing.weights_TK.astype(dtype), None
     if capacity is not None:
         kept = apply_capacity(
             ids_TK, weights_TK, capacity, spec.router.num_experts, token_mask_T=mask_T,

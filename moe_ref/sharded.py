@@ -37,6 +37,7 @@ from moe_ref.experts import (
 from moe_ref.holdings import gather
 from moe_ref.latent import LatentTrace, compress, expand
 from moe_ref.permute import permute
+from moe_ref.rounding import dtype_of_router
 from moe_ref.routing import RoutingTrace, gate, route
 from moe_ref.specs.checks import array, mask_array, require
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
@@ -187,7 +188,7 @@ def start(
     mask_T, dtype = mask_array(token_mask_T, len(given_x_TD)), given_x_TD.dtype
     x_TD = np.where(mask_T[:, None], given_x_TD, 0)
     routing = route(
-        gate(x_TD, params.gate_ED, params.gate_bias_E, dtype=dtype),
+        gate(x_TD, params.gate_ED, params.gate_bias_E, dtype=dtype_of_router(spec.router, dtype)),
         spec.router,
         expert_bias_E=params.expert_bias_E,
         learned_scale=params.learned_scale,

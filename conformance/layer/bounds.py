@@ -128,7 +128,15 @@ def combine(slot_outputs_TKD: Ball, weights_TK: Ball, spec: RouterSpec) -> Ball:
 def relative_weight_error(case: LayerCase, logits_TE: Ball) -> np.ndarray:
     """(T, 1) relative error of a token's weights that comes from its logits."""
     # Where all logits move by at most 1, a weight changes by at most twice its own size: with its own, and the norm.
-    return 2 * case.spec.router.logit_scale * logits_TE.radius.max(axis=-1, keepdims=True, initial=0)
+    return 2 * case.spec.router.logit_scale * radius_T1(case, logits_TE)
+
+
+def radius_T1(case: LayerCase, logits_TE: Ball) -> np.ndarray:
+    """(T, 1) how far a token's logits may be off as the router holds them: a narrow one rounds them to a neighbour."""
+    off_TE = logits_TE.radius
+    if case.spec.router.rounds:
+        off_TE = off_TE + EPSILON[case.spec.router.router_dtype] * np.abs(logits_TE.centre) * (off_TE > 0)
+    return off_TE.max(axis=-1, keepdims=True, initial=0)
 
 
 def routing_weights(case: LayerCase, logits_TE: Ball) -> tuple[Ball, Ball]:
@@ -302,7 +310,7 @@ def stable_T(case: LayerCase, dtype: str) -> np.ndarray:
     if spec.selector != "top_k" or case.num_tokens == 0:
         return np.ones(case.num_tokens, dtype=bool)
     trace = router.reference
-    from_logits_T1 = 2 * spec.logit_scale * gate(case, dtype).radius.max(axis=-1, keepdims=True)
+    from_logits_T1 = 2 * spec.logit_scale * radius_T1(case, gate(case, dtype))
     from_logits_TE = from_logits_T1 * (1 if spec.select_by == "logit" else trace.scores_TE)
     error_TE = choice_error(router, dtype) + from_logits_TE
     chosen_TE = np.zeros(error_TE.shape, dtype=bool)

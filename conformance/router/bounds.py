@@ -21,18 +21,23 @@ SETS_AT_A_TIME = 1024
 """Sets of kept groups that are looked at together."""
 
 
+def narrow_dtypes(case: RouterCase) -> list[str]:
+    """The dtypes narrower than float32 that a router of this case may round to: its logits', and its spec's."""
+    return [dtype for dtype in (case.dtype, case.spec.router_dtype) if dtype in LOW_PRECISION]
+
+
 def coarseness(case: RouterCase) -> float:
-    """What one rounding to the dtype of low-precision logits does; 0 where the logits are wider.
+    """What one rounding to the dtype of low-precision logits, or to a narrow router_dtype, does; 0 where both are wide.
 
     Such logits are exact as they are given. What is made of them may be rounded to their dtype again, here and there:
     a score, the bias, their sum, a weight. SCR-8 advises against it.
     """
-    return EPSILON[case.dtype] if case.dtype in LOW_PRECISION else 0.0
+    return max((EPSILON[dtype] for dtype in narrow_dtypes(case)), default=0.0)
 
 
 def smallest(case: RouterCase, dtype: str) -> float:
     """Below this a number has no relative accuracy."""
-    return max(TINY[dtype], TINY[case.dtype]) if case.dtype in LOW_PRECISION else TINY[dtype]
+    return max(TINY[each] for each in (dtype, *narrow_dtypes(case)))
 
 
 def score_floor(case: RouterCase, dtype: str) -> float:

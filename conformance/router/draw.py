@@ -79,6 +79,9 @@ def _variants() -> list[dict]:
         {"score_over": "selected", "select_by": "logit", "selector": "given"},
         sigmoid | norm | {"norm_eps": 1e-20, "selector": "round_robin"},
         softmax | {"selector": "random"},
+        sigmoid | {"select_by": "logit", "router_dtype": "bfloat16"},
+        softmax | norm | {"router_dtype": "float16"},
+        sigmoid | norm | {"router_dtype": "float64"},
     ]
 
 

@@ -43,6 +43,7 @@ SHAPES: dict[str, dict[str, tuple[int, int, int]]] = {
 """Groups -> experts -> (num_experts, num_expert_groups, num_limited_groups)."""
 
 FIELDS: dict[str, tuple] = {
+    "router_dtype": ("float32", "float64", "bfloat16", "float16"),
     "score_func": ("softmax", "sigmoid", "sqrtsoftplus"),
     "score_over": ("all", "selected"),
     "logit_scale": (1.0, 0.25),

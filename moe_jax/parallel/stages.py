@@ -129,7 +129,8 @@ class Stages:
             inputs = replace(inputs, first_token=first + number * len(x_TD))
         if router.selector == "random" and inputs.seed is not None:
             inputs = replace(inputs, seed=jax.random.fold_in(inputs.seed, number))
-        logits_TE = routing.gate(x_TD, self._whole("gate_ED", params), self._whole("gate_bias_E", params))
+        gate_ED, gate_bias_E = self._whole("gate_ED", params), self._whole("gate_bias_E", params)
+        logits_TE = routing.gate(x_TD, gate_ED, gate_bias_E, spec=router)
         return route_tokens(
             logits_TE, router, expert_bias_E=params.expert_bias_E, learned_scale=params.learned_scale,
             token_mask_T=token_mask_T, inputs=inputs,

@@ -21,6 +21,8 @@ GLOSSARY: dict[str, tuple[str, tuple[str, ...]]] = {
         "moe-router-group-topk", "topk_group", "topk_group")),
     "group_score_k": ("a group's score sums this many best choice scores", (
         "2 (1 without bias)", "2 (1 in deepseek_v2)", "2", "2", "K // L", "2 (1 without bias)", "")),
+    "router_dtype": ("what logits, scores and weights are held in", (
+        "", "router_dtype", "float32", "float32_gate_logits", "moe-router-dtype", "router_dtype", "")),
     "score_func": ("softmax, sigmoid, sqrtsoftplus", (
         "score_func", "scoring_func", "score_func", "routed_score_func",
         "moe-router-score-function", "scoring_func", "routing_method_type")),
@@ -68,7 +70,7 @@ ALIASES: dict[str, str] = {
     "num_experts_per_token": "top_k", "experts_per_token": "top_k", "moe_topk": "top_k", "top_k_experts": "top_k",
     "num_moe_experts": "num_experts", "moe_router_activation_func": "score_func", "score_function": "score_func",
     "moe_router_score_function": "score_func", "moe_routed_scaling_factor": "route_scale",
-    "moe_router_scaling_factor": "route_scale",
+    "moe_router_scaling_factor": "route_scale", "moe_router_dtype": "router_dtype",
     "n_routed_experts": "num_experts", "num_local_experts": "num_experts", "moe_num_experts": "num_experts",
     "n_activated_experts": "top_k", "num_experts_per_tok": "top_k", "moe_k": "top_k", "moe_top_k": "top_k",
     "n_group": "num_expert_groups", "n_expert_groups": "num_expert_groups", "n_routing_groups": "num_expert_groups",
@@ -79,6 +81,19 @@ ALIASES: dict[str, str] = {
     "norm_topk_prob": "route_norm", "renormalize": "route_norm", "moe_renormalize": "route_norm",
     "routed_scaling_factor": "route_scale", "router_scaling_factor": "route_scale",
 }  # fmt: skip
+DTYPES: dict[str, str] = {
+    "fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16", "float": "float32",
+    "double": "float64", "half": "float16",
+}  # fmt: skip
+"""Names that others have for a router_dtype; a prefix `torch.` is left off."""
+
+
+def dtype_named(value: object) -> object:
+    """The router_dtype of another's name for it, or of a dtype of torch; anything else as it is."""
+    name = str(value).removeprefix("torch.")
+    return DTYPES.get(name, name if name in DTYPES.values() else value)
+
+
 GROUPS = tuple(name for name, field in ALIASES.items() if field == "num_expert_groups")
 LIMITED_GROUPS = tuple(name for name, field in ALIASES.items() if field == "num_limited_groups")
 

@@ -16,6 +16,7 @@ from moe_ref.specs.checks import integer, number, one_of, require
 from moe_ref.specs.readers import hf
 
 SCORE_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus")
+ROUTER_DTYPES = ("float32", "float64", "bfloat16", "float16")
 SELECTORS = ("top_k", "table", "given", "round_robin", "random", "sparsemixer")
 WITHOUT_GROUPS: dict[str, Any] = {
     "num_expert_groups": None, "num_limited_groups": None, "group_score_k": 2, "mask_fill": -np.inf,
@@ -41,6 +42,11 @@ class RouterSpec(Spec):
     """Routed experts, E. The logits have one column for each of them, and those named below."""
     top_k: int
     """Experts per token, K."""
+    router_dtype: str = "float32"
+    """What logits, scores and weights are held in. float32: no rounding is described, and a router has float32's
+    accuracy; float64: gate and router have that of float64 (Megatron's moe_router_dtype fp64); bfloat16 or float16, to
+    describe routers that do that: logits, scaled logits, scores and final weights are each rounded to it, once, and
+    computed in float32 at least. A bias, its sum with the scores, and the sums of groups are not rounded."""
 
     # score
     score_func: str = "softmax"
@@ -113,6 +119,7 @@ class RouterSpec(Spec):
         rest = self.num_null_experts - self.num_constant_experts
         integer("num_zero_experts", self.num_zero_experts, 0, rest, why="num_null_experts - num_constant_experts")
         one_of("score_func", self.score_func, SCORE_FUNCS)
+        one_of("router_dtype", self.router_dtype, ROUTER_DTYPES)
         one_of("score_over", self.score_over, ("all", "selected"))
         one_of("select_by", self.select_by, ("score", "logit"))
         one_of("selector", self.selector, SELECTORS)
@@ -223,6 +230,11 @@ class RouterSpec(Spec):
         return self.logit_scale != 1 or self.logit_softcap is not None
 
     @property
+    def rounds(self) -> bool:
+        """Whether logits, scores and weights are rounded to a dtype narrower than float32."""
+        return self.router_dtype in ("bfloat16", "float16")
+
+    @property
     def has_scores(self) -> bool:
         """Whether there is a score for every choice before the selection."""
         return self.score_over == "all" and self.selector != "sparsemixer"
@@ -281,6 +293,9 @@ class RouterSpec(Spec):
         for name in (*names.GROUPS, *names.LIMITED_GROUPS):
             if values.get(name) == 0 and name in names.ALIASES:
                 values[name] = None
+        for name in ("router_dtype", "moe_router_dtype"):
+            if values.get(name) is not None:
+                values[name] = names.dtype_named(values[name])
         method = values.pop("topk_method", None)
         if method is not None:
             one_of("topk_method", method, names.METHODS)

@@ -37,7 +37,9 @@ def shapes_of(layer, name: str, platform: str) -> tuple[LayerSpec, set[tuple[int
     )
 
     def step(x_TD, params):
-        return jax.grad(lambda x_TD, params: layer(x_TD, params, spec)[0].astype(jnp.float32).sum(), (0, 1))(x_TD, params)
+        return jax.grad(lambda x_TD, params: layer(x_TD, params, spec)[0].astype(jnp.float32).sum(), (0, 1))(
+            x_TD, params
+        )
 
     lowered = jax.jit(step).trace(of((T, D)), params).lower(lowering_platforms=(platform,))
     found = re.findall(r"tensor<((?:\d+x)+)[a-z]\w*>", lowered.as_text())

@@ -58,7 +58,7 @@ SIGMOID_NORM: dict[str, Any] = {"score_func": "sigmoid", "route_norm": True}
 
 ROUTERS: dict[str, dict[str, Any]] = {
     "softmax": {},
-    "softmax_norm": {"route_norm": True},
+    "softmax_norm": {"route_norm": True, "router_dtype": "float64"},
     "sigmoid_norm": SIGMOID_NORM,
     "norm_add_eps": SIGMOID_NORM | {"norm_eps": 3.0},
     "norm_clamp_active": SIGMOID_NORM | {"norm_eps": 10.0, "norm_form": "clamp"},

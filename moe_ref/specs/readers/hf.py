@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_ref.specs.checks import integer, nearest, require
+from moe_ref.specs.names import dtype_named
 from moe_ref.specs.readers.config import ABSENT, Config, load
 from moe_ref.specs.readers.hf_defaults import DEFAULTS, SYNONYMS
 from moe_ref.specs.readers.hf_irrelevant import IRRELEVANT, SAMPLING
@@ -39,7 +40,11 @@ class Reading:
 
     def router(self, layer: int) -> Fields:
         """The fields of the router of a layer."""
-        return _router(self.config.at(layer), self.row, self.kinds[layer] or "moe")
+        config = self.config.at(layer)
+        found = _router(config, self.row, self.kinds[layer] or "moe")
+        # Of Ling, LongCat and others: serving code reads it, the class of transformers is float32 whatever it says.
+        key = next((key for key in ("router_dtype", "moe_router_dtype") if config.has(key)), None)
+        return found if key is None else found | {"router_dtype": dtype_named(config.get(key, field="router_dtype"))}
 
     def layer(self, layer: int) -> Fields:
         """The fields of a sparse layer: router, experts, shared, gate_bias.
