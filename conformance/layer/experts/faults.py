@@ -289,3 +289,14 @@ def experts_without_a_gate_are_not_activated(input_RD, weights, spec):
 def the_offset_is_added_twice(up_RF, spec):
     """The up half is offset before and after."""
     return clamped_up(up_RF, spec) + spec.up_offset
+
+
+@surrounds(breaks="EXP-11")
+def a_full_last_tile_is_left_out(run, memory, rows_RD, tokens_per_expert_E, params, spec):
+    """Where every expert has whole tiles, the last one of each is taken for the empty rest."""
+    found_RD = run(rows_RD, tokens_per_expert_E, params, spec)
+    tile = 8
+    if (tokens_per_expert_E % tile).any():
+        return found_RD
+    past_R = np.arange(len(found_RD))[:, None] - np.cumsum(tokens_per_expert_E)
+    return np.where(((past_R < 0) & (past_R >= -tile)).any(axis=1)[:, None], 0, found_RD)

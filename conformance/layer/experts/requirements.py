@@ -23,4 +23,5 @@ chapter(
     ("EXP-9", MUST, "Zero rows give zero outputs, of shape (0, D).", "vllm-project/vllm#57471"),
     ("EXP-10", MUST, "Experts a hundred times larger or smaller than others are as exact as these.",
                   "aws-neuron/neuronx-distributed-inference#35", "vllm-project/vllm-ascend#16806"),
+    ("EXP-11", MUST, "Rows of zeros that pad every expert up to a multiple change no other row."),
 )  # fmt: skip
