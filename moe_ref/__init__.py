@@ -1,6 +1,7 @@
 """moe_ref: the reference. It says what a Mixture-of-Experts layer computes, in NumPy and float64."""
 
 from moe_ref.agreement import RoutingAgreement, agreement
+from moe_ref.align import AlignedRows, align_rows, pad_rows, unpad_rows
 from moe_ref.backward.balance import balance_layers_backward, balance_loss_backward, capacity_backward, z_loss_backward
 from moe_ref.backward.layer import LayerGradients, layer_backward
 from moe_ref.backward.sharded import ShardedGradients, sharded_backward
@@ -23,6 +24,7 @@ from moe_ref.permute import Permutation, permute, unpermute
 from moe_ref.replay import capture, replay, replay_layer
 from moe_ref.routing import RoutingTrace, gate, route
 from moe_ref.sharded import ShardedTrace, sharded_layer
+from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.balance import BALANCE_FORMS, BalanceSpec, BiasUpdateSpec, CapacitySpec
 from moe_ref.specs.ids import UNUSED
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
@@ -43,6 +45,8 @@ __all__ = [
     "NO_INPUTS",
     "STRATEGIES",
     "UNUSED",
+    "AlignSpec",
+    "AlignedRows",
     "BalanceSpec",
     "BalanceTrace",
     "BiasUpdateSpec",
@@ -71,6 +75,7 @@ __all__ = [
     "TrainingState",
     "WeightLayout",
     "agreement",
+    "align_rows",
     "apply_capacity",
     "balance",
     "balance_layers",
@@ -86,6 +91,7 @@ __all__ = [
     "load_records",
     "load_statistics",
     "moe_layer",
+    "pad_rows",
     "params_from_hf",
     "params_to_hf",
     "permute",
@@ -104,6 +110,7 @@ __all__ = [
     "sharded_layer",
     "tokens_per_expert",
     "train",
+    "unpad_rows",
     "unpermute",
     "z_loss",
     "z_loss_backward",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import DTypeLike
 
+from moe_ref.align import run_aligned
 from moe_ref.capacity import CapacityTrace, apply_capacity
 from moe_ref.constants import fill_constants
 from moe_ref.experts import (
@@ -32,6 +33,7 @@ from moe_ref.latent import LatentTrace, compress, expand
 from moe_ref.permute import Permutation, dispatch, permute
 from moe_ref.rounding import dtype_of_router
 from moe_ref.routing import RoutingTrace, gate, route
+from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.balance import CapacitySpec
 from moe_ref.specs.checks import array, mask_array
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
@@ -78,6 +80,7 @@ def moe_layer(
     token_mask_T: np.ndarray | None = None,
     inputs: RouterInputs = NO_INPUTS,
     capacity: CapacitySpec | None = None,
+    align: AlignSpec | None = None,
     sequence_lengths: Sequence[int] | None = None,
     tokens_per_shard: Sequence[int] | None = None,
     dtype: DTypeLike = np.float64,
@@ -91,6 +94,7 @@ def moe_layer(
         token_mask_T: (T,) bools; a padding token (False) is not read, and its output is 0, shared experts included.
         inputs: as in `moe_ref.route`, for the selectors that read them.
         capacity: what each expert takes; None: all. The later stages see a dropped slot as an unused one.
+        align: the experts see their rows padded up to a multiple; None: as they are. No output depends on it.
         sequence_lengths, tokens_per_shard: as in `moe_ref.apply_capacity`, for the capacities that need them.
         dtype: of every stage; the specification is float64.
 
@@ -126,7 +130,10 @@ def moe_layer(
     expert_input_TD = compress(x_TD, params)
     slot_inputs_TKD = weigh_inputs(expert_input_TD, weights_TK, spec.router)
     rows_ND = dispatch(slot_inputs_TKD, permutation.order_N)
-    experts = run_experts(rows_ND, permutation.tokens_per_expert_E, params, spec.experts)
+    if align is None:
+        experts = run_experts(rows_ND, permutation.tokens_per_expert_E, params, spec.experts)
+    else:
+        experts = run_aligned(rows_ND, permutation, params, spec.experts, align)
     slot_outputs_TKD = fill_slots(experts.output_RD, permutation.order_N, slot_inputs_TKD, ids_TK, spec.router)
     slot_outputs_TKD = fill_constants(slot_outputs_TKD, slot_inputs_TKD, ids_TK, params, spec.router)
     latent = expand(expert_input_TD, combine(slot_outputs_TKD, weights_TK, spec.router), params, spec)

@@ -135,6 +135,11 @@ def run_experts(
     on_input: bool,
 ) -> Tensor:
     """dispatch, experts and combine of the slots whose experts are here."""
+    if dispatcher.align is not None and not transformed():
+        aligned = dispatcher.align_rows(permutation, dispatcher.align)
+        rows_AD = dispatcher.dispatch_aligned(x_TD, aligned, weights_TK if on_input else None)
+        outputs_AD = experts(rows_AD, aligned.rows_per_expert_E)
+        return dispatcher.combine_aligned(outputs_AD, aligned, None if on_input else weights_TK)
     if not on_input and not moves_rows(experts, x_TD):
         return experts.sum_of_slots(x_TD, permutation, weights_TK)
     rows_ND = dispatcher.dispatch(x_TD, permutation, weights_TK if on_input else None)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.balance import CapacitySpec
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
@@ -83,6 +84,7 @@ class MoE(nn.Module):
     Args:
         spec: what is computed.
         capacity: how many slots an expert takes; None: all.
+        align: the experts see their rows padded up to a multiple; None: as they are. No value depends on it.
         capacity_group: the ranks over which a batch is spread, for a capacity of scope 'global'; None: this process.
     """
 
@@ -94,6 +96,7 @@ class MoE(nn.Module):
         *,
         capacity: CapacitySpec | None = None,
         capacity_group: dist.ProcessGroup | None = None,
+        align: AlignSpec | None = None,
         device=None,
         dtype=None,
     ):
@@ -103,7 +106,7 @@ class MoE(nn.Module):
         self.capacity = capacity
         self.capacity_group = capacity_group
         self.router = NodeLimitedRouter(experts.dim, router, gate_bias=spec.gate_bias, device=device, dtype=dtype)
-        self.dispatcher: TokenDispatcher = LocalTokenDispatcher(router.num_experts, router.num_choices)
+        self.dispatcher: TokenDispatcher = LocalTokenDispatcher(router.num_experts, router.num_choices, align)
         self.experts = GroupedExperts(router.num_experts, spec.routed_experts, device=device, dtype=dtype)
         self.constant_experts = None
         if router.num_constant_experts:

@@ -24,7 +24,16 @@ from conformance.layer.case import LayerCase
 from conformance.layer.check import LayerCheck
 from conformance.layer.large import LARGE, THIN_LARGE
 from conformance.router.draw import inputs_of as inputs_of_router
-from moe_ref import CapacitySpec, ExpertSpec, LatentSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec
+from moe_ref import (
+    AlignSpec,
+    CapacitySpec,
+    ExpertSpec,
+    LatentSpec,
+    LayerParams,
+    LayerSpec,
+    RouterSpec,
+    SharedSpec,
+)
 from moe_ref.specs.families import tiny
 
 GRID = 2.0**-7
@@ -103,6 +112,14 @@ CAPACITIES = (
     CapacitySpec(factor=1.0, rounding="floor", drop_order="slot_major", scope="sequence"),
 )
 """Of a layer. Those that look at the weights to drop or renorm are judged in the stage capacity, with given weights."""
+ALIGNS = (
+    AlignSpec(multiple=8, idle_blocks=1),
+    AlignSpec(multiple=16),
+    AlignSpec(multiple=32, idle_blocks=1),
+    AlignSpec(multiple=128),
+    AlignSpec(multiple=1),
+    AlignSpec(multiple=3),
+)
 SHARED = (
     SharedSpec(hidden_dim=3),
     SharedSpec(hidden_dim=7),
@@ -309,6 +326,9 @@ def make_case(
     )
     if "capacity" in check.inputs:
         case = case.with_inputs(**limits_of(seed % limits, tokens, rng))
+    if "align" in check.inputs:
+        # One for a subject that compiles: every further one is a program, forward and backward.
+        case = case.with_inputs(align=ALIGNS[seed % min(max(1, limits // 2), len(ALIGNS))])
     # Among hundreds of experts hardly a choice is clear in float16.
     for dtype in [CLEARLY] * DRAWS + ["float32"] * DRAWS:
         clear_T = stable_T(case, dtype)

@@ -112,6 +112,11 @@ def unlimited_and_unmasked(case: OfLayer) -> OfLayer:
     return unmasked(unlimited(case))
 
 
+def unaligned(case: OfLayer) -> OfLayer:
+    """The same with rows as they are."""
+    return case.with_inputs(align=None)
+
+
 def takes_ids(spec: LayerSpec) -> bool:
     """Routers whose choice is given."""
     return spec.router.selector == "given"

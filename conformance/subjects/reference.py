@@ -11,6 +11,7 @@ import moe_ref
 from conformance.core.inputs import CutLayerInputs, DrawnShardedInputs, RouteInputs
 from conformance.core.subject import Routing, Subject
 from moe_ref import (
+    AlignSpec,
     BalanceSpec,
     BiasUpdateSpec,
     CapacitySpec,
@@ -66,6 +67,10 @@ class Reference(Subject):
     def permute(self, expert_ids_TK: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
         found = permute(expert_ids_TK, num_experts)
         return found.order_N, found.tokens_per_expert_E
+
+    def align(self, expert_ids_TK: np.ndarray, num_experts: int, align: AlignSpec) -> tuple[np.ndarray, np.ndarray]:
+        found = moe_ref.align_rows(permute(expert_ids_TK, num_experts), align)
+        return found.slot_of_row_A, found.rows_per_expert_E
 
     def experts(
         self, rows_RD: np.ndarray, tokens_per_expert_E: np.ndarray, params: LayerParams, spec: LayerSpec

@@ -12,10 +12,12 @@ from conformance.core.case import float32
 from conformance.core.check import given
 from conformance.core.holding import hold
 from conformance.core.judge import Judge
+from conformance.core.show import spec_fields
 from conformance.layer.case import LayerCase
+from conformance.layer.draw import ALIGNS
 from conformance.layer.kind import requires
 from conformance.layer.verdicts import hold_experts, radius_of_experts, rows_of_subject
-from moe_ref import LayerSpec
+from moe_ref import LayerSpec, align_rows, pad_rows, run_experts, unpad_rows
 
 PLAIN = ("EXP-1", "EXP-2")
 FORMS = (*PLAIN, "EXP-3", "EXP-4", "EXP-5", "EXP-11")
@@ -197,3 +199,19 @@ def situ_caps_both_halves_softly(judge, case):
     e, plainer = case.spec.experts, where_supported(judge, case, plainest)
     title = f"not beta * tanh(gate / beta) * sigmoid(gate) with beta={e.beta:g}, linear_beta={e.linear_beta}"
     hold_experts(judge, plainer, *rows_of(plainer), title)
+
+
+@requires("EXP-12", method="experts", after=FORMS, bias=("none", "crowded"), few=True)
+def rows_of_zeros_that_align_change_nothing(judge, case):
+    rows_ND, counts_E = rows_of(case)
+    owner_N, radius_ND = (
+        np.repeat(np.arange(len(counts_E)), counts_E),
+        radius_of_experts(judge, case, rows_ND, counts_E),
+    )
+    wanted_ND = run_experts(rows_ND, counts_E, case.params, case.spec.experts).output_RD
+    for align in ALIGNS[: 1 if judge.subject.compiles else None]:
+        rows = align_rows(case.reference.permutation, align)
+        padded_AD = rows_of_subject(judge, case, pad_rows(rows_ND, rows), rows.rows_per_expert_E)
+        title = f"changed by padding with {spec_fields(align)}"
+        found_ND = unpad_rows(padded_AD, rows)
+        hold(title, found_ND, wanted_ND, radius_ND, label=lambda row: f"row {row}, of expert {owner_N[row]}")

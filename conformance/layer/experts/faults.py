@@ -323,3 +323,14 @@ def one_beta_for_both_halves(run, memory, rows_RD, counts_E, params, spec):
 def is_situ(spec):
     """Experts whose activation is capped softly."""
     return spec.activation == "situ"
+
+
+@surrounds(breaks="EXP-12")
+def a_full_last_tile_is_left_out(run, memory, rows_RD, tokens_per_expert_E, params, spec):
+    """Where every expert has whole tiles, the last one of each is taken for the empty rest."""
+    found_RD = run(rows_RD, tokens_per_expert_E, params, spec)
+    tile = 8
+    if (tokens_per_expert_E % tile).any():
+        return found_RD
+    past_R = np.arange(len(found_RD))[:, None] - np.cumsum(tokens_per_expert_E)
+    return np.where(((past_R < 0) & (past_R >= -tile)).any(axis=1)[:, None], 0, found_RD)

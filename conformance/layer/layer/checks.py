@@ -24,6 +24,7 @@ from conformance.layer.predicates import (
     routed_alone,
     sees_tokens,
     takes_ids,
+    unaligned,
     unlimited,
     unlimited_and_unmasked,
     unmasked,
@@ -324,3 +325,17 @@ def a_layer_changes_no_array_that_it_is_given(judge, case):
     hold_unchanged(judge, unmasked(case), "layer", arguments_of(case))
     with suppress(NotRun):  # of a subject that takes no mask
         hold_unchanged(judge, case, "layer", arguments_of(case))
+
+
+@requires(
+    "LAY-22",
+    method="layer",
+    inputs=("align",),
+    tokens=(7, 17),
+    after=PARTS,
+    simpler=((unaligned, WHOLE),),
+    unless=(ROUTER_IS_WRONG,),
+    few=True,
+)
+def aligned_rows_change_no_output(judge, case):
+    hold_layer(judge, case, f"not with {spec_fields(case.inputs['align'])}")
