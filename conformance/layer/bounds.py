@@ -310,6 +310,8 @@ def stable_T(case: LayerCase, dtype: str) -> np.ndarray:
     if spec.selector != "top_k" or case.num_tokens == 0:
         return np.ones(case.num_tokens, dtype=bool)
     trace = router.reference
+    assert trace.scores_TE is not None  # top_k ranks them
+    assert trace.scores_for_choice_TE is not None
     from_logits_T1 = 2 * spec.logit_scale * radius_T1(case, gate(case, dtype))
     from_logits_TE = from_logits_T1 * (1 if spec.select_by == "logit" else trace.scores_TE)
     error_TE = choice_error(router, dtype) + from_logits_TE

@@ -53,7 +53,7 @@ def vectors(options: Namespace) -> int:
         print(f"{len(cases) - len(wrong)} of {len(cases)} cases are the same bytes on this machine")
         if wrong or options.answers is None:
             return 1 if wrong else 0
-    if not options.answers.is_dir():
+    if options.answers is None or not options.answers.is_dir():
         raise UsageError(f"{options.answers} is no folder")
     return _report(cases, verdict(cases, options.answers))
 

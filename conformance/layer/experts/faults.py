@@ -333,4 +333,4 @@ def a_full_last_tile_is_left_out(run, memory, rows_RD, tokens_per_expert_E, para
     if (tokens_per_expert_E % tile).any():
         return found_RD
     past_R = np.arange(len(found_RD))[:, None] - np.cumsum(tokens_per_expert_E)
-    return np.where(((past_R < 0) & (past_R >= -tile)).any(axis=1)[:, None], 0, found_RD)
+    return np.where(((past_R < 0) & (past_R >= -tile)).any(axis=1, keepdims=True), 0, found_RD)
