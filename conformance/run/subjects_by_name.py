@@ -27,6 +27,10 @@ BUILT_IN = {
     "jax-layouts": "conformance.subjects.jax.sharded:JaxLayouts",
     "jax-processes": "conformance.subjects.jax.sharded:JaxProcesses",
     "torchtitan-layouts": "conformance.subjects.torchtitan.sharded:TorchtitanLayouts",
+    "maxtext": "conformance.subjects.maxtext.subject:Maxtext",
+    "maxtext-dense": "conformance.subjects.maxtext.subject:MaxtextDense",
+    "maxtext-layouts": "conformance.subjects.maxtext.sharded:MaxtextLayouts",
+    "maxtext-bfloat16": "conformance.subjects.maxtext.subject:MaxtextBfloat16",
 }
 ENTRY_POINTS = "moe_conformance.subjects"
 """Packages that ship their own subject register it in this group, and its name works like a built-in one."""
