@@ -20,7 +20,7 @@ DEEPSEEK: dict[str, Any] = {"score_func": "sigmoid", "route_norm": True, "norm_e
 
 
 class MaxtextLayer(Subject):
-    """`sparse_matmul`, and `dense_matmul` where tokens are dropped or it is asked for (`sparse_matmul=False`)."""
+    """`sparse_matmul`, or `dense_matmul` where its entries ask for it (`sparse_matmul=False`)."""
 
     entries: dict[str, Any] = FLOAT32
 
@@ -109,7 +109,9 @@ class MaxtextLayer(Subject):
         factor: float | None = None, num_sequences: int = 1,
     ):  # fmt: skip
         """The module, the tokens as batch and sequence, and the further arrays of its call."""
-        entries = self.entries | ({} if factor is None else {"sparse_matmul": False, "capacity_factor": factor})
+        if factor is not None and self.entries.get("sparse_matmul", True):
+            raise Unsupported("maxtext drops tokens in dense_matmul alone, which is maxtext-dense")
+        entries = self.entries | ({} if factor is None else {"capacity_factor": factor})
         built = built_layer(spec, params.expert_bias_E is not None, tuple(entries.items()))
         B, (T, D) = num_sequences, x_TD.shape
         x_BSD = jnp.asarray(np.reshape(x_TD, (B, T // B, D)), jnp.float32)

@@ -64,12 +64,8 @@ class MaxtextRouter(Subject):
         if unknown := [name for name in fields if name not in DEEPSEEK3.free and own.get(name) != fields[name]]:
             raise Unsupported(f"maxtext's block deepseek has another {', '.join(unknown)}")
         entries = DEEPSEEK3.entries(values)
-        config = initialize(**entries, routed_bias=True, override_model_config=True)
-        read = {name: getattr(config, name) for name in (*entries, "emb_dim", "moe_mlp_dim")}
-        built = Built.of(VALID, self.entries | read, expert_bias=True)
-        with scope(built.mesh):
-            logits_BSE = jnp.zeros((1, 2, config.num_experts))
-            routed(built.module({})).get_topk(logits_BSE, logits_BSE)
+        if error := _error_of(tuple(sorted(entries.items())), tuple(self.entries.items())):
+            raise error
 
 
 VALID = LayerSpec(
@@ -77,6 +73,21 @@ VALID = LayerSpec(
     experts=ExpertSpec(dim=8, hidden_dim=8),
 )
 DEEPSEEK3 = block_of(VALID.router, expert_bias=True)
+
+
+@lru_cache(maxsize=64)
+def _error_of(entries: tuple, more: tuple) -> Exception | None:
+    """What its config, with all its validation, or a run of two tokens raises."""
+    try:
+        config = initialize(**dict(entries), routed_bias=True, override_model_config=True)
+        read = {name: getattr(config, name) for name in (*dict(entries), "emb_dim", "moe_mlp_dim")}
+        built = Built.of(VALID, dict(more) | read, expert_bias=True)
+        with scope(built.mesh):
+            module = routed(built.module({}))
+            module.get_topk(*module.gate(jnp.zeros((1, 2, config.emb_dim))))
+    except Exception as error:
+        return error
+    return None
 
 
 @lru_cache(maxsize=512)

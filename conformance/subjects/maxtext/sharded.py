@@ -6,6 +6,7 @@ cannot be since it has no group offset, is a sum over experts that leaves rows o
 and rows past all groups as poison (`masked_gmm`). All else is MaxText's, which GSPMD lays out by its own axis rules.
 """
 
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 from unittest import mock
@@ -45,6 +46,7 @@ class MaxtextLayouts(Maxtext):
         if layout.strategy not in ("all_to_all", "ragged_all_to_all"):
             raise Unsupported(f"maxtext's {layout.strategy} has no plan that could be seen")
         plans = []
+        hold_whole_buffer(layout, expert_ids_by_shard[0].size)
         for group in range(layout.num_rank_groups):
             ids_by_source = [expert_ids_by_shard[shard] for shard in layout.shards_of_group(group)]
             plans += self._plans_of_group(ids_by_source, layout, spec.router.num_experts)
@@ -82,6 +84,7 @@ class MaxtextLayouts(Maxtext):
         self, x_by_shard, params, spec, layout, *, token_ids_by_shard=None, table_VK=None, given_ids_by_shard=None,
         buffer_fill: float = np.nan,
     ) -> list[np.ndarray]:  # fmt: skip
+        hold_whole_buffer(layout, len(x_by_shard[0]) * spec.router.top_k)
         built = self._built(spec, layout, params)
         x_BSD, arrays = _batch(x_by_shard, token_ids_by_shard, given_ids_by_shard)
         with over(built, buffer_fill):
@@ -93,6 +96,7 @@ class MaxtextLayouts(Maxtext):
         self, x_by_shard, params, spec, layout, d_output_by_shard, *, token_ids_by_shard=None, table_VK=None,
         given_ids_by_shard=None, buffer_fill: float = np.nan,
     ) -> list[dict[str, np.ndarray]]:  # fmt: skip
+        hold_whole_buffer(layout, len(x_by_shard[0]) * spec.router.top_k)
         built = self._built(spec, layout, params)
         x_BSD, arrays = _batch(x_by_shard, token_ids_by_shard, given_ids_by_shard)
         d_output_BSD = jnp.asarray(np.stack(d_output_by_shard), jnp.float32)
@@ -130,6 +134,12 @@ def why_not_layout(spec: LayerSpec, layout: ShardLayout) -> str | None:
     if spec.experts.dim % layout.tensor:
         return f"experts.dim is {spec.experts.dim}; maxtext cuts it over the tensor axis, {layout.tensor}"
     return None
+
+
+def hold_whole_buffer(layout: ShardLayout, rows_of_shard: int) -> None:
+    """Unsupported where a buffer would have a part of a row, which MaxText leaves off and a layout counts as one."""
+    if layout.buffer_factor is not None and (Fraction(str(layout.buffer_factor)) * rows_of_shard).denominator != 1:
+        raise Unsupported("maxtext's buffer has int(factor * rows) rows: without what is left of a row")
 
 
 def entries_of(layout: ShardLayout) -> dict[str, Any]:
