@@ -67,7 +67,7 @@ def inert_fields(spec: RouterSpec) -> set[str]:
 
 
 ANY_SELECTOR = {"selector": ("top_k", "given", "random")}
-OWN_NORM = {"route_norm": (True,), "norm_eps": (1e-20, 0.0)}
+OWN_NORM = {"route_norm": (True,), "norm_eps": (1e-20,)}
 
 BLOCKS = (
     Block(name="mixtral", config={"decoder_block": "mixtral", "model_name": "mixtral-8x7b"},
@@ -86,7 +86,11 @@ BLOCKS = (
     Block(name="deepseek3", config={"decoder_block": "deepseek", "model_name": "deepseek3-671b"},
           free=SIZES | GROUPS | {"route_scale": "routed_scaling_factor", "score_func": "routed_score_func"},
           expert_bias=True, shared=True,
-          fixed=OWN_NORM | {"score_func": ("sigmoid", "sqrtsoftplus"), "selector": ("top_k", "given", "random")}),
+          fixed=OWN_NORM | ANY_SELECTOR | {"score_func": ("sigmoid", "sqrtsoftplus")}),
+    # An eps of 1e-20 is one of 0 but for scores that all underflow, which given ids are not judged with.
+    Block(name="deepseek3, forced", config={"decoder_block": "deepseek", "model_name": "deepseek3-671b"},
+          free=SIZES | {"route_scale": "routed_scaling_factor", "score_func": "routed_score_func"}, shared=True,
+          fixed={"route_norm": (True,), "score_func": ("sigmoid", "sqrtsoftplus"), "selector": ("given",)}),
     Block(name="deepseek4", config={"decoder_block": "deepseek4", "model_name": "deepseek4-284b"},
           free=SIZES | {"route_scale": "routed_scaling_factor", "score_func": "routed_score_func"}, shared=True,
           fixed=OWN_NORM | {"score_func": ("sigmoid", "sqrtsoftplus"), "selector": ("table",)}),

@@ -8,36 +8,36 @@ and rows past all groups as poison (`masked_gmm`). All else is MaxText's, which 
 
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conformance.core.subject import Unsupported
+from conformance.core.subject import Subject, Unsupported
 from conformance.subjects.maxtext.layer import built_layer
-from conformance.subjects.maxtext.module import MOST_RANKS, Built, gradients_of, moe, scope
+from conformance.subjects.maxtext.module import FLOAT32, MOST_RANKS, Built, gradients_of, moe, scope
 from conformance.subjects.maxtext.settings import settings_of
 from conformance.subjects.maxtext.subject import Maxtext
 from moe_ref import LayerParams, LayerSpec
 from moe_ref.specs.layout import ShardLayout
 
 
-class MaxtextLayouts(Maxtext):
+class MaxtextLayouts(Subject):
     """Expert, data, FSDP and tensor parallelism; ragged all-to-all, ring of experts, and a batch of one sequence."""
 
     name = "maxtext-layouts"
-    equal_shards = True
+    version = Maxtext.version
+    compiles = equal_shards = True
+    entries: ClassVar = FLOAT32
 
     def supports_layer(self, spec: LayerSpec, layout: ShardLayout | None = None) -> str | None:
-        if layout is None:
-            return super().supports_layer(spec)
         if spec.router.selector != "given":  # dispatch sees the ids alone
             settings_of(spec)  # a ValueError is the sentence
         elif spec.router.num_null_experts:
             return "maxtext has no null experts"
-        return why_not_layout(spec, layout)
+        return None if layout is None else why_not_layout(spec, layout)
 
     def dispatch(
         self, expert_ids_by_shard: list[np.ndarray], layout: ShardLayout, spec: LayerSpec
@@ -54,7 +54,7 @@ class MaxtextLayouts(Maxtext):
 
     def _plans_of_group(self, ids_by_source: list[np.ndarray], layout: ShardLayout, E: int) -> list[dict[str, Any]]:
         S, e, K = layout.expert, E // layout.expert, ids_by_source[0].shape[1]
-        orders, counts_SE = zip(*(self.permute(ids_TK, E) for ids_TK in ids_by_source), strict=True)
+        orders, counts_SE = zip(*(Maxtext().permute(ids_TK, E) for ids_TK in ids_by_source), strict=True)
         counts_SE = jnp.asarray(np.stack(counts_SE), jnp.int32)
         sent_SS = counts_SE.reshape(S, S, e).sum(axis=-1)
         factor = layout.buffer_factor or -1.0
