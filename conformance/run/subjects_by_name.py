@@ -11,9 +11,9 @@ from conformance.core.usage import UsageError
 from conformance.run.deviations import Deviation, read
 from moe_ref.specs.checks import nearest
 
-DEFAULT = ("reference", "jax", "torch", "transformers", "torchtitan")
+DEFAULT = ("reference", "jax", "torch", "transformers", "torchtitan", "maxtext")
 """What `run` judges when nothing is named."""
-STARTED_FIRST = ("jax", "torchtitan", "transformers", "torch")
+STARTED_FIRST = ("maxtext", "jax", "torchtitan", "transformers", "torch")
 """Of several subjects: the one that compiles takes longest; then the quickest, so that a table is there soon."""
 BUILT_IN = {
     "reference": "conformance.subjects.reference:Reference",

@@ -1,13 +1,13 @@
 """conformance, subject maxtext: load, balance loss, bias update and capacity of maxtext.layers.moe, as they are.
 
-A loss is that which RoutedMoE returns beside its output, for ids that are forced on it. With a balancing bias the module
-is that of DeepSeek-V3, which alone has one; without, a router that scores by softmax is mixtral's. Several shards are
-devices on its axis `data`, each with whole sequences.
+A loss is that which RoutedMoE returns beside its output, for ids that are forced on it. With a balancing bias the
+module is that of DeepSeek-V3, which alone has one; without, a plain router that scores by softmax is mixtral's. Several
+shards are devices on its axis `data`, each with whole sequences.
 """
 
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ MEGATRON: dict[str, Any] = {"score_func": "sigmoid", "norm_scores": True, "score
 class MaxtextBalance(Subject):
     """What it does about the load of experts; it has no z-loss and no padding. A batch is one sequence of it."""
 
-    entries: dict[str, Any] = FLOAT32
+    entries: ClassVar[dict[str, Any]] = FLOAT32
 
     def supports_load(self, spec: BalanceSpec | BiasUpdateSpec | CapacitySpec) -> str | None:
         if isinstance(spec, CapacitySpec):
@@ -63,13 +63,13 @@ class MaxtextBalance(Subject):
             raise Unsupported("maxtext scores the logits as they are, and has no null experts")
         B = 1 if balance.per == "batch" else sequences_of(len(logits_TE), sequence_lengths)
         S = sequences_of(len(logits_TE), tokens_per_shard)
-        if balance.scope == "local" and B == 1:
+        if balance.scope == "local" and B < 2:
             B = S  # the part of the sequence on a shard is a sequence of it
         if B % S or S > len(jax.devices()):
             raise Unsupported("a shard of maxtext holds whole sequences")
         megatron = balance.norm_scores
         plain = RouterSpec(num_experts=router.num_experts, top_k=router.top_k)
-        if router == plain and expert_bias_E is None:
+        if expert_bias_E is None and router == plain:
             router = plain.replace(**MIXTRAL)
         elif router == plain.replace(score_func="sigmoid"):
             router = router.replace(**DEEPSEEK)
@@ -86,7 +86,7 @@ class MaxtextBalance(Subject):
         return {"loss": float(loss), "d_logits_TE": np.asarray(d_logits_BSE, np.float32).reshape(logits_TE.shape)}
 
     def bias_update(self, counts_SE: np.ndarray, update: BiasUpdateSpec, expert_bias_E: np.ndarray) -> np.ndarray:
-        """What is left to do after a layer that did not sum its counts (`defer_small_all_reduces`), added to the bias."""
+        """What is left to do after a layer that did not sum its counts (`defer_small_all_reduces`), and the sum."""
         config = SimpleNamespace(gradient_accumulation_steps=1, routed_bias_update_rate=update.rate)
         counts_S1E = jnp.asarray(counts_SE, jnp.int32)[:, None]
         update_E = jax.jit(lambda counts: moe.finalize_deferred_bias_signal(counts, config))(counts_S1E)
@@ -110,7 +110,10 @@ class MaxtextBalance(Subject):
         spec = LayerSpec(
             router=RouterSpec(num_experts=num_experts, top_k=K, **MIXTRAL), experts=ExpertSpec(dim=1, hidden_dim=1)
         )
-        entries = self.entries | {"capacity_factor": factor_of(capacity, T // B, K, num_experts), "sparse_matmul": False}
+        entries = self.entries | {
+            "capacity_factor": factor_of(capacity, T // B, K, num_experts),
+            "sparse_matmul": False,
+        }
         built = built_layer(spec, False, tuple(entries.items()))
         ids_BSK = jnp.asarray(np.reshape(expert_ids_TK, (B, T // B, K)), jnp.int32)
         weights_BSK = jnp.asarray(np.reshape(weights_TK, ids_BSK.shape), jnp.float32)

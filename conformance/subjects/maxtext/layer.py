@@ -1,7 +1,7 @@
 """conformance, subject maxtext: its RoutedMoE and RoutedAndSharedMoE on one device, compiled, and their stages."""
 
 from functools import lru_cache
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ DEEPSEEK: dict[str, Any] = {"score_func": "sigmoid", "route_norm": True, "norm_e
 class MaxtextLayer(Subject):
     """`sparse_matmul`, or `dense_matmul` where its entries ask for it (`sparse_matmul=False`)."""
 
-    entries: dict[str, Any] = FLOAT32
+    entries: ClassVar[dict[str, Any]] = FLOAT32
 
     def supports_layer(self, spec: LayerSpec, layout: ShardLayout | None = None) -> str | None:
         settings_of(spec)  # a ValueError is the sentence
@@ -30,7 +30,7 @@ class MaxtextLayer(Subject):
 
     def permute(self, expert_ids_TK: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
         """`permute` with a top k that is known; its rows are all slots."""
-        T, K = expert_ids_TK.shape
+        K = expert_ids_TK.shape[1]
         if (np.asarray(expert_ids_TK) < 0).any() or (np.asarray(expert_ids_TK) >= num_experts).any():
             raise Unsupported("maxtext's permute has a row for each slot: it spreads the unused ones over the experts")
         spec = LayerSpec(

@@ -5,8 +5,9 @@ validation refuses small layers for reasons that are not theirs, such as an expe
 Buffers that MaxText leaves uninitialised (`jax.lax.empty`) hold NaN, or another number that is asked for.
 """
 
+import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,9 +18,11 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from flax.linen import partitioning
 from jax.sharding import Mesh
+
+from conformance.core.subject import Unsupported
+from conformance.subjects.maxtext.settings import Block, settings_of
+from moe_ref import LayerParams, LayerSpec
 
 MOST_RANKS = 8
 """Devices of a mesh."""
@@ -27,13 +30,11 @@ if not jax.distributed.is_initialized() and jax.config.jax_num_cpu_devices < MOS
     jax.config.update("jax_num_cpu_devices", MOST_RANKS)
 logging.getLogger("transformers").setLevel(logging.ERROR)  # which MaxText imports, and which warns of its own files
 
-from maxtext.common.common_types import DecoderBlockType  # noqa: E402
-from maxtext.configs import pyconfig  # noqa: E402
-from maxtext.layers import moe  # noqa: E402
-
-from conformance.core.subject import Unsupported  # noqa: E402
-from conformance.subjects.maxtext.settings import Block, settings_of  # noqa: E402
-from moe_ref import LayerParams, LayerSpec  # noqa: E402
+# By name: neither is in the environment in which types are checked.
+_load: Callable[[str], Any] = importlib.import_module
+nnx, partitioning = _load("flax.nnx"), _load("flax.linen.partitioning")
+pyconfig, moe = _load("maxtext.configs.pyconfig"), _load("maxtext.layers.moe")
+DecoderBlockType = _load("maxtext.common.common_types").DecoderBlockType
 
 FLOAT32 = {
     "dtype": jnp.dtype("float32"), "weight_dtype": jnp.dtype("float32"), "matmul_precision": "highest",
@@ -117,8 +118,9 @@ def scope(mesh: Mesh, *, identity_gate: bool = False, fill: float = np.nan) -> I
     Without the logical axes every array would be replicated.
 
     Args:
-        identity_gate: the gate returns its input as logits. The product with an identity matrix is not computed, so that
-            -inf and NaN arrive unharmed.
+        mesh: of the module.
+        identity_gate: the gate returns its input as logits. The product with an identity matrix is not computed, so
+            that -inf and NaN arrive unharmed.
         fill: what `jax.lax.empty` holds.
     """
 
@@ -170,7 +172,7 @@ class Built:
         with scope(mesh):
             if spec.shared is not None:
                 width = spec.shared.hidden_dim
-                with mock.patch.object(moe.maxtext_utils, "get_shared_expert_mlp_dim", lambda _: width):
+                with mock.patch.object(moe.maxtext_utils, "get_shared_expert_mlp_dim", lambda _, width=width: width):
                     module = moe.RoutedAndSharedMoE(**how)
             else:
                 module = moe.RoutedMoE(
@@ -233,4 +235,3 @@ def gradients_of(d_leaves: dict[tuple[str, ...], Any], params: LayerParams) -> d
 def routed(module: Any) -> Any:
     """The RoutedMoE of either module."""
     return module.MoeBlock_0 if isinstance(module, moe.RoutedAndSharedMoE) else module
-

@@ -1,7 +1,7 @@
 """conformance, subject maxtext: the router of its RoutedMoE, which is its gate and `get_topk`, compiled."""
 
 from functools import lru_cache
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from moe_ref import ExpertSpec, LayerSpec, RouterSpec, ShardLayout
 class MaxtextRouter(Subject):
     """GateLogit and get_topk of maxtext.layers.moe."""
 
-    entries: dict[str, Any] = FLOAT32
+    entries: ClassVar[dict[str, Any]] = FLOAT32
     """What its config has besides the entries of a spec."""
 
     def supports(self, spec: RouterSpec, layout: ShardLayout | None = None) -> str | None:

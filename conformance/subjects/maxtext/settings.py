@@ -1,4 +1,4 @@
-"""conformance, subject maxtext: which settings of its config make MaxText compute a spec, one row for each block, as data.
+"""conformance, subject maxtext: which settings of its config make MaxText compute a spec, one row a block, as data.
 
 What its layer computes depends on decoder_block and on the beginning of model_name (`RoutedMoE.get_topk`). A row says
 which fields of RouterSpec it has under which config name (`free`), and which values others can have (`fixed`); all
@@ -135,7 +135,9 @@ def settings_of(spec: LayerSpec, *, expert_bias: bool = False) -> tuple[Block, d
     found = block.entries(values) | _experts(spec.experts)
     if spec.experts.alpha != 1:
         if block.name not in ("mixtral", "qwen3_moe"):
-            raise ValueError(f"experts.alpha is {spec.experts.alpha} in MaxText's block gpt_oss alone, which routes as mixtral")
+            raise ValueError(
+                f"experts.alpha is {spec.experts.alpha} in MaxText's block gpt_oss alone, which routes as mixtral"
+            )
         found |= {"decoder_block": "gpt_oss", "model_name": "gpt-oss-20b", "mlp_activations": ["sigmoid", "linear"]}
     elif spec.experts.clamp is not None and found["decoder_block"] not in DEEPSEEK:
         raise ValueError(f"experts.clamp is {spec.experts.clamp} in MaxText's blocks gpt_oss and deepseek alone")
@@ -177,5 +179,3 @@ def _shared(spec: LayerSpec, block: Block) -> int:
 def _only(name: str, value: Any, allowed: tuple) -> None:
     if value not in allowed:
         raise ValueError(f"MaxText's experts have {name} {' or '.join(map(str, allowed))}, not {value}")
-
-

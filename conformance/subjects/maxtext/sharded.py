@@ -1,9 +1,10 @@
 """conformance, subject maxtext-layouts: RoutedMoE over a mesh of CPU devices.
 
 Two parts do not run on CPUs, and have a substitute here. `jax.lax.ragged_all_to_all` is an all-gather, from which each
-device takes what is sent to it (`gathered_ragged_all_to_all`). The grouped matmul of the ring, which `jax.lax.ragged_dot`
-cannot be since it has no group offset, is a sum over experts that leaves rows of no local expert 0, as megablox does,
-and rows past all groups as poison (`masked_gmm`). All else is MaxText's, which GSPMD lays out by its own axis rules.
+device takes what is sent to it (`gathered_ragged_all_to_all`). The grouped matmul of the ring, which
+`jax.lax.ragged_dot` cannot be since it has no group offset, is a sum over experts that leaves rows of no local expert
+0, as megablox does, and rows past all groups as poison (`masked_gmm_with`). All else is MaxText's, which GSPMD lays out
+by its own axis rules.
 """
 
 from fractions import Fraction

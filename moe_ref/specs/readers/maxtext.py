@@ -47,7 +47,8 @@ IRRELEVANT = Irrelevant(
         "moe_routing_maps",
         "te_moe_block", "first_num_dense_layers", "interleave_moe_layer_step", "ici_expert_parallelism",
         "dcn_expert_parallelism", "expert_shard_attention_option", "moe_dispatch_no_expert_sharding", "mlp_dim",
-        "base_mlp_dim", "decode_sampling_top_k", "padded_base_moe_mlp_dim", "indexer_topk", "moe_pin_sparse_core_all_gather",
+        "base_mlp_dim", "decode_sampling_top_k", "padded_base_moe_mlp_dim", "indexer_topk",
+        "moe_pin_sparse_core_all_gather",
     ),
 )  # fmt: skip
 
