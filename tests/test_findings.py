@@ -40,7 +40,7 @@ def test_a_finding_can_be_filed_as_it_stands(page):
     assert "\n## Mend\n" in text
     assert re.search(rf"^{package_of(page)} \d+\.\d+", text, re.MULTILINE), "no version"
     assert len(code.splitlines()) < MOST_LINES
-    assert not re.search(r"\b(moe_ref|moe_jax|moe_torch|conformance)\b", code), "the script is about their package alone"
+    assert not re.search(r"\b(moe_ref|moe_jax|moe_torch|conformance)\b", code), "it is about their package alone"
     assert {"observed", "correct"} <= set(re.findall(r"\w+", block_of(page, "text")))
 
 

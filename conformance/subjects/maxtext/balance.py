@@ -65,11 +65,11 @@ class MaxtextBalance(Subject):
         S = sequences_of(len(logits_TE), tokens_per_shard)
         if balance.scope == "local" and B < 2:
             B = S  # the part of the sequence on a shard is a sequence of it
-        if B % S or S > len(jax.devices()):
+        if B % S or len(jax.devices()) < S:
             raise Unsupported("a shard of maxtext holds whole sequences")
         megatron = balance.norm_scores
         plain = RouterSpec(num_experts=router.num_experts, top_k=router.top_k)
-        if expert_bias_E is None and router == plain:
+        if router == plain and expert_bias_E is None:
             router = plain.replace(**MIXTRAL)
         elif router == plain.replace(score_func="sigmoid"):
             router = router.replace(**DEEPSEEK)
@@ -149,6 +149,6 @@ def _masks(built: Built):
             return weights, jnp.take_along_axis(dispatch_BSEC.any(axis=-1), ids_BSK, axis=-1)
 
         kept_weights_BSK, pull, is_kept_BSK = jax.vjp(kept, weights_BSK, has_aux=True)
-        return is_kept_BSK, kept_weights_BSK, pull(d_weights_BSK)[0]
+        return is_kept_BSK, kept_weights_BSK, pull(d_weights_BSK.astype(kept_weights_BSK.dtype))[0]
 
     return run

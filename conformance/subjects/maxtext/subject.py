@@ -24,10 +24,12 @@ class MaxtextDense(Maxtext):
     entries: ClassVar = FLOAT32 | {"sparse_matmul": False}
 
 
-class MaxtextBfloat16(Maxtext):
-    """The same in the dtypes of its defaults: parameters in float32, and all arithmetic in bfloat16."""
+class MaxtextBfloat16(MaxtextRouter, MaxtextLayer):
+    """Router and layer in the dtypes of its defaults: parameters in float32, and all arithmetic in bfloat16."""
 
     name = "maxtext-bfloat16"
+    version = Maxtext.version
+    compiles = True
     logit_dtypes = ("bfloat16",)
     compute_dtype = expert_dtype = "bfloat16"
     entries: ClassVar = {}
