@@ -1,4 +1,4 @@
-"""moe_jax, tests of memory and of the host: layers of published sizes are traced, forward and backward, without a number.
+"""moe_jax, tests of memory and of the host: layers of published sizes are traced, forward and backward, with no data.
 
 What XLA may keep at once is the arrays of the program: no one is larger than the rows or the weights are.
 """

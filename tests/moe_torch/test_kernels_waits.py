@@ -1,5 +1,5 @@
-"""moe_torch, tests that a layer on kernels never waits for the host: no operator of its forward and backward pass needs a
-number of the device, or moves one from there or to there.
+"""moe_torch, tests that a layer on kernels never waits for the host: no operator of its forward and backward pass asks
+for a number of the device, or moves one from there or to there.
 
 A GPU says so itself (`benchmarks.gpu`, promises); here every call of PyTorch is looked at, of Python's and of
 autograd's, but for what Triton's interpreter does in place of a launch.
@@ -20,8 +20,8 @@ from moe_torch.kernels import interpreted
 from moe_torch.moe import MoE
 
 ASKS = {
-    "item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "unique", "unique_consecutive", "bincount", "masked_select",
-    "equal", "allclose", "__bool__", "__int__", "__float__", "__index__", "__contains__",
+    "item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "unique", "unique_consecutive", "bincount",
+    "masked_select", "equal", "allclose", "__bool__", "__int__", "__float__", "__index__", "__contains__",
 }  # fmt: skip
 """Of Python's: methods and functions whose result, or its shape, the host has to know."""
 OPERATORS = {
