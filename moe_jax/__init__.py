@@ -4,6 +4,7 @@ Start at `sparse_matmul`, or at `sharded_sparse_matmul` for a mesh of devices. T
 """
 
 from moe_jax import pytrees  # noqa: F401  # before anything is traced
+from moe_jax.align import AlignedMetadata, align_rows
 from moe_jax.balance import LoadStatistics, bias_update, load_statistics, tokens_per_expert
 from moe_jax.capacity import KeptSlots, apply_capacity, slot_table
 from moe_jax.choice import Chosen, chosen
@@ -27,6 +28,7 @@ from moe_jax.routing import RoutingTrace, gate, route
 from moe_jax.sparse_matmul import RouteOutput, activate, gmm_down, gmm_up, limit, route_tokens, sparse_matmul
 
 __all__ = [
+    "AlignedMetadata",
     "BalanceSums",
     "Chosen",
     "KeptSlots",
@@ -37,6 +39,7 @@ __all__ = [
     "ShardedOutput",
     "abstract_params",
     "activate",
+    "align_rows",
     "apply_capacity",
     "balance_loss",
     "balance_sums",

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
 AxisName = str | tuple[str, ...] | None
@@ -9,7 +10,10 @@ AxisName = str | tuple[str, ...] | None
 
 
 def take(values: jax.Array, places: jax.Array) -> jax.Array:
-    """values[places], without a bounds check: the places are known to exist."""
+    """values[places], without a bounds check: the places are known to exist. Of no values at all, 0."""
+    values = jnp.asarray(values)
+    if values.shape[0] == 0 and places.size:  # padding rows of a batch without tokens
+        return lax.full_like(values, 0, shape=(*places.shape, *values.shape[1:]))
     return jnp.asarray(values).at[places].get(mode="promise_in_bounds")
 
 

@@ -108,6 +108,10 @@ def _kept(
     keys_TK = jnp.where(has_expert_TK, ids_TK + unit_of_T[:, None] * E, U * E)
     if spec.drop_order == "slot_major":
         place_TK = _places(keys_TK.T.reshape(-1), U * E).reshape(K, T).T
+    elif spec.drop_order == "by_best_weight":
+        by_best_T = jnp.argsort(-weights_TK.max(axis=-1), stable=True)
+        sorted_TK = _places(keys_TK[by_best_T].T.reshape(-1), U * E).reshape(K, T).T
+        place_TK = jnp.zeros_like(sorted_TK).at[by_best_T].set(sorted_TK, unique_indices=True)
     elif spec.drop_order == "by_weight":
         order_N = jnp.argsort(-weights_TK.reshape(-1), stable=True)
         places_N = _places(keys_TK.reshape(-1)[order_N], U * E)

@@ -49,6 +49,14 @@ class RouteMetadata:
         ends_E = jnp.cumsum(self.group_sizes_E, dtype=jnp.int32)
         return jnp.searchsorted(ends_E, lax.iota(jnp.int32, self.slot_of_row_R.size), side="right").astype(jnp.int32)
 
+    def blank(self, rows_R: jax.Array) -> jax.Array:
+        """The rows as they are: each is a slot's."""
+        return rows_R
+
+    def of_rows(self, values_TK: jax.Array) -> jax.Array:
+        """(R,) the value of each row's slot."""
+        return values_TK.reshape(-1).at[self.slot_of_row_R].get(mode="promise_in_bounds", unique_indices=True)
+
 
 def permute(expert_ids_TK: jax.Array, num_experts: int) -> RouteMetadata:
     """Rows are sorted by expert id, and stay in the order of the tokens within an expert.
@@ -93,7 +101,7 @@ def dispatch(x_TD: jax.Array, metadata: RouteMetadata) -> jax.Array:
     Returns:
         rows_RD: (R, D), in the order of `metadata.slot_of_row_R`.
     """
-    return take(x_TD, metadata.token_of_row_R)
+    return metadata.blank(take(x_TD, metadata.token_of_row_R))
 
 
 def _dispatch_forward(x_TD, metadata: RouteMetadata):
@@ -133,7 +141,7 @@ def _unpermute_backward(residuals, d_output_TD):
     d_gathered_RD = jnp.where(own_R1, take(d_output_TD, metadata.token_of_row_R), 0)
     if weights_TK is None:
         return d_gathered_RD, None, None
-    weight_R1 = take(weights_TK.reshape(-1), metadata.slot_of_row_R)[:, None]
+    weight_R1 = metadata.of_rows(weights_TK)[:, None]
     d_rows_RD = jnp.where(own_R1, d_gathered_RD * weight_R1, 0).astype(rows_RD.dtype)
     dtype = wide_dtype(rows_RD.dtype, weights_TK.dtype)
     products_RD = jnp.where(own_R1, rows_RD, 0).astype(dtype) * d_gathered_RD.astype(dtype)

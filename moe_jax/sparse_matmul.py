@@ -2,6 +2,8 @@
 
     gate -> route (-> limit) -> dispatch -> gmm_up -> activate -> gmm_down -> unpermute (+ shared experts)
 
+A latent is made before dispatch, and left after unpermute (`latent.py`).
+
 Each stage is public and usable alone. Routing never touches the tokens, and what moves rows never touches the router,
 so that one `route` serves any number of chunks, of tokens or of the model dim (AI-Hypercomputer/maxtext#3981).
 
@@ -18,11 +20,14 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from moe_jax import routing
+from moe_jax.align import align_rows
 from moe_jax.arrays import AxisName
 from moe_jax.capacity import apply_capacity
 from moe_jax.experts import hide, join, keep_tokens, null_output
 from moe_jax.grouped_matmul import grouped_matmul
+from moe_jax.latent import compress, expand
 from moe_jax.permute import RouteMetadata, dispatch, permute, unpermute
+from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.balance import CapacitySpec
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
@@ -56,6 +61,7 @@ def sparse_matmul(
     token_mask_T: jax.Array | None = None,
     inputs: RouterInputs = NO_INPUTS,
     capacity: CapacitySpec | None = None,
+    align: AlignSpec | None = None,
     sequence_of_T: jax.Array | None = None,
     num_sequences: int = 1,
     axis_name: AxisName = None,
@@ -73,6 +79,7 @@ def sparse_matmul(
         token_mask_T: (T,) bools; a padding token (False) is not read, and its output is 0, shared experts included.
         inputs: what the selector reads, as in `moe_jax.route`.
         capacity: how many slots an expert takes, static; None: all. Dropped slots move no row.
+        align: the experts see their rows padded up to a multiple, static; None: as they are. No value depends on it.
         sequence_of_T, num_sequences, axis_name: as in `apply_capacity`, for the scopes that need them.
         num_token_chunks: the routed experts run on this many chunks of the tokens, one after the other.
         num_emb_chunks: rows are moved in this many chunks of the model dim; their up projections are summed.
@@ -83,7 +90,7 @@ def sparse_matmul(
     """
     check_tokens(x_TD, spec)
     clean_x_TD = keep_tokens(jnp.asarray(x_TD), token_mask_T)
-    logits_TE = routing.gate(clean_x_TD, params.gate_ED, params.gate_bias_E)
+    logits_TE = routing.gate(clean_x_TD, params.gate_ED, params.gate_bias_E, spec=spec.router)
     decided, metadata = route_tokens(
         logits_TE,
         spec.router,
@@ -97,13 +104,16 @@ def sparse_matmul(
             decided, capacity, spec.router.num_experts, token_mask_T=token_mask_T, sequence_of_T=sequence_of_T,
             num_sequences=num_sequences, axis_name=axis_name,
         )  # fmt: skip
+    expert_input_TD = compress(clean_x_TD, params, precision=precision)
     compute = partial(
         run_experts, spec=spec, num_emb_chunks=num_emb_chunks, precision=precision, implementation=implementation
     )
     if num_token_chunks == 1:
-        routed_TD = compute(clean_x_TD, params, decided, metadata)
+        own = metadata if align is None else align_rows(metadata, align)
+        combined_TD = compute(expert_input_TD, params, decided, own)
     else:
-        routed_TD = _in_token_chunks(compute, clean_x_TD, params, decided, spec.router, num_token_chunks)
+        combined_TD = _in_token_chunks(compute, expert_input_TD, params, decided, spec.router, num_token_chunks, align)
+    routed_TD = expand(combined_TD, params, spec, precision=precision)
     output_TD = join(routed_TD, clean_x_TD, decided.shared_weights_TS, params, spec, precision=precision)
     return keep_tokens(output_TD, token_mask_T), decided
 
@@ -175,7 +185,7 @@ def run_experts(
     num_emb_chunks: int = 1,
     **options: Any,
 ) -> jax.Array:
-    """The routed output: dispatch, both projections, unpermute, and the null experts."""
+    """The weighted sum of what the experts make of x_TD, which may be a latent: from dispatch to the null experts."""
     router, chunks = spec.router, _chunks(x_TD.shape[1], num_emb_chunks)
     sum_options = dict(options)
     if num_emb_chunks > 1:
@@ -185,7 +195,7 @@ def run_experts(
     def part(chunk):
         rows_RD = dispatch(x_TD[:, chunk], metadata)
         if router.weight_on == "input":
-            rows_RD *= _weight_of_row(decided.weights_TK, metadata)[:, None].astype(x_TD.dtype)
+            rows_RD *= metadata.of_rows(decided.weights_TK)[:, None].astype(x_TD.dtype)
         w_gate_EDF = None if params.w_gate_EDF is None else params.w_gate_EDF[:, chunk]
         return gmm_up(rows_RD, w_gate_EDF, params.w_up_EDF[:, chunk], metadata, **sum_options)
 
@@ -199,11 +209,16 @@ def run_experts(
         b_down_ED = None if params.b_down_ED is None else params.b_down_ED[:, chunk]
         rows_RD = gmm_down(hidden_RF, params.w_down_EFD[:, :, chunk], b_down_ED, metadata, **options)
         outputs.append(unpermute(rows_RD, metadata, weights_TK))
-    summed_TD = jnp.concatenate(outputs, axis=-1) + null_output(x_TD, decided.expert_ids_TK, decided.weights_TK, router)
+    summed_TD = jnp.concatenate(outputs, axis=-1) + null_output(
+        x_TD, decided.expert_ids_TK, decided.weights_TK, params, router
+    )
     return summed_TD * router.output_scale
 
 
-def _in_token_chunks(compute, x_TD, params: LayerParams, decided: RouteOutput, router: RouterSpec, num_chunks: int):
+def _in_token_chunks(
+    compute, x_TD, params: LayerParams, decided: RouteOutput, router: RouterSpec, num_chunks: int,
+    align: AlignSpec | None,
+):  # fmt: skip
     """Chunks of tokens, one after the other, each with the rows of its own slots; the routing is not repeated."""
     T = x_TD.shape[0]
     if T % num_chunks:
@@ -212,7 +227,9 @@ def _in_token_chunks(compute, x_TD, params: LayerParams, decided: RouteOutput, r
 
     def one_chunk(chunk):
         chunk_x_TD, chunk_decided = chunk
-        return compute(chunk_x_TD, params, chunk_decided, permute(chunk_decided.expert_ids_TK, router.num_experts))
+        metadata = permute(chunk_decided.expert_ids_TK, router.num_experts)
+        own = metadata if align is None else align_rows(metadata, align)
+        return compute(chunk_x_TD, params, chunk_decided, own)
 
     return lax.map(one_chunk, by_chunk).reshape(x_TD.shape)
 
@@ -234,11 +251,6 @@ def _add_bias(rows, bias, metadata: RouteMetadata):
     padded = jnp.pad(bias_array.astype(jnp.promote_types(bias_array.dtype, jnp.float32)), ((0, 1), (0, 0)))
     row_biases = padded.at[metadata.expert_of_row_R].get(mode="promise_in_bounds", indices_are_sorted=True)
     return rows + row_biases.astype(rows.dtype)
-
-
-def _weight_of_row(weights_TK, metadata: RouteMetadata):
-    """(R,) the weight of each row's slot."""
-    return weights_TK.reshape(-1).at[metadata.slot_of_row_R].get(mode="promise_in_bounds", unique_indices=True)
 
 
 def check_tokens(x_TD: jax.Array, spec: LayerSpec) -> None:

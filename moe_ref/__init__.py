@@ -1,6 +1,7 @@
 """moe_ref: the reference. It says what a Mixture-of-Experts layer computes, in NumPy and float64."""
 
 from moe_ref.agreement import RoutingAgreement, agreement
+from moe_ref.align import AlignedRows, align_rows, pad_rows, unpad_rows
 from moe_ref.backward.balance import balance_layers_backward, balance_loss_backward, capacity_backward, z_loss_backward
 from moe_ref.backward.layer import LayerGradients, layer_backward
 from moe_ref.backward.sharded import ShardedGradients, sharded_backward
@@ -23,15 +24,17 @@ from moe_ref.permute import Permutation, permute, unpermute
 from moe_ref.replay import capture, replay, replay_layer
 from moe_ref.routing import RoutingTrace, gate, route
 from moe_ref.sharded import ShardedTrace, sharded_layer
+from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.balance import BALANCE_FORMS, BalanceSpec, BiasUpdateSpec, CapacitySpec
 from moe_ref.specs.ids import UNUSED
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
-from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
+from moe_ref.specs.layer import ExpertSpec, LatentSpec, LayerSpec, SharedSpec
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.params import LayerParams, WeightLayout
 from moe_ref.specs.readers.hf_weights import params_from_hf, params_to_hf
 from moe_ref.specs.record import RoutingRecord, load_records, save_records
 from moe_ref.specs.router import RouterSpec
+from moe_ref.specs.served import records_from_served, served_array, served_base64, served_from_records
 from moe_ref.specs.training import Event, StackSpec
 from moe_ref.strategies import STRATEGIES
 from moe_ref.strategies.base import RankPlan
@@ -42,6 +45,8 @@ __all__ = [
     "NO_INPUTS",
     "STRATEGIES",
     "UNUSED",
+    "AlignSpec",
+    "AlignedRows",
     "BalanceSpec",
     "BalanceTrace",
     "BiasUpdateSpec",
@@ -49,6 +54,7 @@ __all__ = [
     "CapacityTrace",
     "Event",
     "ExpertSpec",
+    "LatentSpec",
     "LayerGradients",
     "LayerParams",
     "LayerSpec",
@@ -69,6 +75,7 @@ __all__ = [
     "TrainingState",
     "WeightLayout",
     "agreement",
+    "align_rows",
     "apply_capacity",
     "balance",
     "balance_layers",
@@ -84,20 +91,26 @@ __all__ = [
     "load_records",
     "load_statistics",
     "moe_layer",
+    "pad_rows",
     "params_from_hf",
     "params_to_hf",
     "permute",
     "plan",
     "plan_chunks",
+    "records_from_served",
     "replay",
     "replay_layer",
     "route",
     "run_experts",
     "save_records",
+    "served_array",
+    "served_base64",
+    "served_from_records",
     "sharded_backward",
     "sharded_layer",
     "tokens_per_expert",
     "train",
+    "unpad_rows",
     "unpermute",
     "z_loss",
     "z_loss_backward",

@@ -124,11 +124,14 @@ def apply_capacity(
 
 
 def drop_order(weights_TK: np.ndarray, spec: CapacitySpec) -> np.ndarray:
-    """The flat slot numbers in the order in which slots are admitted. [CAP-6, CAP-7]"""
+    """The flat slot numbers in the order in which slots are admitted. [CAP-6, CAP-7, CAP-18]"""
     T, K = weights_TK.shape
     numbers_TK = np.arange(T * K).reshape(T, K)
     if spec.drop_order == "slot_major":
         return numbers_TK.T.reshape(-1)
+    if spec.drop_order == "by_best_weight":
+        by_best_T = np.argsort(-weights_TK.max(axis=-1), kind="stable")
+        return numbers_TK[by_best_T].T.reshape(-1)
     if spec.drop_order == "by_weight":
         return np.argsort(-weights_TK.reshape(-1), kind="stable")
     return numbers_TK.reshape(-1)

@@ -94,6 +94,10 @@ def _kept(ids_TK, weights_TK, valid_T, unit_of_T, spec: CapacitySpec, num_expert
     keys_TK = torch.where(has_expert_TK, ids_TK + unit_of_T[:, None] * E, U * E)
     if spec.drop_order == "slot_major":
         place_TK = _places(keys_TK.T.flatten()).view(K, T).T
+    elif spec.drop_order == "by_best_weight":
+        by_best_T = torch.sort(weights_TK.amax(-1), descending=True, stable=True).indices
+        sorted_TK = _places(keys_TK[by_best_T].T.flatten()).view(K, T).T
+        place_TK = torch.empty_like(sorted_TK).index_copy_(0, by_best_T, sorted_TK)
     elif spec.drop_order == "by_weight":
         order_N = torch.sort(weights_TK.flatten(), descending=True, stable=True).indices
         places_N = _places(keys_TK.flatten()[order_N])

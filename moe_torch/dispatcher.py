@@ -1,6 +1,7 @@
 """moe_torch, permute -> dispatch -> (experts) -> combine, on one device: slots become rows sorted by expert.
 
-Legend: T tokens, K top_k, D model dim, E choices (experts, then null experts), N = T * K slots and rows.
+Legend: T tokens, K top_k, D model dim, E choices (experts, then null experts), N = T * K slots and rows, A rows whose
+experts have multiples of them.
 A slot is one (token, k) pair with the flat number t * K + k. Nothing here reads the device.
 """
 
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_ref.specs.align import AlignSpec
+from moe_ref.specs.ids import UNUSED
 from moe_torch.kernels.choice import for_permutation
 from moe_torch.kernels.sort_ops import sort_slots
 from moe_torch.modes import transformed
@@ -32,8 +35,23 @@ class Permutation:
     """Whether each slot belongs to an expert, and not to a null expert or to none."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AlignedRows:
+    """A permutation whose experts have multiples of rows; all but the slots' own are zeros and get no gradient."""
+
+    slot_of_row_A: Tensor
+    """The flat slot number of each row; -1 in padding rows, and past the last expert."""
+    row_of_slot_N: Tensor
+    """Its inverse; the last row, which is padding, for slots without an expert."""
+    rows_per_expert_E: Tensor
+    """Of the experts alone."""
+    has_expert_TK: Tensor
+
+
 class TokenDispatcher:
     """What a layer asks of its dispatcher. One that moves rows between ranks runs the experts in between itself."""
+
+    align: AlignSpec | None = None
 
     def permute(self, expert_ids_TK: Tensor) -> Any:
         """Where each slot goes; the result has `tokens_per_expert_E`, the slots of each choice on this rank."""
@@ -50,9 +68,11 @@ class LocalTokenDispatcher(TokenDispatcher):
     Args:
         num_experts: experts that do work.
         num_choices: experts and null experts; None: no null experts.
+        align: the experts see their rows padded up to a multiple; None: as they are. No value depends on it.
     """
 
-    def __init__(self, num_experts: int, num_choices: int | None = None):
+    def __init__(self, num_experts: int, num_choices: int | None = None, align: AlignSpec | None = None):
+        self.align = align
         self.num_experts = num_experts
         self.num_choices = num_experts if num_choices is None else num_choices
         if num_experts < 1:
@@ -89,6 +109,55 @@ class LocalTokenDispatcher(TokenDispatcher):
             tokens_per_expert_E=torch.diff(ends_E, prepend=ends_E.new_zeros(1)),
             has_expert_TK=has_expert_TK,
         )
+
+    def align_rows(self, permutation: Permutation, align: AlignSpec) -> AlignedRows:
+        """Each expert has its rows rounded up to the multiple: its slots first, then sentinels. [PRM-10 .. PRM-12]
+
+        `align.max_rows` of all slots is A, so that no shape depends on the choice.
+        """
+        counts_E, (N,) = permutation.tokens_per_expert_E[: self.num_experts], permutation.order_N.shape
+        A, last = align.max_rows(N, self.num_experts), self.num_experts - 1
+        blocks_E = torch.where(counts_E == 0, align.idle_blocks, -(-counts_E // align.multiple))
+        rows_E = blocks_E * align.multiple
+        ends_E, aligned_ends_E = counts_E.cumsum(0), rows_E.cumsum(0)
+        starts_E, aligned_starts_E = ends_E - counts_E, aligned_ends_E - rows_E
+        row_A = torch.arange(A, device=counts_E.device)
+        if N == 0:
+            slot_of_row_A, row_of_slot_N = torch.full_like(row_A, UNUSED), permutation.row_of_slot_N
+        else:
+            expert_A = torch.searchsorted(aligned_ends_E, row_A, right=True).clamp(max=last)
+            place_A = row_A - aligned_starts_E[expert_A]
+            is_slot_A = place_A < counts_E[expert_A]
+            row_of_own_A = torch.where(is_slot_A, starts_E[expert_A] + place_A, 0)
+            slot_of_row_A = torch.where(is_slot_A, permutation.order_N[row_of_own_A], UNUSED)
+            expert_N = torch.searchsorted(ends_E, permutation.row_of_slot_N, right=True).clamp(max=last)
+            shifted_N = permutation.row_of_slot_N + (aligned_starts_E - starts_E)[expert_N]
+            row_of_slot_N = torch.where(permutation.has_expert_TK.flatten(), shifted_N, A - 1)
+        return AlignedRows(
+            slot_of_row_A=slot_of_row_A,
+            row_of_slot_N=row_of_slot_N,
+            rows_per_expert_E=rows_E,
+            has_expert_TK=permutation.has_expert_TK,
+        )
+
+    def dispatch_aligned(self, x_TD: Tensor, aligned: AlignedRows, weights_TK: Tensor | None = None) -> Tensor:
+        """As `dispatch`, and zeros in the rows that are no slot."""
+        if not len(x_TD):
+            return x_TD.new_zeros(len(aligned.slot_of_row_A), x_TD.shape[1])
+        rows_AD = _DispatchAligned.apply(x_TD, aligned.slot_of_row_A, aligned.row_of_slot_N, aligned.has_expert_TK)
+        if weights_TK is None:
+            return rows_AD
+        weights_TK = torch.where(aligned.has_expert_TK, weights_TK, 0)
+        weights_A = weights_TK.flatten().index_select(0, aligned.slot_of_row_A.clamp(min=0))
+        # The weight of another slot times a row of zeros: nothing, forward and backward.
+        return (rows_AD * weights_A[:, None]).to(x_TD.dtype)
+
+    def combine_aligned(self, rows_AD: Tensor, aligned: AlignedRows, weights_TK: Tensor | None = None) -> Tensor:
+        """As `combine`; what padding rows hold is not read, and their gradient is 0."""
+        slots_TKD = _UnpermuteAligned.apply(
+            rows_AD, aligned.slot_of_row_A, aligned.row_of_slot_N, aligned.has_expert_TK
+        )
+        return weighted_sum(slots_TKD, weights_TK)
 
     def dispatch(self, x_TD: Tensor, permutation: Permutation, weights_TK: Tensor | None = None) -> Tensor:
         """Row n is the token of slot order_N[n], times that slot's weight where weights are given."""
@@ -162,6 +231,39 @@ class _Unpermute(torch.autograd.Function):
     def backward(ctx, *grads):
         (order_N,) = ctx.saved_tensors
         return grads[0].flatten(0, 1).index_select(0, order_N), None, None, None
+
+
+class _DispatchAligned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, slot_of_row_A, row_of_slot_N, has_expert_TK):
+        ctx.save_for_backward(row_of_slot_N, has_expert_TK)
+        return _rows_of(x_TD, slot_of_row_A, has_expert_TK.shape[1])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _fill_slots(grads[0], *ctx.saved_tensors).sum(1), None, None, None
+
+
+class _UnpermuteAligned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_AD, slot_of_row_A, row_of_slot_N, has_expert_TK):
+        ctx.save_for_backward(slot_of_row_A)
+        if not has_expert_TK.numel():
+            return rows_AD.new_zeros(*has_expert_TK.shape, rows_AD.shape[1])
+        return _fill_slots(rows_AD, row_of_slot_N, has_expert_TK)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (slot_of_row_A,) = ctx.saved_tensors
+        if not grads[0].numel():
+            return grads[0].new_zeros(len(slot_of_row_A), grads[0].shape[2]), None, None, None
+        return _rows_of(grads[0].flatten(0, 1), slot_of_row_A, 1), None, None, None
+
+
+def _rows_of(values: Tensor, slot_of_row_A: Tensor, slots_of_value: int) -> Tensor:
+    """The value of each row's slot, 0 in a padding row."""
+    rows = values.index_select(0, slot_of_row_A.clamp(min=0) // slots_of_value)
+    return rows.masked_fill((slot_of_row_A < 0)[:, None], 0)
 
 
 def _fill_slots(rows_ND: Tensor, row_of_slot_N: Tensor, has_expert_TK: Tensor) -> Tensor:

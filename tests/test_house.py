@@ -29,6 +29,7 @@ FLOORS = {
         "conformance.balance": 4,
         "conformance.training": 4,
         "conformance.identify": 5,
+        "conformance.vectors": 5,
         "conformance.pictures": 5,
         "conformance.run": 6,
         "conformance.suite": 7,
@@ -36,7 +37,7 @@ FLOORS = {
 }
 KINDS = ("router", "layer", "sharded", "balance", "training")
 MOST_LINES = 500
-ID = re.compile(r"\b(?:CFG|RUN|GAT|SCR|GRP|SEL|WGT|PRM|EXP|CMB|LAY|BWD|RPL|DSP|LYT|LOD|CAP|MSK|STP)-\d+\b")
+ID = re.compile(r"\b(?:CFG|RUN|GAT|SCR|GRP|SEL|WGT|PRM|EXP|CMB|LAY|LAT|NUL|BWD|RPL|DSP|LYT|LOD|CAP|MSK|STP)-\d+\b")
 
 Arrows = frozenset[tuple[str, str]]
 

@@ -271,6 +271,7 @@ BalanceCase.TAGS = {
     "per_rank_capacity": _has("capacity", scope="rank"),
     "slot_major": _has("capacity", drop_order="slot_major"),
     "by_weight": _has("capacity", drop_order="by_weight"),
+    "by_best_weight": _has("capacity", drop_order="by_best_weight"),
     "renormalised": lambda c: c.spec.capacity is not None and c.spec.capacity.renormalise != "no",
     "two_limits": lambda c: c.spec.capacity is not None and c.spec.capacity.then is not None,
     "padded_to_capacity": _has("capacity", pad_to_capacity=True),

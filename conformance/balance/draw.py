@@ -57,6 +57,8 @@ CAPACITIES = (
     CapacitySpec(factor=0.75, drop_order="slot_major"),
     CapacitySpec(factor=0.75, drop_order="by_weight"),
     CapacitySpec(factor=0.75, drop_order="by_weight", renormalise="after"),
+    CapacitySpec(factor=0.5, drop_order="by_best_weight", renormalise="before"),
+    CapacitySpec(factor=0.75, drop_order="by_best_weight", scope="sequence"),
     CapacitySpec(factor=0.75, renormalise="before"),
     CapacitySpec(factor=0.5, renormalise="after", weight_sum=2.5),
     CapacitySpec(factor=0.75, drop_order="slot_major", scope="sequence", renormalise="after"),

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from moe_ref import CapacitySpec, RouterInputs
+from moe_ref import AlignSpec, CapacitySpec, RouterInputs
 
 
 class SelectorInputs(TypedDict, total=False):
@@ -33,6 +33,7 @@ class LayerInputs(SelectorInputs, total=False):
     given_weights_TK: np.ndarray
     token_mask_T: np.ndarray
     capacity: CapacitySpec
+    align: AlignSpec
     sequence_lengths: Sequence[int]
 
 

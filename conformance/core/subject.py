@@ -13,6 +13,7 @@ from typing import Any, Unpack, get_args, get_origin
 import numpy as np
 
 from moe_ref import (
+    AlignSpec,
     BalanceSpec,
     BiasUpdateSpec,
     CapacitySpec,
@@ -140,6 +141,15 @@ class Subject:
         """
         raise NotImplementedError
 
+    def align(self, expert_ids_TK: np.ndarray, num_experts: int, align: AlignSpec) -> tuple[np.ndarray, np.ndarray]:
+        """Optional: the same where each expert has its rows rounded up to a multiple, as `align` says.
+
+        Returns:
+            (A,) integers, the slot of each row, as `permute` returns them, and a sentinel in every row that pads: any
+            number that is no slot, such as -1 or T * K; and (E,) integers, the multiples. A may exceed their sum.
+        """
+        raise NotImplementedError
+
     def experts(
         self, rows_RD: np.ndarray, tokens_per_expert_E: np.ndarray, params: LayerParams, spec: LayerSpec
     ) -> np.ndarray:
@@ -162,6 +172,7 @@ class Subject:
         Inputs:
             token_mask_T: (T,) bools; the output of a padding token (False) is 0.
             capacity: a CapacitySpec, whose dropped slots add nothing. One that `supports_load` refuses is unsupported.
+            align: an AlignSpec: the experts see padded rows, and the output is the same.
             sequence_lengths, tokens_per_shard: the consecutive parts of the tokens that a scope of the capacity needs.
             token_ids_T, table_VK, given_ids_TK, given_weights_TK, seed: as `route` gets them.
 
@@ -347,7 +358,7 @@ class Subject:
 
 
 METHODS = (
-    "route", "gate", "configure", "permute", "experts", "combine", "layer", "layer_gradients",
+    "route", "gate", "configure", "permute", "align", "experts", "combine", "layer", "layer_gradients",
     "dispatch", "sharded_layer", "sharded_gradients",
     "load", "balance_loss", "z_loss", "bias_update", "capacity", "record", "replay",
     "train",

@@ -10,7 +10,7 @@ import numpy as np
 from conformance.core.case import Case, float32, plain, rounder
 from conformance.core.subject import Subject
 from conformance.router.case import RouterCase, input_of_json
-from moe_ref import CapacitySpec, LayerParams, LayerSpec, RouterInputs, gate, layer_backward, moe_layer
+from moe_ref import AlignSpec, CapacitySpec, LayerParams, LayerSpec, RouterInputs, gate, layer_backward, moe_layer
 from moe_ref.specs.inputs import BY_TOKEN
 from moe_ref.specs.params import param_shapes
 
@@ -18,7 +18,7 @@ ROW_INPUTS = ("token_mask_T", *BY_TOKEN)
 """Inputs with one entry for each token."""
 LENGTHS = ("sequence_lengths", "tokens_per_shard")
 """Inputs that cut the tokens into consecutive parts."""
-PAST_THE_ROUTER = ("capacity", *LENGTHS)
+PAST_THE_ROUTER = ("capacity", "align", *LENGTHS)
 """Inputs that the router does not get."""
 
 
@@ -27,7 +27,7 @@ class LayerCase(Case):
     """A layer and the arrays that go with it, in float64; the subject is given them in float32, which holds them.
 
     `inputs`: further ones of moe_ref.moe_layer: token_mask_T, token_ids_T, table_VK, given_ids_TK, given_weights_TK,
-    capacity, sequence_lengths, tokens_per_shard.
+    capacity, align, sequence_lengths, tokens_per_shard.
     """
 
     KEYS = frozenset({"spec", "x_TD", "params", "d_output_TD"})
@@ -141,12 +141,14 @@ class LayerCase(Case):
 
 
 def _as_data(value: Any) -> Any:
-    return value.to_dict() if isinstance(value, CapacitySpec) else value
+    return value.to_dict() if isinstance(value, CapacitySpec | AlignSpec) else value
 
 
 def _input_of_json(name: str, value: Any, spec: LayerSpec) -> Any:
     if name == "capacity":
         return CapacitySpec.from_dict(value)
+    if name == "align":
+        return AlignSpec.from_dict(value)
     return tuple(value) if name in LENGTHS else input_of_json(name, value, spec.router)
 
 
@@ -162,15 +164,19 @@ LayerCase.TAGS = {name: _of_router(holds) for name, holds in RouterCase.TAGS.ite
     "alpha": lambda c: c.spec.experts.alpha != 1,
     "up_offset": lambda c: c.spec.experts.up_offset != 0,
     "silu": lambda c: c.spec.experts.activation == "silu",
+    "situ": lambda c: c.spec.experts.activation == "situ",
     "gelu": lambda c: c.spec.experts.activation in ("gelu", "gelu_tanh"),
     "relu": lambda c: c.spec.experts.activation in ("relu", "relu2"),
-    "square": lambda c: c.spec.experts.hidden_dim in (c.spec.experts.dim, c.spec.experts.dim / 2),
+    "square": lambda c: c.spec.experts.hidden_dim in (c.spec.routed_experts.dim, c.spec.routed_experts.dim / 2),
     "shared": lambda c: c.spec.shared is not None,
     "shared_gate": lambda c: c.spec.shared is not None and c.spec.shared.gate == "sigmoid",
     "averaged": lambda c: c.spec.shared is not None and c.spec.shared.combine == "average",
+    "latent": lambda c: c.spec.latent is not None,
+    "latent_norm": lambda c: c.spec.latent is not None and c.spec.latent.norm_eps is not None,
     "gate_bias": lambda c: c.spec.gate_bias,
     "weight_on_input": lambda c: c.spec.router.weight_on == "input",
     "capacity": lambda c: "capacity" in c.inputs,
+    "aligned": lambda c: "align" in c.inputs,
     "given_weights": lambda c: "given_weights_TK" in c.inputs,
     "output_scaled": lambda c: c.spec.router.output_scale != 1,
     "idle_expert": lambda c: bool((c.reference.permutation.tokens_per_expert_E == 0).any()),

@@ -4,7 +4,7 @@ from conformance.core.judge import Judge, NotRun, Violation
 from conformance.core.show import numbers, spec_fields
 from conformance.layer.case import LayerCase
 from conformance.layer.verdicts import output_of_subject
-from moe_ref import CapacitySpec
+from moe_ref.specs.base import Spec
 
 
 def rows_of_page(case: LayerCase, token: int | None) -> list[tuple[str, str]]:
@@ -19,6 +19,7 @@ def rows_of_spec(case: LayerCase) -> list[tuple[str, str]]:
     return [
         ("router", f"{spec_fields(spec.router)}{gate_bias} tokens={case.num_tokens}"),
         ("experts", spec_fields(spec.experts)),
+        *([] if spec.latent is None else [("latent", spec_fields(spec.latent))]),
         ("shared", "none" if spec.shared is None else spec_fields(spec.shared)),
         ("rows", f"{numbers(case.reference.permutation.tokens_per_expert_E)} of each expert"),
     ]
@@ -35,7 +36,7 @@ def rows_of_token(case: LayerCase, token: int | None) -> list[tuple[str, str]]:
         ]
     if case.params.expert_bias_E is not None:
         rows.append(("bias", numbers(case.params.expert_bias_E)))
-    further = {n: v if not isinstance(v, CapacitySpec) else spec_fields(v) for n, v in case.inputs.items()}
+    further = {n: v if not isinstance(v, Spec) else spec_fields(v) for n, v in case.inputs.items()}
     return rows + [(name, numbers(value)) for name, value in further.items()]
 
 

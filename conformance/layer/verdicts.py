@@ -19,7 +19,7 @@ from conformance.layer.balls import Ball, exact, feed_forward, narrower
 from conformance.layer.case import LayerCase
 from conformance.router.observation import observe
 from conformance.router.verdicts import selection_differs, weights_differ
-from moe_ref import LayerParams
+from moe_ref import UNUSED, AlignSpec, LayerParams
 from moe_ref.experts import combine, run_experts
 from moe_ref.permute import unpermute
 
@@ -44,17 +44,37 @@ def permutation_of_subject(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The subject's order (N,) and counts (E,), as int64."""
     returned = judge.call(case, "permute", expert_ids_TK.copy(), num_experts)
+    order_N, counts_E = integers_of(returned, ("order", "counts"))
+    if len(counts_E) != num_experts:
+        accuse("counts of another length", expected=num_experts, received=len(counts_E))
+    return order_N, counts_E
+
+
+def aligned_of_subject(
+    judge: Judge, case: LayerCase, expert_ids_TK: np.ndarray, num_experts: int, align: AlignSpec
+) -> tuple[np.ndarray, np.ndarray]:
+    """The subject's slots of aligned rows (A,), -1 where there is none, and multiples (E,), as int64."""
+    returned = judge.call(case, "align", expert_ids_TK.copy(), num_experts, align)
+    slot_of_row_A, aligned_E = integers_of(returned, ("slots", "counts"))
+    if len(aligned_E) != num_experts:
+        accuse("counts of another length", expected=num_experts, received=len(aligned_E))
+    if len(slot_of_row_A) < aligned_E.sum():
+        accuse("fewer rows than the counts say", expected=int(aligned_E.sum()), received=len(slot_of_row_A))
+    is_slot_A = (slot_of_row_A >= 0) & (slot_of_row_A < expert_ids_TK.size)
+    return np.where(is_slot_A, slot_of_row_A, UNUSED), aligned_E
+
+
+def integers_of(returned: object, names: tuple[str, str]) -> list[np.ndarray]:
+    """Two arrays of integers, of one axis, as int64."""
     try:
-        order_N, counts_E = (np.asarray(each) for each in returned)
+        one, other = (np.asarray(each) for each in returned)  # type: ignore[attr-defined]
     except (TypeError, ValueError):
-        raise Violation("not two arrays", expected="(order_N, counts)", received=returned) from None
-    for name, found in (("order", order_N), ("counts", counts_E)):
+        raise Violation("not two arrays", expected=f"({', '.join(names)})", received=returned) from None
+    for name, found in zip(names, (one, other), strict=True):
         if found.dtype.kind not in "iu" or found.ndim != 1:
             received = f"{found.dtype}{list(found.shape)}"
             accuse(f"the {name} are not integers of one axis", expected="integers", received=received)
-    if len(counts_E) != num_experts:
-        accuse("counts of another length", expected=num_experts, received=len(counts_E))
-    return order_N.astype(np.int64), counts_E.astype(np.int64)
+    return [one.astype(np.int64), other.astype(np.int64)]
 
 
 def rows_of_subject(judge: Judge, case: LayerCase, rows_RD: np.ndarray, tokens_per_expert_E: np.ndarray) -> np.ndarray:
@@ -68,7 +88,7 @@ def sums_of_subject(
 ) -> np.ndarray:
     """The subject's (T, D) weighted sums."""
     given = (rows_ND.astype(np.float32), order_N.copy(), weights_TK.astype(np.float32), case.spec)
-    return array_of(judge.call(case, "combine", *given), (len(weights_TK), case.spec.experts.dim))
+    return array_of(judge.call(case, "combine", *given), (len(weights_TK), case.spec.routed_experts.dim))
 
 
 def arguments_of(case: LayerCase) -> tuple:
@@ -150,7 +170,7 @@ def radius_of_experts(judge: Judge, case: LayerCase, rows_ND: np.ndarray, counts
         for e, (end, size) in enumerate(zip(ends_E, counts_E, strict=True))
         if size
     ]
-    return np.concatenate([*radii, np.zeros((0, case.spec.experts.dim))])
+    return np.concatenate([*radii, np.zeros((0, case.spec.routed_experts.dim))])
 
 
 def sums_ball(judge: Judge, case: LayerCase, rows_ND: np.ndarray, order_N: np.ndarray, weights_TK: np.ndarray) -> Ball:

@@ -11,6 +11,7 @@ import moe_ref
 from conformance.core.inputs import CutLayerInputs, DrawnShardedInputs, RouteInputs
 from conformance.core.subject import Routing, Subject
 from moe_ref import (
+    AlignSpec,
     BalanceSpec,
     BiasUpdateSpec,
     CapacitySpec,
@@ -67,13 +68,17 @@ class Reference(Subject):
         found = permute(expert_ids_TK, num_experts)
         return found.order_N, found.tokens_per_expert_E
 
+    def align(self, expert_ids_TK: np.ndarray, num_experts: int, align: AlignSpec) -> tuple[np.ndarray, np.ndarray]:
+        found = moe_ref.align_rows(permute(expert_ids_TK, num_experts), align)
+        return found.slot_of_row_A, found.rows_per_expert_E
+
     def experts(
         self, rows_RD: np.ndarray, tokens_per_expert_E: np.ndarray, params: LayerParams, spec: LayerSpec
     ) -> np.ndarray:
         used = int(tokens_per_expert_E.sum())
         rows_ND = rows_RD[:used].astype(self.compute_dtype)
         trace = experts_room.run_experts(rows_ND, tokens_per_expert_E, params.astype(self.compute_dtype), spec.experts)
-        tail = np.zeros((len(rows_RD) - used, spec.experts.dim), self.compute_dtype)
+        tail = np.zeros((len(rows_RD) - used, spec.routed_experts.dim), self.compute_dtype)
         return np.concatenate([trace.output_RD, tail])
 
     def combine(self, rows_ND: np.ndarray, order_N: np.ndarray, weights_TK: np.ndarray, spec: LayerSpec) -> np.ndarray:

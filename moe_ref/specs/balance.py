@@ -163,7 +163,7 @@ class BiasUpdateSpec(Spec):
 
 CAPACITY_SCOPES = ("global", "rank", "sequence")
 ROUNDINGS = ("ceil", "floor", "ceil_then_floor")
-DROP_ORDERS = ("first_come", "slot_major", "by_weight")
+DROP_ORDERS = ("first_come", "slot_major", "by_weight", "by_best_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +187,10 @@ class CapacitySpec(Spec):
     min_slots: int = 0
     """The capacity is at least this (Megatron's and DeepSpeed's min_capacity)."""
     drop_order: str = "first_come"
-    """Who is kept. first_come: tokens in order, each with all its slots; slot_major: all first slots, then all second
-    ones (GShard, Switch); by_weight: the largest weights, ties in first-come order."""
+    """Who is kept. first_come: tokens in order, each with all its slots (MaxText; Megatron's drop policy 'position');
+    slot_major: all first slots, then all second ones (GShard, Switch); by_weight: the largest weights, ties in
+    first-come order (Megatron's 'probs'); by_best_weight: slot_major with the tokens in the order of their largest
+    weight, ties in order (batch prioritised routing: V-MoE, arXiv:2106.05974; nllb_moe)."""
     renormalise: str = "no"
     """Whether a token's weights are divided by their sum: no; before the drop, dropped ones included; or after it."""
     weight_sum: float = 1.0

@@ -32,7 +32,7 @@ SPECS = {
         weight_sum=2.5,
         then=CapacitySpec(factor=0.6, scope="global", drop_order="by_weight"),
     ),
-    "slots per sequence": CapacitySpec(slots=2, scope="sequence", drop_order="by_weight"),
+    "slots per sequence": CapacitySpec(slots=2, scope="sequence", drop_order="by_best_weight"),
 }
 
 

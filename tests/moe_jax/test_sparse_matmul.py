@@ -19,6 +19,7 @@ from moe_ref.layer import moe_layer
 from moe_ref.permute import dispatch as reference_dispatch
 from moe_ref.permute import permute as reference_permute
 from moe_ref.permute import unpermute as reference_unpermute
+from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.inputs import RouterInputs
 from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
 from moe_ref.specs.layout import ShardLayout
@@ -67,7 +68,12 @@ LAYERS = {
         experts=ExpertSpec(dim=D, hidden_dim=F, activation="gelu_tanh"),
     ),
 }  # fmt: skip
-CHUNKED = {"deepseek_v3": (2, 2), "llama4, with null experts": (1, 2)}
+CHUNKED: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"num_token_chunks": 2, "num_emb_chunks": 2},
+    "llama4, with null experts": {
+        "num_token_chunks": 2, "num_emb_chunks": 2, "align": AlignSpec(multiple=16, idle_blocks=1),
+    },
+}  # fmt: skip
 
 
 def case(spec, seed=0):
@@ -121,11 +127,10 @@ def test_output_and_gradients_are_the_reference_s(name, layer):
 
 
 @pytest.mark.parametrize("name", CHUNKED)
-def test_chunks_of_tokens_and_of_the_model_dim_change_nothing(name):
+def test_chunks_and_aligned_rows_change_nothing(name):
     x_TD, params, d_output_TD = case(LAYERS[name])
-    options = dict(zip(("num_token_chunks", "num_emb_chunks"), CHUNKED[name], strict=True))
     with jax.enable_x64(True):
-        found = compiled(sparse_matmul, LAYERS[name], **options)(x_TD, params, d_output_TD)
+        found = compiled(sparse_matmul, LAYERS[name], **CHUNKED[name])(x_TD, params, d_output_TD)
     check(found, x_TD, params, LAYERS[name], d_output_TD)
 
 
@@ -144,12 +149,12 @@ def test_one_compiled_layer_serves_every_load():
             np.testing.assert_array_equal(np.asarray(found[3].w_up_EDF)[idle], 0)
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1])
-def test_no_token_and_one_token_are_layers_too(num_tokens):
+@pytest.mark.parametrize(("num_tokens", "align"), [(0, AlignSpec(multiple=16, idle_blocks=1)), (1, None)])
+def test_no_token_and_one_token_are_layers_too(num_tokens, align):
     spec = LAYERS["deepseek_v3"]
     x_TD, params, _ = case(spec)
     with jax.enable_x64(True):
-        output_TD, _ = jax.jit(partial(sparse_matmul, spec=spec))(x_TD[:num_tokens], params)
+        output_TD, _ = jax.jit(partial(sparse_matmul, spec=spec, align=align))(x_TD[:num_tokens], params)
     np.testing.assert_allclose(output_TD, moe_layer(x_TD[:num_tokens], params, spec).output_TD, **SAME)
 
 

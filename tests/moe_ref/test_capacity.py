@@ -19,6 +19,7 @@ from moe_ref import (
     moe_layer,
     tokens_per_expert,
 )
+from moe_ref.specs.balance import DROP_ORDERS
 from moe_ref.specs.ids import UNUSED
 
 _, IDS_TK, WEIGHTS_TK = routed()
@@ -101,7 +102,7 @@ def test_by_weight_keeps_the_largest_and_breaks_ties_by_token():
     np.testing.assert_array_equal(tied.dropped_TK[:, 0], [False, False, True, True])
 
 
-@pytest.mark.parametrize("drop_order", ["first_come", "slot_major", "by_weight"])
+@pytest.mark.parametrize("drop_order", DROP_ORDERS)
 def test_the_published_orders_of_dropping(drop_order):
     spec, capacity = CapacitySpec(slots=3, drop_order=drop_order), 3
     found = apply_capacity(IDS_TK, WEIGHTS_TK, spec, E)
@@ -109,11 +110,15 @@ def test_the_published_orders_of_dropping(drop_order):
     if drop_order == "first_come":  # MaxText: a running count over (token, slot)
         place_TKE = (np.cumsum(chosen_TKE.reshape(T * K, E), axis=0) * chosen_TKE.reshape(T * K, E)).reshape(T, K, E)
         expected_TK = ((place_TKE > 0) & (place_TKE <= capacity)).any(axis=-1)
-    elif drop_order == "slot_major":  # GShard: the second choices start where the first ones ended
+    elif drop_order in ("slot_major", "by_best_weight"):  # GShard: the second choices start where the first ones ended
         taken_E, expected_TK = np.zeros(E), np.zeros((T, K), bool)
+        # V-MoE, algorithm 2: the same with the tokens of the largest weights first.
+        order_T = (
+            np.argsort(-WEIGHTS_TK.max(axis=-1), kind="stable") if drop_order == "by_best_weight" else np.arange(T)
+        )
         for slot in range(K):
-            place_TE = (np.cumsum(chosen_TKE[:, slot], axis=0) + taken_E) * chosen_TKE[:, slot]
-            expected_TK[:, slot] = ((place_TE > 0) & (place_TE <= capacity)).any(axis=-1)
+            place_TE = (np.cumsum(chosen_TKE[order_T, slot], axis=0) + taken_E) * chosen_TKE[order_T, slot]
+            expected_TK[order_T, slot] = ((place_TE > 0) & (place_TE <= capacity)).any(axis=-1)
             taken_E = taken_E + chosen_TKE[:, slot].sum(axis=0)
     else:  # Megatron: the top C tokens of each column of the masked probabilities
         weight_TE = (chosen_TKE * WEIGHTS_TK[:, :, None]).sum(axis=1)
@@ -126,7 +131,8 @@ def test_the_published_orders_of_dropping(drop_order):
 ORDERS = {
     "first_come": lambda token, slot, weight: (token, slot),
     "slot_major": lambda token, slot, weight: (slot, token),
-    "by_weight": lambda token, slot, weight: (-weight, token, slot),
+    "by_weight": lambda token, slot, weight: (-weight[slot], token, slot),
+    "by_best_weight": lambda token, slot, weight: (slot, -max(weight), token),
 }
 
 
@@ -134,7 +140,7 @@ ORDERS = {
 def test_in_a_small_world_a_slot_is_kept_where_fewer_than_the_capacity_precede_it(drop_order):
     choices = list(permutations(range(3), 2))
     weights_TK = np.array([[0.6, 0.4], [0.4, 0.4], [0.9, 0.1]])
-    rank = {(t, k): ORDERS[drop_order](t, k, weights_TK[t, k]) for t in range(3) for k in range(2)}
+    rank = {(t, k): ORDERS[drop_order](t, k, weights_TK[t]) for t in range(3) for k in range(2)}
     for ids_TK in map(np.array, product(choices, repeat=3)):
         rivals = {own: sum(ids_TK[other] == ids_TK[own] and rank[other] < rank[own] for other in rank) for own in rank}
         for slots in range(4):
@@ -143,7 +149,7 @@ def test_in_a_small_world_a_slot_is_kept_where_fewer_than_the_capacity_precede_i
                 assert found.kept_TK[own] == (before < slots), (ids_TK, slots, own)
 
 
-@pytest.mark.parametrize("drop_order", ["first_come", "slot_major", "by_weight"])
+@pytest.mark.parametrize("drop_order", DROP_ORDERS)
 @pytest.mark.parametrize("factor", [0.3, 1.0, 2.0])
 def test_no_expert_takes_more_than_its_capacity_and_none_drops_below_it(factor, drop_order):
     found = apply_capacity(IDS_TK, WEIGHTS_TK, CapacitySpec(factor=factor, drop_order=drop_order), E)
@@ -200,7 +206,7 @@ def test_a_second_limit_sees_what_the_first_one_kept():
     assert by_rank.dropped_TK.any()
 
 
-@pytest.mark.parametrize("drop_order", ["first_come", "slot_major", "by_weight"])
+@pytest.mark.parametrize("drop_order", DROP_ORDERS)
 @pytest.mark.parametrize("scope", ["global", "sequence"])
 def test_padding_takes_no_place_and_makes_none(scope, drop_order):
     mask_T = np.arange(T) % 3 != 1

@@ -67,6 +67,17 @@ def test_megatron_as_its_own_object():
     assert LayerSpec.from_megatron(TransformerConfig(MEGATRON | {"activation_func": silu})) == V3
 
 
+def test_the_dtype_of_a_router_is_read_by_any_of_its_names():
+    for value, dtype in (("fp64", "float64"), ("fp32", "float32"), (None, "float32")):
+        router = LayerSpec.from_megatron(MEGATRON | {"moe_router_dtype": value}).router
+        assert router == V3.router.replace(router_dtype=dtype)
+    longcat = {"num_experts": 8, "top_k": 2, "router_dtype": "torch.bfloat16"}
+    assert RouterSpec.from_dict(longcat).router_dtype == "bfloat16"
+    assert RouterSpec.from_dict({"num_experts": 8, "top_k": 2, "moe_router_dtype": "fp64"}).router_dtype == "float64"
+    with pytest.raises(ValueError, match="moe_router_dtype is 'fp8', not one of"):
+        LayerSpec.from_megatron(MEGATRON | {"moe_router_dtype": "fp8"})
+
+
 def test_megatron_without_pre_softmax_is_a_softmax_over_the_selected():
     plain = {"num_moe_experts": 8, "hidden_size": 16, "moe_ffn_hidden_size": 32, "gated_linear_unit": True,
              "activation_func": "silu", "add_bias_linear": False}  # fmt: skip

@@ -8,11 +8,14 @@ import torch
 
 from moe_ref.experts import feed_forward
 from moe_ref.permute import permute
-from moe_ref.specs.layer import ExpertSpec
-from moe_ref.specs.params import FeedForward
+from moe_ref.specs.align import AlignSpec
+from moe_ref.specs.layer import ExpertSpec, LayerSpec
+from moe_ref.specs.params import FeedForward, LayerParams
+from moe_ref.specs.router import RouterSpec
 from moe_torch.activation import Activation
 from moe_torch.dispatcher import LocalTokenDispatcher, weighted_sum
 from moe_torch.experts import GroupedExperts, expert_loop
+from moe_torch.moe import MoE
 
 T, D, F = 23, 10, 6
 # Sums of some tens of products, in another order than the reference's.
@@ -165,3 +168,21 @@ def test_the_operator_keeps_the_contract_of_its_registration():
     counts = permutation.tokens_per_expert_E
     args = (x, permutation.order_N, counts, weights, 2, *parameters, *Activation.of(own.spec), True)
     torch.library.opcheck(expert_loop, args)
+
+
+@pytest.mark.parametrize("weight_on", ["input", "output"])
+@pytest.mark.parametrize("num_tokens", [T, 0])
+def test_aligned_rows_change_neither_output_nor_gradient(weight_on, num_tokens):
+    router = RouterSpec(num_experts=5, top_k=2, score_func="sigmoid", weight_on=weight_on, num_null_experts=1)
+    spec = LayerSpec(router=router, experts=ExpertSpec(dim=D, hidden_dim=F, bias=True))
+    params = LayerParams.init(spec, 0)
+    found = []
+    for align in (None, AlignSpec(multiple=16, idle_blocks=1), AlignSpec(multiple=8)):
+        moe, x = MoE(spec, align=align, dtype=torch.float64), torch.tensor(tokens(num_tokens), requires_grad=True)
+        moe.load_params(params)
+        output = moe(x)
+        output.square().sum().backward()
+        found.append([output.detach(), x.grad, *(p.grad for p in moe.parameters())])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            torch.testing.assert_close(one, two, **SAME)

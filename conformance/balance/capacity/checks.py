@@ -33,7 +33,8 @@ def first_come(spec) -> bool:
 
 def in_order(spec) -> bool:
     """One limit on the whole batch that looks at no weight."""
-    return one_limit(spec) and spec.capacity.scope == "global" and spec.capacity.drop_order != "by_weight"
+    order = spec.capacity.drop_order
+    return one_limit(spec) and spec.capacity.scope == "global" and order in ("first_come", "slot_major")
 
 
 def by_weight(spec) -> bool:
@@ -208,3 +209,14 @@ def of_equal_weights_the_earlier_is_kept(judge, case):
 @requires("CAP-17", method="capacity", ids=("own", "unused"), after=("CAP-1",))
 def a_capacity_changes_no_array(judge, case):
     hold_arrays(judge, case, kept_by_subject, {"expert_ids": case.expert_ids_TK, "weights": case.weights_TK})
+
+
+@requires(
+    "CAP-18",
+    method="capacity",
+    inputs=LENGTHS,
+    spec=lambda s: one_limit(s) and s.capacity.drop_order == "by_best_weight",
+    after=BEFORE,
+)
+def tokens_are_admitted_by_their_best_weight(judge, case):
+    hold_kept(judge, case, "not in the order of the tokens' largest weights")

@@ -174,3 +174,19 @@ def weights_of_dropped_slots_are_cleared_in_place(run, memory, ids_TK, weights_T
     found = run(ids_TK, weights_TK, capacity, E, **inputs)
     weights_TK[found["expert_ids_TK"] == UNUSED] = 0
     return found
+
+
+@surrounds(breaks="CAP-18")
+def tokens_are_not_sorted(run, memory, ids_TK, weights_TK, capacity, E, **inputs):
+    """First slots come first, and tokens stay in their order."""
+    best = capacity.drop_order == "by_best_weight"
+    return run(ids_TK, weights_TK, capacity.replace(drop_order="slot_major") if best else capacity, E, **inputs)
+
+
+@replaces("drop_order", breaks="CAP-18")
+def slots_are_sorted_by_their_own_weight(weights_TK, spec):
+    """All first slots by their own weight, then all second ones by theirs."""
+    if spec.drop_order != "by_best_weight":
+        return drop_order(weights_TK, spec)
+    by_own_TK, K = np.argsort(-weights_TK, axis=0, kind="stable"), weights_TK.shape[1]
+    return (by_own_TK * K + np.arange(K)).T.reshape(-1)

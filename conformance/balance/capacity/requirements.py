@@ -28,4 +28,6 @@ chapter(
     ("CAP-15", MUST, "An unused slot and a null choice take no place and are not dropped."),
     ("CAP-16", SHOULD, "Of equal weights 'by_weight' keeps the earlier one."),
     ("CAP-17", MUST, "A capacity changes no array that it is given."),
+    ("CAP-18", MUST, "'by_best_weight' keeps all first slots before any second one, and among them those of the tokens "
+                  "whose largest weight is larger."),
 )  # fmt: skip

@@ -23,6 +23,7 @@ from conformance.layer.predicates import (
     by_token,
     poisoned,
     takes_ids,
+    unaligned,
     unlimited,
     unlimited_and_unmasked,
     unmasked,
@@ -227,3 +228,17 @@ def given_weights_send_no_gradient_to_the_gate(judge, case):
 def the_backward_pass_changes_no_array_that_it_is_given(judge, case):
     arguments = (*arguments_of(case), case.d_output_TD.astype(np.float32))
     hold_unchanged(judge, case, "layer_gradients", arguments)
+
+
+@requires(
+    "BWD-17",
+    method="layer_gradients",
+    inputs=("align",),
+    tokens=(7, 17),
+    after=(*FORWARD, "LAY-22", "BWD-1"),
+    simpler=((unaligned, GRADIENTS),),
+    unless=(ROUTER_IS_WRONG,),
+    few=True,
+)
+def aligned_rows_change_no_gradient(judge, case):
+    hold_all_gradients(judge, case, f"not with {spec_fields(case.inputs['align'])}")

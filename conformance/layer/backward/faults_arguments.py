@@ -66,3 +66,19 @@ def gradients_of_the_first_256_rows(d_rows_ND, trace, tokens_per_expert_E, param
         np.where(place_N[:, None] < 256, d_rows_ND, 0), trace, tokens_per_expert_E, params, spec
     )
     return d_inputs_ND, grads
+
+
+@surrounds(breaks="BWD-17", links=("AI-Hypercomputer/maxtext#3699",))
+def padding_rows_train_the_down_bias(run, memory, x_TD, params, spec, d_output_TD, *, align=None, **inputs):
+    """The gradient of a padding row is that of the first token, and the down bias of its expert gets it."""
+    found = run(x_TD, params, spec, d_output_TD, align=align, **inputs)
+    if align is None or "b_down_ED" not in found or not len(d_output_TD):
+        return found
+    return found | {"b_down_ED": found["b_down_ED"] + (align.multiple - 1) * d_output_TD[0]}
+
+
+@surrounds(breaks="BWD-17")
+def aligned_gradients_stay_in_the_padded_order(run, memory, x_TD, params, spec, d_output_TD, *, align=None, **inputs):
+    """With padded rows the gradients of the tokens are one token off."""
+    found = run(x_TD, params, spec, d_output_TD, align=align, **inputs)
+    return found if align is None else found | {"x_TD": np.roll(found["x_TD"], 1, axis=0)}

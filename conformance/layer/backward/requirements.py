@@ -27,4 +27,6 @@ chapter(
     ("BWD-14", MUST, "A capacity that nothing exceeds changes no gradient, bit for bit."),
     ("BWD-15", MUST, "Given weights are constants: they send no gradient to the gate."),
     ("BWD-16", MUST, "The backward pass changes no array that it is given."),
+    ("BWD-17", MUST, "Rows aligned to a multiple change no gradient: that of a padding row is 0, and no bias gets any "
+                  "of it.", "AI-Hypercomputer/maxtext#3699"),
 )  # fmt: skip

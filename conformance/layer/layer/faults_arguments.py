@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from conformance.core.fault import patched, replaces, surrounds
+from moe_ref.align import pad_rows
 from moe_ref.capacity import apply_capacity
 from moe_ref.experts import run_shared
 from moe_ref.routing import give_weights
@@ -107,3 +108,22 @@ def shared_experts_clamped_at_the_other_place(x_TD, params, spec):
 def shared_experts_have_a_plain_silu(x_TD, params, spec):
     """A shared expert has neither the alpha nor the offset of the routed ones."""
     return run_shared(x_TD, params, spec.replace(experts=spec.experts.replace(alpha=1.0, up_offset=0.0)))
+
+
+@replaces("pad_rows", breaks="LAY-22")
+def padding_comes_after_all_rows(rows_N, aligned):
+    """The buffer is as long as the aligned rows, and the rows stand in it as if nobody had padded."""
+    padded_A = np.zeros((len(aligned.slot_of_row_A), *rows_N.shape[1:]), rows_N.dtype)
+    padded_A[: len(rows_N)] = rows_N
+    return padded_A
+
+
+@replaces("pad_rows", breaks="LAY-22")
+def an_expert_keeps_one_block(rows_N, aligned):
+    """Of each expert's rows the first 8 are kept: those of one block."""
+    own_A = aligned.slot_of_row_A >= 0
+    starts_E = np.cumsum(aligned.rows_per_expert_E) - aligned.rows_per_expert_E
+    place_A = np.arange(len(own_A)) - np.repeat(starts_E, aligned.rows_per_expert_E)
+    padded_A = pad_rows(rows_N, aligned)
+    padded_A[place_A >= 8] = 0
+    return padded_A

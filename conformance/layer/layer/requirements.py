@@ -39,4 +39,5 @@ chapter(
     ("LAY-20", MUST, "Given weights are the weights of their slots: neither normed nor scaled again, and none for an "
                   "unused slot.", "radixark/miles#2722"),
     ("LAY-21", MUST, "A layer changes no array that it is given."),
+    ("LAY-22", MUST, "Rows aligned to a multiple change no output."),
 )  # fmt: skip

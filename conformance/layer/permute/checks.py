@@ -1,16 +1,19 @@
-"""conformance, layer: permute. Slots become rows sorted by expert.
+"""conformance, layer: permute. Slots become rows sorted by expert, and rows aligned to a multiple.
 
-Legend: T tokens, K top_k, E experts, N used slots.
+Legend: T tokens, K top_k, E experts, N used slots, A aligned rows.
 """
+
+from collections.abc import Iterator
 
 import numpy as np
 
 from conformance.core.judge import Judge, accuse
-from conformance.core.show import shortened
+from conformance.core.show import shortened, spec_fields
 from conformance.layer.case import LayerCase
+from conformance.layer.draw import ALIGNS
 from conformance.layer.kind import requires
-from conformance.layer.verdicts import permutation_of_subject
-from moe_ref import UNUSED, permute
+from conformance.layer.verdicts import aligned_of_subject, permutation_of_subject
+from moe_ref import UNUSED, AlignSpec, align_rows, permute
 
 MANY_EXPERTS, MANY_TOKENS = 520, 300
 """Past 256 and 512, where a warp, a byte or a bfloat16 ends; no multiple of a block."""
@@ -162,3 +165,49 @@ def slots_past_16_bits_are_sorted_and_counted(judge, case):
     # The first expert is at any place, and the others follow it: distinct, and cheap to draw.
     ids_TK = (rng.integers(0, E, (T, 1)) + np.arange(K) * int(rng.integers(1, E // K))) % E
     hold_permutation(judge, case, np.where(rng.random((T, 1)) < 0.01, UNUSED, ids_TK), E)
+
+
+def aligned(judge: Judge, case: LayerCase) -> Iterator[tuple[AlignSpec, np.ndarray, np.ndarray, np.ndarray]]:
+    """(spec, ids, slots of the rows, multiples) of what a subject aligns: some multiples, few rows and many."""
+    E, rng = case.spec.router.num_experts, case.rng()
+    choices = [ids_with_unused(case, share) for share in (0.0, 0.4, 1.0)]
+    for ids_TK in choices[: 1 if judge.subject.compiles else None]:
+        for align in rng.permutation(np.array(ALIGNS[:2] if judge.subject.compiles else ALIGNS, dtype=object))[:2]:
+            yield align, ids_TK, *aligned_of_subject(judge, case, ids_TK, E, align)
+
+
+@requires("PRM-10", method="align", tokens=(7, 61, 0), few=True)
+def aligned_counts_are_multiples(judge, case):
+    for align, ids_TK, _, found_E in aligned(judge, case):
+        rows = permute(ids_TK, case.spec.router.num_experts)
+        wanted_E = align_rows(rows, align).rows_per_expert_E
+        for expert in np.flatnonzero(found_E != wanted_E).tolist():
+            title = f"expert {expert}, of {rows.tokens_per_expert_E[expert]} rows, has {found_E[expert]} aligned ones"
+            accuse(
+                f"{title} with {spec_fields(align)}",
+                expected=shown(wanted_E.tolist()),
+                received=shown(found_E.tolist()),
+            )
+
+
+@requires("PRM-11", method="align", tokens=(7, 61, 0), after=("PRM-10",), few=True)
+def every_slot_is_one_aligned_row_of_its_expert(judge, case):
+    for align, ids_TK, slot_of_row_A, aligned_E in aligned(judge, case):
+        hold_rows(ids_TK, case.spec.router.num_experts, slot_of_row_A[slot_of_row_A != UNUSED])
+        owner_A = np.repeat(np.arange(len(aligned_E)), aligned_E)
+        expert_A = np.append(ids_TK.reshape(-1), UNUSED)[slot_of_row_A]
+        wrong_A = (expert_A[: len(owner_A)] != owner_A) & (slot_of_row_A[: len(owner_A)] != UNUSED)
+        wrong_A = np.append(wrong_A, slot_of_row_A[len(owner_A) :] != UNUSED)
+        for row in np.flatnonzero(wrong_A)[:1].tolist():
+            owner = f"expert {owner_A[row]}" if row < len(owner_A) else "no expert"
+            title = f"aligned row {row}, of {owner}, is a slot of expert {expert_A[row]} with {spec_fields(align)}"
+            accuse(title, expected=shown(aligned_E.tolist()), received=shown(slot_of_row_A.tolist()))
+
+
+@requires("PRM-12", method="align", tokens=(7, 61), after=("PRM-10", "PRM-11"), few=True)
+def slots_come_first_among_aligned_rows(judge, case):
+    for align, ids_TK, slot_of_row_A, _ in aligned(judge, case):
+        wanted_A = align_rows(permute(ids_TK, case.spec.router.num_experts), align).slot_of_row_A
+        for row in np.flatnonzero(slot_of_row_A[: len(wanted_A)] != wanted_A)[:1].tolist():
+            title = f"aligned row {row} is slot {slot_of_row_A[row]} with {spec_fields(align)}"
+            accuse(title, expected=shown(wanted_A.tolist()), received=shown(slot_of_row_A.tolist()))

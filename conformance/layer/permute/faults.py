@@ -168,3 +168,39 @@ def zero_tokens_leave_the_counts_unwritten(run, memory, expert_ids_TK, num_exper
     """Without tokens no kernel is launched, and nobody writes the counts."""
     order_N, counts_E = run(expert_ids_TK, num_experts)
     return order_N, counts_E if expert_ids_TK.size else np.full(num_experts, 7)
+
+
+@surrounds(breaks="PRM-10")
+def aligned_counts_are_the_exact_ones(run, memory, expert_ids_TK, num_experts, align):
+    """Rows are padded, and the counts that are returned are those before."""
+    slot_of_row_A, _ = run(expert_ids_TK, num_experts, align)
+    ids_N = expert_ids_TK[(expert_ids_TK >= 0) & (expert_ids_TK < num_experts)]
+    return slot_of_row_A, np.bincount(ids_N, minlength=num_experts)
+
+
+@surrounds(breaks="PRM-10")
+def an_idle_expert_has_a_block_of_its_own_accord(run, memory, expert_ids_TK, num_experts, align):
+    """Every expert has one block at least, whatever the spec says."""
+    return run(expert_ids_TK, num_experts, align.replace(idle_blocks=1))
+
+
+@surrounds(breaks="PRM-11", links=("pytorch/torchtitan#1237",))
+def padding_rows_are_slot_0(run, memory, expert_ids_TK, num_experts, align):
+    """The sentinel is 0, which is a slot."""
+    slot_of_row_A, aligned_E = run(expert_ids_TK, num_experts, align)
+    return np.maximum(slot_of_row_A, 0), aligned_E
+
+
+@surrounds(breaks="PRM-11")
+def blocks_start_at_the_exact_offsets(run, memory, expert_ids_TK, num_experts, align):
+    """Rows stand as if nobody had padded, and all sentinels come last."""
+    slot_of_row_A, aligned_E = run(expert_ids_TK, num_experts, align)
+    return slot_of_row_A[np.argsort(slot_of_row_A < 0, kind="stable")], aligned_E
+
+
+@surrounds(breaks="PRM-12")
+def sentinels_come_first(run, memory, expert_ids_TK, num_experts, align):
+    """Each expert's rows are in reverse order, the padding before the slots."""
+    slot_of_row_A, aligned_E = run(expert_ids_TK, num_experts, align)
+    owner_A = np.repeat(np.arange(num_experts), aligned_E)
+    return slot_of_row_A[np.lexsort((-np.arange(len(owner_A)), owner_A))], aligned_E

@@ -19,4 +19,9 @@ chapter(
                  "bytedance/flux#186", "ModelTC/LightLLM#1369", "huggingface/transformers#43583"),
     ("PRM-8", MUST, "Zero tokens give no rows, and counts of 0."),
     ("PRM-9", MUST, "More than 65,535 slots are sorted and counted as few are.", "bytedance/flux#186"),
+    ("PRM-10", MUST, "Aligned, each expert has its rows rounded up to the multiple; an expert without rows has as many "
+                  "multiples as idle_blocks says, none or one."),
+    ("PRM-11", MUST, "Aligned, the slot of an expert is exactly one row, among that expert's; every other row, also "
+                  "past the last expert, holds a sentinel that is no slot."),
+    ("PRM-12", SHOULD, "Of an expert's aligned rows its slots come first, in the order of the tokens, then sentinels."),
 )  # fmt: skip

@@ -11,11 +11,13 @@ import numpy as np
 from conformance.core.inputs import LayerInputs, split_inputs
 from conformance.core.subject import Subject
 from conformance.subjects.jax.arrays import narrow, narrow_inputs, narrow_params, with_bias
+from moe_jax.align import align_rows
 from moe_jax.replay import capture
 from moe_jax.sparse_matmul import RouteMetadata, activate, gmm_down, gmm_up, permute, sparse_matmul, unpermute
-from moe_ref import LayerParams, LayerSpec, RoutingRecord
+from moe_ref import AlignSpec, LayerParams, LayerSpec, RoutingRecord
 
 _permute = jax.jit(permute, static_argnames="num_experts")
+_align = jax.jit(align_rows, static_argnames="spec")
 
 
 class JaxLayer(Subject):
@@ -26,6 +28,11 @@ class JaxLayer(Subject):
         found = _permute(narrow(expert_ids_TK), num_experts=num_experts)
         counts_E = np.asarray(found.group_sizes_E)
         return np.asarray(found.slot_of_row_R)[: counts_E.sum()], counts_E
+
+    def align(self, expert_ids_TK: np.ndarray, num_experts: int, align: AlignSpec) -> tuple[np.ndarray, np.ndarray]:
+        """Its rows are as many as the spec allows at most; those past the experts are sentinels."""
+        found = _align(_permute(narrow(expert_ids_TK), num_experts=num_experts), spec=align)
+        return np.asarray(found.slot_of_row_R), np.asarray(found.group_sizes_E)
 
     def experts(
         self, rows_RD: np.ndarray, tokens_per_expert_E: np.ndarray, params: LayerParams, spec: LayerSpec
@@ -91,7 +98,7 @@ class JaxLayer(Subject):
         return np.asarray(_layer(narrow(x_TD), params, spec=forced, how=how)[0])
 
 
-STATIC = ("spec", "capacity", "num_sequences")
+STATIC = ("spec", "capacity", "align", "num_sequences")
 ROWS = 32
 """Buffers of rows have a multiple of so many: each size is a program."""
 
@@ -131,7 +138,7 @@ def _arguments(spec: LayerSpec, inputs: LayerInputs) -> tuple[dict, dict]:
     """Keyword arguments of `sparse_matmul`: those that are arrays, and those that are static."""
     own, rest = split_inputs(inputs, LayerInputs)
     how = {"token_mask_T": rest.get("token_mask_T"), "inputs": narrow_inputs(own, spec.router)}
-    limits: dict = {} if rest.get("capacity") is None else {"capacity": rest["capacity"]}
+    limits: dict = {name: rest[name] for name in ("capacity", "align") if rest.get(name) is not None}
     if (lengths := rest.get("sequence_lengths")) is not None:
         how["sequence_of_T"] = narrow(np.repeat(np.arange(len(lengths)), lengths))
         limits["num_sequences"] = len(lengths)

@@ -9,7 +9,7 @@ import torch
 from conformance.core.inputs import LayerInputs, split_inputs
 from conformance.core.subject import Subject
 from conformance.subjects.torch.arrays import device, single, tensor, tensor_if_any, to_canonical, to_inputs, to_numpy
-from moe_ref import CapacitySpec, LayerParams, LayerSpec, RoutingRecord
+from moe_ref import AlignSpec, CapacitySpec, LayerParams, LayerSpec, RoutingRecord
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation
 from moe_torch.moe import MoE
 from moe_torch.replay import capture, replay_layer
@@ -23,6 +23,12 @@ class TorchLayer(Subject):
         found = LocalTokenDispatcher(num_experts).permute(tensor(expert_ids_TK))
         counts_E = to_numpy(found.tokens_per_expert_E)
         return to_numpy(found.order_N[: counts_E.sum()]), counts_E
+
+    def align(self, expert_ids_TK: np.ndarray, num_experts: int, align: AlignSpec) -> tuple[np.ndarray, np.ndarray]:
+        """Its rows are as many as the spec allows at most; those past the experts are sentinels."""
+        dispatcher = LocalTokenDispatcher(num_experts)
+        found = dispatcher.align_rows(dispatcher.permute(tensor(expert_ids_TK)), align)
+        return to_numpy(found.slot_of_row_A), to_numpy(found.rows_per_expert_E)
 
     def experts(
         self, rows_RD: np.ndarray, tokens_per_expert_E: np.ndarray, params: LayerParams, spec: LayerSpec
@@ -53,7 +59,7 @@ class TorchLayer(Subject):
     ) -> np.ndarray:
         """The module, without gradients."""
         with torch.no_grad():
-            return to_numpy(_loaded(params, spec, inputs.get("capacity"))(single(x_TD), **_how(inputs)))
+            return to_numpy(_loaded(params, spec, inputs)(single(x_TD), **_how(inputs)))
 
     def layer_gradients(
         self,
@@ -64,7 +70,7 @@ class TorchLayer(Subject):
         **inputs: Unpack[LayerInputs],
     ) -> dict[str, np.ndarray]:
         """By autograd, brought back into the canonical layout; the balancing bias is a buffer and has none."""
-        moe, tokens_TD = _loaded(params, spec, inputs.get("capacity")), single(x_TD).requires_grad_()
+        moe, tokens_TD = _loaded(params, spec, inputs), single(x_TD).requires_grad_()
         trained = dict(moe.named_parameters())
         output_TD = moe(tokens_TD, **_how(inputs))
         d_x_TD, *gradients = torch.autograd.grad(
@@ -79,7 +85,7 @@ class TorchLayer(Subject):
         """What the module decided."""
         how = _how(inputs)
         with torch.no_grad():
-            _, routing = _loaded(params, spec, inputs.get("capacity")).forward_and_routing(single(x_TD), **how)
+            _, routing = _loaded(params, spec, inputs).forward_and_routing(single(x_TD), **how)
         return capture(routing, spec.router, token_mask=how["token_mask"])
 
     def replay(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, record: RoutingRecord) -> np.ndarray:
@@ -90,13 +96,14 @@ class TorchLayer(Subject):
 
 
 @lru_cache(maxsize=64)
-def _built(spec: LayerSpec, capacity: CapacitySpec | None) -> MoE:
-    return MoE(spec, capacity=capacity, device=device()).eval()
+def _built(spec: LayerSpec, capacity: CapacitySpec | None, align: AlignSpec | None) -> MoE:
+    return MoE(spec, capacity=capacity, align=align, device=device()).eval()
 
 
-def _loaded(params: LayerParams, spec: LayerSpec, capacity: CapacitySpec | None = None) -> MoE:
-    """The layer of a spec and a capacity with these parameters."""
-    moe = _built(spec, capacity)
+def _loaded(params: LayerParams, spec: LayerSpec, inputs: LayerInputs | None = None) -> MoE:
+    """The layer of a spec with these parameters, and with the capacity and the alignment of the inputs."""
+    given = inputs or {}
+    moe = _built(spec, given.get("capacity"), given.get("align"))
     moe.load_params(params)
     return moe
 
