@@ -9,8 +9,11 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,6 +37,21 @@ def use_cores(count: int) -> None:
     """This process runs on `count` cores; call it before a framework starts its threads."""
     if hasattr(os, "sched_setaffinity"):  # Linux alone; XLA's CPU client sizes its pool by it
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
+@contextmanager
+def busy_core(is_busy: bool = True) -> Iterator[None]:
+    """Within it another process spins on the first of this process' cores."""
+    if not is_busy:
+        yield
+        return
+    core = min(os.sched_getaffinity(0))
+    spin = subprocess.Popen([sys.executable, "-c", f"import os\nos.sched_setaffinity(0, {{{core}}})\nwhile True: pass"])
+    try:
+        yield
+    finally:
+        spin.kill()
+        spin.wait()
 
 
 def paired(

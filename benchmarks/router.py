@@ -1,6 +1,7 @@
 """benchmarks, the router: DeepSeek-V3's node-limited routing from logits, beside the routers people use.
 
     python -m benchmarks.router        # a table, and benchmarks/results/router.json
+    python -m benchmarks.router --busy # while another process has one of the two cores; a table alone
 
 The gate is left out everywhere: an identity takes its place, so that what is timed begins with the logits. Candidates
 choose the same experts with the same weights, which is checked before the clock starts.
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from benchmarks.harness import RESULTS, Timing, machine, paired, table, use_cores, write_json
+from benchmarks.harness import RESULTS, Timing, busy_core, machine, paired, table, use_cores, write_json
 from moe_ref import RouterSpec
 
 TOKENS, CORES = 16384, 2
@@ -172,19 +173,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--part", choices=PARTS, help="one framework, as JSON on the last line")
+    parser.add_argument("--busy", action="store_true", help="another process spins on one of the cores")
     args = parser.parse_args()
     use_cores(CORES)
     if args.part:
-        print(json.dumps([asdict(timing) for timing in PARTS[args.part](args.rounds)]))
+        with busy_core(args.busy):
+            print(json.dumps([asdict(timing) for timing in PARTS[args.part](args.rounds)]))
         return
     results = {"spec": SPEC.to_dict(), "tokens": TOKENS}
     for part in PARTS:
         # A process for each framework: both keep threads of their own.
         command = [sys.executable, "-m", "benchmarks.router", "--part", part, "--rounds", str(args.rounds)]
+        command += ["--busy"] if args.busy else []
         lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
         timings = [Timing(**fields) for fields in json.loads(lines[-1])]
         print(f"\n{part}: {TOKENS} tokens, {CORES} threads\n\n{table(timings)}")
         results[part] = timings
+    if args.busy:
+        return
     packages = ("torch", "torchtitan", "transformers", "jax", "numpy")
     write_json(RESULTS / "router.json", {"machine": machine(packages), **results})
 

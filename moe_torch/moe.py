@@ -216,16 +216,15 @@ class MoE(nn.Module):
         self, routing: Routing, capacity: CapacitySpec, token_mask_T: Tensor | None, sequence_lengths: Sequence[int]
     ) -> Routing:
         """What is left of a choice."""
-        ids_TK, lengths_B = routing.expert_ids_TK, torch.tensor(sequence_lengths, dtype=torch.int64)
-        numbers_B = torch.arange(len(lengths_B))
+        ids_TK = routing.expert_ids_TK
         kept = apply_capacity(
             ids_TK,
             routing.weights_TK,
             capacity,
             self.spec.router.num_experts,
             token_mask_T=token_mask_T,
-            sequence_of_T=numbers_B.repeat_interleave(lengths_B).to(ids_TK.device),
-            num_sequences=len(lengths_B),
+            sequence_of_T=_sequence_of_T(sequence_lengths, ids_TK.device),
+            num_sequences=len(sequence_lengths),
             group=self.capacity_group,
         )
         return replace(routing, expert_ids_TK=kept.expert_ids_TK, weights_TK=kept.weights_TK)
@@ -320,6 +319,14 @@ def _lengths(x: Tensor) -> list[int]:
     """(..., L, D) is sequences of length L."""
     length = x.shape[-2] if x.ndim > 1 else 1
     return [length] * (x[..., 0].numel() // max(length, 1))
+
+
+def _sequence_of_T(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """The number of each token's sequence; of equal lengths it is computed on the device, and nothing waits."""
+    if len(set(lengths)) == 1 and lengths[0] > 0:
+        return torch.arange(sum(lengths), device=device) // lengths[0]
+    numbers_B = torch.arange(len(lengths))
+    return numbers_B.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)).to(device)
 
 
 def _turned(w):

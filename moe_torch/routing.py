@@ -186,36 +186,73 @@ def select(
         kept_TE = kept_experts(group_ids_TL, group_scores_TG, biased_scores_TE)
         scores_for_choice_TE = biased_scores_TE.masked_fill(~kept_TE, spec.mask_fill)
         return _fillable(top_k(scores_for_choice_TE, spec.top_k), scores_for_choice_TE)
-    # Only the experts of kept groups are ranked: L * P columns instead of E. Their groups stay in ascending order, so
-    # that the lower column is the lower expert id.
-    T, G, P = biased_scores_TE.shape[0], group_scores_TG.shape[-1], spec.experts_per_group
+    if host_reads_are_free(biased_scores_TE):
+        return _select_in_groups_on_host(biased_scores_TE, group_ids_TL, spec)
+    # In ascending order the lower column is the lower expert id.
     ascending_TL = group_ids_TL.sort(-1).values
-    first_group_T1 = torch.arange(T, device=ascending_TL.device)[:, None] * G
-    group_rows_N = (first_group_T1 + ascending_TL).flatten()
-    kept_scores_TJ = biased_scores_TE.reshape(-1, P).index_select(0, group_rows_N).view(T, ascending_TL.shape[-1] * P)
+    kept_scores_TJ = _scores_in_groups(biased_scores_TE, ascending_TL, spec)
     columns_TK = _fillable(top_k(kept_scores_TJ, spec.top_k), kept_scores_TJ)
-    places_TK = columns_TK.clamp(min=0) // P
-    ids_TK = columns_TK + (ascending_TL.gather(-1, places_TK) - places_TK) * P
+    ids_TK = _ids_of_columns(columns_TK.clamp(min=0), ascending_TL, spec)
     return torch.where(columns_TK == UNUSED, UNUSED, ids_TK)
+
+
+def _select_in_groups_on_host(biased_scores_TE: Tensor, group_ids_TL: Tensor, spec: RouterSpec) -> Tensor:
+    """The same in fewer passes: each waits for all cores, and on a busy machine that is what takes long.
+
+    Without a tie the order of groups is of no account, and where the last choice is not -inf every slot is used.
+    """
+    values_TK, columns_TK, tied_R = _largest(_scores_in_groups(biased_scores_TE, group_ids_TL, spec), spec.top_k)
+    ids_TK = _ids_of_columns(columns_TK, group_ids_TL, spec)
+    if tied_R is not None:
+        ascending_RL = group_ids_TL[tied_R].sort(-1).values
+        kept_scores_RJ = _scores_in_groups(biased_scores_TE[tied_R], ascending_RL, spec)
+        ids_TK[tied_R] = _ids_of_columns(_top_k_of_keys(kept_scores_RJ, spec.top_k), ascending_RL, spec)
+    if values_TK.numel() and not values_TK[:, -1].amin() > NEG_INF:
+        return _fillable(ids_TK, biased_scores_TE)
+    return ids_TK
+
+
+def _scores_in_groups(biased_scores_TE: Tensor, group_ids_TL: Tensor, spec: RouterSpec) -> Tensor:
+    """The scores of the experts of these groups alone: L * P columns instead of E."""
+    (T, E), P = biased_scores_TE.shape, spec.experts_per_group
+    first_group_T1 = torch.arange(0, T * (E // P), E // P, device=group_ids_TL.device)[:, None]
+    rows_N = (first_group_T1 + group_ids_TL).flatten()
+    return biased_scores_TE.reshape(-1, P).index_select(0, rows_N).view(T, group_ids_TL.shape[-1] * P)
+
+
+def _ids_of_columns(columns_TK: Tensor, group_ids_TL: Tensor, spec: RouterSpec) -> Tensor:
+    """The expert ids of columns of `_scores_in_groups`."""
+    P, L = spec.experts_per_group, group_ids_TL.shape[-1]
+    # What a group's first column is away from its first expert.
+    shifts_TL = torch.add(torch.arange(0, -L * P, -P, device=group_ids_TL.device), group_ids_TL, alpha=P)
+    return columns_TK + shifts_TL.gather(-1, columns_TK // P)
 
 
 def _fillable(expert_ids_TK: Tensor, scores_for_choice_TE: Tensor) -> Tensor:
     # moe_ref refuses a token with fewer than K choices; to refuse here would read the device. The slot stays unused.
-    return torch.where(scores_for_choice_TE.gather(-1, expert_ids_TK) == NEG_INF, UNUSED, expert_ids_TK)
+    chosen_TK = scores_for_choice_TE.gather(-1, expert_ids_TK)
+    if host_reads_are_free(chosen_TK) and chosen_TK.numel() and chosen_TK.amin() > NEG_INF:
+        return expert_ids_TK
+    return torch.where(chosen_TK == NEG_INF, UNUSED, expert_ids_TK)
 
 
 def top_k(scores_TE: Tensor, k: int) -> Tensor:
     """Ids of the k largest entries of each row, descending; ties go to the lower id. [SEL-5, SEL-6]"""
     if not host_reads_are_free(scores_TE):
         return _top_k_of_keys(scores_TE, k)
-    # torch.topk promises no order of equal entries (pytorch/pytorch#27542): rows that have some are done again. One
-    # entry more than asked for shows a tie at the boundary as well.
+    _, ids_TK, tied_R = _largest(scores_TE, k)
+    if tied_R is not None:
+        ids_TK[tied_R] = _top_k_of_keys(scores_TE[tied_R], k)
+    return ids_TK
+
+
+def _largest(scores_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The k largest entries of each row and their ids, descending; and the rows with equal ones, None where there are
+    none, whose ids torch promises no order of (pytorch/pytorch#27542)."""
+    # One entry more than asked for shows a tie at the boundary as well.
     values_TK, ids_TK = scores_TE.topk(min(k + 1, scores_TE.shape[-1]), dim=-1)
     tied_T = (values_TK[:, 1:] == values_TK[:, :-1]).any(-1)
-    if tied_T.any():
-        rows_R = tied_T.nonzero().squeeze(-1)
-        ids_TK[rows_R] = _top_k_of_keys(scores_TE[rows_R], ids_TK.shape[-1])
-    return ids_TK[:, :k]
+    return values_TK[:, :k], ids_TK[:, :k], tied_T.nonzero().squeeze(-1) if tied_T.any() else None
 
 
 def _top_k_of_keys(scores_TE: Tensor, k: int) -> Tensor:
@@ -268,6 +305,8 @@ def choose(logits_TE: Tensor, spec: RouterSpec, inputs: RouterInputs, token_mask
 
 def gather(values_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
     """The values of the selected experts; an unused slot reads 0. [WGT-8, WGT-11]"""
+    if host_reads_are_free(expert_ids_TK) and expert_ids_TK.numel() and expert_ids_TK.amin() > UNUSED:
+        return values_TE.gather(-1, expert_ids_TK)
     return torch.where(expert_ids_TK == UNUSED, 0, values_TE.gather(-1, expert_ids_TK.clamp(min=0)))
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from moe_torch.kernels.activation import activated, activated_slope, clamped_up, clamped_up_slope
 from moe_torch.kernels.jit import jit
-from moe_torch.kernels.tiles import place, product, read
+from moe_torch.kernels.tiles import add_products, place, product, read, rows_of, slots_of
 
 
 @jit
@@ -58,13 +58,9 @@ def hidden_kernel(
     """
     tile, column = place(num_tiles, F, COLUMNS, GROUP)
     expert = tl.load(tiles_3B + tile)
-    first = tl.load(tiles_3B + num_tiles + tile)
     r = tl.arange(0, ROWS)
-    row, row_in = first + r, r < tl.load(tiles_3B + 2 * num_tiles + tile) - first
-    if order_R is None:
-        slot = row.to(tl.int64)
-    else:
-        slot = tl.load(order_R + row, mask=row_in, other=0).to(tl.int64)
+    first, row_in = rows_of(tiles_3B, num_tiles, tile, r)
+    slot = slots_of(order_R, first + r, row_in)
     d_weight = tl.zeros((ROWS,), tl.float32)
     if expert < num_experts:
         token = slot // top_k
@@ -117,9 +113,8 @@ def tokens_kernel(
     """d_slots[s] = d_gate[r] @ w1[e] + d_up[r] @ w3[e] with s = order[r]; 0 in a slot without an expert."""
     tile, column = place(num_tiles, D, COLUMNS, GROUP)
     expert = tl.load(tiles_3B + tile)
-    first = tl.load(tiles_3B + num_tiles + tile)
     r = tl.arange(0, ROWS)
-    row, row_in = first + r, r < tl.load(tiles_3B + 2 * num_tiles + tile) - first
+    first, row_in = rows_of(tiles_3B, num_tiles, tile, r)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     d = column * COLUMNS + tl.arange(0, COLUMNS)
     d_in = d < D
@@ -129,27 +124,16 @@ def tokens_kernel(
         base, at = first.to(tl.int64) * F, r[:, None] * F + f[None, :]
         gate_at = d_gate_RF + base + at
         w1_at = (w1 + e * w1_E) + f[:, None] * w1_F + d[None, :]
-        for k in range(0, F, DEPTH):
-            f_in = f < F - k
-            d_gate = read(gate_at, row_in, f_in, True, not EVEN_DEPTH)
-            w1_tile = read(w1_at, f_in, d_in, not EVEN_DEPTH, not EVEN_COLUMNS)
-            total = product(d_gate, w1_tile, total, PRECISION, WIDEN)
-            gate_at += DEPTH
-            w1_at += DEPTH * w1_F
+        total = add_products(
+            gate_at, w1_at, row_in, d_in, total, F, w1_F, DEPTH, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, WIDEN
+        )
         if w3 is not None:
             up_at = d_up_RF + base + at
             w3_at = (w3 + e * w3_E) + f[:, None] * w3_F + d[None, :]
-            for k in range(0, F, DEPTH):
-                f_in = f < F - k
-                d_up = read(up_at, row_in, f_in, True, not EVEN_DEPTH)
-                w3_tile = read(w3_at, f_in, d_in, not EVEN_DEPTH, not EVEN_COLUMNS)
-                total = product(d_up, w3_tile, total, PRECISION, WIDEN)
-                up_at += DEPTH
-                w3_at += DEPTH * w3_F
-    if order_R is None:
-        slot = row.to(tl.int64)
-    else:
-        slot = tl.load(order_R + row, mask=row_in, other=0).to(tl.int64)
+            total = add_products(
+                up_at, w3_at, row_in, d_in, total, F, w3_F, DEPTH, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, WIDEN
+            )
+    slot = slots_of(order_R, first + r, row_in)
     at_slot = slot[:, None] * D + d[None, :]
     tl.store(d_slots_RD + at_slot, total.to(d_slots_RD.dtype.element_ty), mask=row_in[:, None] & d_in[None, :])
 
@@ -186,9 +170,7 @@ def weights_kernel(
     for first in range(start, end, DEPTH):
         row = first + tl.arange(0, DEPTH)
         row_in = row < end
-        slot = row.to(tl.int64)
-        if order_R is not None:
-            slot = tl.load(order_R + row, mask=row_in, other=0).to(tl.int64)
+        slot = slots_of(order_R, row, row_in)
         a_row = slot // top_k if GATHER_A else row.to(tl.int64)
         b_row = slot // top_k if GATHER_B else row.to(tl.int64)
         a_at = a_row[:, None] * M + m[None, :]

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from moe_torch.kernels.activation import activated, clamped_up
 from moe_torch.kernels.jit import jit
-from moe_torch.kernels.tiles import place, product, read
+from moe_torch.kernels.tiles import add_products, place, product, read, rows_of, slots_of
 
 
 @jit
@@ -30,13 +30,11 @@ def up_kernel(
     tile, column = place(num_tiles, F, COLUMNS, GROUP)
     expert = tl.load(tiles_3B + tile)
     if expert < num_experts:
-        first = tl.load(tiles_3B + num_tiles + tile)
         r = tl.arange(0, ROWS)
-        row, row_in = first + r, r < tl.load(tiles_3B + 2 * num_tiles + tile) - first
-        if order_R is None:
-            token = row.to(tl.int64)
-        else:
-            token = tl.load(order_R + row, mask=row_in, other=0).to(tl.int64) // top_k
+        first, row_in = rows_of(tiles_3B, num_tiles, tile, r)
+        token = slots_of(order_R, first + r, row_in)
+        if order_R is not None:
+            token = token // top_k
         f = column * COLUMNS + tl.arange(0, COLUMNS)
         # A column past F reads one that there is, and is not stored.
         f_read = tl.where(f < F, f, 0)
@@ -86,27 +84,19 @@ def down_kernel(
     """
     tile, column = place(num_tiles, D, COLUMNS, GROUP)
     expert = tl.load(tiles_3B + tile)
-    first = tl.load(tiles_3B + num_tiles + tile)
     r = tl.arange(0, ROWS)
-    row, row_in = first + r, r < tl.load(tiles_3B + 2 * num_tiles + tile) - first
+    first, row_in = rows_of(tiles_3B, num_tiles, tile, r)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     d = column * COLUMNS + tl.arange(0, COLUMNS)
-    if order_R is None:
-        slot = row.to(tl.int64)
-    else:
-        slot = tl.load(order_R + row, mask=row_in, other=0).to(tl.int64)
+    slot = slots_of(order_R, first + r, row_in)
     if expert < num_experts:
         d_read = tl.where(d < D, d, 0)
         f = tl.arange(0, DEPTH)
         e = expert.to(tl.int64)
         hidden_at = (hidden_RF + first.to(tl.int64) * F) + r[:, None] * F + f[None, :]
         w2_at = (w2 + e * w2_E) + d_read[None, :] * w2_D + f[:, None]
-        for k in range(0, F, DEPTH):
-            f_in = f < F - k
-            hidden = read(hidden_at, row_in, f_in, True, not EVEN_DEPTH)
-            total = product(hidden, read(w2_at, f_in, f_in, not EVEN_DEPTH, False), total, PRECISION, WIDEN)
-            hidden_at += DEPTH
-            w2_at += DEPTH
+        # Its columns are read where there are some: none is masked.
+        total = add_products(hidden_at, w2_at, row_in, d < D, total, F, 1, DEPTH, EVEN_DEPTH, True, PRECISION, WIDEN)
         if b2_ED is not None:
             total += tl.load(b2_ED + e * D + d_read).to(tl.float32)[None, :]
         if weights_R is not None:

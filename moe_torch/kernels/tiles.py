@@ -85,3 +85,38 @@ def product(a, b, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
     else:
         total = tl.dot(a, b, total, input_precision=PRECISION)
     return total
+
+
+@jit
+def rows_of(tiles_3B, num_tiles, tile, r):
+    """The first row of a tile, and whether the rows r after it are the tile's."""
+    first = tl.load(tiles_3B + num_tiles + tile)
+    return first, r < tl.load(tiles_3B + 2 * num_tiles + tile) - first
+
+
+@jit
+def slots_of(order_R, row, row_in):
+    """The slot of each row; without order_R it is the row."""
+    if order_R is None:
+        slot = row.to(tl.int64)
+    else:
+        slot = tl.load(order_R + row, mask=row_in, other=0).to(tl.int64)
+    return slot
+
+
+@jit
+def add_products(
+    rows_at, matrix_at, row_in, column_in, total, length, step,
+    DEPTH: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """total + rows @ matrix, over an axis of this length, along which the matrix has the stride `step`."""
+    at = tl.arange(0, DEPTH)
+    for k in range(0, length, DEPTH):
+        inside = at < length - k
+        rows = read(rows_at, row_in, inside, True, not EVEN_DEPTH)
+        matrix = read(matrix_at, inside, column_in, not EVEN_DEPTH, not EVEN_COLUMNS)
+        total = product(rows, matrix, total, PRECISION, WIDEN)
+        rows_at += DEPTH
+        matrix_at += DEPTH * step
+    return total

@@ -1,4 +1,4 @@
-"""moe_jax, tests of memory: layers of published sizes are lowered, forward and backward, without a number of theirs.
+"""moe_jax, tests of memory and of the host: layers of published sizes are traced, forward and backward, with no data.
 
 What XLA may keep at once is the arrays of the program: no one is larger than the rows or the weights are.
 """
@@ -25,8 +25,8 @@ SIZES = {
 }
 
 
-def shapes_of(layer, name: str, platform: str) -> tuple[LayerSpec, set[tuple[int, ...]]]:
-    """The spec, and the shapes of all arrays of the program of its forward and backward pass."""
+def traced(layer, name: str):
+    """The spec, and the program of its forward and backward pass."""
     (D, F), router = SIZES[name], preset(name)
     E, has_bias = router.num_experts, name == "gpt_oss"
     spec = LayerSpec(router=router, experts=ExpertSpec(dim=D, hidden_dim=F, bias=has_bias))
@@ -41,7 +41,13 @@ def shapes_of(layer, name: str, platform: str) -> tuple[LayerSpec, set[tuple[int
             x_TD, params
         )
 
-    lowered = jax.jit(step).trace(of((T, D)), params).lower(lowering_platforms=(platform,))
+    return spec, jax.jit(step).trace(of((T, D)), params)
+
+
+def shapes_of(layer, name: str, platform: str) -> tuple[LayerSpec, set[tuple[int, ...]]]:
+    """The spec, and the shapes of all arrays of that program as XLA gets it."""
+    spec, program = traced(layer, name)
+    lowered = program.lower(lowering_platforms=(platform,))
     found = re.findall(r"tensor<((?:\d+x)+)[a-z]\w*>", lowered.as_text())
     return spec, {tuple(map(int, axes.split("x")[:-1])) for axes in found}
 
@@ -69,3 +75,34 @@ def test_a_layer_with_all_experts_on_all_tokens_is_seen(layer):
     spec, shapes = shapes_of(layer, "qwen3_moe", "cpu")
     with pytest.raises(AssertionError):
         check(spec, shapes)
+
+
+# what calls the host
+
+CALLBACKS = {"pure_callback", "io_callback", "debug_callback", "debug_print", "infeed", "outfeed"}
+
+
+def primitives_of(layer, name: str) -> set[str]:
+    """Of the program and of all programs in it."""
+    found, waiting = set(), [traced(layer, name)[1].jaxpr.jaxpr]
+    while waiting:
+        for equation in waiting.pop().eqns:
+            found.add(equation.primitive.name)
+            inside = jax.tree.leaves(equation.params, is_leaf=lambda value: hasattr(value, "eqns"))
+            waiting += [getattr(value, "jaxpr", value) for value in inside if hasattr(value, "eqns")]
+    return found
+
+
+def test_a_layer_never_calls_the_host():
+    found = primitives_of(sparse_matmul, "deepseek_v3")
+    assert {"grouped_matmul", "grouped_outer"} <= found
+    assert not found & CALLBACKS
+
+
+def test_a_layer_that_calls_the_host_is_seen():
+    def printing(x_TD, params, spec):
+        output_TD, decided = sparse_matmul(x_TD, params, spec)
+        jax.lax.cond(output_TD[0, 0] > 0, lambda: jax.debug.print("positive"), lambda: None)
+        return output_TD, decided
+
+    assert primitives_of(printing, "qwen3_moe") & CALLBACKS

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_ref
 from moe_ref import UNUSED, RouterInputs, RouterSpec, gate
@@ -362,6 +363,29 @@ def test_reset_parameters_forgets_the_bias_and_the_scale():
     assert router.expert_bias.eq(0).all()
     assert router.learned_scale.eq(1).all()
     assert not torch.equal(before, router.gate.weight)
+
+
+class Passes(TorchDispatchMode):
+    """Counts the operators whose arrays are so large that PyTorch shares them out among its threads."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        found = operator(*args, **(kwargs or {}))
+        tensors = [value for value in (*args, found) if isinstance(value, torch.Tensor)]
+        self.count += not operator.is_view and max((value.numel() for value in tensors), default=0) >= 2**15
+        return found
+
+
+def test_a_router_waits_for_all_threads_some_thirty_times():
+    # Where another process has one of two cores, it is this number that takes long.
+    spec = RouterSpec(**NORMED, num_experts=256, top_k=8, num_expert_groups=8, num_limited_groups=4)
+    logits_TE = torch.randn(8192, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), Passes() as passes:
+        route(logits_TE, spec, expert_bias_E=torch.zeros(256))
+    assert passes.count <= 30
 
 
 def test_errors_name_field_value_and_bound():
