@@ -145,6 +145,11 @@ class Recorder(Asked):
     answers: dict[str, Any] = field(default_factory=dict)
     """What it answered, by the key of the call; an error is none."""
 
+    @property
+    def keys(self) -> list[str]:
+        """Of the calls, in order."""
+        return [call.key for call in self.calls]
+
     def answered(self, call: Call, arguments: tuple, inputs: Mapping[str, Any]) -> Any:
         self.calls.append(call)
         if call.key not in self.answers:

@@ -59,10 +59,10 @@ def other_bytes(cases: list[Read]) -> Iterator[str]:
     judge, recorder = fresh()
     for case in cases:
         trial = Trial(**case.entry["trials"][0])
-        calls = calls_of(judge, recorder, trial.check, trial.case(judge))
-        if case.entry["key"] not in calls:
+        calls, key = calls_of(judge, recorder, trial.check, trial.case(judge)), case.entry["key"]
+        if key not in calls:
             yield f"{case.name}: other inputs are drawn here"
-        elif (stored := stored_of(calls[case.entry["key"]])) is None:
+        elif (stored := stored_of(calls[key], recorder.answers.get(key))) is None:
             yield f"{case.name}: its values are not clear here"
         elif data_of(stored)[1] != (case.folder / f"{case.name}.bin").read_bytes():
             yield f"{case.name}: other values are computed here"
