@@ -30,9 +30,12 @@ COARSE = {
     "scores": ("bfloat16", PACKED),
     "bias": ("bfloat16", "float16"),
     "selection": ("bfloat16", PACKED),
-    "weights": ("bfloat16", "float16"),
+    "weights": ("bfloat16",),
 }
-"""What of a router can be coarse by itself, and how: the scores, expert_bias, what is ranked, the weights."""
+"""What of a router can be coarse by itself, and how: the scores, expert_bias, what is ranked, the weights.
+
+float16 is no class of scores, or of what is made of them: those that it flushes to 0 have no bound.
+"""
 
 
 class Precision(str):
