@@ -76,8 +76,9 @@ def choice_error(case: RouterCase, dtype: str) -> np.ndarray:
         assert trace.scores_TE is not None
         error_TE = trace.scores_TE * score_error(case, dtype) + score_floor(case, dtype)
     E = case.spec.num_choices
-    ranked_TE = np.abs(np.nan_to_num(unlimited_choice(case), neginf=0.0))
-    error_TE = error_TE + coarse(dtype, "selection", E) * (ranked_TE + error_TE)
+    if ranked := coarse(dtype, "selection", E):
+        sizes_TE = np.abs(np.nan_to_num(unlimited_choice(case), neginf=0.0))
+        error_TE = error_TE + ranked * (sizes_TE + error_TE)
     if case.expert_bias_E is None or not np.any(case.expert_bias_E):
         return error_TE
     error_TE = error_TE + coarse(dtype, "bias", E) * np.abs(case.expert_bias_E)

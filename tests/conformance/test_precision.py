@@ -1,5 +1,7 @@
 """conformance, precision: dtypes are rounded to as libraries do, and a declared class forgives what it says alone."""
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -73,6 +75,9 @@ def test_a_class_is_checked_and_is_the_dtype_that_it_refines():
     found = Precision("float32", scores="bfloat16")
     assert found == "float32"
     assert found.words == "float32, scores in bfloat16"
+    assert Judge(Coarse("scores", "bfloat16")).where == "in float32, scores in bfloat16"
+    assert Judge(Reference()).where == ""
+    assert copy.deepcopy(found).stages == found.stages
     assert coarse(found, "scores", 8) == 2.0**-8
     assert coarse(Precision(selection=PACKED), "selection", 256) == 2.0**-15
     assert coarse("float32", "scores", 8) == coarse(found, "bias", 8) == 0
