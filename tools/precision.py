@@ -14,7 +14,7 @@ from conformance.run import kinds  # noqa: F401  (its chapters register)
 from conformance.run.subjects_by_name import subject_named
 
 SUBJECTS = ("reference", "torch", "jax", "transformers", "torchtitan")
-SEED, TOKENS, TOKENS_OF_SUBJECT = 0, 512, 64
+SEED, TOKENS, TOKENS_OF_SUBJECT = 0, 1024, 64
 
 
 def markdown() -> str:

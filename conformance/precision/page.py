@@ -72,21 +72,25 @@ def families_table(*, tokens: int, seed: int) -> str:
 
 
 def of_subject(subject: Subject, *, tokens: int, seed: int) -> Iterator[tuple[str, Effect, str]]:
-    """(families, effect, the class that explains it) of each public router that a subject runs at published size."""
+    """(router, effect, the class that explains it) of each public router that a subject runs.
+
+    At published size, or else with few experts, as a subject does that builds the router of a config.
+    """
     for names, family in distinct():
-        if subject.supports(family.router) is not None:
-            continue
-        own = batch(family.router, tokens=tokens, seed=seed, expert_bias=family.expert_bias)
-        found = measured(subject, own)
-        if found is not None:
-            yield names[0], found.effect, found.explained_by
+        for router, size in ((family.router, ""), (family.tiny, " (tiny)")):
+            if subject.supports(router) is None:
+                own = batch(router, tokens=tokens, seed=seed, expert_bias=family.expert_bias)
+                found = measured(subject, own)
+                if found is not None:
+                    yield names[0] + size, found.effect, found.explained_by
+                    break
 
 
 def subject_lines(subject: Subject, *, tokens: int, seed: int) -> list[str]:
     """A line for each router."""
-    lines = [f"{'router':<26} {'other experts':>13}  {'largest error':>13}  {'rms error':>9}  class"]
+    lines = [f"{'router':<32} {'other experts':>13}  {'largest error':>13}  {'rms error':>9}  class"]
     for name, effect, explained in of_subject(subject, tokens=tokens, seed=seed):
-        lines.append(f"{name:<26} {effect.changed:>13.2%}  {effect.largest:>13.1e}  {effect.rms:>9.1e}  {explained}")
+        lines.append(f"{name:<32} {effect.changed:>13.2%}  {effect.largest:>13.1e}  {effect.rms:>9.1e}  {explained}")
     return [*lines, "", f"{tokens} tokens each, seed {seed}, against float64 on the same float32 logits"]
 
 

@@ -153,7 +153,7 @@ def test_answers_are_read_from_a_folder_and_named(folder, cases, tmp_path, capsy
     printed = capsys.readouterr().out
     assert f"of {len(cases)} cases are answered" in printed
     assert f"{case.name}: tokens_per_expert_E[0] is" in printed
-    assert "\nLOD-1 MUST " in printed
+    assert "\nLOD-2 MUST " in printed
     path.write_bytes(safetensors_bytes(*laid_out({"counts": np.zeros(1)})))
     assert main(["vectors", "check", str(folder), "--answers", str(tmp_path)]) == 1
     assert "there is no output 'counts'; there are tokens_per_expert_E" in capsys.readouterr().out
