@@ -29,6 +29,7 @@ FLOORS = {
         "conformance.balance": 4,
         "conformance.training": 4,
         "conformance.identify": 5,
+        "conformance.precision": 5,
         "conformance.vectors": 5,
         "conformance.pictures": 5,
         "conformance.run": 6,

@@ -13,7 +13,7 @@ from conformance.core.case import Case
 from conformance.core.check import CHECKS, Check
 from conformance.core.chosen import Chosen
 from conformance.core.register import REQUIREMENTS
-from conformance.core.rounding import ARRAYS, EPSILON
+from conformance.core.rounding import ARRAYS, EPSILON, Precision
 from conformance.core.subject import Subject, Unsupported, capabilities, named_inputs
 from moe_ref.specs.checks import require
 
@@ -140,12 +140,14 @@ class Judge:
 
     @property
     def where(self) -> str:
-        """The device that the subject was told, and the dtypes of its bounds; empty where it was told none."""
-        subject = self.subject
-        if not subject.device:
+        """The device that the subject was told, the dtypes of its bounds, and the class that it declares, if any."""
+        subject, exact = self.subject, self.subject.compute_dtype
+        declared = isinstance(exact, Precision) and exact.stages
+        if not subject.device and not declared:
             return ""
-        experts = "" if subject.expert_dtype == subject.compute_dtype else f", experts in {subject.expert_dtype}"
-        return f"on {subject.device}, in {subject.compute_dtype}{experts}"
+        place = f"on {subject.device}, " if subject.device else ""
+        experts = "" if subject.expert_dtype == exact else f", experts in {subject.expert_dtype}"
+        return f"{place}in {exact.words if isinstance(exact, Precision) else exact}{experts}"
 
     # running the subject
 

@@ -64,7 +64,7 @@ class Subject:
     """dtypes in which `route` takes logits: float32, float64, float16, bfloat16 (as ml_dtypes arrays)."""
     compute_dtype: str = "float32"
     """dtype in which it computes; the bounds of the comparison follow from it. 'tf32': float32, but for the operands of
-    matrix products."""
+    matrix products. A `Precision` of conformance.core.rounding: the same with a coarser stage of the router."""
     expert_dtype: str = "float32"
     """dtype of the experts' arithmetic, where it is narrower than compute_dtype (torchtitan: bfloat16)."""
     compiles: bool = False

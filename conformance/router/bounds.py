@@ -8,7 +8,7 @@ from itertools import combinations, islice
 
 import numpy as np
 
-from conformance.core.rounding import EPSILON, TINY
+from conformance.core.rounding import EPSILON, TINY, coarse, coarse_dtype
 from conformance.router.case import RouterCase
 from moe_ref import UNUSED, RouterSpec
 from moe_ref.routing import factor_of, gather, kept_experts, leave_out, normalise, scale_weights, score, softmax
@@ -37,7 +37,9 @@ def coarseness(case: RouterCase) -> float:
 
 def smallest(case: RouterCase, dtype: str) -> float:
     """Below this a number has no relative accuracy."""
-    return max(TINY[each] for each in (dtype, *narrow_dtypes(case)))
+    own = [coarse_dtype(dtype, stage) for stage in ("scores", "weights")]
+    tiny = max(TINY[each] for each in (dtype, *narrow_dtypes(case)))
+    return max(tiny, *(TINY.get(name or "", 0.0) for name in own))
 
 
 def score_floor(case: RouterCase, dtype: str) -> float:
@@ -62,6 +64,7 @@ def score_error(case: RouterCase, dtype: str) -> np.ndarray:
     if spec.score_func == "softmax":
         z_TE = z_TE - z_TE.max(axis=-1, keepdims=True, initial=-np.inf)
     error_TE = eps * (ROUNDINGS + np.abs(z_TE)) + 2 * coarseness(case) + logit_error(case, dtype)
+    error_TE = error_TE + coarse(dtype, "scores", spec.num_choices)
     if (spec.score_func == "softmax" and spec.logit_scale != 1) or spec.logit_softcap is not None:
         error_TE = error_TE + logit_error(case, dtype).max(axis=-1, keepdims=True, initial=0)
     return error_TE
@@ -77,8 +80,13 @@ def choice_error(case: RouterCase, dtype: str) -> np.ndarray:
     else:
         assert trace.scores_TE is not None
         error_TE = trace.scores_TE * score_error(case, dtype) + score_floor(case, dtype)
+    E = case.spec.num_choices
+    if ranked := coarse(dtype, "selection", E):
+        sizes_TE = np.abs(np.nan_to_num(unlimited_choice(case), neginf=0.0))
+        error_TE = error_TE + ranked * (sizes_TE + error_TE)
     if case.expert_bias_E is None or not np.any(case.expert_bias_E):
         return error_TE
+    error_TE = error_TE + coarse(dtype, "bias", E) * np.abs(case.expert_bias_E)
     return error_TE + (eps + coarseness(case)) * (choice_TE + np.abs(case.expert_bias_E))
 
 
@@ -229,6 +237,8 @@ def weight_error(case: RouterCase, expert_ids_TK, dtype: str) -> np.ndarray:
     if case.spec.norm_with_shared:
         shared_TS = np.abs(case.reference.scaled_logits_TE[:, case.spec.num_choices :])
         error_TK = error_TK + EPSILON[dtype] * (ROUNDINGS + shared_TS.max(axis=-1, keepdims=True, initial=0))
+    # Raw, normed and scaled, it is rounded each time.
+    error_TK = error_TK + 3 * coarse(dtype, "weights", case.spec.num_choices)
     powers = case.spec.norm_p if case.spec.route_norm else 1.0
     return error_TK * max(1.0, powers) + EPSILON[dtype] * ROUNDINGS
 

@@ -21,6 +21,8 @@ from conformance.run.diff import diff
 from conformance.run.identify import add_options as add_identify_options
 from conformance.run.identify import identify
 from conformance.run.kinds import load_faults
+from conformance.run.precision import add_options as add_precision_options
+from conformance.run.precision import precision
 from conformance.run.subjects_by_name import subject_named
 from conformance.run.vectors import add_options as add_vectors_options
 from conformance.run.vectors import vectors
@@ -141,6 +143,9 @@ def parser() -> Parser:
 
     evened = commands.add_parser("load", help="the load of experts over steps, without bias updates and with them")
     balance_picture.add_options(evened, _positive)
+
+    exact = commands.add_parser("precision", help="what a coarse stage does to a routing (docs/precision.md)")
+    add_precision_options(exact, _positive)
 
     stored = commands.add_parser(
         "vectors", help="stored calls with what they return, for any language (docs/vectors.md)"
@@ -344,6 +349,7 @@ COMMANDS = {
     "identify": identify,
     "traffic": traffic.traffic,
     "load": balance_picture.load,
+    "precision": precision,
     "vectors": vectors,
     "glossary": glossary,
     "options": options_table,

@@ -19,6 +19,7 @@ from conformance.subjects.reference import Reference
 from conformance.vectors.container import laid_out, packed, to_json, unpacked
 from moe_ref import RoutingRecord
 
+UNANSWERED = "there is no answer to one of its calls"
 UNREAD = ("buffer_fill",)
 """Inputs that change no result: what unread rows of a buffer hold."""
 
@@ -145,6 +146,11 @@ class Recorder(Asked):
     answers: dict[str, Any] = field(default_factory=dict)
     """What it answered, by the key of the call; an error is none."""
 
+    @property
+    def keys(self) -> list[str]:
+        """Of the calls, in order."""
+        return [call.key for call in self.calls]
+
     def answered(self, call: Call, arguments: tuple, inputs: Mapping[str, Any]) -> Any:
         self.calls.append(call)
         if call.key not in self.answers:
@@ -162,7 +168,7 @@ class Answers(Asked):
 
     def answered(self, call: Call, arguments: tuple, inputs: Mapping[str, Any]) -> Any:
         if call.key not in self.tensors:
-            raise Unsupported("there is no answer to one of its calls")
+            raise Unsupported(UNANSWERED)
         try:
             return returned_of(call, unpacked(self.returns[call.key], self.tensors[call.key]))
         except (KeyError, TypeError) as missing:

@@ -27,15 +27,16 @@ EACH = 2
 """Cases of a requirement; one where the kind costs more, besides those that show faults."""
 CANDIDATES = 3
 """Cases that are drawn for each of them; the one with the most that is new is taken."""
-MOST_DRAWS = 200
+MOST_DRAWS = 150
 """For what no case of a requirement has had so far."""
 MOST_BYTES = 24 * 1024
 """Of the arrays of a call, and of what it returns."""
 TOKENS = 2
 """Of a router at published size."""
 FAMILY_SEEDS = 40
-MOST_SEARCHED = 24
-"""Cases that are tried for one that shows a fault, where one costs 1."""
+MOST_SEARCHED = 16
+MOST_SEARCHED_DEAR = 2
+"""Cases that are tried for one that shows a fault; of kinds that cost more."""
 MOST_TRIES = 30
 """Cases with something new that are tried besides, of each method."""
 NO_FAULTS: dict[str, Fault] = {}
@@ -140,19 +141,29 @@ class Chooser:
             for seed in range(EACH * CANDIDATES, MOST_DRAWS):
                 case = kind_of(check.requirement).draw(self.judge, check, seed)
                 if tries < MOST_TRIES and facts_of(check, case) - self.facts:
-                    self._keep(Trial(requirement=check.requirement, seed=seed), check, case)
+                    calls = calls_of(self.judge, self.recorder, check, case)
+                    self._keep(Trial(requirement=check.requirement, seed=seed), check, case, calls)
                     tries += 1
         for family in PUBLIC:
             self._family(family)
-        return [stored for stored in self.found.values() if stored is not None]
+        return [stored for stored in self.found.values() if stored is not None and stored.trials]
 
     def _cases_of(self, check: Check) -> None:
         drawn = {seed: kind_of(check.requirement).draw(self.judge, check, seed) for seed in range(EACH * CANDIDATES)}
         kept: list[Case] = []
-        while drawn and len(kept) < (EACH if kind_of(check.requirement).cost == 1 else 1):
+        in_part: list[tuple[Trial, Case]] = []
+        wanted = EACH if kind_of(check.requirement).cost == 1 else 1
+        while drawn and len(kept) < wanted:
             seed = max(drawn, key=lambda seed: len(facts_of(check, drawn[seed]) - self.facts))
-            case = drawn.pop(seed)
-            kept += [case] if self._keep(Trial(requirement=check.requirement, seed=seed), check, case) else []
+            trial, case = Trial(requirement=check.requirement, seed=seed), drawn.pop(seed)
+            calls = calls_of(self.judge, self.recorder, check, case)
+            if self._is_whole(calls):
+                self._keep(trial, check, case, calls)
+                kept.append(case)
+            else:
+                in_part.append((trial, case))
+        for trial, case in in_part[:wanted] if not kept else ():
+            self._keep(trial, check, case, calls_of(self.judge, self.recorder, check, case))
         for fault in (each for each in self.faults.values() if each.requirement == check.requirement):
             self._case_of(fault, check, kept)
 
@@ -162,19 +173,24 @@ class Chooser:
         judge = Judge(kind.faulty(fault))
         if any(is_seen(judge, check, case) for case in kept):
             return
-        for seed in range(EACH * CANDIDATES, EACH * CANDIDATES + MOST_SEARCHED // kind.cost):
+        more = MOST_SEARCHED if kind.cost == 1 else MOST_SEARCHED_DEAR
+        for seed in range(EACH * CANDIDATES, EACH * CANDIDATES + more):
             case = kind.draw(self.judge, check, seed)
-            trial = Trial(requirement=check.requirement, seed=seed)
-            if is_seen(judge, check, case) and self._keep(trial, check, case):
-                kept.append(case)
-                return
+            if is_seen(judge, check, case):
+                calls = calls_of(self.judge, self.recorder, check, case)
+                if self._is_whole(calls):
+                    self._keep(Trial(requirement=check.requirement, seed=seed), check, case, calls)
+                    kept.append(case)
+                    return
         self.survivors.append(fault.name)
 
     def _family(self, name: str) -> None:
         wanted = [CHECKS[each] for each in sorted(self.single - self.several, key=stage_order)]
         for seed in range(FAMILY_SEEDS):
             case = Trial(requirement=wanted[0].requirement, seed=seed, family=name).case(self.judge)
-            asking = [check for check in wanted if asks(self.judge, check, case)]
+            bias = "none" if case.expert_bias_E is None else "mixed"
+            of_kind = [check for check in wanted if "normal" in check.logits and bias in check.bias]
+            asking = [check for check in of_kind if asks(self.judge, check, case)]
             kept = [stored for call in calls_of(self.judge, self.recorder, asking[0], case).values()
                     if (stored := self._stored(call)) is not None]  # fmt: skip
             for stored in kept:
@@ -183,11 +199,15 @@ class Chooser:
             if kept:
                 return
 
-    def _keep(self, trial: Trial, check: Check, case: Case) -> bool:
-        """Whether some call of the case is stored."""
-        calls = calls_of(self.judge, self.recorder, check, case)
+    def _is_whole(self, calls: dict[str, Call]) -> bool:
+        """Whether every call of a case can be stored: then the judge can hold answers against its requirement."""
+        keys = set(self.recorder.keys)
+        return bool(keys) and keys == calls.keys() and all(self._stored(call) is not None for call in calls.values())
+
+    def _keep(self, trial: Trial, check: Check, case: Case, calls: dict[str, Call]) -> None:
+        """Store the calls of a case, or those of them that can be."""
         kept = [stored for call in calls.values() if (stored := self._stored(call)) is not None]
-        if check.method == "route" and not check.inputs:
+        if check.method == "route" and not check.inputs and max(check.tokens) > 1:
             self.several |= {check.requirement} if len(calls) > 1 else set()
             self.single |= {check.requirement} if len(calls) == 1 else set()
         for stored in kept:
@@ -195,16 +215,19 @@ class Chooser:
             stored.tags |= case.tags
         if kept:
             self.facts |= facts_of(check, case)
-        return bool(kept)
 
     def _stored(self, call: Call) -> Stored | None:
         if call.key not in self.found:
-            self.found[call.key] = stored_of(call)
+            self.found[call.key] = stored_of(call, self.recorder.answers.get(call.key))
         return self.found[call.key]
 
 
-def stored_of(call: Call) -> Stored | None:
-    """The call with what it returns; None where that is unclear or too large."""
+def stored_of(call: Call, answer: Any) -> Stored | None:
+    """The call with what it returns; None where that is unclear or large, or float32 does not hold it.
+
+    Args:
+        answer: what moe_ref returns in float32; None where it refuses the call.
+    """
     if sum(value.nbytes for value in call.tensors.values()) > MOST_BYTES:
         return None
     try:
@@ -212,7 +235,21 @@ def stored_of(call: Call) -> Stored | None:
     except Unclear:
         return None
     size = sum(value.nbytes for value in (*found.values.values(), *found.tolerances.values()))
-    return Stored(call=call, expected=found) if size <= MOST_BYTES else None
+    if size > MOST_BYTES or (answer is not None and not is_met(found, call, answer)):
+        return None
+    return Stored(call=call, expected=found)
+
+
+def is_met(found: Expected, call: Call, answer: Any) -> bool:
+    """Whether an answer in the same order of slots is within the tolerances."""
+    own: dict[str, np.ndarray] = {}
+    packed(by_name(call.method, answer), "", own)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return all(
+            (np.abs(own[name].astype(np.float64) - value) <= found.tolerances.get(name, 0)).all()
+            for name, value in found.values.items()
+            if name in own
+        )
 
 
 def calls_of(judge: Judge, recorder: Recorder, check: Check, case: Case) -> dict[str, Call]:

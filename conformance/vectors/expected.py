@@ -1,8 +1,8 @@
 """conformance, vectors: what a call returns, and how far float32 may be from it.
 
-The values are those of moe_ref in float64, rounded to a grid that is a sixteenth to an eighth of the tolerance: the
-last bits of a machine's exp and matrix products are not in them. Tolerances are the bounds of the judge for float32,
-plus what this rounding does, to four bits.
+The values are those of moe_ref in float64, rounded to a grid that is a sixteenth to an eighth of the tolerance, so that
+the last bits of a machine's exp and matrix products are not in them. Tolerances are the bounds of the judge for
+float32, plus what this rounding does, to four bits.
 """
 
 from collections.abc import Callable, Mapping

@@ -56,7 +56,8 @@ def answer(subject, cases: list[Read], folder: Path) -> Path:
         tensors: dict[str, np.ndarray] = {}
         call = calls[case.entry["key"]]
         try:
-            packed(by_name(call.method, made(subject, call.method, call.arguments)), "", tensors)
+            with np.errstate(all="ignore"):  # of poisoned rows
+                packed(by_name(call.method, made(subject, call.method, call.arguments)), "", tensors)
         except ValueError:  # refused, as it is to be
             continue
         path = folder / f"{case.name}.safetensors"
@@ -143,16 +144,16 @@ def test_a_wrong_answer_violates_the_requirement_of_its_fault(cases, tmp_path, f
 
 
 def test_answers_are_read_from_a_folder_and_named(folder, cases, tmp_path, capsys):
-    case = next(case for case in cases if case.entry["method"] == "load" and case.entry["level"] == "MUST")
-    tensors = {"tokens_per_expert_E": case.outputs["tokens_per_expert_E"] + 1}
-    path = tmp_path / f"{case.name}.safetensors"
-    path.parent.mkdir()
-    path.write_bytes(safetensors_bytes(*laid_out(tensors)))
+    for case in (case for case in cases if case.entry["method"] == "load"):
+        tensors = {"tokens_per_expert_E": case.outputs["tokens_per_expert_E"] + 1}
+        path = tmp_path / f"{case.name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(safetensors_bytes(*laid_out(tensors)))
     assert main(["vectors", "check", str(folder), "--answers", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
-    assert f"1 of {len(cases)} cases are answered" in printed
+    assert f"of {len(cases)} cases are answered" in printed
     assert f"{case.name}: tokens_per_expert_E[0] is" in printed
-    assert any(f"\n{name} " in printed for name in case.entry["requirements"])
+    assert "\nLOD-2 MUST " in printed
     path.write_bytes(safetensors_bytes(*laid_out({"counts": np.zeros(1)})))
     assert main(["vectors", "check", str(folder), "--answers", str(tmp_path)]) == 1
     assert "there is no output 'counts'; there are tokens_per_expert_E" in capsys.readouterr().out

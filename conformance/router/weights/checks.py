@@ -4,7 +4,7 @@ import numpy as np
 
 from conformance.core.check import given
 from conformance.core.judge import accuse
-from conformance.core.rounding import EPSILON, TINY, close
+from conformance.core.rounding import EPSILON, TINY, close, coarse
 from conformance.router.bounds import ROUNDINGS, coarseness, expected_weights, score_floor, smallest, weight_error
 from conformance.router.case import RouterCase
 from conformance.router.draw import BIASES, LOGITS
@@ -231,6 +231,8 @@ def scored_shared_experts_weigh_their_scores(judge, case):
         accuse("no shared weights are returned", expected="shared_weights_TS", received="None")
     eps = EPSILON[judge.subject.compute_dtype]
     error = 4 * (eps * (ROUNDINGS + np.abs(case.logits_TE).max(initial=0)) + 2 * coarseness(case))
+    own = [coarse(judge.subject.compute_dtype, stage, case.spec.num_choices) for stage in ("scores", "weights")]
+    error = error + 4 * sum(own)
     if not np.array_equal(seen.expert_ids_TK, case.reference.expert_ids_TK):
         return  # another selection, another norm; the routed weights above were judged given it
     for t in np.flatnonzero(~close(seen.shared_weights_TS, wanted_TS, error, 1e-30).all(axis=-1)):
