@@ -17,6 +17,7 @@ from moe_ref import (
     Event,
     LayerParams,
     LayerSpec,
+    ReplicaSpec,
     RouterInputs,
     RouterSpec,
     RoutingRecord,
@@ -103,6 +104,12 @@ class Reference(Subject):
     ) -> RoutingRecord:
         trace = self._traced(x_TD, params, spec, inputs)
         return moe_ref.capture(trace.routing, spec.router, token_mask_T=inputs.get("token_mask_T"))
+
+    def place_slots(self, expert_ids_TK: np.ndarray, replicas: ReplicaSpec) -> np.ndarray:
+        return moe_ref.place_slots(expert_ids_TK, replicas)
+
+    def home(self, values_P: np.ndarray, replicas: ReplicaSpec) -> np.ndarray:
+        return moe_ref.home(values_P, replicas)
 
     def replay(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, record: RoutingRecord) -> np.ndarray:
         with_weights = record.weights_TK is not None
