@@ -109,7 +109,8 @@ class Reference(Subject):
         return moe_ref.place_slots(expert_ids_TK, replicas)
 
     def home(self, values_P: np.ndarray, replicas: ReplicaSpec) -> np.ndarray:
-        return moe_ref.home(values_P, replicas)
+        is_count = np.issubdtype(values_P.dtype, np.integer)
+        return moe_ref.home(values_P if is_count else values_P.astype(self.compute_dtype), replicas)
 
     def replay(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, record: RoutingRecord) -> np.ndarray:
         with_weights = record.weights_TK is not None
