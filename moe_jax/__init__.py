@@ -24,6 +24,7 @@ from moe_jax.parallel.layer import (
 )
 from moe_jax.permute import RouteMetadata, dispatch, permute, unpermute
 from moe_jax.replay import capture, replay_layer
+from moe_jax.replicas import home, place_slots, replicate
 from moe_jax.routing import RoutingTrace, gate, route
 from moe_jax.sparse_matmul import RouteOutput, activate, gmm_down, gmm_up, limit, route_tokens, sparse_matmul
 
@@ -52,6 +53,7 @@ __all__ = [
     "gmm_down",
     "gmm_up",
     "grouped_matmul",
+    "home",
     "limit",
     "load_statistics",
     "loss_of_sums",
@@ -59,7 +61,9 @@ __all__ = [
     "param_specs",
     "permute",
     "place",
+    "place_slots",
     "replay_layer",
+    "replicate",
     "route",
     "route_tokens",
     "shard",

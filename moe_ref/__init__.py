@@ -22,6 +22,7 @@ from moe_ref.experts import combine, run_experts
 from moe_ref.layer import LayerTrace, moe_layer
 from moe_ref.permute import Permutation, permute, unpermute
 from moe_ref.replay import capture, replay, replay_layer
+from moe_ref.replicas import home, home_gradients, place_slots, replicate
 from moe_ref.routing import RoutingTrace, gate, route
 from moe_ref.sharded import ShardedTrace, sharded_layer
 from moe_ref.specs.align import AlignSpec
@@ -33,6 +34,7 @@ from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.params import LayerParams, WeightLayout
 from moe_ref.specs.readers.hf_weights import params_from_hf, params_to_hf
 from moe_ref.specs.record import RoutingRecord, load_records, save_records
+from moe_ref.specs.replicas import ReplicaSpec
 from moe_ref.specs.router import RouterSpec
 from moe_ref.specs.served import records_from_served, served_array, served_base64, served_from_records
 from moe_ref.specs.training import Event, StackSpec
@@ -62,6 +64,7 @@ __all__ = [
     "LoadStatistics",
     "Permutation",
     "RankPlan",
+    "ReplicaSpec",
     "RouterInputs",
     "RouterSpec",
     "RoutingAgreement",
@@ -87,6 +90,8 @@ __all__ = [
     "capture",
     "combine",
     "gate",
+    "home",
+    "home_gradients",
     "layer_backward",
     "load_records",
     "load_statistics",
@@ -95,11 +100,13 @@ __all__ = [
     "params_from_hf",
     "params_to_hf",
     "permute",
+    "place_slots",
     "plan",
     "plan_chunks",
     "records_from_served",
     "replay",
     "replay_layer",
+    "replicate",
     "route",
     "run_experts",
     "save_records",

@@ -23,6 +23,7 @@ from moe_torch.losses import (
 from moe_torch.moe import MoE, SharedExperts
 from moe_torch.names import from_torchtitan, to_torchtitan
 from moe_torch.replay import capture, replay_layer
+from moe_torch.replicas import home, place_slots, replicate
 from moe_torch.router import Gate, NodeLimitedRouter
 from moe_torch.routing import Routing, route
 
@@ -64,10 +65,13 @@ __all__ = [
     "capture",
     "from_torchtitan",
     "full_tensors",
+    "home",
     "load_statistics",
     "loss_of_sums",
     "parallelize",
+    "place_slots",
     "replay_layer",
+    "replicate",
     "route",
     "slot_table",
     "sync_gradients",

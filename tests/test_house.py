@@ -38,7 +38,7 @@ FLOORS = {
 }
 KINDS = ("router", "layer", "sharded", "balance", "training")
 MOST_LINES = 500
-ID = re.compile(r"\b(?:CFG|RUN|GAT|SCR|GRP|SEL|WGT|PRM|EXP|CMB|LAY|LAT|NUL|BWD|RPL|DSP|LYT|LOD|CAP|MSK|STP)-\d+\b")
+ID = re.compile(r"\b(?:CFG|RUN|GAT|SCR|GRP|SEL|WGT|PRM|EXP|CMB|LAY|LAT|NUL|BWD|REP|RPL|DSP|LYT|LOD|CAP|MSK|STP)-\d+\b")
 
 Arrows = frozenset[tuple[str, str]]
 

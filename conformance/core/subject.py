@@ -20,6 +20,7 @@ from moe_ref import (
     Event,
     LayerParams,
     LayerSpec,
+    ReplicaSpec,
     RouterSpec,
     RoutingRecord,
     ShardLayout,
@@ -191,6 +192,16 @@ class Subject:
         """
         raise NotImplementedError
 
+    # redundant experts (moe_ref.ReplicaSpec): P places, each with a copy of one of the E experts
+
+    def place_slots(self, expert_ids_TK: np.ndarray, replicas: ReplicaSpec) -> np.ndarray:
+        """Optional: the (T, K) place of each slot; unused slots stay -1, null ids are numbered on past the places."""
+        raise NotImplementedError
+
+    def home(self, values_P: np.ndarray, replicas: ReplicaSpec) -> np.ndarray:
+        """Optional: of (P, ...) counts or gradients of places the (E, ...) ones of experts."""
+        raise NotImplementedError
+
     # layouts (moe_ref.ShardLayout). What is "by shard" is a list of one array for each token shard, in rank order.
 
     def dispatch(
@@ -359,6 +370,7 @@ class Subject:
 
 METHODS = (
     "route", "gate", "configure", "permute", "align", "experts", "combine", "layer", "layer_gradients",
+    "place_slots", "home",
     "dispatch", "sharded_layer", "sharded_gradients",
     "load", "balance_loss", "z_loss", "bias_update", "capacity", "record", "replay",
     "train",

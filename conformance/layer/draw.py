@@ -205,7 +205,7 @@ def _thin() -> list[LayerSpec]:
         gpt_oss,
         deepseek,
         qwen2.replace(experts=qwen2.experts.replace(**SITU, linear_beta=0.75)),
-        LayerSpec(router=ROUTERS[6], experts=ExpertSpec(dim=7, hidden_dim=7)),
+        LayerSpec(router=ROUTERS[6], experts=ExpertSpec(dim=5, hidden_dim=7), latent=LatentSpec(dim=7)),
         LayerSpec(router=ROUTERS[4], experts=ExpertSpec(dim=5, hidden_dim=7, activation="gelu", bias=True)),
         LayerSpec(router=ROUTERS[10].replace(**KINDS),
                   experts=ExpertSpec(dim=5, hidden_dim=7, clamp=0.25, clamp_at="after"),

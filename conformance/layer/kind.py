@@ -19,7 +19,7 @@ class LayerKind(Kind):
     """What experts make of tokens, on one rank."""
 
     name = "layer"
-    stages = ("permute", "experts", "combine", "layer", "latent", "null", "backward", "replay")
+    stages = ("permute", "experts", "combine", "layer", "latent", "null", "backward", "replay", "replicas")
     check = LayerCheck
     cost = 4
 

@@ -18,6 +18,7 @@ from moe_ref import (
     Event,
     LayerParams,
     LayerSpec,
+    ReplicaSpec,
     RouterInputs,
     RouterSpec,
     RoutingRecord,
@@ -108,6 +109,13 @@ class Reference(Subject):
     ) -> RoutingRecord:
         trace = self._traced(x_TD, params, spec, inputs)
         return moe_ref.capture(trace.routing, spec.router, token_mask_T=inputs.get("token_mask_T"))
+
+    def place_slots(self, expert_ids_TK: np.ndarray, replicas: ReplicaSpec) -> np.ndarray:
+        return moe_ref.place_slots(expert_ids_TK, replicas)
+
+    def home(self, values_P: np.ndarray, replicas: ReplicaSpec) -> np.ndarray:
+        is_count = np.issubdtype(values_P.dtype, np.integer)
+        return moe_ref.home(values_P if is_count else values_P.astype(self.compute_dtype), replicas)
 
     def replay(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, record: RoutingRecord) -> np.ndarray:
         with_weights = record.weights_TK is not None

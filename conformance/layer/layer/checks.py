@@ -66,7 +66,7 @@ def is_unscaled(spec: LayerSpec) -> bool:
 
 def sums_shared(spec: LayerSpec) -> bool:
     """Shared experts that are summed, each with its own factor or none."""
-    return spec.shared is not None and spec.shared.gate == "none" and spec.shared.combine == "sum" and sees_tokens(spec)
+    return spec.shared is not None and spec.shared.gate == "none" and spec.shared.combine == "sum"
 
 
 def unscaled(case: LayerCase) -> LayerCase:
@@ -154,8 +154,8 @@ def padding_changes_no_other_token(judge, case):
     large=1,
     method="layer",
     spec=lambda s: sums_shared(s) and is_unscaled(s),
-    after=PARTS,
-    simpler=((routed_alone, ROUTED),),
+    after=(*PARTS, "LAT-2"),
+    simpler=((routed_alone, (*ROUTED, "LAT-1", "LAT-3")),),
     unless=(ROUTER_IS_WRONG,),
 )
 def a_shared_expert_adds_its_output_once(judge, case):
@@ -165,7 +165,7 @@ def a_shared_expert_adds_its_output_once(judge, case):
 @requires(
     "LAY-9",
     method="layer",
-    spec=lambda s: sums_shared(s) and not is_unscaled(s),
+    spec=lambda s: sums_shared(s) and not is_unscaled(s) and sees_tokens(s),
     after=PARTS,
     simpler=((routed_alone, ROUTED), (unscaled, ("LAY-8",))),
     unless=(ROUTER_IS_WRONG,),

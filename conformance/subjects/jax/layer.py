@@ -13,9 +13,11 @@ from conformance.core.subject import Subject
 from conformance.subjects.jax.arrays import narrow, narrow_inputs, narrow_params, with_bias
 from moe_jax.align import align_rows
 from moe_jax.replay import capture
+from moe_jax.replicas import home, place_by_table
 from moe_jax.sparse_matmul import RouteMetadata, activate, gmm_down, gmm_up, permute, sparse_matmul, unpermute
-from moe_ref import AlignSpec, LayerParams, LayerSpec, RoutingRecord
+from moe_ref import AlignSpec, LayerParams, LayerSpec, ReplicaSpec, RoutingRecord
 
+_place = jax.jit(place_by_table, static_argnames="in_turn")
 _permute = jax.jit(permute, static_argnames="num_experts")
 _align = jax.jit(align_rows, static_argnames="spec")
 
@@ -79,6 +81,18 @@ class JaxLayer(Subject):
         )
         given = [field.name for field in fields(LayerParams) if getattr(params, field.name) is not None]
         return {"x_TD": np.asarray(d_x_TD)} | {name: np.asarray(getattr(d_params, name)) for name in given}
+
+    def place_slots(self, expert_ids_TK: np.ndarray, replicas: ReplicaSpec) -> np.ndarray:
+        """By a table that is data, so that one program serves every placement of as many replicas at most."""
+        table_ER, counts_E = replicas.table()
+        table_ER = np.pad(table_ER, ((0, 0), (0, -table_ER.shape[1] % 4)))
+        in_turn = replicas.choice == "in_turn"
+        arrays = (narrow(each) for each in (expert_ids_TK, table_ER, counts_E, np.asarray(replicas.num_places)))
+        return np.asarray(_place(*arrays, in_turn=in_turn))
+
+    def home(self, values_P: np.ndarray, replicas: ReplicaSpec) -> np.ndarray:
+        """A segment sum."""
+        return np.asarray(home(narrow(values_P), replicas))
 
     def record(
         self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Unpack[LayerInputs]

@@ -9,10 +9,11 @@ import torch
 from conformance.core.inputs import LayerInputs, split_inputs
 from conformance.core.subject import Subject
 from conformance.subjects.torch.arrays import device, single, tensor, tensor_if_any, to_canonical, to_inputs, to_numpy
-from moe_ref import AlignSpec, CapacitySpec, LayerParams, LayerSpec, RoutingRecord
+from moe_ref import AlignSpec, CapacitySpec, LayerParams, LayerSpec, ReplicaSpec, RoutingRecord
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation
 from moe_torch.moe import MoE
 from moe_torch.replay import capture, replay_layer
+from moe_torch.replicas import home, place_slots
 
 
 class TorchLayer(Subject):
@@ -78,6 +79,14 @@ class TorchLayer(Subject):
         )
         by_name = {name: to_numpy(gradient) for name, gradient in zip(trained, gradients, strict=True)}
         return {"x_TD": to_numpy(d_x_TD)} | to_canonical(by_name, params)
+
+    def place_slots(self, expert_ids_TK: np.ndarray, replicas: ReplicaSpec) -> np.ndarray:
+        """The function, on the device."""
+        return to_numpy(place_slots(tensor(expert_ids_TK), replicas))
+
+    def home(self, values_P: np.ndarray, replicas: ReplicaSpec) -> np.ndarray:
+        """The function, on the device."""
+        return to_numpy(home(tensor(values_P), replicas))
 
     def record(
         self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Unpack[LayerInputs]
