@@ -189,7 +189,8 @@ class Chooser:
         for seed in range(FAMILY_SEEDS):
             case = Trial(requirement=wanted[0].requirement, seed=seed, family=name).case(self.judge)
             bias = "none" if case.expert_bias_E is None else "mixed"
-            of_kind = [check for check in wanted if "normal" in check.logits and bias in check.bias]
+            of_router = [check for check in wanted if isinstance(check, RouterCheck)]
+            of_kind = [check for check in of_router if "normal" in check.logits and bias in check.bias]
             asking = [check for check in of_kind if asks(self.judge, check, case)]
             kept = [stored for call in calls_of(self.judge, self.recorder, asking[0], case).values()
                     if (stored := self._stored(call)) is not None]  # fmt: skip
