@@ -241,7 +241,7 @@ def _wanted_by(setting: Setting) -> frozenset:
     found: set = {("strategy", layout.strategy, sharded), ("expert", layout.expert)}
     for check in checks:
         if check.method != "dispatch" and check.spec(spec) and check.layout(layout) and layout.num_ranks > 1:
-            every_strategy = sharded and check.requirement in ("LYT-2", "LYT-31")
+            every_strategy = sharded and check.requirement in ("LYT-2", "LYT-13", "LYT-31")
             found.add((check.requirement, layout.strategy if every_strategy else ""))
     return frozenset(found | ({("groups",)} if layout.num_rank_groups > 1 and sharded else set()))
 
