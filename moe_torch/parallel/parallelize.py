@@ -58,8 +58,6 @@ def unsupported(layout: ShardLayout) -> str | None:
     """Why moe_torch cannot run a layout; None where it can."""
     if layout.strategy not in DISPATCHERS:
         return f"strategy is {layout.strategy!r}; moe_torch has {', '.join(DISPATCHERS)}"
-    if layout.buffer_factor is not None:
-        return f"buffer_factor is {layout.buffer_factor}; moe_torch has room for every row"
     if layout.num_emb_chunks > 1:
         return f"num_emb_chunks is {layout.num_emb_chunks}; moe_torch does not divide a projection into pieces of D"
     return None
