@@ -30,6 +30,10 @@ WANTED = {name: name.partition("-")[0] for name in BUILT_IN if name != "referenc
 """The package that a built-in subject needs."""
 
 
+HOW = {"maxtext": "it has an environment of its own, of Python 3.12, which `make peers` builds (docs/maxtext.md)"}
+"""Of packages that no extra of ours installs: what is needed."""
+
+
 @dataclass
 class Process:
     """A subject being judged, by one process after the other where one breaks off."""
@@ -210,7 +214,9 @@ def _missing(name: str) -> str | None:
     import importlib.util
 
     if name in WANTED:
-        return None if importlib.util.find_spec(WANTED[name]) else f"{WANTED[name]} is not installed"
+        package = WANTED[name]
+        how = f"; {HOW[package]}" if package in HOW else ""
+        return None if importlib.util.find_spec(package) else f"{package} is not installed{how}"
     if name not in known_names() and not name.endswith(".py") and ":" not in name:
         subject_named(name)  # raises the usage error with the nearest name
     return None
