@@ -1,12 +1,14 @@
 # make check: judge real public routers.  make test: test this project.  Both install what they need into .venv.
 # make matrix: the oldest and newest JAX and PyTorch under each Python, in .matrix; its table is docs/matrix.md.
+# make peers: code bases that need an environment of their own (MaxText, Python 3.12), in .peers; docs/maxtext.md.
 # make bare: the wheel without any framework, with the oldest NumPy, into .bare.  PYTHON=python3.13 chooses another one.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: check test bare install docs matrix
+.PHONY: check test bare install docs matrix peers
 check: install
 	$(BIN)/moe-conformance run
+	if [ -e .peers/maxtext/installed ]; then .peers/maxtext/bin/moe-conformance run maxtext; fi
 
 test: install
 	$(BIN)/ruff check .
@@ -24,6 +26,10 @@ bare:
 # ONLY="jax 3.13 newest" runs what has all these words.
 matrix:
 	$(PYTHON) -m tools.matrix $(ONLY)
+
+# Not part of make check, which judges those that are there.
+peers:
+	$(PYTHON) -m tools.peers
 
 install: .venv/installed
 

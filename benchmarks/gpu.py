@@ -21,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.gpu_jax import jax_part
 from benchmarks.gpu_parts import SIZES, TINY, LeftOut, device, judge, layer, promises, router, tiles
 from benchmarks.harness import RESULTS, write_json
 
@@ -34,6 +35,7 @@ PARTS = {
     "judge torch": 150,
     "judge jax": 100,
     "layer 0": 80,
+    "jax": 100,
     "router": 60,
     "layer 1": 60,
     "layer 2": 80,
@@ -48,7 +50,8 @@ def run_part(name: str, dry: bool) -> dict:
         return judge(name.split()[1], dry, PARTS[name] - 10)
     if name.startswith("layer"):
         return layer(TINY if dry else SIZES[int(name.split()[1])], dry)
-    return {"device": device, "router": router, "promises": promises, "tiles": tiles}[name](dry)
+    parts = {"device": device, "jax": jax_part, "router": router, "promises": promises, "tiles": tiles}
+    return parts[name](dry)
 
 
 def in_a_process(name: str, dry: bool, seconds: float) -> dict:

@@ -109,7 +109,8 @@ def device(dry: bool) -> dict:
 def judge(subject: str, dry: bool, seconds: int) -> dict:
     """How many requirements have each status, and those that do not hold."""
     command = [sys.executable, "-m", "conformance.run.cli", "run", subject, "--timeout", str(seconds)]
-    command += ["--device", "interpreter", "--stage", "gate", "--examples", "1"] if dry else ["--device", "cuda"]
+    here = "cpu" if subject == "jax" else "interpreter"
+    command += ["--device", here, "--stage", "gate", "--examples", "1"] if dry else ["--device", "cuda"]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [*command, "--report", folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -7,6 +7,7 @@ from moe_jax import pytrees  # noqa: F401  # before anything is traced
 from moe_jax.align import AlignedMetadata, align_rows
 from moe_jax.balance import LoadStatistics, bias_update, load_statistics, tokens_per_expert
 from moe_jax.capacity import KeptSlots, apply_capacity, slot_table
+from moe_jax.choice import Chosen, chosen
 from moe_jax.dense_matmul import dense_matmul
 from moe_jax.grouped_matmul import grouped_matmul
 from moe_jax.losses import BalanceSums, balance_loss, balance_sums, loss_of_sums, z_loss
@@ -29,6 +30,7 @@ from moe_jax.sparse_matmul import RouteOutput, activate, gmm_down, gmm_up, limit
 __all__ = [
     "AlignedMetadata",
     "BalanceSums",
+    "Chosen",
     "KeptSlots",
     "LoadStatistics",
     "RouteMetadata",
@@ -43,6 +45,7 @@ __all__ = [
     "balance_sums",
     "bias_update",
     "capture",
+    "chosen",
     "dense_matmul",
     "dispatch",
     "gate",

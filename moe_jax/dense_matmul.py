@@ -15,6 +15,7 @@ from moe_jax import routing
 from moe_jax.arrays import AxisName
 from moe_jax.capacity import most_slots, slot_places
 from moe_jax.experts import hide, join, keep_tokens, null_output
+from moe_jax.latent import compress, expand
 from moe_jax.sparse_matmul import RouteOutput, check_tokens, limit, route_tokens
 from moe_ref.specs.balance import CapacitySpec
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
@@ -43,7 +44,7 @@ def dense_matmul(
     """
     check_tokens(x_TD, spec)
     clean_x_TD = keep_tokens(jnp.asarray(x_TD), token_mask_T)
-    logits_TE = routing.gate(clean_x_TD, params.gate_ED, params.gate_bias_E)
+    logits_TE = routing.gate(clean_x_TD, params.gate_ED, params.gate_bias_E, spec=spec.router)
     decided, _ = route_tokens(
         logits_TE,
         spec.router,
@@ -52,8 +53,9 @@ def dense_matmul(
         token_mask_T=token_mask_T,
         inputs=inputs,
     )
+    expert_input_TD = compress(clean_x_TD, params, precision=precision)
     if capacity is None:
-        routed_TD = _all_experts(clean_x_TD, params, decided, spec, precision)
+        routed_TD = _all_experts(expert_input_TD, params, decided, spec, precision)
     else:
         decided, _ = limit(
             decided, capacity, spec.router.num_experts, token_mask_T=token_mask_T, sequence_of_T=sequence_of_T,
@@ -61,9 +63,9 @@ def dense_matmul(
         )  # fmt: skip
         batch = len(x_TD) if axis_name is None or capacity.scope == "rank" else len(x_TD) * lax.axis_size(axis_name)
         num_places = most_slots(capacity, batch, spec.router.top_k, spec.router.num_experts, num_sequences)
-        routed_TD = _places_of_experts(clean_x_TD, params, decided, spec, min(num_places, len(x_TD)), precision)
-    summed_TD = routed_TD + null_output(clean_x_TD, decided.expert_ids_TK, decided.weights_TK, spec.router)
-    scaled_TD = summed_TD * spec.router.output_scale
+        routed_TD = _places_of_experts(expert_input_TD, params, decided, spec, min(num_places, len(x_TD)), precision)
+    summed_TD = routed_TD + null_output(expert_input_TD, decided.expert_ids_TK, decided.weights_TK, params, spec.router)
+    scaled_TD = expand(summed_TD * spec.router.output_scale, params, spec, precision=precision)
     output_TD = join(scaled_TD, clean_x_TD, decided.shared_weights_TS, params, spec, precision=precision)
     return keep_tokens(output_TD, token_mask_T), decided
 

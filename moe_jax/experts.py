@@ -39,8 +39,10 @@ def _activated(z, spec: ExpertSpec):
 
 
 def _clamped_up(up, spec: ExpertSpec):
-    """The up half is clamped on both sides, then offset."""
+    """The up half is clamped on both sides, or softly by a tanh, then offset."""
     clamped = up if spec.clamp is None else -_at_most(-_at_most(up, spec.clamp), spec.clamp)
+    if spec.linear_beta is not None:
+        clamped = spec.linear_beta * jnp.tanh(clamped / spec.linear_beta)
     return clamped + spec.up_offset
 
 
@@ -56,6 +58,8 @@ def _activation(z, spec: ExpertSpec):
         return z * _normal_cdf(z)
     if spec.activation == "gelu_tanh":
         return jax.nn.gelu(z, approximate=True)
+    if spec.activation == "situ":
+        return spec.beta * jnp.tanh(z / spec.beta) * jax.nn.sigmoid(z)
     rectified = jax.nn.relu(z)
     return rectified if spec.activation == "relu" else jnp.square(rectified)
 
@@ -73,12 +77,32 @@ def _normal_cdf_jvp(primals, tangents):
     return _normal_cdf(z), jnp.exp(-0.5 * jnp.square(z)) / math.sqrt(2 * math.pi) * dz
 
 
-def null_output(x_TD: jax.Array, expert_ids_TK: jax.Array, weights_TK: jax.Array, spec: RouterSpec) -> jax.Array | int:
-    """An identity null expert adds its weight times its input; a skipping one adds nothing."""
-    if spec.num_null_experts == 0 or spec.null_kind == "skip":
-        return 0
-    weight_T = jnp.where(expert_ids_TK >= spec.num_experts, weights_TK, 0).sum(axis=-1)
-    return weight_T[:, None].astype(x_TD.dtype) * x_TD
+def null_output(
+    x_TD: jax.Array, expert_ids_TK: jax.Array, weights_TK: jax.Array, params: LayerParams, spec: RouterSpec
+) -> jax.Array | int:
+    """An identity null expert adds its weight times its input, a constant one its mixture; others add nothing."""
+    output_TD, ids = 0, spec.identity_ids
+    if len(ids):
+        is_identity_TK = (expert_ids_TK >= ids.start) & (expert_ids_TK < ids.stop)
+        weight_T = jnp.where(is_identity_TK, weights_TK, 0).sum(axis=-1)
+        output_TD = weight_T[:, None].astype(x_TD.dtype) * x_TD
+    for z in range(spec.num_constant_experts):
+        is_own_TK = expert_ids_TK == spec.num_experts + z
+        weight_T1 = jnp.where(is_own_TK, weights_TK, 0).sum(axis=-1)[:, None].astype(x_TD.dtype)
+        output_TD = output_TD + _constant_output(x_TD, is_own_TK, weight_T1, z, params, spec)
+    return output_TD
+
+
+def _constant_output(x_TD, is_own_TK, weight_T1, z: int, params: LayerParams, spec: RouterSpec):
+    """weight * (a1 * x + a2 * v) of one constant expert, or that of weight * x; 0 for tokens that did not choose it."""
+    assert params.constant_w_ZD2 is not None
+    assert params.constant_ZD is not None
+    on_input = spec.weight_on == "input"
+    seen_TD = weight_T1 * x_TD if on_input else x_TD
+    wide = jnp.promote_types(x_TD.dtype, jnp.float32)
+    a_T2 = jax.nn.softmax(jnp.matmul(seen_TD, params.constant_w_ZD2[z]).astype(wide)).astype(x_TD.dtype)
+    mixed_TD = a_T2[:, :1] * seen_TD + a_T2[:, 1:] * params.constant_ZD[z]
+    return jnp.where(is_own_TK.any(axis=-1)[:, None], mixed_TD if on_input else weight_T1 * mixed_TD, 0)
 
 
 def shared_output(
@@ -104,7 +128,8 @@ def shared_output(
         if shared_weights_TS is not None:
             one_output_TD *= shared_weights_TS[:, shared_id, None].astype(x_TD.dtype)
         elif params.shared_token_gate_D is not None:
-            token_gate_T = jnp.matmul(x_TD, params.shared_token_gate_D, precision=precision)
+            # A score, as those of the router: float32 whatever the platform's default precision.
+            token_gate_T = jnp.matmul(x_TD, params.shared_token_gate_D, precision=lax.Precision.HIGHEST)
             one_output_TD *= jax.nn.sigmoid(token_gate_T)[:, None]
         output_TD += one_output_TD
     return output_TD

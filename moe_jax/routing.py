@@ -14,6 +14,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from moe_jax.arrays import wide_dtype
+from moe_jax.rounding import dtype_of_router, round_to
 from moe_jax.top_k import top_k
 from moe_ref.specs.checks import shape_and_kind
 from moe_ref.specs.ids import UNUSED
@@ -46,7 +47,9 @@ class RoutingTrace:
     """As they came, in the dtype of routing; 0 for padding tokens."""
 
 
-def gate(x_TD: ArrayLike, gate_ED: ArrayLike, gate_bias_E: ArrayLike | None = None) -> jax.Array:
+def gate(
+    x_TD: ArrayLike, gate_ED: ArrayLike, gate_bias_E: ArrayLike | None = None, *, spec: RouterSpec | None = None
+) -> jax.Array:
     """The logits are x @ gate.T, plus the learned gate bias. [GAT-1, GAT-2]
 
     Products are summed in float32 at least, whatever the inputs' dtype and the platform's default precision.
@@ -55,13 +58,15 @@ def gate(x_TD: ArrayLike, gate_ED: ArrayLike, gate_bias_E: ArrayLike | None = No
         x_TD: (T, D) tokens.
         gate_ED: (E, D) gate weights, one row per column of the logits.
         gate_bias_E: (E,) learned bias; it is part of the logits, unlike expert_bias.
+        spec: of the router, whose router_dtype may be float64; None: float32.
 
     Returns:
-        logits_TE: (T, E), float32, or float64 where x_TD and gate_ED are.
+        logits_TE: (T, E), float32, or float64 where x_TD and gate_ED are, or the router is.
     """
     x_TD = _array("x_TD", x_TD, (None, None), "float")
     gate_ED = _array("gate_ED", gate_ED, (None, x_TD.shape[1]), "float")
-    dtype = wide_dtype(jnp.promote_types(x_TD.dtype, gate_ED.dtype))
+    given = jnp.promote_types(x_TD.dtype, gate_ED.dtype)
+    dtype = wide_dtype(given) if spec is None else dtype_of_router(spec, given)
     # HIGHEST: the default multiplies in bfloat16 on TPU and in TF32 on GPU, which changes choices.
     logits_TE = jnp.einsum("td,ed->te", x_TD, gate_ED, precision=lax.Precision.HIGHEST, preferred_element_type=dtype)
     if gate_bias_E is None:
@@ -80,9 +85,9 @@ def route(
 ) -> RoutingTrace:
     """Every stage of routing in order; pure, and static in `spec` alone.
 
-    Computed in float32, or in float64 for float64 logits. What depends on data cannot raise under jit. So a token
-    with fewer than K choices that are not -inf gets unused slots, a token id outside the table a row of them, a
-    given id past the last choice the weight NaN, and a NaN logit is chosen and makes its weight NaN.
+    Computed in float32, or in float64 for float64 logits or that router_dtype. What depends on data cannot raise under
+    jit. So a token with fewer than K choices that are not -inf gets unused slots, a token id outside the table a row of
+    them, a given id past the last choice the weight NaN, and a NaN logit is chosen and makes its weight NaN.
 
     Args:
         logits_TE: (T, num_logits) floats, finite or -inf (never chosen).
@@ -96,7 +101,7 @@ def route(
         ValueError: wrong shapes or dtypes, an input that the spec lacks, or one that it does not read.
     """
     logits_TE = _array("logits_TE", logits_TE, (None, spec.num_logits), "float")
-    T, E, dtype = logits_TE.shape[0], spec.num_choices, wide_dtype(logits_TE.dtype)
+    T, E, dtype = logits_TE.shape[0], spec.num_choices, dtype_of_router(spec, logits_TE.dtype)
     bias_E = _bias(expert_bias_E, spec, dtype)
     scale = _learned_scale(learned_scale, spec, dtype)
     valid_T1 = _mask(token_mask_T, T)[:, None]
@@ -106,7 +111,7 @@ def route(
     clean_TE = jnp.where(valid_T1, logits_TE, 0).astype(dtype)
     scaled_TE = scale_logits(clean_TE, spec)
     choices_TE, shared_logits_TS = scaled_TE[:, :E], scaled_TE[:, E:]
-    scores_TE = score(choices_TE, spec) if spec.has_scores else None
+    scores_TE = round_to(score(choices_TE, spec), spec.router_dtype) if spec.has_scores else None
     scores_for_choice_TE = group_scores_TG = group_ids_TL = None
     if spec.selector == "top_k":
         scores_for_choice_TE = bias_choice(choices_TE, scores_TE, bias_E, spec)
@@ -125,9 +130,14 @@ def route(
         raw_TK = banded_weights(choices_TE, expert_ids_TK, spec)
     else:
         raw_TK = weigh(choices_TE, scores_TE, expert_ids_TK, group_ids_TL, spec)
-    normed_TK, normed_shared_TS = normalise(raw_TK, score(shared_logits_TS, spec), spec)
+    if spec.num_zero_experts:
+        # A zero expert weighs 0 before the norm. [WGT-12]
+        raw_TK = jnp.where(expert_ids_TK >= spec.num_choices - spec.num_zero_experts, 0, raw_TK)
+    shared_scores_TS = round_to(score(shared_logits_TS, spec), spec.router_dtype)
+    normed_TK, normed_shared_TS = normalise(raw_TK, shared_scores_TS, spec)
     shared_TS = normed_shared_TS * spec.route_scale * (scale if spec.learned_scale == "global" else 1)
-    weights_TK = scale_weights(normed_TK, expert_ids_TK, scale, spec)
+    shared_TS = round_to(shared_TS, spec.router_dtype)
+    weights_TK = round_to(scale_weights(normed_TK, expert_ids_TK, scale, spec), spec.router_dtype)
     if inputs.given_weights_TK is not None:
         # Given weights are final, and constants; an unused slot weighs 0 whatever is given. [RPL-3]
         given_TK = jnp.asarray(inputs.given_weights_TK).astype(dtype)
@@ -145,13 +155,13 @@ def route(
 
 
 def scale_logits(logits_TE: jax.Array, spec: RouterSpec) -> jax.Array:
-    """Logits are scaled, then soft-capped, before they are scored or ranked. [SCR-5]"""
-    scaled_TE = logits_TE * spec.logit_scale
-    if spec.logit_softcap is None:
-        return scaled_TE
-    capped_TE = spec.logit_softcap * jnp.tanh(scaled_TE / spec.logit_softcap)
-    # A cap is finite, but an expert that is masked stays masked.
-    return jnp.where(jnp.isneginf(scaled_TE), scaled_TE, capped_TE)
+    """Logits are scaled, then soft-capped, before they are scored or ranked; a narrow router_dtype rounds. [SCR-5]"""
+    scaled_TE = round_to(logits_TE, spec.router_dtype) * spec.logit_scale
+    if spec.logit_softcap is not None:
+        capped_TE = spec.logit_softcap * jnp.tanh(scaled_TE / spec.logit_softcap)
+        # A cap is finite, but an expert that is masked stays masked.
+        scaled_TE = jnp.where(jnp.isneginf(scaled_TE), scaled_TE, capped_TE)
+    return round_to(scaled_TE, spec.router_dtype) if spec.scales_logits else scaled_TE
 
 
 def score(scaled_logits_TE: jax.Array, spec: RouterSpec) -> jax.Array:

@@ -2,6 +2,8 @@
 
     gate -> route (-> limit) -> dispatch -> gmm_up -> activate -> gmm_down -> unpermute (+ shared experts)
 
+A latent is made before dispatch, and left after unpermute (`latent.py`).
+
 Each stage is public and usable alone. Routing never touches the tokens, and what moves rows never touches the router,
 so that one `route` serves any number of chunks, of tokens or of the model dim (AI-Hypercomputer/maxtext#3981).
 
@@ -24,6 +26,7 @@ from moe_jax.capacity import apply_capacity
 from moe_jax.experts import hide, join, keep_tokens, null_output
 from moe_jax.grouped_matmul import grouped_matmul
 from moe_jax.invariant import of_each_token
+from moe_jax.latent import compress, expand
 from moe_jax.permute import RouteMetadata, dispatch, permute, unpermute
 from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.balance import CapacitySpec
@@ -100,7 +103,7 @@ def sparse_matmul(
         )  # fmt: skip
         return of_each_token(layer, x_TD, token_mask_T, inputs, spec.router)
     clean_x_TD = keep_tokens(jnp.asarray(x_TD), token_mask_T)
-    logits_TE = routing.gate(clean_x_TD, params.gate_ED, params.gate_bias_E)
+    logits_TE = routing.gate(clean_x_TD, params.gate_ED, params.gate_bias_E, spec=spec.router)
     decided, metadata = route_tokens(
         logits_TE,
         spec.router,
@@ -114,14 +117,16 @@ def sparse_matmul(
             decided, capacity, spec.router.num_experts, token_mask_T=token_mask_T, sequence_of_T=sequence_of_T,
             num_sequences=num_sequences, axis_name=axis_name,
         )  # fmt: skip
+    expert_input_TD = compress(clean_x_TD, params, precision=precision)
     compute = partial(
         run_experts, spec=spec, num_emb_chunks=num_emb_chunks, precision=precision, implementation=implementation
     )
     if num_token_chunks == 1:
         own = metadata if align is None else align_rows(metadata, align)
-        routed_TD = compute(clean_x_TD, params, decided, own)
+        combined_TD = compute(expert_input_TD, params, decided, own)
     else:
-        routed_TD = _in_token_chunks(compute, clean_x_TD, params, decided, spec.router, num_token_chunks, align)
+        combined_TD = _in_token_chunks(compute, expert_input_TD, params, decided, spec.router, num_token_chunks, align)
+    routed_TD = expand(combined_TD, params, spec, precision=precision)
     output_TD = join(routed_TD, clean_x_TD, decided.shared_weights_TS, params, spec, precision=precision)
     return keep_tokens(output_TD, token_mask_T), decided
 
@@ -193,7 +198,7 @@ def run_experts(
     num_emb_chunks: int = 1,
     **options: Any,
 ) -> jax.Array:
-    """The routed output: dispatch, both projections, unpermute, and the null experts."""
+    """The weighted sum of what the experts make of x_TD, which may be a latent: from dispatch to the null experts."""
     router, chunks = spec.router, _chunks(x_TD.shape[1], num_emb_chunks)
     sum_options = dict(options)
     if num_emb_chunks > 1:
@@ -217,7 +222,9 @@ def run_experts(
         b_down_ED = None if params.b_down_ED is None else params.b_down_ED[:, chunk]
         rows_RD = gmm_down(hidden_RF, params.w_down_EFD[:, :, chunk], b_down_ED, metadata, **options)
         outputs.append(unpermute(rows_RD, metadata, weights_TK))
-    summed_TD = jnp.concatenate(outputs, axis=-1) + null_output(x_TD, decided.expert_ids_TK, decided.weights_TK, router)
+    summed_TD = jnp.concatenate(outputs, axis=-1) + null_output(
+        x_TD, decided.expert_ids_TK, decided.weights_TK, params, router
+    )
     return summed_TD * router.output_scale
 
 

@@ -29,12 +29,13 @@ from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.balance import BALANCE_FORMS, BalanceSpec, BiasUpdateSpec, CapacitySpec
 from moe_ref.specs.ids import UNUSED
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
-from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
+from moe_ref.specs.layer import ExpertSpec, LatentSpec, LayerSpec, SharedSpec
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.params import LayerParams, WeightLayout
 from moe_ref.specs.readers.hf_weights import params_from_hf, params_to_hf
 from moe_ref.specs.record import RoutingRecord, load_records, save_records
 from moe_ref.specs.router import RouterSpec
+from moe_ref.specs.served import records_from_served, served_array, served_base64, served_from_records
 from moe_ref.specs.training import Event, StackSpec
 from moe_ref.strategies import STRATEGIES
 from moe_ref.strategies.base import RankPlan
@@ -54,6 +55,7 @@ __all__ = [
     "CapacityTrace",
     "Event",
     "ExpertSpec",
+    "LatentSpec",
     "LayerGradients",
     "LayerParams",
     "LayerSpec",
@@ -97,11 +99,15 @@ __all__ = [
     "permute",
     "plan",
     "plan_chunks",
+    "records_from_served",
     "replay",
     "replay_layer",
     "route",
     "run_experts",
     "save_records",
+    "served_array",
+    "served_base64",
+    "served_from_records",
     "sharded_backward",
     "sharded_layer",
     "tokens_per_expert",

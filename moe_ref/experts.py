@@ -57,9 +57,12 @@ def activated(z_RF: np.ndarray, spec: ExpertSpec) -> np.ndarray:
 
 
 def clamped_up(up_RF: np.ndarray, spec: ExpertSpec) -> np.ndarray:
-    """The up half is clamped on both sides, then offset. [EXP-3]"""
+    """The up half is clamped on both sides, or softly by a tanh, then offset. [EXP-3, EXP-11]"""
     limit = np.inf if spec.clamp is None else spec.clamp
-    return np.clip(up_RF, -limit, limit) + spec.up_offset
+    clipped_RF = np.clip(up_RF, -limit, limit)
+    if spec.linear_beta is not None:
+        clipped_RF = spec.linear_beta * np.tanh(clipped_RF / spec.linear_beta)
+    return clipped_RF + spec.up_offset
 
 
 def activation(z_RF: np.ndarray, spec: ExpertSpec) -> np.ndarray:
@@ -70,6 +73,8 @@ def activation(z_RF: np.ndarray, spec: ExpertSpec) -> np.ndarray:
         return z_RF * normal_cdf(z_RF)
     if spec.activation == "gelu_tanh":
         return z_RF * 0.5 * (1 + np.tanh(gelu_argument(z_RF)))
+    if spec.activation == "situ":
+        return spec.beta * np.tanh(z_RF / spec.beta) * sigmoid(z_RF)
     relu_RF = np.maximum(z_RF, 0)
     return relu_RF if spec.activation == "relu" else relu_RF**2
 
@@ -132,7 +137,7 @@ def fill_slots(
 
 def identity_slots(expert_ids_TK: np.ndarray, spec: RouterSpec) -> np.ndarray:
     """Whether each slot belongs to a null expert that returns its input."""
-    return (expert_ids_TK >= spec.num_experts) & (spec.null_kind == "identity")
+    return (expert_ids_TK >= spec.identity_ids.start) & (expert_ids_TK < spec.identity_ids.stop)
 
 
 def combine(slot_outputs_TKD: np.ndarray, weights_TK: np.ndarray, spec: RouterSpec) -> np.ndarray:

@@ -23,6 +23,9 @@ from moe_ref.specs.params import LayerParams, param_shapes
 ROUTED = ("w_up_EDF", "w_down_EFD", "w_gate_EDF", "b_up_EF", "b_down_ED", "b_gate_EF")
 """The parameters of the routed experts: what the expert and the tensor axis split."""
 
+CONSTANTS = ("constant_w_ZD2", "constant_ZD")
+"""Those of constant experts, which see what the routed experts see, on the rank of the token."""
+
 Part = tuple[np.ndarray, ...]
 """The indices along each axis, as `numpy.ix_` takes them."""
 
@@ -44,10 +47,13 @@ def used(rank: int, layout: ShardLayout, spec: LayerSpec) -> dict[str, Part]:
 def held(rank: int, layout: ShardLayout, spec: LayerSpec) -> dict[str, Part]:
     """The part of each parameter that a rank stores, by name: of what it uses, its piece of D."""
     _, f, _, _ = layout.coordinates(rank)
-    piece = np.array_split(np.arange(spec.experts.dim), layout.fsdp)[f]
+    # The D of the routed experts is that of the latent where there is one.
+    of_token, of_experts = (
+        np.array_split(np.arange(e.dim), layout.fsdp)[f] for e in (spec.experts, spec.routed_experts)
+    )
     parts = {}
     for name, part in used(rank, layout, spec).items():
-        axes = _axes(name, part)
+        axes, piece = _axes(name, part), of_experts if name in (*ROUTED, *CONSTANTS) else of_token
         parts[name] = tuple(piece if axis == "D" else indices for axis, indices in zip(axes, part, strict=True))
     return parts
 

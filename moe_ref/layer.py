@@ -2,9 +2,11 @@
 
     gate -> score -> limit_groups -> select -> weigh -> permute -> dispatch -> experts -> combine (+ shared experts)
 
-A capacity, where there is one, stands between weigh and permute.
+A capacity, where there is one, stands between weigh and permute. A latent is made before dispatch, and left after
+combine (`latent.py`).
 
-Legend: T tokens, D model dim, E experts, K top_k, N rows, F expert hidden dim, S shared experts.
+Legend: T tokens, D model dim, E experts, K top_k, N rows, F expert hidden dim, S shared experts. Of what the experts
+see and return D is the latent dim, H, where there is one.
 """
 
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from numpy.typing import DTypeLike
 
 from moe_ref.align import run_aligned
 from moe_ref.capacity import CapacityTrace, apply_capacity
+from moe_ref.constants import fill_constants
 from moe_ref.experts import (
     FeedForwardTrace,
     combine,
@@ -26,7 +29,9 @@ from moe_ref.experts import (
     sum_shared,
     weigh_inputs,
 )
+from moe_ref.latent import LatentTrace, compress, expand
 from moe_ref.permute import Permutation, dispatch, permute
+from moe_ref.rounding import dtype_of_router
 from moe_ref.routing import RoutingTrace, gate, route
 from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.balance import CapacitySpec
@@ -56,6 +61,8 @@ class LayerTrace:
     """All N rows, sorted by expert: `input_RD` is what the experts see, `output_RD` what they return."""
     slot_outputs_TKD: np.ndarray
     """Before the weights, unless they are on the input."""
+    latent: LatentTrace | None
+    """What the experts see, and their sum on its way back to a token; None without a latent."""
     routed_TD: np.ndarray
     shared_factors_TS: np.ndarray
     """S is 0 without shared experts."""
@@ -101,7 +108,8 @@ def moe_layer(
     # 0 * NaN is NaN: a padding row is replaced, not multiplied by a mask.
     x_TD = np.where(mask_T[:, None], given_x_TD, 0)
 
-    logits_TE = gate(x_TD, params.gate_ED, params.gate_bias_E, dtype=dtype)
+    gate_dtype = dtype_of_router(spec.router, dtype)
+    logits_TE = gate(x_TD, params.gate_ED, params.gate_bias_E, dtype=gate_dtype)
     routing = route(
         logits_TE,
         spec.router,
@@ -111,7 +119,7 @@ def moe_layer(
         token_mask_T=mask_T,
         dtype=dtype,
     )
-    ids_TK, weights_TK, kept = routing.expert_ids_TK, routing.weights_TK, None
+    ids_TK, weights_TK, kept = routing.expert_ids_TK, routing.weights_TK.astype(dtype), None
     if capacity is not None:
         kept = apply_capacity(
             ids_TK, weights_TK, capacity, spec.router.num_experts, token_mask_T=mask_T,
@@ -119,14 +127,17 @@ def moe_layer(
         )  # fmt: skip
         ids_TK, weights_TK = kept.expert_ids_TK, kept.weights_TK
     permutation = permute(ids_TK, spec.router.num_experts)
-    slot_inputs_TKD = weigh_inputs(x_TD, weights_TK, spec.router)
+    expert_input_TD = compress(x_TD, params)
+    slot_inputs_TKD = weigh_inputs(expert_input_TD, weights_TK, spec.router)
     rows_ND = dispatch(slot_inputs_TKD, permutation.order_N)
     if align is None:
         experts = run_experts(rows_ND, permutation.tokens_per_expert_E, params, spec.experts)
     else:
         experts = run_aligned(rows_ND, permutation, params, spec.experts, align)
     slot_outputs_TKD = fill_slots(experts.output_RD, permutation.order_N, slot_inputs_TKD, ids_TK, spec.router)
-    routed_TD = combine(slot_outputs_TKD, weights_TK, spec.router)
+    slot_outputs_TKD = fill_constants(slot_outputs_TKD, slot_inputs_TKD, ids_TK, params, spec.router)
+    latent = expand(expert_input_TD, combine(slot_outputs_TKD, weights_TK, spec.router), params, spec)
+    routed_TD = latent.routed_TD
 
     shared_factors_TS = np.where(mask_T[:, None], share_weights(x_TD, routing.shared_weights_TS, params, spec), 0)
     shared_experts = run_shared(x_TD, params, spec)
@@ -144,6 +155,7 @@ def moe_layer(
         slot_inputs_TKD=slot_inputs_TKD,
         experts=experts,
         slot_outputs_TKD=slot_outputs_TKD,
+        latent=None if spec.latent is None else latent,
         routed_TD=routed_TD,
         shared_factors_TS=shared_factors_TS,
         shared_experts=shared_experts,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import DTypeLike
 
+from moe_ref.rounding import dtype_of_router, round_to
 from moe_ref.specs.checks import array, entries, integer, mask_array, require
 from moe_ref.specs.ids import UNUSED, ids_array
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
@@ -57,13 +58,16 @@ def gate(
 
 
 def scale_logits(logits_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
-    """Logits are scaled, then soft-capped, before they are scored or ranked. [SCR-5]"""
-    scaled_TE = logits_TE * spec.logit_scale
-    if spec.logit_softcap is None:
-        return scaled_TE
-    capped_TE = spec.logit_softcap * np.tanh(scaled_TE / spec.logit_softcap)
-    # A cap is finite, but an expert that is masked stays masked.
-    return np.where(np.isneginf(scaled_TE), scaled_TE, capped_TE)
+    """Logits are scaled, then soft-capped, before they are scored or ranked. [SCR-5]
+
+    A narrow router_dtype rounds them as they come, and what is made of them. [SCR-11]
+    """
+    scaled_TE = round_to(logits_TE, spec.router_dtype) * spec.logit_scale
+    if spec.logit_softcap is not None:
+        capped_TE = spec.logit_softcap * np.tanh(scaled_TE / spec.logit_softcap)
+        # A cap is finite, but an expert that is masked stays masked.
+        scaled_TE = np.where(np.isneginf(scaled_TE), scaled_TE, capped_TE)
+    return round_to(scaled_TE, spec.router_dtype)
 
 
 def score(scaled_logits_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
@@ -189,6 +193,11 @@ def weigh(
     return softmax(np.where(expert_ids_TK == UNUSED, -np.inf, gather(scaled_logits_TE, expert_ids_TK)))
 
 
+def leave_out(raw_weights_TK: np.ndarray, expert_ids_TK: np.ndarray, spec: RouterSpec) -> np.ndarray:
+    """A zero expert weighs 0 before the norm. [WGT-12]"""
+    return np.where(expert_ids_TK >= spec.num_choices - spec.num_zero_experts, 0, raw_weights_TK)
+
+
 def normalise(
     raw_weights_TK: np.ndarray, shared_scores_TS: np.ndarray, spec: RouterSpec
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -246,11 +255,12 @@ def route(
         learned_scale: (E,) for learned_scale 'per_expert', a scalar for 'global'.
         inputs: what the selector reads besides the logits.
         token_mask_T: (T,) bools; a padding token (False) gets ids -1 and weights 0.
-        dtype: of every stage; the specification is float64.
+        dtype: of every stage; the specification is float64, and so is a router of router_dtype float64.
 
     Raises:
         ValueError: wrong shapes, dtypes or values; it names field, value and bound.
     """
+    dtype = dtype_of_router(spec, dtype)
     logits_TE = array("logits_TE", logits_TE, (None, spec.num_logits)).astype(dtype)
     valid_T1 = mask_array(token_mask_T, len(logits_TE))[:, None]
     logits_TE = np.where(valid_T1, logits_TE, 0)  # whatever a padding row holds, NaN included, is not read
@@ -268,7 +278,7 @@ def route(
     scaled_logits_TE = scale_logits(logits_TE, spec)
     choices_TE, shared_TS = scaled_logits_TE[:, :E], scaled_logits_TE[:, E:]
     if spec.has_scores:
-        scores_TE = score(choices_TE, spec)
+        scores_TE = round_to(score(choices_TE, spec), spec.router_dtype)
     if spec.selector == "top_k":
         scores_for_choice_TE = bias_choice(choices_TE, scores_TE, expert_bias_E, spec)
     if scores_for_choice_TE is not None and spec.num_expert_groups is not None:
@@ -282,10 +292,11 @@ def route(
     else:
         expert_ids_TK = choose(scores_for_choice_TE, T, spec, inputs)
         raw_weights_TK = weigh(choices_TE, weighed_TE, expert_ids_TK, spec)
-    raw_shared_TS = score(shared_TS, spec)
+    raw_weights_TK = leave_out(raw_weights_TK, expert_ids_TK, spec)
+    raw_shared_TS = round_to(score(shared_TS, spec), spec.router_dtype)
     normed_weights_TK, normed_shared_TS = normalise(raw_weights_TK, raw_shared_TS, spec)
-    weights_TK = scale_weights(normed_weights_TK, expert_ids_TK, learned_scale, spec)
-    shared_weights_TS = scale_shared(normed_shared_TS, learned_scale, spec)
+    weights_TK = round_to(scale_weights(normed_weights_TK, expert_ids_TK, learned_scale, spec), spec.router_dtype)
+    shared_weights_TS = round_to(scale_shared(normed_shared_TS, learned_scale, spec), spec.router_dtype)
 
     routing = RoutingTrace(
         logits_TE=logits_TE,

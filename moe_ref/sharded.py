@@ -1,9 +1,10 @@
 """moe_ref, the sharded layer: the same layer over ranks, every rank named; its result is that of each shard alone.
 
-    on the rank of a token     gate -> route -> weigh_inputs
+    on the rank of a token     gate -> route -> weigh_inputs, of the latent where there is one
     plan, exchange             each row to the rank of its expert            (`dispatch.py`)
     on the rank of an expert   experts, on its slice of F; partial outputs are summed over the tensor ranks
     and back                   rows, or partial sums of them, to the rank of their token; combine (+ shared experts)
+                               a latent is normed and projected up once, from the whole sum
 
 Where a layout sums in another order than `moe_layer`, the result differs by rounding; otherwise it is the same number.
 A dropped slot adds exactly 0, and no weight is renormalised.
@@ -19,6 +20,7 @@ from functools import reduce
 import numpy as np
 from numpy.typing import DTypeLike
 
+from moe_ref.constants import fill_constants
 from moe_ref.dispatch import plan_chunks
 from moe_ref.experts import (
     FeedForwardTrace,
@@ -33,7 +35,9 @@ from moe_ref.experts import (
     weigh_inputs,
 )
 from moe_ref.holdings import gather
+from moe_ref.latent import LatentTrace, compress, expand
 from moe_ref.permute import permute
+from moe_ref.rounding import dtype_of_router
 from moe_ref.routing import RoutingTrace, gate, route
 from moe_ref.specs.checks import array, mask_array, require
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
@@ -52,6 +56,8 @@ class ShardStart:
     """The tokens; padding rows are 0, whatever they held."""
     token_mask_T: np.ndarray
     routing: RoutingTrace
+    expert_input_TD: np.ndarray
+    """The tokens, or their latent."""
     slot_inputs_TKD: np.ndarray
 
 
@@ -62,7 +68,9 @@ class ShardTrace(ShardStart):
     slot_outputs_TKD: np.ndarray
     """Before the weights, unless they are on the input; 0 in dropped and unused slots."""
     partial_PTD: np.ndarray
-    """The partial sums of the routed output, in the order in which they are added. See `Strategy.num_partials`."""
+    """The partial sums of the routed output, or of its latent, in the order in which they are added. See
+    `Strategy.num_partials`."""
+    latent: LatentTrace
     routed_TD: np.ndarray
     shared_factors_TS: np.ndarray
     shared_experts: tuple[FeedForwardTrace, ...]
@@ -180,7 +188,7 @@ def start(
     mask_T, dtype = mask_array(token_mask_T, len(given_x_TD)), given_x_TD.dtype
     x_TD = np.where(mask_T[:, None], given_x_TD, 0)
     routing = route(
-        gate(x_TD, params.gate_ED, params.gate_bias_E, dtype=dtype),
+        gate(x_TD, params.gate_ED, params.gate_bias_E, dtype=dtype_of_router(spec.router, dtype)),
         spec.router,
         expert_bias_E=params.expert_bias_E,
         learned_scale=params.learned_scale,
@@ -188,8 +196,14 @@ def start(
         token_mask_T=mask_T,
         dtype=dtype,
     )
-    slot_inputs_TKD = weigh_inputs(x_TD, routing.weights_TK, spec.router)
-    return ShardStart(x_TD=x_TD, token_mask_T=mask_T, routing=routing, slot_inputs_TKD=slot_inputs_TKD)
+    expert_input_TD = compress(x_TD, params)
+    return ShardStart(
+        x_TD=x_TD,
+        token_mask_T=mask_T,
+        routing=routing,
+        expert_input_TD=expert_input_TD,
+        slot_inputs_TKD=weigh_inputs(expert_input_TD, routing.weights_TK, spec.router),
+    )
 
 
 def work(
@@ -207,7 +221,7 @@ def work(
     shard_of = [layout.shard_of(layout.rank(d, f, source)) for source in range(layout.expert)]
     slots_before = [K * layout.chunks(len(starts[shard].x_TD))[index].start for shard in shard_of]
     rows = [(shard_of[source], slots_before[source] + slot) for source, slot in plan.order_R2.tolist()]
-    input_RD = np.zeros((len(rows), spec.experts.dim), starts[0].x_TD.dtype)
+    input_RD = np.zeros((len(rows), spec.routed_experts.dim), starts[0].x_TD.dtype)
     for row, (shard, slot) in enumerate(rows):
         input_RD[row] = starts[shard].slot_inputs_TKD[divmod(slot, K)]
     experts = run_own_experts(input_RD, plan.group_sizes_e, own_params, spec.experts, layout.num_emb_chunks)
@@ -280,6 +294,7 @@ def finish(
     ids_TK, weights_TK = begun.routing.expert_ids_TK, begun.routing.weights_TK
     identity_TK = identity_slots(ids_TK, spec.router)
     slot_outputs_TKD = np.where(identity_TK[:, :, None], begun.slot_inputs_TKD, 0)
+    slot_outputs_TKD = fill_constants(slot_outputs_TKD, begun.slot_inputs_TKD, ids_TK, params, spec.router)
     partial_TK = np.full((T, K), home_of(shard, layout))
     for rank in range(0, layout.num_ranks, layout.tensor):
         for chunk in ranks[rank]:
@@ -291,7 +306,7 @@ def finish(
     for partial in range(strategy.num_partials(layout)):
         own_TKD = np.where((partial_TK == partial)[:, :, None], slot_outputs_TKD, 0)
         partials.append(combine(own_TKD, weights_TK, spec.router))
-    routed_TD = sum(partials[1:], start=partials[0])
+    latent = expand(begun.expert_input_TD, sum(partials[1:], start=partials[0]), params, spec)
 
     factors_TS = share_weights(begun.x_TD, begun.routing.shared_weights_TS, params, spec)
     factors_TS = np.where(begun.token_mask_T[:, None], factors_TS, 0)
@@ -301,11 +316,12 @@ def finish(
         **vars(begun),
         slot_outputs_TKD=slot_outputs_TKD,
         partial_PTD=np.stack(partials),
-        routed_TD=routed_TD,
+        latent=latent,
+        routed_TD=latent.routed_TD,
         shared_factors_TS=factors_TS,
         shared_experts=shared_experts,
         shared_TD=shared_TD,
-        output_TD=join(routed_TD, shared_TD, spec),
+        output_TD=join(latent.routed_TD, shared_TD, spec),
     )
 
 

@@ -16,6 +16,7 @@ from numpy.typing import DTypeLike
 
 from moe_ref.balance import balance_layers, bias_update, tokens_per_expert
 from moe_ref.replay import replay
+from moe_ref.rounding import dtype_of_router
 from moe_ref.routing import RoutingTrace, gate, route
 from moe_ref.specs.checks import mask_array, require
 from moe_ref.specs.params import LayerParams
@@ -104,7 +105,7 @@ def route_layer(
     assert event.x_LTD is not None
     spec, own, mask_T = stack.layers[layer], params[layer], event.token_mask_T
     x_TD = np.where(mask_array(mask_T, event.x_LTD.shape[1])[:, None], event.x_LTD[layer], 0)
-    logits_TE = gate(x_TD, own.gate_ED, own.gate_bias_E, dtype=dtype)
+    logits_TE = gate(x_TD, own.gate_ED, own.gate_bias_E, dtype=dtype_of_router(spec.router, dtype))
     if event.records is not None:
         return replay(event.records[layer], logits_TE, spec.router, learned_scale=own.learned_scale, dtype=dtype)
     bias_E = expert_bias_E if spec.router.selector == "top_k" else None

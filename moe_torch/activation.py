@@ -20,11 +20,13 @@ class Activation(NamedTuple):
     up_offset: float
     clamp: float | None
     clamp_at: str
+    beta: float
+    linear_beta: float | None
 
     @classmethod
     def of(cls, spec: ExpertSpec) -> "Activation":
         """The part of a spec that is neither a size nor a weight."""
-        return cls(spec.activation, spec.alpha, spec.up_offset, spec.clamp, spec.clamp_at)
+        return cls(spec.activation, spec.alpha, spec.up_offset, spec.clamp, spec.clamp_at, spec.beta, spec.linear_beta)
 
 
 def hide(gate_RF: Tensor, up_RF: Tensor | None, act: Activation) -> Tensor:
@@ -47,13 +49,18 @@ def hide_backward(
     d_up_RF = d_hidden_RF * activated_RF
     if act.clamp is not None:
         d_up_RF = torch.where(up_RF.abs() <= act.clamp, d_up_RF, 0)
+    if act.linear_beta is not None:
+        clipped_RF = up_RF if act.clamp is None else up_RF.clamp(-act.clamp, act.clamp)
+        d_up_RF = torch.ops.aten.tanh_backward(d_up_RF, torch.tanh(clipped_RF / act.linear_beta))
     return activated_RF * offset_up_RF, activated_backward(d_hidden_RF * offset_up_RF, gate_RF, act), d_up_RF
 
 
 def clamped_up(up_RF: Tensor, act: Activation) -> Tensor:
-    """The up half is clamped on both sides, then offset."""
+    """The up half is clamped on both sides, or softly by a tanh, then offset."""
     if act.clamp is not None:
         up_RF = up_RF.clamp(-act.clamp, act.clamp)
+    if act.linear_beta is not None:
+        up_RF = act.linear_beta * torch.tanh(up_RF / act.linear_beta)
     return up_RF + act.up_offset if act.up_offset else up_RF
 
 
@@ -82,6 +89,8 @@ def _activation(z_RF: Tensor, act: Activation) -> Tensor:
         return F.gelu(z_RF)
     if act.name == "gelu_tanh":
         return F.gelu(z_RF, approximate="tanh")
+    if act.name == "situ":
+        return act.beta * torch.tanh(z_RF / act.beta) * torch.sigmoid(z_RF)
     return F.relu(z_RF) if act.name == "relu" else F.relu(z_RF).square()
 
 
@@ -93,4 +102,7 @@ def _activation_backward(d_RF: Tensor, z_RF: Tensor, act: Activation) -> Tensor:
         return d_RF * (s_RF + act.alpha * z_RF * s_RF * (1 - s_RF))
     if act.name in ("gelu", "gelu_tanh"):
         return torch.ops.aten.gelu_backward(d_RF, z_RF, approximate="none" if act.name == "gelu" else "tanh")
+    if act.name == "situ":
+        s_RF, t_RF = torch.sigmoid(z_RF), torch.tanh(z_RF / act.beta)
+        return d_RF * s_RF * ((1 - t_RF.square()) + act.beta * t_RF * (1 - s_RF))
     return torch.ops.aten.threshold_backward(d_RF if act.name == "relu" else 2 * d_RF * z_RF, z_RF, 0)

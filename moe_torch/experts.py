@@ -214,6 +214,8 @@ def expert_loop(
     up_offset: float,
     clamp: float | None,
     clamp_at: str,
+    beta: float,
+    linear_beta: float | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each token's sum over k of weight * expert(token), in slot order; with top_k 1, weights may be None.
@@ -226,7 +228,7 @@ def expert_loop(
         out_TD, and gate_NF and up_NF in the order of order_N; rows without an expert hold anything there, and
         without `keep` there are none.
     """
-    act = Activation(name, alpha, up_offset, clamp, clamp_at)
+    act = Activation(name, alpha, up_offset, clamp, clamp_at, beta, linear_beta)
     N, (E, F_, D) = len(order_N), w1_EFD.shape
     token_of_row_N = order_N // top_k
     kept_rows = N if keep else 0
@@ -278,6 +280,8 @@ def expert_loop_backward(
     up_offset: float,
     clamp: float | None,
     clamp_at: str,
+    beta: float,
+    linear_beta: float | None,
     train: bool,
 ) -> list[Tensor]:
     """Gradients of x_TD, weights_TK, w1, w2, w3, b1, b2 and b3; one that does not exist has no rows.
@@ -287,7 +291,7 @@ def expert_loop_backward(
     Args:
         train: whether the experts' own gradients are asked for.
     """
-    act = Activation(name, alpha, up_offset, clamp, clamp_at)
+    act = Activation(name, alpha, up_offset, clamp, clamp_at, beta, linear_beta)
     E = len(w1_EFD)
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     token_of_row_N = order_N // top_k
@@ -368,7 +372,7 @@ def _gradients(backward, ctx, d_out_TD: Tensor, _gate, _up):
     )
     d_experts = (d if w is not None and train else None for d, w in zip(d_weights, weights, strict=True))
     d_weights_TK = None if weights_TK is None else d_weights_TK.to(weights_TK.dtype)
-    return d_x_TD, None, None, d_weights_TK, None, *d_experts, *(None,) * 6
+    return d_x_TD, None, None, d_weights_TK, None, *d_experts, *(None,) * (len(act) + 1)
 
 
 for operator, its_backward in ((expert_loop, expert_loop_backward), (expert_tiles, expert_tiles_backward)):

@@ -2,6 +2,8 @@
 
     route (-> capacity) -> permute -> dispatch -> experts -> combine (+ shared experts)
 
+A latent is made before dispatch, and left after combine (`latent.py`).
+
 Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, S shared experts. What is computed is
 `moe_ref.moe_layer`; it names and explains every stage.
 """
@@ -26,8 +28,10 @@ from moe_torch import flops  # noqa: F401  (registers what is counted)
 from moe_torch.activation import Activation, hide
 from moe_torch.balance import add_counts, tokens_per_expert
 from moe_torch.capacity import apply_capacity
+from moe_torch.constants import ConstantExperts
 from moe_torch.dispatcher import LocalTokenDispatcher, TokenDispatcher
 from moe_torch.experts import GroupedExperts, run_experts
+from moe_torch.latent import Latent
 from moe_torch.parts import Linear
 from moe_torch.router import Gate, NodeLimitedRouter
 from moe_torch.routing import Routing, join_routings
@@ -108,7 +112,14 @@ class MoE(nn.Module):
         self.batch_invariant = batch_invariant
         self.router = NodeLimitedRouter(experts.dim, router, gate_bias=spec.gate_bias, device=device, dtype=dtype)
         self.dispatcher: TokenDispatcher = LocalTokenDispatcher(router.num_experts, router.num_choices, align)
-        self.experts = GroupedExperts(router.num_experts, experts, device=device, dtype=dtype)
+        self.experts = GroupedExperts(router.num_experts, spec.routed_experts, device=device, dtype=dtype)
+        self.constant_experts = None
+        if router.num_constant_experts:
+            width = spec.routed_experts.dim
+            self.constant_experts = ConstantExperts(router.num_constant_experts, width, device=device, dtype=dtype)
+        self.latent = None
+        if spec.latent is not None:
+            self.latent = Latent(experts.dim, spec.latent, device=device, dtype=dtype)
         self.shared_experts = None
         if spec.shared is not None and spec.shared_experts is not None:
             self.shared_experts = SharedExperts(
@@ -129,6 +140,9 @@ class MoE(nn.Module):
         self.experts.reset_parameters()
         if self.shared_experts is not None:
             self.shared_experts.reset_parameters()
+        for module in (self.latent, self.constant_experts):
+            if module is not None:
+                module.reset_parameters()
         self.tokens_per_expert.zero_()
 
     def _apply(self, fn, recurse=True):
@@ -221,10 +235,13 @@ class MoE(nn.Module):
                 # What was dropped is a part of the load that the bias is to even out.
                 counts_E = tokens_per_expert(routing.chosen_ids_TK, self.spec.router.num_choices)
             add_counts(self.tokens_per_expert, counts_E)
-        routed_TD = self.run_experts(x_TD, permutation, routing.weights_TK)
-        routed_TD = self.add_null_experts(routed_TD, x_TD, routing.expert_ids_TK, routing.weights_TK)
+        expert_input_TD = x_TD if self.latent is None else self.latent.down(x_TD)
+        routed_TD = self.run_experts(expert_input_TD, permutation, routing.weights_TK)
+        routed_TD = self.add_null_experts(routed_TD, expert_input_TD, routing.expert_ids_TK, routing.weights_TK)
         if self.spec.router.output_scale != 1:
             routed_TD = routed_TD * self.spec.router.output_scale
+        if self.latent is not None:
+            routed_TD = self.latent.expand(routed_TD)
         output_TD = self.join(routed_TD, x_TD, routing.shared_weights_TS)
 
         if mask_T is not None:
@@ -258,12 +275,17 @@ class MoE(nn.Module):
         return self.dispatcher.run(self.experts, x_TD, permutation, weights_TK, on_input=on_input)
 
     def add_null_experts(self, routed_TD: Tensor, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """A null expert returns its input, so that all of a token's null slots add (sum of weights) * token."""
+        """Identity slots add (sum of their weights) * token, a slot of a constant expert its weighted mixture."""
         router = self.spec.router
-        if router.num_null_experts == 0 or router.null_kind != "identity":
+        ids, dtype = router.identity_ids, routed_TD.dtype
+        if len(ids):
+            is_identity_TK = (expert_ids_TK >= ids.start) & (expert_ids_TK < ids.stop)
+            null_weight_T = torch.where(is_identity_TK, weights_TK, 0).sum(-1)
+            routed_TD = (routed_TD + null_weight_T[:, None] * x_TD).to(dtype)
+        if self.constant_experts is None:
             return routed_TD
-        null_weight_T = torch.where(expert_ids_TK >= router.num_experts, weights_TK, 0).sum(-1)
-        return (routed_TD + null_weight_T[:, None] * x_TD).to(routed_TD.dtype)
+        ids_TK, on_input = expert_ids_TK - router.num_experts, router.weight_on == "input"
+        return (routed_TD + self.constant_experts(x_TD, ids_TK, weights_TK, on_input=on_input)).to(dtype)
 
     def join(self, routed_TD: Tensor, x_TD: Tensor, shared_weights_TS: Tensor | None) -> Tensor:
         """The output is the sum, or the average, of routed and shared output."""
@@ -305,6 +327,13 @@ class MoE(nn.Module):
         _copy(experts.b1_EF, b1_EF)
         _copy(experts.b2_ED, params.b_down_ED)
         _copy(experts.b3_EF, params.b_up_EF)
+        if self.constant_experts is not None:
+            _copy(self.constant_experts.w_Z2D, _turned(params.constant_w_ZD2))
+            _copy(self.constant_experts.v_ZD, params.constant_ZD)
+        if self.latent is not None:
+            _copy(self.latent.down.weight, _turned(params.latent_w_down_DH))
+            _copy(self.latent.up.weight, _turned(params.latent_w_up_HD))
+            _copy(None if self.latent.norm is None else self.latent.norm.weight, params.latent_norm_H)
         if shared is None or params.shared_w_up_SDF is None or params.shared_w_down_SFD is None:
             return
         w1_SDF = params.shared_w_gate_SDF if gated else params.shared_w_up_SDF

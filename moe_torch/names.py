@@ -41,11 +41,13 @@ def to_torchtitan(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `from_torchtitan`.
 
     Raises:
-        ValueError: a layer has what torchtitan's layers have not (biases of experts, a learned scale); or two names
-            become one.
+        ValueError: a layer has what torchtitan's layers have not (biases of experts, a learned scale, a latent); or two
+            names become one.
     """
     for name in state_dict:
-        if re.search(r"(^|\.)(experts\.b[123]_\w+|router\.learned_scale)$", name):
+        if re.search(
+            r"(^|\.)(experts\.b[123]_\w+|router\.learned_scale|latent\.\w+\.weight|constant_experts\.\w+)$", name
+        ):
             raise ValueError(f"the state dict has {name!r}, which torchtitan's MoE has not")
     return _renamed(state_dict, [(ours, theirs) for theirs, ours in _NAMES])
 

@@ -7,15 +7,19 @@ from torch.nn import functional as F
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.router import RouterSpec
 from moe_torch.parts import Linear, OverRanks
+from moe_torch.rounding import dtype_of_router
 from moe_torch.routing import Routing, route
 
 
 class Gate(Linear):
     """The logits are x @ weight.T, plus the learned gate bias, in float32 at least. [GAT-1, GAT-2]"""
 
+    least: torch.dtype = torch.float32
+    """What it computes in at least: float64 for a router of that router_dtype."""
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., num_logits) logits of (..., D) tokens."""
-        dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
+        dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), self.least)
         weight_ED, bias_E = (None if own is None else own.to(dtype) for own in (self.own("weight"), self.own("bias")))
         assert weight_ED is not None
         # Autocast would take the product back to bfloat16, which flips choices (NVIDIA-NeMo/Automodel#3650).
@@ -43,6 +47,7 @@ class NodeLimitedRouter(OverRanks, nn.Module):
             raise ValueError(f"dim is {dim!r}; it is an integer of at least 1")
         self.spec = spec
         self.gate = Gate(dim, spec.num_logits, bias=gate_bias, device=device, dtype=dtype)
+        self.gate.least = dtype_of_router(spec, torch.float32)
         choices_E = torch.zeros(spec.num_choices, dtype=torch.float32, device=device)
         self.register_buffer("expert_bias", choices_E if spec.selector == "top_k" else None)
         # A global scale is kept as (1,): FSDP2 shards no scalar parameter.

@@ -23,6 +23,7 @@ from moe_ref.specs.router import RouterSpec
 from moe_torch.kernels.choice import for_router, say_once
 from moe_torch.kernels.router_ops import arguments_of, route_tokens
 from moe_torch.modes import transformed
+from moe_torch.rounding import dtype_of_router, round_to
 
 NEG_INF = -float("inf")
 
@@ -104,13 +105,14 @@ def host_reads_are_free(values: Tensor) -> bool:
 
 
 def scale_logits(logits_TE: Tensor, spec: RouterSpec) -> Tensor:
-    """Logits are scaled, then soft-capped, before they are scored or ranked. [SCR-5]"""
+    """Logits are scaled, then soft-capped, before they are scored or ranked; a narrow router_dtype rounds. [SCR-5]"""
+    logits_TE = round_to(logits_TE, spec.router_dtype)
     scaled_TE = logits_TE if spec.logit_scale == 1 else logits_TE * spec.logit_scale
-    if spec.logit_softcap is None:
-        return scaled_TE
-    capped_TE = spec.logit_softcap * torch.tanh(scaled_TE / spec.logit_softcap)
-    # A cap is finite, but an expert that is masked stays masked.
-    return torch.where(scaled_TE == NEG_INF, scaled_TE, capped_TE)
+    if spec.logit_softcap is not None:
+        capped_TE = spec.logit_softcap * torch.tanh(scaled_TE / spec.logit_softcap)
+        # A cap is finite, but an expert that is masked stays masked.
+        scaled_TE = torch.where(scaled_TE == NEG_INF, scaled_TE, capped_TE)
+    return round_to(scaled_TE, spec.router_dtype) if spec.scales_logits else scaled_TE
 
 
 def score(scaled_logits_TE: Tensor, spec: RouterSpec) -> Tensor:
@@ -361,8 +363,8 @@ def route(
         token_mask_T: (T,) bools; a padding token (False) gets ids -1 and weights 0, whatever its row holds.
 
     Returns:
-        ids in int64; the rest in float64 for float64 logits, else in float32. A slot for which no choice is left that
-        is not -inf has id -1 and weight 0.
+        ids in int64; the rest in float64 for float64 logits, or that router_dtype, else in float32. A slot for which no
+        choice is left that is not -inf has id -1 and weight 0.
 
     Raises:
         ValueError: wrong shapes or dtypes. Values (NaN, ids out of range) are not looked at: that would stall a device.
@@ -375,7 +377,7 @@ def route(
         if way.way == "triton":
             return _route_on_kernel(logits_TE, spec, expert_bias_E, token_mask_T)
         say_once(way, "routers")
-    logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
+    logits_TE = logits_TE.to(dtype_of_router(spec, logits_TE.dtype))
     if token_mask_T is not None:
         logits_TE = logits_TE.masked_fill(~token_mask_T[:, None], 0)  # also keeps a NaN out of the gradient
     scores_TE = biased_scores_TE = group_scores_TG = group_ids_TL = raw_shared_TS = None
@@ -384,8 +386,9 @@ def route(
     choices_TE = scaled_logits_TE
     if spec.num_scored_shared_experts:
         choices_TE, raw_shared_TS = scaled_logits_TE[:, :E], score(scaled_logits_TE[:, E:], spec)
+        raw_shared_TS = round_to(raw_shared_TS, spec.router_dtype)
     if spec.has_scores:
-        scores_TE = score(choices_TE, spec)
+        scores_TE = round_to(score(choices_TE, spec), spec.router_dtype)
 
     raw_weights_TK = None
     if spec.selector == "top_k":
@@ -410,14 +413,17 @@ def route(
         raw_weights_TK = weigh(choices_TE, weighed_TE, expert_ids_TK, spec)
     else:
         raw_weights_TK = torch.where(expert_ids_TK == UNUSED, 0, raw_weights_TK)
+    if spec.num_zero_experts:
+        # A zero expert weighs 0 before the norm. [WGT-12]
+        raw_weights_TK = torch.where(expert_ids_TK >= spec.num_choices - spec.num_zero_experts, 0, raw_weights_TK)
     normed_weights_TK, normed_shared_TS = normalise(raw_weights_TK, raw_shared_TS, spec)
     shared_weights_TS = None
     if normed_shared_TS is not None:
-        shared_weights_TS = scale_shared(normed_shared_TS, learned_scale, spec)
+        shared_weights_TS = round_to(scale_shared(normed_shared_TS, learned_scale, spec), spec.router_dtype)
         if token_mask_T is not None:
             shared_weights_TS = shared_weights_TS.masked_fill(~token_mask_T[:, None], 0)
 
-    weights_TK = scale_weights(normed_weights_TK, expert_ids_TK, learned_scale, spec)
+    weights_TK = round_to(scale_weights(normed_weights_TK, expert_ids_TK, learned_scale, spec), spec.router_dtype)
     if inputs.given_weights_TK is not None:
         # Given weights are final: constants, and 0 where no slot is used. [RPL-3]
         weights_TK = torch.where(expert_ids_TK == UNUSED, 0, inputs.given_weights_TK.to(weights_TK.dtype))

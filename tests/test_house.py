@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("moe_ref", "moe_jax", "moe_torch", "conformance")
-FRAMEWORKS = {"jax", "torch", "transformers", "torchtitan", "flax", "tokamax", "triton"}
+FRAMEWORKS = {"jax", "torch", "transformers", "torchtitan", "flax", "tokamax", "triton", "maxtext"}
 FLOORS = {
     # Each may import what stands before it, in the room; what has one number may not import each other.
     "moe_ref": {"moe_ref.specs": 0, "moe_ref": 1, "moe_ref.strategies": 1, "moe_ref.backward": 2},
@@ -29,6 +29,7 @@ FLOORS = {
         "conformance.balance": 4,
         "conformance.training": 4,
         "conformance.identify": 5,
+        "conformance.vectors": 5,
         "conformance.pictures": 5,
         "conformance.run": 6,
         "conformance.suite": 7,
@@ -36,7 +37,7 @@ FLOORS = {
 }
 KINDS = ("router", "layer", "sharded", "balance", "training")
 MOST_LINES = 500
-ID = re.compile(r"\b(?:CFG|RUN|GAT|SCR|GRP|SEL|WGT|PRM|EXP|CMB|LAY|BWD|RPL|DSP|LYT|LOD|CAP|MSK|STP)-\d+\b")
+ID = re.compile(r"\b(?:CFG|RUN|GAT|SCR|GRP|SEL|WGT|PRM|EXP|CMB|LAY|LAT|NUL|BWD|RPL|DSP|LYT|LOD|CAP|MSK|STP)-\d+\b")
 
 Arrows = frozenset[tuple[str, str]]
 

@@ -118,7 +118,7 @@ def launch_all(size: tuple[int, ...], dtype: torch.dtype, bias: bool) -> None:
         body(router_ops.route_tokens_backward)(weights_TK, logits_TE, ids_TK, *how[5:7], *how[8:])
         order_R, _, counts_E = body(sort_ops.sort_slots)(ids_TK, E)
     weights = [new(E, F, D), new(E, D, F), new(E, F, D), *((new(E, F), new(E, D), new(E, F)) if bias else [None] * 3)]
-    act = ("silu", 1.702, 1.0, 7.0, "before") if bias else ("silu", 1.0, 0.0, None, "before")
+    act = (("silu", 1.702, 1.0, 7.0, "before") if bias else ("silu", 1.0, 0.0, None, "before")) + (1.0, None)
     p = launch.Pass(x_TD=new(T, D), order_R=order_R, counts_E=counts_E, top_k=K, hidden_dim=F, act=act)
     out_TD, gate_RF, up_RF = launch.forward(p, weights_TK, weights, keep=True)
     assert gate_RF is not None

@@ -24,11 +24,13 @@ PAGE = ROOT / "docs" / "matrix.md"
 PYTHONS = ("3.11", "3.13")
 OLDEST = {"jax": "jax==0.10.0 jaxlib==0.10.0", "torch": "torch==2.11.*"}
 """What `pyproject.toml` asks for at least."""
-NEWEST = {"jax": "jax jaxlib", "torch": "torch"}
+NEWEST = {"jax": "jax jaxlib", "torch": "torch", "tokamax": "tokamax>=0.0.17"}
 BESIDES = "numpy ml_dtypes safetensors hypothesis pytest"
 TESTS = {
     "jax": ("tests/moe_jax/test_routing.py", "tests/moe_jax/test_parallel.py", "tests/moe_jax/test_collectives.py"),
     "torch": ("tests/moe_torch/test_router.py", "tests/moe_torch/test_moe.py", "tests/moe_torch/test_experts.py"),
+    # Beside the newest JAX, without its kernels: what it says of its arguments, and what XLA does in their place.
+    "tokamax": ("tests/moe_jax/test_grouped_matmul.py", "tests/moe_jax/test_ways.py"),
 }
 LIMIT = 1800
 """Seconds for the tests of one row."""
@@ -69,10 +71,11 @@ def main(words: list[str]) -> None:
 
 def every_row() -> Iterator[Row]:
     """In the order of the table."""
-    for framework in TESTS:
+    for framework in OLDEST:
         for wish in ("oldest", "newest"):
             for python in PYTHONS:
                 yield Row(framework=framework, wish=wish, python=python)
+    yield Row(framework="tokamax", wish="newest", python="3.12")  # the oldest that it takes
 
 
 def tried(row: Row) -> Row:

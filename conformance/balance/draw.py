@@ -79,6 +79,7 @@ ROUTED = (
     ),
     (BalanceSpec.of("transformers"), RouterSpec(num_experts=6, top_k=2, num_expert_groups=3, num_limited_groups=2)),
     (BalanceSpec(score_func="sigmoid"), RouterSpec(num_experts=5, top_k=2, route_norm=True, logit_scale=1.5)),
+    (BalanceSpec(), RouterSpec(num_experts=5, top_k=2, route_scale=2.5)),
 )  # fmt: skip
 """Losses of routers that group, scale, cap, norm, or score as the loss does not."""
 WIDE = {(33, 6): 257, (64, 8): 1025, (129, 9): 257, (257, 8): 257}
@@ -125,18 +126,19 @@ def is_wide(spec: BatchSpec) -> bool:
 
 def _thin() -> list[BatchSpec]:
     """Every small batch without a rule, each rule on the first of its batches, one loss of normed scores with K = 1,
-    one of a router that caps its logits, and a loss and a capacity of many experts."""
+    one of a router that caps its logits and one of a plain router with a scale, and a loss and a capacity of many
+    experts."""
     first = {}
     for spec in BATCH_SPECS:
         first.setdefault(spec.rule, spec)
-    routed = next(spec for spec in BATCH_SPECS if spec.router is not None)
+    routed = [spec for spec in BATCH_SPECS if spec.router in (ROUTED[0][1], ROUTED[-1][1])]
     wide = [next(s for s in BATCH_SPECS if is_wide(s) and getattr(s, name)) for name in ("balance", "capacity")]
     one_slot = BatchSpec(num_experts=5, top_k=1, balance=BalanceSpec(coeff=0.01, **SIGMOID, score_eps=1e-20))
     assert one_slot in BATCH_SPECS
     return [
         spec
         for spec in BATCH_SPECS
-        if (spec.rule is None and not is_wide(spec)) or spec in (first[spec.rule], one_slot, routed, *wide)
+        if (spec.rule is None and not is_wide(spec)) or spec in (first[spec.rule], one_slot, *routed, *wide)
     ]
 
 

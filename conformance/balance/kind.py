@@ -3,13 +3,14 @@
 from collections.abc import Iterable
 from typing import Any
 
-from conformance.balance import draw, page
+from conformance.balance import draw, page, picture
 from conformance.balance.case import BalanceCase
 from conformance.balance.check import BalanceCheck
 from conformance.core.diagnosis import explaining
 from conformance.core.fault import Fault, faulty
 from conformance.core.judge import Judge, Violation
 from conformance.core.kind import Kind
+from conformance.core.picture import Panel
 from conformance.core.subject import Subject
 from conformance.subjects.reference import Reference
 
@@ -35,6 +36,9 @@ class BalanceKind(Kind):
 
     def side_by_side(self, judge: Judge, case: BalanceCase, most_tokens: int = 4) -> str:
         return page.side_by_side(judge, case, most_tokens)
+
+    def picture(self, judge: Judge | None, violation: Violation, case: BalanceCase) -> list[Panel]:
+        return picture.picture(judge, violation, case)
 
     def faulty(self, fault: Fault, **how: Any) -> Subject:
         return faulty(Reference(**how), fault)

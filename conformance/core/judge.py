@@ -222,6 +222,8 @@ class Judge:
             check.run(self, case)
         except Violation as violation:
             violation.tried = violation.case or case
+            if violation.token is not None and violation.token >= violation.tried.num_tokens:
+                violation.token = None  # of more tokens, which the check made itself: a page could not show it
             if not violation.requirement:
                 violation.requirement = check.requirement
                 violation.case = case if check.shows_case else None

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from conformance.core.case import Case
 from conformance.core.check import CHECKS, Check
 from conformance.core.judge import Judge, Violation
+from conformance.core.picture import Panel
 from conformance.core.register import REQUIREMENTS
 from conformance.core.subject import Subject
 
@@ -79,6 +80,14 @@ class Kind(ABC):
     @abstractmethod
     def side_by_side(self, judge: Judge, case: Any, most_tokens: int = 4) -> str:
         """Every stage of the reference, and what the subject returned beside it."""
+
+    def picture(self, judge: Judge | None, violation: Violation, case: Any) -> list[Panel]:
+        """What a drawn report shows of a failure besides its text.
+
+        Args:
+            judge: asks the subject again; None where it is not called, since it hung or died on the case.
+        """
+        return []
 
     # the faults that judge the judge
 

@@ -37,9 +37,9 @@ def _layer(spec: RouterSpec, biased: bool) -> dict[str, Any]:
 
 
 def _identity_nulls(spec: RouterSpec, biased: bool) -> dict[str, Any]:
-    if spec.null_kind != "identity" or spec.selector == "round_robin":
+    if spec.null_kind != "identity" or spec.num_zero_experts or spec.selector == "round_robin":
         return {}
-    return {"num_experts": spec.num_choices, "num_null_experts": 0}
+    return {"num_experts": spec.num_choices, "num_null_experts": 0, "num_constant_experts": 0}
 
 
 def _no_nulls(spec: RouterSpec, biased: bool) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from moe_ref.specs.params import FeedForward
 
 LIBRARY = 8
 """Roundings granted to exp, tanh and erf, and to what is built of one of them."""
-STEEPEST = {"silu": 1.1, "gelu": 1.13, "gelu_tanh": 1.13, "relu": 1.0}
+STEEPEST = {"silu": 1.1, "gelu": 1.13, "gelu_tanh": 1.13, "relu": 1.0, "situ": 1.1}
 """The largest slope of each activation; relu2 has none."""
-BENT = {"silu": 0.5, "gelu": 0.8, "gelu_tanh": 0.85, "relu": 0.0, "relu2": 2.0}
-"""The largest second derivative, away from kinks; that of silu grows with alpha."""
+BENT = {"silu": 0.5, "gelu": 0.8, "gelu_tanh": 0.85, "relu": 0.0, "relu2": 2.0, "situ": 0.7}
+"""The largest second derivative, away from kinks; that of silu grows with alpha, that of situ with 1 / beta."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,15 +147,17 @@ def act(z_RF: Ball, spec: ExpertSpec) -> Ball:
 
 
 def offset_up(up_RF: Ball, spec: ExpertSpec) -> Ball:
-    """The up half, clamped and offset."""
-    return up_RF.made(clamped_up(up_RF.centre, spec), up_RF.radius + up_RF.unit * (up_RF.largest + abs(spec.up_offset)))
+    """The up half, clamped and offset; a tanh widens nothing, and is rounded as one."""
+    roundings = 1 if spec.linear_beta is None else LIBRARY
+    rounding = up_RF.unit * (roundings * up_RF.largest + abs(spec.up_offset))
+    return up_RF.made(clamped_up(up_RF.centre, spec), up_RF.radius + rounding)
 
 
 def slope(z_RF: Ball, spec: ExpertSpec) -> Ball:
     """The slope of the activation with its clamp; across a kink it can be that of either side."""
     centre = activation_slope(z_RF.centre, spec)
     argument = z_RF.radius + LIBRARY * z_RF.unit * z_RF.largest
-    bent = BENT[spec.activation] * max(1.0, spec.alpha)
+    bent = BENT[spec.activation] * max(1.0, spec.alpha, 1 / spec.beta)
     radius = bent * argument + LIBRARY * z_RF.unit * (1 + np.abs(centre))
     if spec.activation == "relu":
         radius = radius + (np.abs(z_RF.centre) <= z_RF.radius)
@@ -168,8 +170,15 @@ def slope(z_RF: Ball, spec: ExpertSpec) -> Ball:
 
 
 def up_slope(up_RF: Ball, spec: ExpertSpec) -> Ball:
-    """1 inside the clamp and 0 outside; at the clamp it can be either."""
+    """1 inside the clamp, or the slope of its tanh, and 0 outside; at the clamp it can be either."""
     limit = np.inf if spec.clamp is None else spec.clamp
+    if spec.linear_beta is not None:
+        t_RF = np.tanh(np.clip(up_RF.centre, -limit, limit) / spec.linear_beta)
+        # The slope of 1 - tanh ** 2 is at most 0.77 in size.
+        moved_RF = 0.77 * (up_RF.radius + LIBRARY * up_RF.unit * up_RF.largest) / spec.linear_beta
+        smooth = up_RF.made(1 - t_RF**2, moved_RF + LIBRARY * up_RF.unit)
+        hard = up_slope(up_RF, spec.replace(linear_beta=None))
+        return smooth * hard
     near = np.abs(np.abs(up_RF.centre) - limit) <= up_RF.radius if np.isfinite(limit) else False
     return up_RF.made((np.abs(up_RF.centre) <= limit) * 1.0, np.zeros(up_RF.centre.shape) + near)
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from conformance.core.rounding import EPSILON
+from conformance.layer import balls_constant
 from conformance.layer.balls import LIBRARY, Ball, FeedForwardBall, exact, feed_forward, feed_forward_backward, narrower
+from conformance.layer.balls_latent import LatentBall, compress, compress_backward, expand, expand_backward
 from conformance.layer.case import LayerCase
 from conformance.router.bounds import ROUNDINGS, choice_error, unlimited_choice, weight_error, weight_floor
 from conformance.router.case import RouterCase
@@ -26,10 +28,12 @@ class LayerBall:
     x_TD: Ball
     logits_TE: Ball
     weights_TK: Ball
+    expert_input_TD: Ball
     slot_inputs_TKD: Ball
     experts: dict[int, FeedForwardBall]
     """Of the experts that have rows."""
     slot_outputs_TKD: Ball
+    latent: LatentBall | None
     factors_TS: Ball
     shared: tuple[FeedForwardBall, ...]
     output_TD: Ball
@@ -50,7 +54,11 @@ def layer(case: LayerCase, dtype: str, expert_dtype: str) -> LayerBall:
     logits_TE = gate(case, dtype)
     weights_TK, shared_weights_TS = routing_weights(case, logits_TE)
     weights_TK = kept(case, weights_TK)
-    slot_inputs_TKD = x_TD.made(*(np.repeat(v[:, None], spec.router.top_k, axis=1) for v in (x_TD.centre, x_TD.radius)))
+    expert_input_TD = x_TD if spec.latent is None else compress(x_TD.to(narrow), params)
+    centre_and_radius = (expert_input_TD.centre, expert_input_TD.radius)
+    slot_inputs_TKD = expert_input_TD.made(
+        *(np.repeat(v[:, None], spec.router.top_k, axis=1) for v in centre_and_radius)
+    )
     if spec.router.weight_on == "input":
         slot_inputs_TKD = slot_inputs_TKD * weights_TK[:, :, None]
     slot_inputs_TKD = slot_inputs_TKD.to(narrow)
@@ -67,7 +75,8 @@ def layer(case: LayerCase, dtype: str, expert_dtype: str) -> LayerBall:
         slot_inputs_TKD.radius[identity_TK],
     )
     slot_outputs_TKD = slot_inputs_TKD.made(centre, radius)
-    output_TD = combine(slot_outputs_TKD, weights_TK.to(narrow), spec.router)
+    balls_constant.fill(slot_outputs_TKD, slot_inputs_TKD, trace.expert_ids_TK, params, spec.router)
+    latent, output_TD = expand(combine(slot_outputs_TKD, weights_TK.to(narrow), spec.router), params, spec)
 
     factors_TS, shared = shared_factors(case, x_TD, shared_weights_TS), ()
     if spec.shared_experts is not None:
@@ -83,9 +92,11 @@ def layer(case: LayerCase, dtype: str, expert_dtype: str) -> LayerBall:
         x_TD=x_TD,
         logits_TE=logits_TE,
         weights_TK=weights_TK,
+        expert_input_TD=expert_input_TD,
         slot_inputs_TKD=slot_inputs_TKD,
         experts=experts,
         slot_outputs_TKD=slot_outputs_TKD,
+        latent=latent,
         factors_TS=factors_TS,
         shared=shared,
         output_TD=output_TD,
@@ -117,7 +128,15 @@ def combine(slot_outputs_TKD: Ball, weights_TK: Ball, spec: RouterSpec) -> Ball:
 def relative_weight_error(case: LayerCase, logits_TE: Ball) -> np.ndarray:
     """(T, 1) relative error of a token's weights that comes from its logits."""
     # Where all logits move by at most 1, a weight changes by at most twice its own size: with its own, and the norm.
-    return 2 * case.spec.router.logit_scale * logits_TE.radius.max(axis=-1, keepdims=True, initial=0)
+    return 2 * case.spec.router.logit_scale * radius_T1(case, logits_TE)
+
+
+def radius_T1(case: LayerCase, logits_TE: Ball) -> np.ndarray:
+    """(T, 1) how far a token's logits may be off as the router holds them: a narrow one rounds them to a neighbour."""
+    off_TE = logits_TE.radius
+    if case.spec.router.rounds:
+        off_TE = off_TE + EPSILON[case.spec.router.router_dtype] * np.abs(logits_TE.centre) * (off_TE > 0)
+    return off_TE.max(axis=-1, keepdims=True, initial=0)
 
 
 def routing_weights(case: LayerCase, logits_TE: Ball) -> tuple[Ball, Ball]:
@@ -169,7 +188,8 @@ def gradients(case: LayerCase, dtype: str, expert_dtype: str) -> dict[str, Ball]
     d_output_TD = exact(np.where(case.valid_T[:, None], case.d_output_TD, 0), narrow)
     if spec.shared is not None and spec.shared.combine == "average":
         d_output_TD = d_output_TD.times(0.5)
-    d_slots_T1D = d_output_TD.times(spec.router.output_scale)[:, None]
+    d_combined_TD, latent_grads = expand_backward(d_output_TD, ball.latent, params)
+    d_slots_T1D = d_combined_TD.times(spec.router.output_scale)[:, None]
     on_input = spec.router.weight_on == "input"
     weights_TK1 = ball.weights_TK.to(narrow)[:, :, None]
     used_TK1 = (trace.expert_ids_TK != UNUSED)[:, :, None]
@@ -184,13 +204,18 @@ def gradients(case: LayerCase, dtype: str, expert_dtype: str) -> dict[str, Ball]
         for name, grad in grads.items():
             found[name][expert_id] = grad
     stacked = {_routed_name(name): _stack(balls) for name, balls in found.items()}
+    stacked |= balls_constant.backward(
+        d_outputs_TKD, ball.slot_inputs_TKD, d_rows, trace.expert_ids_TK, params, spec.router
+    )
 
     if on_input:
-        d_weights_TK = (d_rows * ball.x_TD.to(narrow)[:, None]).sum(2)
-        d_x_TD = (d_rows * weights_TK1).sum(1)
+        d_weights_TK = (d_rows * ball.expert_input_TD.to(narrow)[:, None]).sum(2)
+        d_input_TD = (d_rows * weights_TK1).sum(1)
     else:
         d_weights_TK = (d_slots_T1D * ball.slot_outputs_TKD).sum(2)
-        d_x_TD = d_rows.sum(1)
+        d_input_TD = d_rows.sum(1)
+    d_x_TD, compress_grads = compress_backward(d_input_TD, ball.x_TD.to(narrow), params)
+    stacked |= latent_grads | compress_grads
     d_weights_TK = kept(case, d_weights_TK)
     d_shared_weights_TS = ball.factors_TS.made(*(np.zeros(ball.factors_TS.centre.shape) for _ in range(2)))
     shared_grads: list[dict[str, Ball]] = []
@@ -285,7 +310,9 @@ def stable_T(case: LayerCase, dtype: str) -> np.ndarray:
     if spec.selector != "top_k" or case.num_tokens == 0:
         return np.ones(case.num_tokens, dtype=bool)
     trace = router.reference
-    from_logits_T1 = 2 * spec.logit_scale * gate(case, dtype).radius.max(axis=-1, keepdims=True)
+    assert trace.scores_TE is not None  # top_k ranks them
+    assert trace.scores_for_choice_TE is not None
+    from_logits_T1 = 2 * spec.logit_scale * radius_T1(case, gate(case, dtype))
     from_logits_TE = from_logits_T1 * (1 if spec.select_by == "logit" else trace.scores_TE)
     error_TE = choice_error(router, dtype) + from_logits_TE
     chosen_TE = np.zeros(error_TE.shape, dtype=bool)
@@ -293,10 +320,11 @@ def stable_T(case: LayerCase, dtype: str) -> np.ndarray:
     choice_TE = trace.scores_for_choice_TE
     worst_in_T = np.where(chosen_TE, choice_TE - error_TE, np.inf).min(axis=-1)
     best_out_T = np.where(chosen_TE, -np.inf, choice_TE + error_TE).max(axis=-1)
-    return (worst_in_T > best_out_T) & _stable_groups_T(router, error_TE, dtype) | ~case.valid_T
+    return (worst_in_T > best_out_T) & stable_groups_T(router, error_TE, dtype) | ~case.valid_T
 
 
-def _stable_groups_T(router: RouterCase, error_TE: np.ndarray, dtype: str) -> np.ndarray:
+def stable_groups_T(router: RouterCase, error_TE: np.ndarray, dtype: str) -> np.ndarray:
+    """(T,) whether the kept groups are the same for all choice scores within the error."""
     spec, T = router.spec, router.num_tokens
     G, L = spec.num_expert_groups, spec.num_limited_groups
     if G is None or L is None or L == G:

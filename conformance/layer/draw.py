@@ -8,6 +8,7 @@ Legend: T tokens, D model dim, E choices, K top_k.
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,16 @@ from conformance.layer.case import LayerCase
 from conformance.layer.check import LayerCheck
 from conformance.layer.large import LARGE, THIN_LARGE
 from conformance.router.draw import inputs_of as inputs_of_router
-from moe_ref import AlignSpec, CapacitySpec, ExpertSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec
+from moe_ref import (
+    AlignSpec,
+    CapacitySpec,
+    ExpertSpec,
+    LatentSpec,
+    LayerParams,
+    LayerSpec,
+    RouterSpec,
+    SharedSpec,
+)
 from moe_ref.specs.families import tiny
 
 GRID = 2.0**-7
@@ -39,6 +49,8 @@ NORM: dict[str, Any] = {"route_norm": True}
 DEEPSEEK: dict[str, Any] = SIGMOID | NORM | {"norm_eps": 1e-20}
 SELECTED: dict[str, Any] = {"score_over": "selected", "select_by": "logit"}
 GROUPS: dict[str, Any] = {"num_expert_groups": 4, "num_limited_groups": 2}
+KINDS: dict[str, Any] = {"num_null_experts": 5, "num_constant_experts": 2, "num_zero_experts": 1}
+SITU: dict[str, Any] = {"activation": "situ", "beta": 0.5}
 GPT_OSS: dict[str, Any] = {"alpha": 1.702, "up_offset": 1.0, "clamp": 0.75, "bias": True}
 
 ROUTERS = (
@@ -63,6 +75,8 @@ ROUTERS = (
     RouterSpec(num_experts=5, top_k=2, **DEEPSEEK, selector="table"),
     RouterSpec(num_experts=6, top_k=3, **SIGMOID, **NORM, selector="given"),
     RouterSpec(num_experts=5, top_k=2, **SIGMOID, **NORM, norm_eps=1e-20, selector="round_robin"),
+    RouterSpec(num_experts=3, top_k=3, **SIGMOID, **NORM, norm_eps=0.1, **KINDS),
+    RouterSpec(num_experts=3, top_k=2, **SOFTMAX, **KINDS, weight_on="input"),
 )
 EXPERTS = (
     ExpertSpec(dim=5, hidden_dim=7),
@@ -84,6 +98,9 @@ EXPERTS = (
     ExpertSpec(dim=8, hidden_dim=16),
     ExpertSpec(dim=8, hidden_dim=8),
     ExpertSpec(dim=16, hidden_dim=8),
+    ExpertSpec(dim=5, hidden_dim=7, **SITU, linear_beta=0.75),
+    ExpertSpec(dim=5, hidden_dim=7, **SITU),
+    ExpertSpec(dim=5, hidden_dim=7, activation="situ", gated=False, bias=True),
 )
 CAPACITIES = (
     CapacitySpec(slots=1),
@@ -119,6 +136,18 @@ FORMULAS = (
     ExpertSpec(dim=5, hidden_dim=7, **GPT_OSS),
 )
 """Of a layer whose shared expert has a clamp."""
+
+
+LATENTS = (
+    LayerSpec(router=ROUTERS[1], experts=EXPERTS[0], latent=LatentSpec(dim=3)),
+    LayerSpec(router=ROUTERS[2], experts=EXPERTS[10], shared=SHARED[1], latent=LatentSpec(dim=4)),
+    LayerSpec(router=ROUTERS[4], experts=EXPERTS[2], latent=LatentSpec(dim=7)),
+    LayerSpec(router=ROUTERS[10], experts=EXPERTS[2], latent=LatentSpec(dim=4, norm_eps=0.1)),
+    LayerSpec(router=ROUTERS[0], experts=EXPERTS[16], shared=SHARED[0], latent=LatentSpec(dim=4, norm_eps=1e-5)),
+    LayerSpec(router=ROUTERS[15], experts=EXPERTS[18], shared=SHARED[0], latent=LatentSpec(dim=4, norm_eps=1e-2)),
+    LayerSpec(router=ROUTERS[11], experts=EXPERTS[0], latent=LatentSpec(dim=3, norm_eps=0.1)),
+)
+"""Of Nemotron-3 and of Kimi-K3, and with what neither has."""
 
 
 def _models() -> list[LayerSpec]:
@@ -163,7 +192,7 @@ def _pool() -> list[LayerSpec]:
     found += [LayerSpec(router=ROUTERS[i], experts=EXPERTS[2], shared=SHARED[0], gate_bias=True) for i in (2, 10)]
     # A shared expert has its own clamp, at the place of the routed ones', and their alpha and offset.
     found += [LayerSpec(router=ROUTERS[i % 2], experts=e, shared=SHARED[4]) for i, e in enumerate(FORMULAS)]
-    return list(dict.fromkeys(found + _models() + _mixed()))
+    return list(dict.fromkeys(found + _models() + list(LATENTS) + _mixed()))
 
 
 LAYER_SPECS: list[LayerSpec] = _pool()
@@ -175,15 +204,16 @@ def _thin() -> list[LayerSpec]:
     return [
         gpt_oss,
         deepseek,
-        qwen2,
+        qwen2.replace(experts=qwen2.experts.replace(**SITU, linear_beta=0.75)),
         LayerSpec(router=ROUTERS[6], experts=ExpertSpec(dim=7, hidden_dim=7)),
         LayerSpec(router=ROUTERS[4], experts=ExpertSpec(dim=5, hidden_dim=7, activation="gelu", bias=True)),
-        LayerSpec(router=ROUTERS[10], experts=ExpertSpec(dim=5, hidden_dim=7, clamp=0.25, clamp_at="after"),
+        LayerSpec(router=ROUTERS[10].replace(**KINDS),
+                  experts=ExpertSpec(dim=5, hidden_dim=7, clamp=0.25, clamp_at="after"),
                   shared=SharedSpec(hidden_dim=3, combine="average")),
         LayerSpec(router=ROUTERS[11], experts=ExpertSpec(dim=6, hidden_dim=3), gate_bias=True),
         LayerSpec(router=ROUTERS[14].replace(selector="given"),
                   experts=ExpertSpec(dim=5, hidden_dim=7, gated=False, activation="relu2"),
-                  shared=SHARED[0]),
+                  shared=SHARED[0], latent=LatentSpec(dim=4, norm_eps=0.1)),
     ]  # fmt: skip
 
 
@@ -191,21 +221,25 @@ THIN_LAYER_SPECS: list[LayerSpec] = _thin()
 """For subjects that compile: a layer and its gradients take seconds for each spec and number of tokens."""
 
 
-def facts(spec: LayerSpec) -> set:
+@cache
+def facts(spec: LayerSpec) -> frozenset:
     """What is not the default in a layer, sizes apart; and what some requirement asks for."""
     router, experts, shared = spec.router, spec.experts, spec.shared
-    sizes = {"num_experts", "top_k", "num_limited_groups", "dim", "hidden_dim"}
-    numbers = {"route_scale", "output_scale", "norm_eps", "clamp", "alpha", "up_offset", "logit_scale"}
+    sizes = {"num_experts", "top_k", "num_limited_groups", "dim", "hidden_dim", "num_zero_experts"}
+    numbers = {"route_scale", "output_scale", "norm_eps", "clamp", "alpha", "beta", "up_offset", "logit_scale"}
+    numbers |= {"linear_beta"}
     found: set = {"gate_bias"} if spec.gate_bias else {"plain"}
+    if spec.latent is not None:
+        found |= {("latent", spec.latent.norm_eps is not None, what) for what in (shared is None, router.weight_on)}
     for part in (router, experts, shared):
         for f in fields(part) if part is not None else ():
             value = getattr(part, f.name)
             if f.name not in sizes and value != f.default:
                 found.add((type(part).__name__, f.name, True if f.name in numbers else value))
     slots = "one slot" if router.top_k == 1 else "all slots" if router.top_k == router.num_choices else "some slots"
-    square = experts.hidden_dim in (experts.dim, experts.dim / 2)
+    square = experts.hidden_dim in (spec.routed_experts.dim, spec.routed_experts.dim / 2)
     scaled = router.route_scale != 1 or router.output_scale != 1
-    return found | {
+    return frozenset(found) | {
         (slots, router.weight_on, "normed" if router.route_norm else ""),
         ("square", square, experts.bias),
         (shared and (shared.gate, shared.combine), scaled),
@@ -216,8 +250,9 @@ def facts(spec: LayerSpec) -> set:
 
 def evenly(specs: list[LayerSpec]) -> list[LayerSpec]:
     """The specs, repeated so that each fact comes about as often as any other, however few specs it holds for."""
-    found = sorted({fact for spec in specs for fact in facts(spec)}, key=str)
-    groups = [[spec for spec in specs if fact in facts(spec)] for fact in found]
+    known = [(spec, facts(spec)) for spec in specs]
+    found = sorted({fact for _, own in known for fact in own}, key=str)
+    groups = [[spec for spec, own in known if fact in own] for fact in found]
     return [group[i % len(group)] for i in range(max(map(len, groups), default=0)) for group in groups]
 
 

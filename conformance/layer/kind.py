@@ -7,8 +7,9 @@ from conformance.core.diagnosis import explaining
 from conformance.core.fault import Fault, faulty
 from conformance.core.judge import Judge, Violation
 from conformance.core.kind import Kind
+from conformance.core.picture import Panel
 from conformance.core.subject import Subject
-from conformance.layer import draw, page
+from conformance.layer import draw, page, picture
 from conformance.layer.case import LayerCase
 from conformance.layer.check import LayerCheck
 from conformance.subjects.reference import Reference
@@ -18,7 +19,7 @@ class LayerKind(Kind):
     """What experts make of tokens, on one rank."""
 
     name = "layer"
-    stages = ("permute", "experts", "combine", "layer", "backward", "replay")
+    stages = ("permute", "experts", "combine", "layer", "latent", "null", "backward", "replay")
     check = LayerCheck
     cost = 4
 
@@ -36,6 +37,9 @@ class LayerKind(Kind):
 
     def side_by_side(self, judge: Judge, case: LayerCase, most_tokens: int = 4) -> str:
         return page.side_by_side(judge, case, most_tokens)
+
+    def picture(self, judge: Judge | None, violation: Violation, case: LayerCase) -> list[Panel]:
+        return picture.picture(judge, violation, case)
 
     def faulty(self, fault: Fault, **how: Any) -> Subject:
         return faulty(Reference(**how), fault)

@@ -19,6 +19,7 @@ def rows_of_spec(case: LayerCase) -> list[tuple[str, str]]:
     return [
         ("router", f"{spec_fields(spec.router)}{gate_bias} tokens={case.num_tokens}"),
         ("experts", spec_fields(spec.experts)),
+        *([] if spec.latent is None else [("latent", spec_fields(spec.latent))]),
         ("shared", "none" if spec.shared is None else spec_fields(spec.shared)),
         ("rows", f"{numbers(case.reference.permutation.tokens_per_expert_E)} of each expert"),
     ]

@@ -12,11 +12,11 @@ from conformance.layer.bounds import stable_T
 from conformance.layer.case import LayerCase
 from moe_ref import LayerParams, LayerSpec, RouterSpec
 
-PARTS = ("EXP-2", "EXP-3", "EXP-4", "EXP-5", "CMB-2", "CMB-3", "CMB-5", "CMB-7", "LAY-1")
+PARTS = ("EXP-2", "EXP-3", "EXP-4", "EXP-5", "EXP-11", "CMB-2", "CMB-3", "CMB-5", "CMB-7", "LAY-1")
 """Where one of these fails on the same case, the layer fails too, and is not the one to blame."""
-WHOLE = ("LAY-2", "LAY-8", "LAY-9", "LAY-10", "LAY-11", "LAY-12", "LAY-13")
+WHOLE = ("LAY-2", "LAY-8", "LAY-9", "LAY-10", "LAY-11", "LAY-12", "LAY-13", "LAT-1", "LAT-2", "LAT-3", "NUL-1")
 """What the output of a layer is; each layer has one of them."""
-GRADIENTS = ("BWD-2", "BWD-3", "BWD-4", "BWD-5", "BWD-8", "BWD-10")
+GRADIENTS = ("BWD-2", "BWD-3", "BWD-4", "BWD-5", "BWD-8", "BWD-10", "LAT-4", "NUL-2")
 """What its gradients are."""
 POISON = (np.nan, 1e30, np.nan)
 """What rows hold that nobody reads, in calls one after the other."""
@@ -24,12 +24,19 @@ POISON = (np.nan, 1e30, np.nan)
 MATRICES = ("w_up_EDF", "w_gate_EDF", "w_down_EFD")
 BIASES = ("b_up_EF", "b_gate_EF", "b_down_ED")
 ROUTER = ("gate_ED", "gate_bias_E", "learned_scale")
+CONSTANTS = ("constant_w_ZD2", "constant_ZD")
+LATENT = ("latent_w_down_DH", "latent_w_up_HD", "latent_norm_H")
 SHARED = ("shared_w_up_SDF", "shared_w_gate_SDF", "shared_w_down_SFD", "shared_token_gate_D")
 
 
 def by_token(spec: LayerSpec) -> bool:
     """Selectors that look at the token alone, not at its place."""
     return spec.router.selector != "round_robin"
+
+
+def sees_tokens(spec: LayerSpec) -> bool:
+    """Experts that see the tokens, not a latent."""
+    return spec.latent is None
 
 
 def _choice_is_clear(judge: Judge, case: LayerCase) -> bool:
@@ -64,6 +71,15 @@ def routed_alone(case: OfLayer) -> OfLayer | None:
     if case.spec.router.num_scored_shared_experts or case.spec.shared is None:
         return None
     return without_shared(case)
+
+
+def without_latent(case: OfLayer) -> OfLayer:
+    """The same layer with other experts, which see the tokens."""
+    spec = case.spec.replace(latent=None)
+    made = LayerParams.init(spec, case.seed)
+    changes = {name: getattr(made, name) for name in (*MATRICES, *BIASES) if getattr(made, name) is not None}
+    floats = {name: float32(value) for name, value in changes.items()}
+    return case.with_(spec=spec, params=replace(case.params, **floats, **dict.fromkeys(LATENT)))
 
 
 def plainly_routed(case: OfLayer) -> OfLayer | None:

@@ -88,7 +88,7 @@ def sums_of_subject(
 ) -> np.ndarray:
     """The subject's (T, D) weighted sums."""
     given = (rows_ND.astype(np.float32), order_N.copy(), weights_TK.astype(np.float32), case.spec)
-    return array_of(judge.call(case, "combine", *given), (len(weights_TK), case.spec.experts.dim))
+    return array_of(judge.call(case, "combine", *given), (len(weights_TK), case.spec.routed_experts.dim))
 
 
 def arguments_of(case: LayerCase) -> tuple:
@@ -170,7 +170,7 @@ def radius_of_experts(judge: Judge, case: LayerCase, rows_ND: np.ndarray, counts
         for e, (end, size) in enumerate(zip(ends_E, counts_E, strict=True))
         if size
     ]
-    return np.concatenate([*radii, np.zeros((0, case.spec.experts.dim))])
+    return np.concatenate([*radii, np.zeros((0, case.spec.routed_experts.dim))])
 
 
 def sums_ball(judge: Judge, case: LayerCase, rows_ND: np.ndarray, order_N: np.ndarray, weights_TK: np.ndarray) -> Ball:

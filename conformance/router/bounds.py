@@ -11,7 +11,7 @@ import numpy as np
 from conformance.core.rounding import EPSILON, TINY
 from conformance.router.case import RouterCase
 from moe_ref import UNUSED, RouterSpec
-from moe_ref.routing import factor_of, gather, kept_experts, normalise, scale_weights, score, softmax
+from moe_ref.routing import factor_of, gather, kept_experts, leave_out, normalise, scale_weights, score, softmax
 
 ROUNDINGS = 16
 """Roundings granted to a score or weight besides those of exp's argument: sums, divisions, library exp (4 ulp)."""
@@ -21,18 +21,23 @@ SETS_AT_A_TIME = 1024
 """Sets of kept groups that are looked at together."""
 
 
+def narrow_dtypes(case: RouterCase) -> list[str]:
+    """The dtypes narrower than float32 that a router of this case may round to: its logits', and its spec's."""
+    return [dtype for dtype in (case.dtype, case.spec.router_dtype) if dtype in LOW_PRECISION]
+
+
 def coarseness(case: RouterCase) -> float:
-    """What one rounding to the dtype of low-precision logits does; 0 where the logits are wider.
+    """What one rounding to the dtype of low-precision logits, or to a narrow router_dtype, does; 0 where both are wide.
 
     Such logits are exact as they are given. What is made of them may be rounded to their dtype again, here and there:
     a score, the bias, their sum, a weight. SCR-8 advises against it.
     """
-    return EPSILON[case.dtype] if case.dtype in LOW_PRECISION else 0.0
+    return max((EPSILON[dtype] for dtype in narrow_dtypes(case)), default=0.0)
 
 
 def smallest(case: RouterCase, dtype: str) -> float:
     """Below this a number has no relative accuracy."""
-    return max(TINY[dtype], TINY[case.dtype]) if case.dtype in LOW_PRECISION else TINY[dtype]
+    return max(TINY[each] for each in (dtype, *narrow_dtypes(case)))
 
 
 def score_floor(case: RouterCase, dtype: str) -> float:
@@ -211,7 +216,7 @@ def expected_weights(case: RouterCase, expert_ids_TK) -> np.ndarray:
             scores_TE = np.where(kept_experts(trace.group_ids_TL, spec), scores_TE, 0)
         raw_TK = gather(scores_TE, expert_ids_TK)
     shared_TS = score(trace.scaled_logits_TE[:, E:], spec) if S else np.zeros((case.num_tokens, 0))
-    normed_TK, _ = normalise(raw_TK, shared_TS, spec)
+    normed_TK, _ = normalise(leave_out(raw_TK, expert_ids_TK, spec), shared_TS, spec)
     learned = case.inputs.get("learned_scale", np.ones(()))
     return scale_weights(normed_TK, expert_ids_TK, learned, spec)
 

@@ -165,6 +165,7 @@ RouterCase.TAGS = {
     "scored_shared": lambda c: c.spec.num_scored_shared_experts > 0,
     "table": lambda c: c.spec.selector == "table",
     "given": lambda c: c.spec.selector == "given",
+    "random": lambda c: c.spec.selector == "random",
     "sparsemixer": lambda c: c.spec.selector == "sparsemixer",
     "zero_tokens": lambda c: c.num_tokens == 0,
     "one_token": lambda c: c.num_tokens == 1,

@@ -67,6 +67,7 @@ def _variants() -> list[dict]:
         sigmoid | {"learned_scale": "global", "route_scale": 1.5},
         softmax | {"num_null_experts": 3, "route_scale": 2.0},
         softmax | {"num_null_experts": 1, "null_kind": "skip"},
+        sigmoid | norm | {"num_null_experts": 4, "num_constant_experts": 1, "num_zero_experts": 2},
         sigmoid | norm | {"num_null_experts": 2, "null_kind": "skip"},
         sigmoid | {"num_scored_shared_experts": 2},
         sigmoid | norm | {"num_scored_shared_experts": 2, "norm_with_shared": True},
@@ -78,6 +79,9 @@ def _variants() -> list[dict]:
         {"score_over": "selected", "select_by": "logit", "selector": "given"},
         sigmoid | norm | {"norm_eps": 1e-20, "selector": "round_robin"},
         softmax | {"selector": "random"},
+        sigmoid | {"select_by": "logit", "router_dtype": "bfloat16"},
+        softmax | norm | {"router_dtype": "float16"},
+        sigmoid | norm | {"router_dtype": "float64"},
     ]
 
 

@@ -8,7 +8,8 @@ from conformance.core.diagnosis import explaining
 from conformance.core.fault import Fault
 from conformance.core.judge import Judge, Violation
 from conformance.core.kind import Kind
-from conformance.router import draw, page, pairs, sizes, small_worlds
+from conformance.core.picture import Panel
+from conformance.router import draw, page, pairs, picture, sizes, small_worlds
 from conformance.router.case import RouterCase
 from conformance.router.check import RouterCheck
 from conformance.router.diagnosis import same_routing, same_slots
@@ -42,6 +43,9 @@ class RouterKind(Kind):
 
     def side_by_side(self, judge: Judge, case: RouterCase, most_tokens: int = 4) -> str:
         return page.side_by_side(judge, case, most_tokens)
+
+    def picture(self, judge: Judge | None, violation: Violation, case: RouterCase) -> list[Panel]:
+        return picture.picture(judge, case, violation.token)
 
     def faulty(self, fault: Fault, **how: Any) -> FaultyRouter:
         return FaultyRouter(fault, **how)

@@ -43,6 +43,7 @@ SHAPES: dict[str, dict[str, tuple[int, int, int]]] = {
 """Groups -> experts -> (num_experts, num_expert_groups, num_limited_groups)."""
 
 FIELDS: dict[str, tuple] = {
+    "router_dtype": ("float32", "float64", "bfloat16", "float16"),
     "score_func": ("softmax", "sigmoid", "sqrtsoftplus"),
     "score_over": ("all", "selected"),
     "logit_scale": (1.0, 0.25),
@@ -61,6 +62,8 @@ FIELDS: dict[str, tuple] = {
     "learned_scale": ("none", "per_expert", "global"),
     "num_null_experts": (0, 1, 3),
     "null_kind": ("identity", "skip"),
+    "num_constant_experts": (0, 1),
+    "num_zero_experts": (0, 1),
     "num_scored_shared_experts": (0, 2),
     "weight_on": ("output", "input"),
     "output_scale": (1.0, 2.0),
@@ -90,6 +93,10 @@ IMPLIES: tuple[tuple[str, tuple, str, tuple], ...] = (
     ("norm_with_shared", (True,), "num_scored_shared_experts", (2,)),
     ("groups", GROUPED, "selector", ("top_k",)),
     ("groups", GROUPED, "num_null_experts", (0,)),
+    ("num_constant_experts", (1,), "num_null_experts", (1, 3)),
+    ("num_zero_experts", (1,), "num_null_experts", (1, 3)),
+    ("num_constant_experts", (1,), "null_kind", ("identity",)),
+    ("num_zero_experts", (1,), "null_kind", ("identity",)),
     ("groups", ("none",), "group_score_k", (2,)),
     ("groups", ("none",), "mask_fill", (-np.inf,)),
     ("groups", ("none",), "weights_from", ("scores",)),

@@ -48,7 +48,7 @@ GROUPED = (
     Size(5, 256, 8, 8, 4), Size(3, 512, 8, 8, 4), Size(5, 160, 6, 8, 3), Size(3, 384, 9, 1, 1), Size(1025, 16, 4, 4, 2),
     Size(17, 8, 2, 8, 3), Size(5, 64, 7, 32, 7), Size(5, 34, 3, 17, 2), Size(5, 33, 5, 11, 3), Size(3, 129, 6, 43, 2),
     Size(9, 24, 6, 8, 4), Size(33, 64, 16, 8, 4), Size(3, 128, 22, 8, 3), Size(3, 257, 6, 257, 6), Size(5, 40, 9, 4, 4),
-    Size(65, 32, 6, 2, 1), Size(129, 96, 7, 6, 2), Size(257, 30, 4, 5, 2),
+    Size(65, 32, 6, 2, 1), Size(129, 96, 7, 6, 2), Size(257, 30, 4, 5, 2), Size(5, 36, 8, 6, 6),
 )  # fmt: skip
 COMPILED = (
     (RouterSpec(num_experts=33, top_k=22, score_func="sigmoid", route_norm=True), 1025),

@@ -22,6 +22,10 @@ from conformance.run.identify import add_options as add_identify_options
 from conformance.run.identify import identify
 from conformance.run.kinds import load_faults
 from conformance.run.subjects_by_name import subject_named
+from conformance.run.vectors import add_options as add_vectors_options
+from conformance.run.vectors import vectors
+from conformance.run.views import add_options as add_view_options
+from conformance.run.views import views
 from moe_ref.specs.checks import nearest
 
 EXIT_USAGE = 4
@@ -77,7 +81,10 @@ def parser() -> Parser:
         help=f"of this stage alone; given several times, of these. One of {', '.join(STAGES)}",
     )
     run.add_argument("--deviations", action="append", default=[], metavar="FILE", help="TOML of known deviations")
-    run.add_argument("--report", type=Path, metavar="DIR", help="write report.json, report.md and junit.xml there")
+    run.add_argument(
+        "--report", type=Path, metavar="DIR", help="write report.json, report.md, report.html and junit.xml there"
+    )
+    add_view_options(run)
     run.add_argument(
         "--propose-deviations",
         type=Path,
@@ -109,6 +116,10 @@ def parser() -> Parser:
     changes.add_argument("before", type=Path, metavar="BEFORE", help="report.json, or the folder of --report")
     changes.add_argument("after", type=Path, metavar="AFTER", help="the same, later")
 
+    seen = commands.add_parser("report", help="views of a stored report: HTML with pictures, summary, JUnit, badge")
+    seen.add_argument("file", type=Path, metavar="REPORT", help="report.json, or the folder of --report")
+    add_view_options(seen)
+
     faults = commands.add_parser("faults", help="the known wrong routers and layers, and what catches each")
     faults.add_argument(
         "--seeds", type=_positive, default=1, metavar="N", help="how many seeds (default 1: the cases of a run)"
@@ -130,6 +141,11 @@ def parser() -> Parser:
 
     evened = commands.add_parser("load", help="the load of experts over steps, without bias updates and with them")
     balance_picture.add_options(evened, _positive)
+
+    stored = commands.add_parser(
+        "vectors", help="stored calls with what they return, for any language (docs/vectors.md)"
+    )
+    add_vectors_options(stored)
 
     commands.add_parser("glossary", help="our names, and those of other code bases, as Markdown")
     commands.add_parser("options", help="this table")
@@ -322,11 +338,13 @@ COMMANDS = {
     "list": list_requirements,
     "replay": replay,
     "compare": compare,
+    "report": views,
     "faults": faults,
     "diff": diff,
     "identify": identify,
     "traffic": traffic.traffic,
     "load": balance_picture.load,
+    "vectors": vectors,
     "glossary": glossary,
     "options": options_table,
     "spec": spec,

@@ -1,9 +1,8 @@
 """conformance, comparing two reports: which requirements changed their status."""
 
-import json
 from pathlib import Path
 
-from conformance.core.usage import UsageError
+from conformance.run.views import read_report
 
 
 def compare(options) -> int:
@@ -23,11 +22,4 @@ def statuses(file: Path) -> dict[tuple[str, str], str]:
     Raises:
         UsageError: it is none.
     """
-    path = file / "report.json" if file.is_dir() else file
-    try:
-        rows = json.loads(path.read_text())["requirements"]
-        return {(row["subject"], row["id"]): row["status"] for row in rows}
-    except OSError as error:
-        raise UsageError(f"report {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"report {path} is none that `run --report` wrote") from None
+    return {(row["subject"], row["id"]): row["status"] for row in read_report(file)["requirements"]}

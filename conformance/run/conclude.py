@@ -49,6 +49,9 @@ def conclude(judge: Judge, requirement: str | None, excinfo) -> list[dict]:
             first = _told_on(judge, violation, causes)
             if violation.case is not None:
                 write_case(CASES, name, violation.case, judge.name)
+        for deviation in entry.known:
+            if deviation.witness is not None:  # its page in the report says how it replays
+                write_case(CASES, name, deviation.witness, judge.name)
         found.append(record(judge, name, entry, causes, first))
         entry.violation = None  # reported; a later test that finds another tells of its own
     return found

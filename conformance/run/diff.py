@@ -1,7 +1,7 @@
 """conformance, running: `moe-conformance diff`. Two routers, or two files of routing records, against each other.
 
     moe-conformance diff transformers torch --family deepseek_v3
-    moe-conformance diff rollout.safetensors trainer.safetensors
+    moe-conformance diff rollout.npy trainer.safetensors
 
 Nobody is right here, and no near tie is forgiven: what counts is how often a rollout and a trainer disagree.
 """
@@ -19,30 +19,45 @@ from conformance.core.usage import UsageError
 from conformance.router.case import RouterCase, held
 from conformance.router.draw import bias_of_kind, inputs_of
 from conformance.router.observation import Observation, observe
+from conformance.run.record_files import OURS, SUFFIXES, Sizes, aligned, is_file, read_two
 from conformance.run.subjects_by_name import subject_named
-from moe_ref import RouterSpec, RoutingAgreement, RoutingRecord, agreement, load_records
+from moe_ref import RouterSpec, RoutingAgreement, RoutingRecord, agreement
 from moe_ref.specs.families import FAMILIES
 from moe_ref.specs.families import family as family_named
+from moe_ref.specs.served import PADDINGS
 
-SUFFIX = ".safetensors"
 HEAD = ("", "other sets", "other weights", "weight moved", "first stage", "replayed")
 
 
 def add_options(command: ArgumentParser, positive: Callable[[str], int]) -> None:
     """The options of `diff`."""
-    command.add_argument("one", metavar="A", help="a subject with route(), or a .safetensors file of routing records")
+    command.add_argument(
+        "one", metavar="A", help=f"a subject with route(), or a file of routing records: {', '.join(SUFFIXES)}"
+    )
     command.add_argument("other", metavar="B", help="the same kind of thing")
     command.add_argument("--family", metavar="NAME", help="compare the tiny router of this family, not of every one")
     command.add_argument("--spec", type=Path, metavar="FILE", help="compare this RouterSpec, as JSON")
     command.add_argument("--tokens", type=positive, default=256, metavar="N", help="of each router (default 256)")
     command.add_argument("--tolerance", type=float, default=1e-3, metavar="X", help="of a weight (default 0.001)")
+    command.add_argument("--layers", type=positive, metavar="L", help="of an engine's record in base64, dense ones too")
+    command.add_argument("--top-k", type=positive, metavar="K", help="of an engine's record in base64")
+    command.add_argument(
+        "--num-experts", type=positive, metavar="E", help="of an engine's record, an id being below it"
+    )
+    command.add_argument("--dense", type=int, nargs="+", default=[], metavar="LAYER", help="layers without a router")
+    command.add_argument(
+        "--padding",
+        choices=PADDINGS,
+        default="-1",
+        help="arange: rows of 0 .. K-1 in all layers are no route (NeMo-RL)",
+    )
 
 
 def diff(options: Namespace) -> int:
     """Print how far two things agree: 0 where they do in everything, 1 where they differ."""
-    files = [each.endswith(SUFFIX) for each in (options.one, options.other)]
+    files = [is_file(each) for each in (options.one, options.other)]
     if any(files) and not all(files):
-        raise UsageError(f"{options.one} and {options.other} are not of one kind: two subjects, or two {SUFFIX} files")
+        raise UsageError(f"{options.one} and {options.other} are not of one kind: two subjects, or two files")
     rows = list(_of_records(options) if all(files) else _of_subjects(options))
     if not rows:
         raise UsageError(f"{options.one} and {options.other} have nothing in common")
@@ -64,17 +79,30 @@ def _row(name: str, found: RoutingAgreement, stage: str, replayed: str) -> Row:
 
 def _of_records(options: Namespace) -> Iterator[Row]:
     """A row for each layer that both files have."""
-    try:
-        one, other = load_records(options.one), load_records(options.other)
-    except OSError as error:
-        raise UsageError(str(error)) from None
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    sizes = Sizes(
+        num_layers=options.layers,
+        top_k=options.top_k,
+        num_experts=options.num_experts,
+        dense=tuple(options.dense),
+        padding=options.padding,
+    )
+    one, other = read_two(options.one, options.other, sizes)
+    engines = not all(each.endswith(OURS) for each in (options.one, options.other))
+    left_out = 0
     for name in one:
         if name in other:
-            found = agreement(one[name], other[name], tolerance=options.tolerance)
+            pair, missing = (one[name], other[name]), 0
+            try:
+                if engines:
+                    *pair, missing = aligned(*pair)
+                found = agreement(*pair, tolerance=options.tolerance)
+            except ValueError as error:
+                raise UsageError(f"layer {name}: {error}") from None
+            left_out += missing
             stage = "select" if found.sets_differ_T.any() else "weights" if found.weight_mismatch_rate else ""
             yield _row(name, found, stage, "-")
+    if left_out:
+        print(f"not compared: {left_out} rows that one of the files has no route for, over all layers")
 
 
 def _of_subjects(options: Namespace) -> Iterator[Row]:

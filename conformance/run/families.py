@@ -97,7 +97,9 @@ def _expert(name: str) -> str:
     gated = "gated" if row.experts.get("gated", True) else "not gated"
     clamp = f", clamped {row.experts.get('clamp_at', 'before')}" if row.clamp else ""
     bias = ", bias" if row.experts.get("bias") else ""
-    return gated + clamp + bias
+    latent = f", in {row.latent}{' with a norm' if row.latent_norm else ''}" if row.latent else ""
+    situ = ", situ" if row.beta else ""
+    return gated + clamp + bias + situ + latent
 
 
 def _shared(name: str) -> str:

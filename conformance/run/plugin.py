@@ -16,7 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from conformance.core.judge import Judge
 
-KEYS = {"subject", "deviations", "examples", "seed", "family", "spec", "tokens", "width", "device"}
+KEYS = {"subject", "deviations", "examples", "seed", "family", "spec", "tokens", "width", "device", "report"}
 
 
 def pytest_addoption(parser):
@@ -44,6 +44,12 @@ def pytest_addoption(parser):
     group.addoption("--moe-width", nargs=2, type=int, default=None, metavar="N", help="dim and hidden_dim of its layer")
     group.addoption(
         "--moe-device", default=None, metavar="DEVICE", help="where subjects compute, such as cuda or cuda:1"
+    )
+    group.addoption(
+        "--moe-report",
+        default=None,
+        metavar="DIR",
+        help="write report.json, report.md, report.html and junit.xml there",
     )
     group.addoption("--moe-records", default=None, metavar="FILE", help="append each verdict as a line of JSON")
     group.addoption("--moe-watch", default=None, metavar="FILE", help="keep in it which case is tried")
@@ -78,6 +84,8 @@ def _settings(config) -> dict:
         "tokens": option("--moe-tokens") or table.get("tokens"),
         "width": option("--moe-width") or table.get("width"),
         "device": option("--moe-device") or table.get("device"),
+        "report": _path(option("--moe-report"), config.invocation_params.dir)
+        or _path(table.get("report"), config.rootpath),
     }
 
 
@@ -205,6 +213,8 @@ def pytest_runtest_makereport(item, call):
     for record in records:
         if record["id"] == requirement:
             record["seconds"] = round(call.duration, 2)
+            # pytest writes them to the XML of --junitxml.
+            item.user_properties += [("requirement", requirement), ("status", record["status"])]
     report.moe_records = records
     _restate(report, records, judge)
     return report
@@ -263,10 +273,35 @@ class Collector:
             return
         from conformance.run.report import table
 
-        for name in sorted({record["subject"] for record in self.records.values()}):
+        names = sorted({record["subject"] for record in self.records.values()})
+        for name in names:
             mine = [record for record in self.records.values() if record["subject"] == name]
             terminalreporter.section("moe conformance")
             terminalreporter.write_line(table({"name": name, "version": ""}, mine))
+        for file in self._write_views(names):
+            terminalreporter.write_line(f"wrote {file}")
+
+    def _write_views(self, names: list[str]) -> list[Path]:
+        """The folder that was asked for, and the summary of a GitHub job."""
+        from conformance.run.report import assemble, fact, not_judged
+        from conformance.run.views import step_summary, write_folder, write_summary
+
+        folder, step = _settings(self.config)["report"], step_summary()
+        if folder is None and step is None:
+            return []
+        records, subjects = list(self.records.values()), []
+        for name in names:
+            mine = [r for r in records if r["subject"] == name]
+            subjects.append({"name": name} | {key: fact(mine, key) for key in ("version", "where")})
+            records += not_judged(name, mine)
+        complete = all(r["status"] != "not judged" for r in records)
+        report = assemble(subjects, records, {}, complete=complete)
+        if step is not None:
+            write_summary(report, step)
+        if folder is None:
+            return []
+        write_folder(report, folder)
+        return [folder / "report.html"]
 
 
 def merge(records: dict, record: dict) -> None:

@@ -1,23 +1,27 @@
 """conformance, the report: one record for each requirement and subject; every view is made from these records."""
 
-import json
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
 
+from conformance.core.case import Case
 from conformance.core.fault import Fault
 from conformance.core.judge import Entry, Judge, Violation
 from conformance.core.kind import kind_of
+from conformance.core.picture import panels_of
 from conformance.core.register import REQUIREMENTS, SPEC_VERSION, STAGES, stage_order
+from conformance.core.shrink import still_violated
 from conformance.run.causes import MOST_SHOWN
 from conformance.run.deviations import case_id
+from conformance.run.watch import Died
 
 STATUSES = ("ok", "known", "NEW", "STALE", "advice", "unsupported", "not judged")
 FAILING = ("NEW", "STALE")
 ALIKE = 3
 """So many requirements that are unsupported for one reason share a line of the table."""
 SLOWEST = 5
+MOST_TOKENS = 2**16
+"""Of a case that is drawn: the subject is called on it once more."""
 
 
 def failure_page(judge: Judge, violation: Violation, causes: Sequence[Fault] = ()) -> str:
@@ -42,7 +46,26 @@ def _failure(judge: Judge, violation: Violation, causes: Sequence[Fault]) -> dic
         "looks_like": {fault.name: f"{fault.name}: {fault.summary} {fault.link}".rstrip() for fault in causes},
         "first": None,
         "also_broken": {},
+        "picture": _picture(judge, violation),
     }
+
+
+def _picture(judge: Judge, violation: Violation) -> list[dict]:
+    """The panels of a violation; a subject that hung or died on the case is not called on it again."""
+    if violation.case is None or violation.case.num_tokens > MOST_TOKENS:
+        return []
+    asked = None if isinstance(violation, Died) else judge
+    return panels_of(kind_of(violation.requirement).picture(asked, violation, violation.case))
+
+
+def _witnessed(judge: Judge, requirement: str, witness: Case | None) -> dict:
+    """The failure that a declared deviation is about, as its witness shows it; nothing without a witness."""
+    undeclared = Judge(judge.subject)
+    violation = None if witness is None else still_violated(undeclared, requirement, witness)
+    if violation is None:
+        return {}
+    failure = _failure(undeclared, violation, ())
+    return {"failure": failure | {"page": _page(failure)}}
 
 
 def _page(failure: dict) -> str:
@@ -121,6 +144,7 @@ def record(
         "layouts": sorted(entry.places),
         "known": [
             {"deviation": str(d), "reason": d.reason, "link": d.link, "kind": d.kind, "cases": n}
+            | _witnessed(judge, d.requirement, d.witness)
             for d, n in entry.known.items()
         ],
         "unsupported": [] if entry.judged else [why for why, _ in (entry.reasons + entry.not_run).most_common(5)],
@@ -129,6 +153,33 @@ def record(
         failure = _failure(judge, violation, causes)
         found["failure"] = failure | {"first": first, "page": _page(failure)}
     return found
+
+
+def not_judged(subject: str, records: Collection[dict]) -> list[dict]:
+    """A record for each requirement that a subject has none of, so that a partial run never looks whole."""
+    judged = {r["id"] for r in records}
+    return [
+        {
+            "id": r.id,
+            "subject": subject,
+            "level": r.level,
+            "stage": r.stage,
+            "sentence": r.sentence,
+            "since": r.since,
+            "status": "not judged",
+            "cases": 0,
+            "near_ties": 0,
+            "known": [],
+            "unsupported": [],
+        }
+        for r in REQUIREMENTS.values()
+        if r.id not in judged
+    ]
+
+
+def fact(records: Collection[dict], name: str) -> str:
+    """What the records of one subject say of its version, or of where it computed."""
+    return next((r[name] for r in records if r.get(name)), "")
 
 
 def assemble(subjects: list[dict], records: list[dict], environment: dict, *, complete: bool) -> dict:
@@ -149,6 +200,12 @@ def assemble(subjects: list[dict], records: list[dict], environment: dict, *, co
 def counts(records: list[dict]) -> dict[str, int]:
     """How many requirements have each status."""
     return {status: sum(r["status"] == status for r in records) for status in STATUSES}
+
+
+def tally(records: list[dict]) -> tuple[int, int]:
+    """Requirements that hold, and those that were judged."""
+    judged = [r for r in records if r["status"] not in ("unsupported", "not judged")]
+    return sum(r["status"] == "ok" for r in judged), len(judged)
 
 
 def summary(records: list[dict]) -> str:
@@ -212,10 +269,10 @@ def matrix(report: dict) -> str:
         cells = []
         for name in names:
             here = [r for r in report["requirements"] if r["subject"] == name and r["stage"] == stage]
-            judged = [r for r in here if r["status"] not in ("unsupported", "not judged")]
-            cell = f"{sum(r['status'] == 'ok' for r in judged)}/{len(judged)}" if judged else "-"
-            new = sum(r["status"] in FAILING for r in judged)
-            known = sum(r["status"] == "known" for r in judged)
+            holds, judged = tally(here)
+            cell = f"{holds}/{judged}" if judged else "-"
+            new = sum(r["status"] in FAILING for r in here)
+            known = sum(r["status"] == "known" for r in here)
             cell += f" {new} NEW" if new else f" {known} known" if known else ""
             cells.append(f"{cell:>{width + 2}}")
         lines.append(f"{stage:<9}" + "".join(cells))
@@ -261,11 +318,13 @@ def junit(report: dict) -> str:
             skipped=str(skipped),
         )
         for r in records:
+            # The id alone: it stays when a sentence is put better, so that a history of runs stays in one piece.
+            time = str(r.get("seconds", 0))
             case = ET.SubElement(
-                suite, "testcase", classname=f"{subject['name']}.{r['stage']}", name=f"{r['id']} {r['sentence']}"
+                suite, "testcase", classname=f"{subject['name']}.{r['stage']}", name=r["id"], time=time
             )
             properties = ET.SubElement(case, "properties")
-            for name in ("id", "level", "status"):
+            for name in ("level", "status", "sentence"):
                 ET.SubElement(properties, "property", name=name, value=r[name])
             if r["status"] in FAILING:
                 page = r.get("failure", {}).get("page", r["status"])
@@ -274,11 +333,3 @@ def junit(report: dict) -> str:
                 ET.SubElement(case, "skipped", message="; ".join(r["unsupported"]) or r["status"])
     ET.indent(root)
     return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
-
-
-def write(report: dict, folder: Path) -> None:
-    """report.json, report.md and junit.xml in a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "report.md").write_text(markdown(report))
-    (folder / "junit.xml").write_text(junit(report))

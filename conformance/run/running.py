@@ -15,19 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from conformance.core.chosen import chosen
-from conformance.core.register import REQUIREMENTS
 from conformance.core.usage import UsageError
 from conformance.run.conclude import CASES
 from conformance.run.deviations import read
 from conformance.run.plugin import merge
 from conformance.run.progress import Progress
-from conformance.run.report import FAILING, assemble, durations, is_told_elsewhere, matrix, table, write
+from conformance.run.report import FAILING, assemble, durations, fact, is_told_elsewhere, matrix, not_judged, table
 from conformance.run.subjects_by_name import BUILT_IN, DEFAULT, STARTED_FIRST, known_names, subject_named
+from conformance.run.views import write_folder, write_views
 from conformance.run.watch import where
 
 EXIT_NEW = 1
 WANTED = {name: name.partition("-")[0] for name in BUILT_IN if name != "reference"}
 """The package that a built-in subject needs."""
+
+
+HOW = {"maxtext": "it has an environment of its own, of Python 3.12, which `make peers` builds (docs/maxtext.md)"}
+"""Of packages that no extra of ours installs: what is needed."""
 
 
 @dataclass
@@ -195,8 +199,10 @@ def run_subjects(options) -> int:
     _print_pages(report, (*FAILING, *(["advice"] if options.advice else [])))
     print(matrix(report))
     if options.report:
-        write(report, options.report)
-        print(f"\nwrote report.json, report.md and junit.xml to {options.report}")
+        write_folder(report, options.report)
+        print(f"\nwrote report.json, report.md, report.html and junit.xml to {options.report}")
+    for file in write_views(report, options):
+        print(f"\nwrote {file}")
     if options.propose_deviations:
         _propose(report, options.propose_deviations)
     failing = any(r["status"] in FAILING for r in report["requirements"])
@@ -208,7 +214,9 @@ def _missing(name: str) -> str | None:
     import importlib.util
 
     if name in WANTED:
-        return None if importlib.util.find_spec(WANTED[name]) else f"{WANTED[name]} is not installed"
+        package = WANTED[name]
+        how = f"; {HOW[package]}" if package in HOW else ""
+        return None if importlib.util.find_spec(package) else f"{package} is not installed{how}"
     if name not in known_names() and not name.endswith(".py") and ":" not in name:
         subject_named(name)  # raises the usage error with the nearest name
     return None
@@ -236,8 +244,9 @@ def _judge_all(names: list[str], options, folder: Path) -> list[Process]:
                 _complete(process)
                 show.clear()
                 if process.records:
-                    subject = {"name": process.name, "version": _version(process), "where": _where(process)}
                     records = list(process.records.values())
+                    facts = {name: fact(records, name) for name in ("version", "where")}
+                    subject = {"name": process.name} | facts
                     print(table(subject, records) + f" in {process.seconds:.0f} s\n", flush=True)
                     if options.durations:
                         print(durations(records) + "\n", flush=True)
@@ -277,33 +286,11 @@ def _command(name: str, options, folder: Path) -> list[str]:
 
 
 def _complete(process: Process) -> None:
-    """Name what was not judged, so that a partial run never looks whole."""
-    judged = {name for _, name in process.records}
+    """Name what was not judged."""
     if process.records:
         subject = next(iter(process.records))[0]
-        for r in REQUIREMENTS.values():
-            if r.id not in judged:
-                process.records[subject, r.id] = {
-                    "id": r.id,
-                    "subject": subject,
-                    "level": r.level,
-                    "stage": r.stage,
-                    "sentence": r.sentence,
-                    "since": r.since,
-                    "status": "not judged",
-                    "cases": 0,
-                    "near_ties": 0,
-                    "known": [],
-                    "unsupported": [],
-                }
-
-
-def _version(process: Process) -> str:
-    return next((r.get("version", "") for r in process.records.values() if r.get("version")), "")
-
-
-def _where(process: Process) -> str:
-    return next((r.get("where", "") for r in process.records.values() if r.get("where")), "")
+        for r in not_judged(subject, process.records.values()):
+            process.records[subject, r["id"]] = r
 
 
 def _report(finished: list[Process], options) -> dict:
@@ -311,8 +298,8 @@ def _report(finished: list[Process], options) -> dict:
         {
             "name": next(iter(p.records))[0],
             "subject": p.name,
-            "version": _version(p),
-            "where": _where(p),
+            "version": fact(p.records.values(), "version"),
+            "where": fact(p.records.values(), "where"),
             "seconds": round(p.seconds, 1),
         }
         for p in finished

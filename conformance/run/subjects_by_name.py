@@ -11,9 +11,9 @@ from conformance.core.usage import UsageError
 from conformance.run.deviations import Deviation, read
 from moe_ref.specs.checks import nearest
 
-DEFAULT = ("reference", "jax", "torch", "transformers", "torchtitan")
+DEFAULT = ("reference", "jax", "torch", "transformers", "torchtitan", "maxtext")
 """What `run` judges when nothing is named."""
-STARTED_FIRST = ("jax", "torchtitan", "transformers", "torch")
+STARTED_FIRST = ("maxtext", "jax", "torchtitan", "transformers", "torch")
 """Of several subjects: the one that compiles takes longest; then the quickest, so that a table is there soon."""
 BUILT_IN = {
     "reference": "conformance.subjects.reference:Reference",
@@ -27,6 +27,10 @@ BUILT_IN = {
     "jax-layouts": "conformance.subjects.jax.sharded:JaxLayouts",
     "jax-processes": "conformance.subjects.jax.sharded:JaxProcesses",
     "torchtitan-layouts": "conformance.subjects.torchtitan.sharded:TorchtitanLayouts",
+    "maxtext": "conformance.subjects.maxtext.subject:Maxtext",
+    "maxtext-dense": "conformance.subjects.maxtext.subject:MaxtextDense",
+    "maxtext-layouts": "conformance.subjects.maxtext.sharded:MaxtextLayouts",
+    "maxtext-bfloat16": "conformance.subjects.maxtext.subject:MaxtextBfloat16",
 }
 ENTRY_POINTS = "moe_conformance.subjects"
 """Packages that ship their own subject register it in this group, and its name works like a built-in one."""

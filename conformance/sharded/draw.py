@@ -36,7 +36,7 @@ from conformance.layer.draw import (
 )
 from conformance.sharded.case import ShardedCase, why_not
 from conformance.sharded.check import ShardedCheck
-from moe_ref import UNUSED, ExpertSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec
+from moe_ref import UNUSED, ExpertSpec, LatentSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec
 from moe_ref.specs.families import tiny
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.strategies import STRATEGIES
@@ -79,7 +79,7 @@ LAYOUT_SPECS = (
         experts=ExpertSpec(**DIMS, activation="gelu", bias=True),
     ),
     LayerSpec(router=tiny("cohere2_moe"), experts=PLAIN, shared=SharedSpec(hidden_dim=16, combine="average")),
-    LayerSpec(router=tiny("longcat_flash"), experts=PLAIN),
+    LayerSpec(router=tiny("longcat_flash").replace(num_constant_experts=1, num_zero_experts=1), experts=PLAIN),
     LayerSpec(
         router=RouterSpec(num_experts=8, top_k=3, **SOFTMAX, num_null_experts=3, null_kind="skip"), experts=PLAIN
     ),
@@ -96,6 +96,7 @@ LAYOUT_SPECS = (
         router=RouterSpec(num_experts=16, top_k=3, **DEEPSEEK),
         experts=ExpertSpec(dim=6, hidden_dim=30, bias=True),
         shared=SharedSpec(hidden_dim=4),
+        latent=LatentSpec(dim=10, norm_eps=0.01),
     ),
 )
 DISPATCH_SPECS = tuple(

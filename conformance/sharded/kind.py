@@ -8,8 +8,9 @@ from conformance.core.diagnosis import explaining
 from conformance.core.fault import Fault, faulty
 from conformance.core.judge import Judge, Violation
 from conformance.core.kind import Kind
+from conformance.core.picture import Panel
 from conformance.core.subject import Subject
-from conformance.sharded import draw, page, small_worlds
+from conformance.sharded import draw, page, picture, small_worlds
 from conformance.sharded.case import ShardedCase
 from conformance.sharded.check import ShardedCheck
 from conformance.subjects.reference import Reference
@@ -40,6 +41,9 @@ class ShardedKind(Kind):
 
     def side_by_side(self, judge: Judge, case: ShardedCase, most_tokens: int = 4) -> str:
         return page.side_by_side(judge, case, most_tokens)
+
+    def picture(self, judge: Judge | None, violation: Violation, case: ShardedCase) -> list[Panel]:
+        return picture.picture(judge, violation, case)
 
     def faulty(self, fault: Fault, **how: Any) -> Subject:
         return faulty(Reference(**how), fault)

@@ -78,7 +78,7 @@ class Reference(Subject):
         used = int(tokens_per_expert_E.sum())
         rows_ND = rows_RD[:used].astype(self.compute_dtype)
         trace = experts_room.run_experts(rows_ND, tokens_per_expert_E, params.astype(self.compute_dtype), spec.experts)
-        tail = np.zeros((len(rows_RD) - used, spec.experts.dim), self.compute_dtype)
+        tail = np.zeros((len(rows_RD) - used, spec.routed_experts.dim), self.compute_dtype)
         return np.concatenate([trace.output_RD, tail])
 
     def combine(self, rows_ND: np.ndarray, order_N: np.ndarray, weights_TK: np.ndarray, spec: LayerSpec) -> np.ndarray:

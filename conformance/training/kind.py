@@ -7,9 +7,10 @@ from conformance.core.diagnosis import explaining
 from conformance.core.fault import Fault, faulty
 from conformance.core.judge import Judge, Violation
 from conformance.core.kind import Kind
+from conformance.core.picture import Panel
 from conformance.core.subject import Subject
 from conformance.subjects.reference import Reference
-from conformance.training import draw, page
+from conformance.training import draw, page, picture
 from conformance.training.case import TrainingCase
 from conformance.training.check import TrainingCheck
 
@@ -36,6 +37,9 @@ class TrainingKind(Kind):
 
     def side_by_side(self, judge: Judge, case: TrainingCase, most_tokens: int = 4) -> str:
         return page.side_by_side(judge, case, most_tokens)
+
+    def picture(self, judge: Judge | None, violation: Violation, case: TrainingCase) -> list[Panel]:
+        return picture.picture(judge, case)
 
     def faulty(self, fault: Fault, **how: Any) -> Subject:
         return faulty(Reference(**how), fault)

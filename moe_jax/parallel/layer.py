@@ -107,15 +107,17 @@ def _layer(get: Callable, stages: Stages, x_TD, params: LayerParams, mask_T, inp
     layout = stages.layout
     clean_x_TD = keep_tokens(x_TD, mask_T)
     decided = get("route")(clean_x_TD, params, mask_T, inputs)
+    # Without a latent no stage is run for one: a stage of its own is a program of its own.
+    expert_input_TD = clean_x_TD if stages.spec.latent is None else get("compress")(clean_x_TD, params)
     if layout.num_token_chunks == 1:
-        parts = [(clean_x_TD, decided)]
+        parts = [(expert_input_TD, decided)]
     else:
-        parts = [get("chunk")((clean_x_TD, decided), index=index) for index in range(layout.num_token_chunks)]
+        parts = [get("chunk")((expert_input_TD, decided), index=index) for index in range(layout.num_token_chunks)]
     plans = [get("plan")(part.expert_ids_TK) for _, part in parts]
     routed = [_experts(get, stages, *part, plan, params, fill) for part, plan in zip(parts, plans, strict=True)]
     routed_TD = routed[0] if len(routed) == 1 else get("concatenate")(routed)
     return ShardedOutput(
-        output_TD=keep_tokens(get("join")(routed_TD, clean_x_TD, decided, params), mask_T),
+        output_TD=keep_tokens(get("join")(routed_TD, expert_input_TD, clean_x_TD, decided, params), mask_T),
         decided=decided,
         tokens_per_expert_E=get("count")(decided.expert_ids_TK),
         overflow_S=reduce(jnp.add, (plan.overflow_1 for plan in plans)),

@@ -1,6 +1,6 @@
 """moe_jax, stages of the sharded layer: what one rank does in each, and how its inputs and outputs lie on the mesh.
 
-    route -> plan -> dispatch -> gmm_up -> activate -> gmm_down -> unpermute -> join
+    route -> compress -> plan -> dispatch -> gmm_up -> activate -> gmm_down -> unpermute -> join
 
 Each stage runs under a shard_map of its own, with the specs of `stage_specs`, or all of them in one (`layer.py`).
 
@@ -20,6 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from moe_jax import routing
 from moe_jax.balance import tokens_per_expert
 from moe_jax.experts import null_output, shared_output
+from moe_jax.latent import compress, expand
 from moe_jax.parallel import exchange
 from moe_jax.parallel.collectives import vary
 from moe_jax.parallel.strategies import ShardMetadata
@@ -72,16 +73,18 @@ def _letters(name: str) -> str:
 def _axis_of(letter: str, name: str, spec: LayerSpec, layout: ShardLayout) -> str | None:
     if letter == "E" and len(_letters(name)) > 1 and not name.startswith("gate"):
         return "expert"
-    if letter == "D" and _parts(spec, layout) > 1:
+    if letter == "D" and _parts(spec, layout, name) > 1:
         return "fsdp"
     if letter == "F" and (not name.startswith("shared") or splits_shared(spec, layout)):
         return "tensor"
     return None
 
 
-def _parts(spec: LayerSpec, layout: ShardLayout) -> int:
-    """Pieces of D that the fsdp ranks store; each has a part of every chunk of the model dim."""
-    return layout.fsdp if spec.experts.dim % (layout.fsdp * layout.num_emb_chunks) == 0 else 1
+def _parts(spec: LayerSpec, layout: ShardLayout, name: str = "w_up_EDF") -> int:
+    """Pieces of D that the fsdp ranks store of a parameter; each has a part of every chunk of the model dim."""
+    # The D of the routed experts is that of the latent where there is one.
+    D = (spec.routed_experts if name.startswith(("w_", "b_", "constant")) else spec.experts).dim
+    return layout.fsdp if D % (layout.fsdp * layout.num_emb_chunks) == 0 else 1
 
 
 def splits_shared(spec: LayerSpec, layout: ShardLayout) -> bool:
@@ -94,6 +97,7 @@ def stage_specs(params: LayerParams, spec: LayerSpec, layout: ShardLayout) -> di
     tokens, weights = P(token_axes(layout)), param_specs(params, spec, layout)
     return {
         "route": ((tokens, weights, tokens, input_specs(layout)), tokens),
+        "compress": ((tokens, weights), tokens),
         "chunk": ((tokens,), tokens),
         "plan": ((tokens,), BY_RANK),
         "dispatch": ((tokens, tokens, BY_RANK, EVERYWHERE), ROWS),
@@ -102,7 +106,7 @@ def stage_specs(params: LayerParams, spec: LayerSpec, layout: ShardLayout) -> di
         "gmm_down": ((HIDDEN, weights, BY_RANK), ROWS),
         "unpermute": ((ROWS, tokens, BY_RANK, EVERYWHERE), tokens),
         "concatenate": ((tokens,), tokens),
-        "join": ((tokens, tokens, tokens, weights), tokens),
+        "join": ((tokens, tokens, tokens, tokens, weights), tokens),
         "count": ((tokens,), EVERYWHERE),
     }
 
@@ -125,11 +129,16 @@ class Stages:
             inputs = replace(inputs, first_token=first + number * len(x_TD))
         if router.selector == "random" and inputs.seed is not None:
             inputs = replace(inputs, seed=jax.random.fold_in(inputs.seed, number))
-        logits_TE = routing.gate(x_TD, self._whole("gate_ED", params), self._whole("gate_bias_E", params))
+        gate_ED, gate_bias_E = self._whole("gate_ED", params), self._whole("gate_bias_E", params)
+        logits_TE = routing.gate(x_TD, gate_ED, gate_bias_E, spec=router)
         return route_tokens(
             logits_TE, router, expert_bias_E=params.expert_bias_E, learned_scale=params.learned_scale,
             token_mask_T=token_mask_T, inputs=inputs,
         )[0]  # fmt: skip
+
+    def compress(self, x_TD: jax.Array, params: LayerParams) -> jax.Array:
+        """What the experts see of this shard's tokens: their latent, or themselves."""
+        return compress(x_TD, self._with_whole("latent_w_down", params), precision=self.options.get("precision"))
 
     def chunk(self, tokens: Any, *, index: int) -> Any:
         """Chunk `index` of the tokens of this shard, of any tree of arrays with an entry for each token."""
@@ -190,15 +199,28 @@ class Stages:
         )
         return lax.psum(partial_TD, "tensor")
 
-    def join(self, routed_TD: jax.Array, x_TD: jax.Array, decided: RouteOutput, params: LayerParams) -> jax.Array:
-        """Null experts and shared experts are the token's own rank's, and join once."""
+    def join(
+        self,
+        routed_TD: jax.Array,
+        expert_input_TD: jax.Array,
+        x_TD: jax.Array,
+        decided: RouteOutput,
+        params: LayerParams,
+    ) -> jax.Array:
+        """Null experts and shared experts are the token's own rank's, and join once; a latent is left in between."""
         router, spec = self.spec.router, self.spec
-        summed_TD = routed_TD + null_output(x_TD, decided.expert_ids_TK, decided.weights_TK, router)
-        scaled_TD = summed_TD * router.output_scale
+        summed_TD = routed_TD + null_output(
+            expert_input_TD, decided.expert_ids_TK, decided.weights_TK, self._with_whole("constant", params), router
+        )
+        scaled_TD = expand(
+            summed_TD * router.output_scale,
+            self._with_whole("latent", params),
+            spec,
+            precision=self.options.get("precision"),
+        )
         if spec.shared is None:
             return scaled_TD
-        names = [f.name for f in fields(LayerParams) if f.name.startswith("shared")]
-        whole = replace(params, **{name: self._whole(name, params) for name in names})
+        whole = self._with_whole("shared", params)
         own_x_TD = vary(x_TD, ("tensor",)) if splits_shared(spec, self.layout) else x_TD
         shared_TD = shared_output(
             own_x_TD, decided.shared_weights_TS, whole, spec, precision=self.options.get("precision")
@@ -212,6 +234,11 @@ class Stages:
         """Rows of each expert on the whole mesh, by expert id, the same on every rank."""
         return tokens_per_expert(expert_ids_TK, self.spec.router.num_experts, axis_name=token_axes(self.layout))
 
+    def _with_whole(self, prefix: str, params: LayerParams) -> LayerParams:
+        """The parameters whose names begin so with all of D, the others as they are."""
+        names = [f.name for f in fields(LayerParams) if f.name.startswith(prefix)]
+        return replace(params, **{name: self._whole(name, params) for name in names})
+
     def _whole(self, name: str, params: LayerParams, chunk: int | None = None) -> Any:
         """A parameter with all of D, or all of a chunk of it; its gradient is reduce-scattered."""
         value, letters = getattr(params, name), _letters(name)
@@ -221,7 +248,7 @@ class Stages:
         if chunk is not None and n > 1:
             width = value.shape[axis] // n
             value = lax.slice_in_dim(value, chunk * width, (chunk + 1) * width, axis=axis)
-        if _parts(self.spec, self.layout) == 1:
+        if _parts(self.spec, self.layout, name) == 1:
             return value
         return lax.all_gather(value, "fsdp", axis=axis, tiled=True)
 

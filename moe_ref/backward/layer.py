@@ -1,6 +1,7 @@
 """moe_ref, gradients: the backward pass of a layer, every stage by hand, last stage first.
 
-    join -> shared | combine -> fill_slots -> experts -> dispatch -> weigh_inputs (-> capacity) -> routing -> gate
+    join -> shared | (expand ->) combine -> fill_slots -> experts -> dispatch -> weigh_inputs (-> compress, capacity)
+    -> routing -> gate
 
 Each function takes the gradients of what a stage returned (d_*) and gives those of what it took. Nothing here comes
 from a framework; the tests check it by finite differences. Routing is in `routing.py`, with what it holds
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from moe_ref.backward.balance import capacity_backward
+from moe_ref.backward.constants import constants_backward
+from moe_ref.backward.latent import compress_backward, expand_backward
 from moe_ref.backward.routing import gate_backward, route_backward
 from moe_ref.experts import (
     FeedForwardTrace,
@@ -68,8 +71,9 @@ def layer_backward(
     ids_TK, weights_TK = trace.expert_ids_TK, trace.weights_TK
 
     d_routed_TD, d_shared_TD = join_backward(d_output_TD, spec)
+    d_combined_TD, latent_grads = expand_backward(d_routed_TD, trace.latent, params, spec)
     d_slot_outputs_TKD, d_weights_at_output_TK = combine_backward(
-        d_routed_TD, trace.slot_outputs_TKD, weights_TK, spec.router
+        d_combined_TD, trace.slot_outputs_TKD, weights_TK, spec.router
     )
     d_expert_rows_ND, d_passed_TKD = fill_slots_backward(
         d_slot_outputs_TKD, trace.permutation.order_N, ids_TK, spec.router
@@ -77,8 +81,17 @@ def layer_backward(
     d_rows_ND, expert_grads = experts_backward(
         d_expert_rows_ND, trace.experts, trace.permutation.tokens_per_expert_E, params, spec.experts
     )
-    d_slot_inputs_TKD = d_passed_TKD + unpermute(d_rows_ND, trace.permutation.order_N, *reversed(ids_TK.shape))
-    d_x_routed_TD, d_weights_at_input_TK = weigh_inputs_backward(d_slot_inputs_TKD, trace.x_TD, weights_TK, spec.router)
+    d_constants_TKD, constant_grads = constants_backward(
+        d_slot_outputs_TKD, trace.slot_inputs_TKD, ids_TK, params, spec.router
+    )
+    d_slot_inputs_TKD = (
+        d_passed_TKD + d_constants_TKD + unpermute(d_rows_ND, trace.permutation.order_N, *reversed(ids_TK.shape))
+    )
+    expert_input_TD = trace.x_TD if trace.latent is None else trace.latent.input_TH
+    d_expert_input_TD, d_weights_at_input_TK = weigh_inputs_backward(
+        d_slot_inputs_TKD, expert_input_TD, weights_TK, spec.router
+    )
+    d_x_routed_TD, compress_grads = compress_backward(d_expert_input_TD, trace.x_TD, params)
     d_x_shared_TD, d_factors_TS, shared_grads = shared_backward(
         d_shared_TD, trace.x_TD, trace.shared_factors_TS, trace.shared_experts, params, spec
     )
@@ -105,6 +118,9 @@ def layer_backward(
             learned_scale=d_learned_scale,
             **expert_grads,
             **shared_grads,
+            **constant_grads,
+            **latent_grads,
+            **compress_grads,
         ),
         weights_TK=d_weights_TK,
         logits_TE=d_logits_TE,
@@ -212,6 +228,8 @@ def hide_backward(
     limit = np.inf if spec.clamp is None else spec.clamp
     d_gate_RF = d_hidden_RF * clamped_up(up_RF, spec) * activated_slope(gate_RF, spec)
     d_up_RF = d_hidden_RF * activated(gate_RF, spec) * (np.abs(up_RF) <= limit)
+    if spec.linear_beta is not None:
+        d_up_RF = d_up_RF * (1 - np.tanh(np.clip(up_RF, -limit, limit) / spec.linear_beta) ** 2)
     return d_gate_RF, d_up_RF
 
 
@@ -233,6 +251,9 @@ def activation_slope(z_RF: np.ndarray, spec: ExpertSpec) -> np.ndarray:
         tanh_RF = np.tanh(gelu_argument(z_RF))
         argument_slope_RF = np.sqrt(2 / np.pi).astype(z_RF.dtype) * (1 + 3 * 0.044715 * z_RF**2)
         return 0.5 * (1 + tanh_RF) + 0.5 * z_RF * (1 - tanh_RF**2) * argument_slope_RF
+    if spec.activation == "situ":
+        s_RF, t_RF = sigmoid(z_RF), np.tanh(z_RF / spec.beta)
+        return s_RF * ((1 - t_RF**2) + spec.beta * t_RF * sigmoid(-z_RF))
     return np.where(z_RF > 0, 1.0 if spec.activation == "relu" else 2 * z_RF, 0)
 
 

@@ -8,7 +8,8 @@ gradient. An unused slot, a padding token and a given weight pass none. Where a 
 * a logit of -inf gets gradient 0;
 * max(norm, norm_eps) passes the gradient to the norm where norm >= norm_eps;
 * a weight of 0 has slope 0 in its p-norm unless p is 1 (for p < 1 the slope would be infinite);
-* a norm of 0 without norm_eps leaves weights 0, and gives gradient 0.
+* a norm of 0 without norm_eps leaves weights 0, and gives gradient 0;
+* rounding to a narrow router_dtype has slope 1.
 
 Legend: T tokens, D model dim, E choices, K top_k, S router-scored shared experts.
 """
@@ -18,12 +19,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from moe_ref.experts import sigmoid
+from moe_ref.rounding import round_to
 from moe_ref.routing import (
     RoutingTrace,
     divisor_of,
     factor_of,
     gather,
     kept_experts,
+    leave_out,
     normalise,
     score,
     softmax,
@@ -63,14 +66,15 @@ def route_backward(
     d_shared_TS = np.where(valid_T1, d_shared_weights_TS, 0)
 
     shared_logits_TS = routing.scaled_logits_TE[:, E:]
-    raw_TK, shared_scores_TS = raw_weights(routing, spec), score(shared_logits_TS, spec)
+    raw_TK = leave_out(raw_weights(routing, spec), routing.expert_ids_TK, spec)
+    shared_scores_TS = round_to(score(shared_logits_TS, spec), spec.router_dtype)
     normed_TK, normed_shared_TS = normalise(raw_TK, shared_scores_TS, spec)
 
     d_normed_TK, d_normed_shared_TS, d_learned_scale = scale_weights_backward(
         d_used_TK, d_shared_TS, normed_TK, normed_shared_TS, routing.expert_ids_TK, learned_scale, spec
     )
     d_raw_TK, d_shared_scores_TS = normalise_backward(d_normed_TK, d_normed_shared_TS, raw_TK, shared_scores_TS, spec)
-    d_choices_TE = weigh_backward(d_raw_TK, routing, spec)
+    d_choices_TE = weigh_backward(leave_out(d_raw_TK, routing.expert_ids_TK, spec), routing, spec)
     d_shared_logits_TS = score_backward(d_shared_scores_TS, shared_logits_TS, spec)
     d_scaled_TE = np.concatenate([d_choices_TE, d_shared_logits_TS], axis=-1)
     return scale_logits_backward(d_scaled_TE, routing.scaled_logits_TE, spec), d_learned_scale

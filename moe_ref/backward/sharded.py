@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from moe_ref.backward.constants import constants_backward
+from moe_ref.backward.latent import compress_backward, expand_backward
 from moe_ref.backward.layer import (
     combine_backward,
     experts_backward,
@@ -53,20 +55,26 @@ def sharded_backward(
     layout, dtype = trace.layout, trace.shards[0].x_TD.dtype
     params = params.astype(dtype)
     d_outputs = by_shard("d_output_by_shard", d_output_by_shard, layout)
-    d_slots, d_weights, d_shareds, d_slot_inputs = [], [], [], []
+    d_slots, d_weights, d_shareds, d_slot_inputs, further_grads = [], [], [], [], []
     for index, shard in enumerate(trace.shards):
         d_output_TD = array(f"d_output_by_shard[{index}]", d_outputs[index], shard.x_TD.shape).astype(dtype)
         d_output_TD = np.where(shard.token_mask_T[:, None], d_output_TD, 0)
         d_routed_TD, d_shared_TD = join_backward(d_output_TD, spec)
+        d_combined_TD, grads = expand_backward(d_routed_TD, shard.latent, params, spec)
+        further_grads.append(grads)
         d_slot_TKD, d_weights_TK = combine_backward(
-            d_routed_TD, shard.slot_outputs_TKD, shard.routing.weights_TK, spec.router
+            d_combined_TD, shard.slot_outputs_TKD, shard.routing.weights_TK, spec.router
         )
         identity_TK = identity_slots(shard.routing.expert_ids_TK, spec.router)
         d_slots.append(d_slot_TKD)
         d_weights.append(d_weights_TK)
         d_shareds.append(d_shared_TD)
+        d_constants_TKD, grads = constants_backward(
+            d_slot_TKD, shard.slot_inputs_TKD, shard.routing.expert_ids_TK, params, spec.router
+        )
+        further_grads[-1] |= grads
         # What a slot passes past the experts; a dropped slot passes nothing.
-        d_slot_inputs.append(np.where(identity_TK[:, :, None], d_slot_TKD, 0))
+        d_slot_inputs.append(np.where(identity_TK[:, :, None], d_slot_TKD, 0) + d_constants_TKD)
 
     partials = [_zeros(params, used(rank, layout, spec)) for rank in range(layout.num_ranks)]
     for rank, chunks in enumerate(trace.ranks):
@@ -82,7 +90,7 @@ def sharded_backward(
         )
         d_xs.append(d_x_TD)
         d_weights_by_shard.append(d_weights_TK)
-        for name, grad in grads.items():
+        for name, grad in (grads | further_grads[index]).items():
             add(partials[first][name], used(first, layout, spec)[name], grad)
 
     whole = _zeros(params, None)
@@ -131,12 +139,14 @@ def _start_backward(
     d_shared_TD: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """What a shard computed on its own, backwards: its tokens, its weights, and gate, scales and shared experts."""
-    d_x_routed_TD, d_weights_at_input_TK = weigh_inputs_backward(
-        d_slot_inputs_TKD, shard.x_TD, shard.routing.weights_TK, spec.router
+    d_expert_input_TD, d_weights_at_input_TK = weigh_inputs_backward(
+        d_slot_inputs_TKD, shard.expert_input_TD, shard.routing.weights_TK, spec.router
     )
+    d_x_routed_TD, compress_grads = compress_backward(d_expert_input_TD, shard.x_TD, params)
     d_x_shared_TD, d_factors_TS, grads = shared_backward(
         d_shared_TD, shard.x_TD, shard.shared_factors_TS, shard.shared_experts, params, spec
     )
+    grads |= compress_grads
     d_weights_TK = d_weights_TK + d_weights_at_input_TK
     d_logits_TE, d_learned_scale = route_backward(
         shard.routing,

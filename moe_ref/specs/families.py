@@ -222,14 +222,13 @@ def _checkpoint(name: str, of: str, checkpoint: str, unverified: Any = "", **cha
 def _checkpoints() -> list[Family]:
     """Models of which transformers 5.23 has no class, and the other published sizes of those that it has."""
     row, groups_8_4 = _checkpoint, {"num_expert_groups": 8, "num_limited_groups": 4}
-    latent = "experts of a latent width, which no LayerSpec describes; the router is that of the published config"
     return [
         row("kimi_k2", "deepseek_v3", "moonshotai/Kimi-K2-Instruct", num_experts=384, route_scale=2.827, **ONE_GROUP),
         row(
             "kimi_k3",
             "kimi_linear",
             "moonshotai/Kimi-K3",
-            f"{latent}; a test elsewhere has a scale of 2.827",
+            "a test elsewhere has a scale of 2.827, its config 1.0",
             top_k=16,
             num_experts=896,
             route_scale=1.0,
@@ -238,7 +237,6 @@ def _checkpoints() -> list[Family]:
             "nemotron_3_super",
             "nemotron_h",
             "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-FP8",
-            latent,
             num_experts=512,
             top_k=22,
             route_scale=5.0,
@@ -247,7 +245,6 @@ def _checkpoints() -> list[Family]:
             "nemotron_3_ultra",
             "nemotron_h",
             "nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16",
-            latent,
             num_experts=512,
             top_k=22,
             route_scale=5.0,

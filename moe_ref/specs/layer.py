@@ -14,7 +14,7 @@ from moe_ref.specs.readers import hf, maxtext, megatron, torchtitan
 from moe_ref.specs.readers.config import Config
 from moe_ref.specs.router import RouterSpec
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "situ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +29,19 @@ class ExpertSpec(Spec):
     """
 
     dim: int
-    """Width of a token, D."""
+    """Width of a token, D. A latent width of the routed experts is `LayerSpec.latent`'s."""
     hidden_dim: int
     """Width inside an expert, F."""
     gated: bool = True
     """Two projections in, gate and up; False: up alone (nemotron_h)."""
     activation: str = "silu"
-    """silu, gelu (exact, with erf), gelu_tanh, relu, or relu2, the square of relu."""
+    """silu, gelu (exact, with erf), gelu_tanh, relu, relu2, the square of relu, or situ."""
     alpha: float = 1.0
     """alpha in z * sigmoid(alpha * z); only with silu (gpt-oss: 1.702)."""
+    beta: float = 1.0
+    """beta in beta * tanh(z / beta) * sigmoid(z); only with situ (Kimi-K3 technical report, eq. 12: 4)."""
+    linear_beta: float | None = None
+    """The up half is this * tanh(up / this), after its clamp; None: as it is; only with situ (Kimi-K3: 25)."""
     up_offset: float = 0.0
     """Added to the up half, after its clamp (gpt-oss: 1)."""
     clamp: float | None = None
@@ -63,6 +67,17 @@ class ExpertSpec(Spec):
             self.alpha == 1.0 or self.activation == "silu",
             f"alpha is {self.alpha!r} with activation {self.activation!r}; only 'silu' has one",
         )
+        number("beta", self.beta, above=0.0)
+        require(
+            self.beta == 1.0 or self.activation == "situ",
+            f"beta is {self.beta!r} with activation {self.activation!r}; only 'situ' has one",
+        )
+        if self.linear_beta is not None:
+            number("linear_beta", self.linear_beta, above=0.0)
+            require(
+                self.activation == "situ" and self.gated,
+                f"linear_beta is {self.linear_beta!r}; only 'situ' with a gate has one",
+            )
         require(self.up_offset == 0.0 or self.gated, f"up_offset is {self.up_offset!r}; without a gate it is 0.0")
         require(
             self.clamp_at == "before" or self.clamp is not None,
@@ -97,6 +112,27 @@ class SharedSpec(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentSpec(Spec):
+    """A width of the routed experts' own: a projection of the token before them, and one of their weighted sum after.
+
+    up(norm(sum of weight * expert(down(x)))). The router and the shared experts see the token itself. Null experts and
+    a weight on the input are of what the experts see (Nemotron-3: `moe_latent_size`; Kimi-K3 technical report, eq. 11).
+    """
+
+    dim: int
+    """Width H of what the routed experts see and return."""
+    norm_eps: float | None = None
+    """The weighted sum, times output_scale, is divided by sqrt(mean of its squares + this) and multiplied by a learned
+    scale before it is projected up (Kimi-K3: `latent_moe_use_norm`); None: no norm."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        integer("dim", self.dim, 1)
+        if self.norm_eps is not None:
+            number("norm_eps", self.norm_eps, above=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerSpec(Spec):
     """One Mixture-of-Experts layer: a router, its experts, and what stands beside them."""
 
@@ -106,6 +142,8 @@ class LayerSpec(Spec):
     """None: no shared expert."""
     gate_bias: bool = False
     """The gate has a learned bias, part of the logits (gpt-oss)."""
+    latent: LatentSpec | None = None
+    """None: the routed experts see the token."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -115,6 +153,10 @@ class LayerSpec(Spec):
         require(
             self.shared is None or isinstance(self.shared, SharedSpec),
             f"shared is {self.shared!r}; it is a SharedSpec or None",
+        )
+        require(
+            self.latent is None or isinstance(self.latent, LatentSpec),
+            f"latent is {self.latent!r}; it is a LatentSpec or None",
         )
         scored = self.router.num_scored_shared_experts
         if scored:
@@ -132,6 +174,11 @@ class LayerSpec(Spec):
         return 0 if self.shared is None else max(1, self.router.num_scored_shared_experts)
 
     @property
+    def routed_experts(self) -> ExpertSpec:
+        """What a routed expert computes: `experts`, in the latent width where there is one."""
+        return self.experts if self.latent is None else self.experts.replace(dim=self.latent.dim)
+
+    @property
     def shared_experts(self) -> ExpertSpec | None:
         """What a shared expert computes; None where there is none."""
         if self.shared is None:
@@ -147,7 +194,7 @@ class LayerSpec(Spec):
         """A spec from nested dicts, or from a published config, which has a `model_type`; errors as `from_hf`."""
         if "model_type" in values:
             return cls.from_hf(values)
-        parts = {"router": RouterSpec, "experts": ExpertSpec, "shared": SharedSpec}
+        parts = {"router": RouterSpec, "experts": ExpertSpec, "shared": SharedSpec, "latent": LatentSpec}
         given = {name: value for name, value in values.items() if name not in parts or value is not None}
         return super().from_dict(
             {name: parts[name].from_dict(value) if name in parts else value for name, value in given.items()}
@@ -156,7 +203,8 @@ class LayerSpec(Spec):
     def to_dict(self) -> dict:
         """Nested dicts of the fields that differ from their default, JSON-ready; `from_dict` reads it back."""
         found = super().to_dict() | {"router": self.router.to_dict(), "experts": self.experts.to_dict()}
-        return found if self.shared is None else found | {"shared": self.shared.to_dict()}
+        further = {"shared": self.shared, "latent": self.latent}
+        return found | {name: part.to_dict() for name, part in further.items() if part is not None}
 
     @classmethod
     def from_hf(cls, config: Any, *, ignore: Iterable[str] = ()) -> Self:
@@ -207,7 +255,7 @@ class LayerSpec(Spec):
 
 def _layer(cls, fields: dict[str, Any], config: Config):
     """One layer of a config; an error speaks of the user's keys."""
-    parts: dict[str, Any] = {"router": RouterSpec, "experts": ExpertSpec, "shared": SharedSpec}
+    parts: dict[str, Any] = {"router": RouterSpec, "experts": ExpertSpec, "shared": SharedSpec, "latent": LatentSpec}
     try:
         return cls(**{name: parts[name](**value) if name in parts else value for name, value in fields.items()})
     except ValueError as error:

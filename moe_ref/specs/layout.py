@@ -157,7 +157,7 @@ class ShardLayout(Spec):
             self._check_groups(router, self.groups_per_node)
         if isinstance(spec, LayerSpec):
             _divides("tensor", self.tensor, "hidden_dim", spec.experts.hidden_dim)
-            _divides("num_emb_chunks", self.num_emb_chunks, "dim", spec.experts.dim)
+            _divides("num_emb_chunks", self.num_emb_chunks, "dim", spec.routed_experts.dim)
 
     def _check_groups(self, router: RouterSpec, groups_per_node: int):
         groups = router.num_expert_groups

@@ -3,7 +3,8 @@
 The canonical layout is [in, out] with gate and up apart: x @ w. Layouts are named, never guessed from a shape,
 since 2F == D and F == D are legal sizes.
 
-Legend: E experts, S shared experts, D model dim, F expert hidden dim.
+Legend: E experts, S shared experts, D model dim, F expert hidden dim, H latent dim,
+Z constant experts.
 """
 
 from dataclasses import dataclass, fields
@@ -48,6 +49,7 @@ class LayerParams:
     """(num_choices,) per_expert, () global."""
 
     w_up_EDF: np.ndarray
+    """D is the width of what the experts see: that of the latent, H, where there is one."""
     w_down_EFD: np.ndarray
     w_gate_EDF: np.ndarray | None = None
     """None where experts are not gated; then the activation applies to the up projection."""
@@ -62,6 +64,17 @@ class LayerParams:
     shared_token_gate_D: np.ndarray | None = None
     """(D,): the logit of shared.gate 'sigmoid' is x @ shared_token_gate_D."""
 
+    constant_w_ZD2: np.ndarray | None = None
+    """Z constant experts, of the width of what the experts see: (a1, a2) = softmax(x @ constant_w_D2)."""
+    constant_ZD: np.ndarray | None = None
+    """v of each constant expert."""
+
+    latent_w_down_DH: np.ndarray | None = None
+    """What the routed experts see is x @ latent_w_down_DH."""
+    latent_w_up_HD: np.ndarray | None = None
+    latent_norm_H: np.ndarray | None = None
+    """The learned scale of the norm before latent_w_up_HD."""
+
     @classmethod
     def init(cls, spec: LayerSpec, seed: int = 0) -> "LayerParams":
         """Random float64 parameters for a spec: matrices have variance 1 / fan-in, scales are in [0.5, 1.5)."""
@@ -70,12 +83,14 @@ class LayerParams:
         for name, shape in param_shapes(spec).items():
             if shape is None:
                 values[name] = None
-            elif name == "learned_scale":
+            elif name in ("learned_scale", "latent_norm_H"):
                 values[name] = rng.uniform(0.5, 1.5, shape)
             elif name in ("gate_ED", "shared_token_gate_D"):
                 values[name] = rng.standard_normal(shape) / np.sqrt(spec.experts.dim)
             elif "w_" in name:
-                values[name] = rng.standard_normal(shape) / np.sqrt(shape[1])
+                values[name] = rng.standard_normal(shape) / np.sqrt(shape[-2])
+            elif name == "constant_ZD":
+                values[name] = rng.standard_normal(shape)
             else:
                 values[name] = 0.1 * rng.standard_normal(shape)
         return cls(**values)
@@ -125,6 +140,7 @@ def param_shapes(spec: LayerSpec) -> dict[str, tuple[int, ...] | None]:
     """The shape of every field of LayerParams, None where the spec has no such parameter."""
     router, experts, shared = spec.router, spec.experts, spec.shared
     E, D, F, S = router.num_experts, experts.dim, experts.hidden_dim, spec.num_shared_experts
+    H = spec.routed_experts.dim
     shared_F = 0 if shared is None else shared.hidden_dim
     scale_shapes: dict[str, tuple[int, ...] | None] = {"per_expert": (router.num_choices,), "global": (), "none": None}
     shapes: dict[str, tuple[int, ...] | None] = {field.name: None for field in fields(LayerParams)}
@@ -133,18 +149,27 @@ def param_shapes(spec: LayerSpec) -> dict[str, tuple[int, ...] | None]:
         "gate_bias_E": (router.num_logits,) if spec.gate_bias else None,
         "expert_bias_E": (router.num_choices,) if router.selector == "top_k" else None,
         "learned_scale": scale_shapes[router.learned_scale],
-        "w_up_EDF": (E, D, F),
-        "w_down_EFD": (E, F, D),
-        "w_gate_EDF": (E, D, F) if experts.gated else None,
+        "w_up_EDF": (E, H, F),
+        "w_down_EFD": (E, F, H),
+        "w_gate_EDF": (E, H, F) if experts.gated else None,
     }
     if experts.bias:
-        shapes |= {"b_up_EF": (E, F), "b_down_ED": (E, D), "b_gate_EF": (E, F) if experts.gated else None}
+        shapes |= {"b_up_EF": (E, F), "b_down_ED": (E, H), "b_gate_EF": (E, F) if experts.gated else None}
     if shared is not None:
         shapes |= {
             "shared_w_up_SDF": (S, D, shared_F),
             "shared_w_down_SFD": (S, shared_F, D),
             "shared_w_gate_SDF": (S, D, shared_F) if experts.gated else None,
             "shared_token_gate_D": (D,) if shared.gate == "sigmoid" else None,
+        }
+    if router.num_constant_experts:
+        Z = router.num_constant_experts
+        shapes |= {"constant_w_ZD2": (Z, H, 2), "constant_ZD": (Z, H)}
+    if spec.latent is not None:
+        shapes |= {
+            "latent_w_down_DH": (D, H),
+            "latent_w_up_HD": (H, D),
+            "latent_norm_H": None if spec.latent.norm_eps is None else (H,),
         }
     return shapes
 

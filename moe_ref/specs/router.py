@@ -16,6 +16,7 @@ from moe_ref.specs.checks import integer, number, one_of, require
 from moe_ref.specs.readers import hf
 
 SCORE_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus")
+ROUTER_DTYPES = ("float32", "float64", "bfloat16", "float16")
 SELECTORS = ("top_k", "table", "given", "round_robin", "random", "sparsemixer")
 WITHOUT_GROUPS: dict[str, Any] = {
     "num_expert_groups": None, "num_limited_groups": None, "group_score_k": 2, "mask_fill": -np.inf,
@@ -41,6 +42,11 @@ class RouterSpec(Spec):
     """Routed experts, E. The logits have one column for each of them, and those named below."""
     top_k: int
     """Experts per token, K."""
+    router_dtype: str = "float32"
+    """What logits, scores and weights are held in. float32: no rounding is described, and a router has float32's
+    accuracy; float64: gate and router have that of float64 (Megatron's moe_router_dtype fp64); bfloat16 or float16, to
+    describe routers that do that: logits, scaled logits, scores and final weights are each rounded to it, once, and
+    computed in float32 at least. A bias, its sum with the scores, and the sums of groups are not rounded."""
 
     # score
     score_func: str = "softmax"
@@ -92,6 +98,11 @@ class RouterSpec(Spec):
     """Choices without an FFN, Z; their columns follow the E experts. Ids E .. E+Z-1."""
     null_kind: str = "identity"
     """identity: the expert returns its input (longcat_flash); skip: its weight is 0 (zaya)."""
+    num_constant_experts: int = 0
+    """Of the null experts the first so many return a1 * x + a2 * v, with (a1, a2) = softmax(W x), where v and W are
+    learned (MoE++, arXiv:2410.07348, SkyworkAI/MoE-plus-plus)."""
+    num_zero_experts: int = 0
+    """Of the null experts the last so many return 0, and weigh 0 before the norm, which so leaves them out (MoE++)."""
     num_scored_shared_experts: int = 0
     """Always active experts, scored by the router; their columns come last (inkling)."""
     weight_on: str = "output"
@@ -104,7 +115,11 @@ class RouterSpec(Spec):
         integer("num_experts", self.num_experts, 1)
         integer("num_null_experts", self.num_null_experts, 0)
         integer("num_scored_shared_experts", self.num_scored_shared_experts, 0)
+        integer("num_constant_experts", self.num_constant_experts, 0, self.num_null_experts, why="num_null_experts")
+        rest = self.num_null_experts - self.num_constant_experts
+        integer("num_zero_experts", self.num_zero_experts, 0, rest, why="num_null_experts - num_constant_experts")
         one_of("score_func", self.score_func, SCORE_FUNCS)
+        one_of("router_dtype", self.router_dtype, ROUTER_DTYPES)
         one_of("score_over", self.score_over, ("all", "selected"))
         one_of("select_by", self.select_by, ("score", "logit"))
         one_of("selector", self.selector, SELECTORS)
@@ -178,6 +193,11 @@ class RouterSpec(Spec):
                 self.score_func != "softmax",
                 "num_scored_shared_experts needs a score_func of one logit alone, not 'softmax'",
             )
+        for field in ("num_constant_experts", "num_zero_experts"):
+            require(
+                getattr(self, field) == 0 or self.null_kind == "identity",
+                f"{field} is {getattr(self, field)}; then null_kind, of the other null experts, is 'identity'",
+            )
         require(
             self.num_scored_shared_experts > 0 or not self.norm_with_shared,
             "norm_with_shared is True, but num_scored_shared_experts is 0",
@@ -187,6 +207,12 @@ class RouterSpec(Spec):
     def num_choices(self) -> int:
         """What a token can choose from: experts and null experts."""
         return self.num_experts + self.num_null_experts
+
+    @property
+    def identity_ids(self) -> range:
+        """The null experts that return their input, by id."""
+        last = self.num_choices - self.num_zero_experts
+        return range(self.num_experts + self.num_constant_experts, last if self.null_kind == "identity" else 0)
 
     @property
     def num_logits(self) -> int:
@@ -202,6 +228,11 @@ class RouterSpec(Spec):
     def scales_logits(self) -> bool:
         """Whether `scale_logits` changes anything: what is scored is not the logits as they came."""
         return self.logit_scale != 1 or self.logit_softcap is not None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether logits, scores and weights are rounded to a dtype narrower than float32."""
+        return self.router_dtype in ("bfloat16", "float16")
 
     @property
     def has_scores(self) -> bool:
@@ -262,6 +293,9 @@ class RouterSpec(Spec):
         for name in (*names.GROUPS, *names.LIMITED_GROUPS):
             if values.get(name) == 0 and name in names.ALIASES:
                 values[name] = None
+        for name in ("router_dtype", "moe_router_dtype"):
+            if values.get(name) is not None:
+                values[name] = names.dtype_named(values[name])
         method = values.pop("topk_method", None)
         if method is not None:
             one_of("topk_method", method, names.METHODS)

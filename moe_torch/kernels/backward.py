@@ -17,26 +17,27 @@ from moe_torch.kernels.tiles import place, product, read
 def finish_hidden(
     d_hidden, weight, row_in, base, f, gate_RF, up_RF, d_gate_RF, d_up_RF, hidden_RF, F,
     NAME: tl.constexpr, ALPHA: tl.constexpr, OFFSET: tl.constexpr, CLAMP: tl.constexpr, CLAMP_AT: tl.constexpr,
+    BETA: tl.constexpr, LINEAR_BETA: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     """Stores what follows from d_hidden, for the columns f; returns the sum over them of d_hidden * hidden."""
     at = base + (tl.arange(0, ROWS)[:, None] * F + f[None, :])
     inside = row_in[:, None] & (f < F)[None, :]
     gate = tl.load(gate_RF + at, mask=inside, other=0.0).to(tl.float32)
-    hidden = activated(gate, NAME, ALPHA, CLAMP, CLAMP_AT)
+    hidden = activated(gate, NAME, ALPHA, CLAMP, CLAMP_AT, BETA)
     weighted = d_hidden * weight[:, None]
     d_gate = weighted
     if up_RF is not None:
         up = tl.load(up_RF + at, mask=inside, other=0.0).to(tl.float32)
-        d_up = clamped_up_slope(weighted * hidden, up, CLAMP)
+        d_up = clamped_up_slope(weighted * hidden, up, CLAMP, LINEAR_BETA)
         tl.store(d_up_RF + at, d_up.to(d_up_RF.dtype.element_ty), mask=inside)
-        offset_up = clamped_up(up, OFFSET, CLAMP)
+        offset_up = clamped_up(up, OFFSET, CLAMP, LINEAR_BETA)
         hidden = hidden * offset_up
         d_gate = weighted * offset_up
     # Columns past F have a d_hidden of 0.
     d_weight = tl.sum(d_hidden * hidden, 1)
     tl.store(hidden_RF + at, (hidden * weight[:, None]).to(hidden_RF.dtype.element_ty), mask=inside)
-    d_gate = d_gate * activated_slope(gate, NAME, ALPHA, CLAMP, CLAMP_AT)
+    d_gate = d_gate * activated_slope(gate, NAME, ALPHA, CLAMP, CLAMP_AT, BETA)
     tl.store(d_gate_RF + at, d_gate.to(d_gate_RF.dtype.element_ty), mask=inside)
     return d_weight
 
@@ -46,6 +47,7 @@ def hidden_kernel(
     d_out_TD, order_R, weights_R, w2, b2_ED, gate_RF, up_RF, d_gate_RF, d_up_RF, hidden_RF, d_weights_CR, tiles_3B,
     num_tiles, num_experts, num_rows, D, F, top_k, w2_E, w2_D,
     NAME: tl.constexpr, ALPHA: tl.constexpr, OFFSET: tl.constexpr, CLAMP: tl.constexpr, CLAMP_AT: tl.constexpr,
+    BETA: tl.constexpr, LINEAR_BETA: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -95,11 +97,11 @@ def hidden_kernel(
         base = first.to(tl.int64) * F
         d_weight += finish_hidden(
             left, weight, row_in, base, half, gate_RF, up_RF, d_gate_RF, d_up_RF, hidden_RF, F,
-            NAME, ALPHA, OFFSET, CLAMP, CLAMP_AT, ROWS,
+            NAME, ALPHA, OFFSET, CLAMP, CLAMP_AT, BETA, LINEAR_BETA, ROWS,
         )  # fmt: skip
         d_weight += finish_hidden(
             right, weight, row_in, base, half + COLUMNS // 2, gate_RF, up_RF, d_gate_RF, d_up_RF, hidden_RF, F,
-            NAME, ALPHA, OFFSET, CLAMP, CLAMP_AT, ROWS,
+            NAME, ALPHA, OFFSET, CLAMP, CLAMP_AT, BETA, LINEAR_BETA, ROWS,
         )  # fmt: skip
     if d_weights_CR is not None:
         tl.store(d_weights_CR + column.to(tl.int64) * num_rows + slot, d_weight, mask=row_in)

@@ -101,9 +101,10 @@ def unfit(spec: RouterSpec) -> str:
     if padded > 2 * MOST_CHOICES:
         return f"{groups} groups of {spec.experts_per_group} experts are {padded} columns once padded to powers of two"
     for field, only in (
-        ("selector", "top_k"), ("logit_softcap", None), ("mask_fill", -float("inf")), ("weights_from", "scores"),
+        ("selector", "top_k"), ("router_dtype", "float32"),
+        ("logit_softcap", None), ("mask_fill", -float("inf")), ("weights_from", "scores"),
         ("norm_p", 1.0), ("norm_with_shared", False), ("learned_scale", "none"), ("null_kind", "identity"),
-        ("num_scored_shared_experts", 0),
+        ("num_zero_experts", 0),        ("num_scored_shared_experts", 0),
     ):  # fmt: skip
         if getattr(spec, field) != only:
             return f"{field} is {getattr(spec, field)!r}; the router's kernel has {only!r} alone"

@@ -27,6 +27,8 @@ def expert_tiles(
     up_offset: float,
     clamp: float | None,
     clamp_at: str,
+    beta: float,
+    linear_beta: float | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each token's sum over k of weight * expert(token), in slot order; with top_k 1, weights may be None.
@@ -48,7 +50,7 @@ def expert_tiles(
     none = x_TD.new_empty(0, w1_EFD.shape[1])
     if x_TD.numel() == 0:
         return torch.empty_like(x_TD), none, none.clone()
-    act = (name, alpha, up_offset, clamp, clamp_at)
+    act = (name, alpha, up_offset, clamp, clamp_at, beta, linear_beta)
     p = _pass(launch, x_TD, order_R, counts_E, top_k, w1_EFD, act)
     weights = [_readable(w) for w in (w1_EFD, w2_EDF, w3_EFD)] + [_dense(b) for b in (b1_EF, b2_ED, b3_EF)]
     out_TD, gate_RF, up_RF = launch.forward(p, _dense(weights_TK), weights, keep)
@@ -86,6 +88,8 @@ def expert_tiles_backward(
     up_offset: float,
     clamp: float | None,
     clamp_at: str,
+    beta: float,
+    linear_beta: float | None,
     train: bool,
 ) -> list[Tensor]:
     """Gradients of x_TD, weights_TK, w1, w2, w3, b1, b2 and b3; one that does not exist has no rows.
@@ -101,7 +105,9 @@ def expert_tiles_backward(
     if x_TD.numel() == 0:
         grads = [x_TD.new_zeros(w.shape) if w is not None and train else x_TD.new_empty(0) for w in trained]
         return [torch.empty_like(x_TD), _weights_like(x_TD, weights_TK, top_k), *grads]
-    p = _pass(launch, x_TD, order_R, counts_E, top_k, w1_EFD, (name, alpha, up_offset, clamp, clamp_at))
+    p = _pass(
+        launch, x_TD, order_R, counts_E, top_k, w1_EFD, (name, alpha, up_offset, clamp, clamp_at, beta, linear_beta)
+    )
     weights = [_readable(w) for w in trained[:3]] + [_dense(b) for b in trained[3:]]
     d_x_TD, d_weights_R, found = launch.backward(
         p, d_out_TD.contiguous(), gate_RF, None if w3_EFD is None else up_RF, _dense(weights_TK), weights, train

@@ -18,6 +18,7 @@ def up_kernel(
     x_TD, order_R, w1, w3, b1_EF, b3_EF, hidden_RF, gate_RF, up_RF, tiles_3B,
     num_tiles, num_experts, D, F, top_k, w1_E, w1_F, w3_E, w3_F,
     NAME: tl.constexpr, ALPHA: tl.constexpr, OFFSET: tl.constexpr, CLAMP: tl.constexpr, CLAMP_AT: tl.constexpr,
+    BETA: tl.constexpr, LINEAR_BETA: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     EVEN_DEPTH: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -62,13 +63,13 @@ def up_kernel(
         inside = row_in[:, None] & (f < F)[None, :]
         if gate_RF is not None:
             tl.store(gate_RF + base + at, gate.to(gate_RF.dtype.element_ty), mask=inside)
-        hidden = activated(gate, NAME, ALPHA, CLAMP, CLAMP_AT)
+        hidden = activated(gate, NAME, ALPHA, CLAMP, CLAMP_AT, BETA)
         if w3 is not None:
             if b3_EF is not None:
                 up += tl.load(b3_EF + e * F + f_read).to(tl.float32)[None, :]
             if up_RF is not None:
                 tl.store(up_RF + base + at, up.to(up_RF.dtype.element_ty), mask=inside)
-            hidden = hidden * clamped_up(up, OFFSET, CLAMP)
+            hidden = hidden * clamped_up(up, OFFSET, CLAMP, LINEAR_BETA)
         tl.store(hidden_RF + base + at, hidden.to(hidden_RF.dtype.element_ty), mask=inside)
 
 

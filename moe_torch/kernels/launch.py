@@ -151,7 +151,7 @@ class Pass:
     top_k: int
     hidden_dim: int
     act: tuple
-    """name, alpha, up_offset, clamp, clamp_at; see `moe_torch.experts.Activation`."""
+    """name, alpha, up_offset, clamp, clamp_at, beta, linear_beta; see `moe_torch.experts.Activation`."""
 
     def __post_init__(self):
         x_TD = self.x_TD
@@ -186,7 +186,7 @@ class Pass:
     @property
     def activation(self) -> dict[str, Any]:
         """Arguments of the kernels that have one."""
-        return dict(zip(("NAME", "ALPHA", "OFFSET", "CLAMP", "CLAMP_AT"), self.act, strict=True))
+        return dict(zip(("NAME", "ALPHA", "OFFSET", "CLAMP", "CLAMP_AT", "BETA", "LINEAR_BETA"), self.act, strict=True))
 
     def sizes(self, tile: Tile) -> dict[str, Any]:
         """Arguments of a kernel whose tiles are of rows."""

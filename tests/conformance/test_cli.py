@@ -38,7 +38,11 @@ def test_a_right_router_is_accused_of_nothing(tmp_path):
 
 
 def test_a_wrong_router_is_accused_with_a_page_a_replay_and_reports(tmp_path):
-    printed = run("MaskedZero", "--stage", "select", "--report", "out", cwd=tmp_path, code=1)
+    views = ("--html", "page.html", "--summary", "summary.md", "--badge", "badge.svg")
+    printed = run("MaskedZero", "--stage", "select", "--report", "out", *views, cwd=tmp_path, code=1)
+    assert (tmp_path / "page.html").read_text() == (tmp_path / "out" / "report.html").read_text()
+    assert "partial" in (tmp_path / "badge.svg").read_text()
+    assert "first failure is in stage **select**" in (tmp_path / "summary.md").read_text()
     assert "NEW         SEL-3" in printed
     assert "not judged  SCR-1 .. SCR-" in printed
     page = printed[printed.index("SEL-3 MUST") :]
@@ -292,10 +296,18 @@ def test_the_suite_runs_under_pytest_with_a_subject(tmp_path):
     assert "Traceback" not in printed
 
 
-def test_a_host_needs_one_table_in_its_pyproject_and_xdist_works(tmp_path):
-    (tmp_path / "pyproject.toml").write_text(f"[tool.moe-conformance]\nsubject = '{ROUTERS}:Sigmoid'\nexamples = 8\n")
-    printed = pytest_run("-n", 2, "-k", "groups", cwd=tmp_path, code=0)
+def test_a_host_needs_one_table_in_its_pyproject_and_xdist_works(tmp_path, monkeypatch):
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "step.md"))
+    table = f"[tool.moe-conformance]\nsubject = '{ROUTERS}:Sigmoid'\nexamples = 8\nreport = 'out'\n"
+    (tmp_path / "pyproject.toml").write_text(table)
+    printed = pytest_run("-n", 2, "-k", "groups", "--junitxml", "pytest.xml", cwd=tmp_path, code=0)
     assert "ok          GRP-1" in printed
+    assert "wrote " in printed
+    assert requirements_of(tmp_path / "out")["GRP-1"]["status"] == "ok"
+    assert (tmp_path / "out" / "report.html").exists()
+    assert "✅ **right** 1: " in (tmp_path / "step.md").read_text()
+    properties = {(p.attrib["name"], p.attrib["value"]) for p in ET.parse(tmp_path / "pytest.xml").iter("property")}
+    assert ("requirement", "GRP-1") in properties
 
 
 def test_an_unknown_key_of_the_host_is_a_usage_error(tmp_path):
@@ -311,6 +323,7 @@ def test_a_new_subject_has_25_lines_and_holds_what_it_supports(kind, tmp_path):
     text = moe("new-subject", kind, cwd=tmp_path, code=0)
     assert len([line for line in text.splitlines() if line.strip()]) <= 25
     (tmp_path / "router.py").write_text(text)
-    printed = moe("run", "router.py:MyRouter", "--examples", 12, cwd=tmp_path, code=0)
+    stages = () if kind == "numpy" else ("--stage", "weights")  # JAX compiles for most of a minute in all of them
+    printed = moe("run", "router.py:MyRouter", "--examples", 12, *stages, cwd=tmp_path, code=0)
     assert "0 NEW" in printed
     assert "ok          WGT-2" in printed

@@ -79,7 +79,7 @@ def test_the_table_has_a_row_for_each_family_and_checkpoint(capsys):
     assert [row[0].strip("`") for row in rows()] == [*FAMILIES, *CHECKPOINTS]
     assert all(len(row) == len(COLUMNS) for row in rows())
     assert "| `deepseek_v2` | 160 | 6 | softmax | 3 of 8 by 1 best, fill 0 |" in printed
-    assert "- `kimi_k3`: experts of a latent width" in printed
+    assert "- `kimi_k3`: a test elsewhere has a scale of 2.827" in printed
     by_name = {row[0].strip("`"): dict(zip(COLUMNS, row, strict=True)) for row in rows()}
     assert by_name["llama4"]["weight on"] == "input"
     assert by_name["gemma4"]["verified against"] == "router of transformers 5.23"

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from moe_jax.grouped_matmul import BLOCK_SIZES, grouped_matmul
+from moe_jax.blocked import BLOCK_SIZES
+from moe_jax.choice import without_tokamax
+from moe_jax.grouped_matmul import grouped_matmul
 from moe_ref.backward.layer import project_backward
 from moe_ref.experts import project
 
-IMPLEMENTATIONS = ("blocked", "ragged")
+# Where tokamax is installed (a row of tools/matrix), on a CPU it does what it does without a kernel.
+IMPLEMENTATIONS = ("blocked", "ragged", *(() if without_tokamax() else ("tokamax",)))
 D, F = 11, 7
 # Sums of some hundreds of float64 products, in another order than the reference's.
 SAME: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
@@ -167,6 +170,38 @@ def test_no_array_of_the_size_of_the_kernel_is_made_in_between():
     # Blocks of rows and one matrix; the gradients themselves are outputs.
     assert memory.temp_size_in_bytes < 4 * E * 64 * 128 / 2
     assert memory.temp_size_in_bytes < 4 * E * R * 128 / 8
+
+
+def test_it_is_differentiable_any_number_of_times_forward_and_in_reverse():
+    sizes_E = np.array([4, 0, 3], np.int32)
+    rows_RD, kernel_EDF, _ = arrays(9, 3)
+
+    def plain(rows_RD, kernel_EDF, sizes_E):
+        own_RE = jnp.arange(9)[:, None] < jnp.cumsum(sizes_E)
+        own_RE &= ~jnp.pad(own_RE, ((0, 0), (1, 0)))[:, :-1]
+        return jnp.einsum("rd,edf,re->rf", rows_RD, kernel_EDF, own_RE)
+
+    @partial(jax.jit, static_argnums=0)
+    def derivatives(matmul, rows_RD, kernel_EDF):
+        def value(rows_RD, kernel_EDF, sizes_E):
+            return jnp.sin(matmul(jnp.sin(rows_RD), kernel_EDF**2, sizes_E)).sum()
+
+        def along(rows_RD, kernel_EDF):
+            gradient = jax.grad(lambda *at: value(*at, sizes_E), argnums=(0, 1))
+            return jax.jvp(gradient, (rows_RD, kernel_EDF), (rows_RD + 1, kernel_EDF - 1))
+
+        def length(rows_RD, kernel_EDF):
+            return sum((part**2).sum() for part in jax.tree.leaves(along(rows_RD, kernel_EDF)))
+
+        batches = rows_RD * jnp.arange(1, 3)[:, None, None], jnp.stack([sizes_E, sizes_E[::-1]])
+        in_batches = jax.vmap(jax.grad(value, argnums=1), in_axes=(0, None, 0))
+        third = jax.grad(length, argnums=(0, 1))(rows_RD, kernel_EDF)
+        return along(rows_RD, kernel_EDF), third, in_batches(batches[0], kernel_EDF, batches[1])
+
+    with jax.enable_x64(True):
+        found, expected = (derivatives(matmul, rows_RD, kernel_EDF) for matmul in (grouped_matmul, plain))
+    for array, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(array, wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_under_shard_map_the_gradient_of_a_replicated_kernel_is_the_sum():

@@ -24,7 +24,7 @@ from moe_ref.backward.sharded import sharded_backward
 from moe_ref.layer import moe_layer
 from moe_ref.sharded import sharded_layer
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
-from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
+from moe_ref.specs.layer import ExpertSpec, LatentSpec, LayerSpec, SharedSpec
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.params import LayerParams
 from moe_ref.specs.router import RouterSpec
@@ -41,10 +41,17 @@ DEEPSEEK = LayerSpec(
     ),
     experts=ExpertSpec(dim=D, hidden_dim=F, bias=True),
     shared=SharedSpec(hidden_dim=4, gate="sigmoid", combine="average"),
+    latent=LatentSpec(dim=8, norm_eps=0.1),
 )  # fmt: skip
 LLAMA = LayerSpec(
     router=RouterSpec(
-        num_experts=4, top_k=3, score_func="sigmoid", weight_on="input", num_null_experts=2, output_scale=3.0
+        num_experts=4,
+        top_k=3,
+        score_func="sigmoid",
+        weight_on="input",
+        num_null_experts=2,
+        num_constant_experts=1,
+        output_scale=3.0,
     ),
     experts=ExpertSpec(dim=D, hidden_dim=F, activation="gelu", bias=True),
 )
@@ -55,6 +62,7 @@ INKLING = LayerSpec(
     ),
     experts=ExpertSpec(dim=D, hidden_dim=F, clamp=0.2, clamp_at="after"),
     shared=SharedSpec(hidden_dim=3, clamp=0.1),
+    latent=LatentSpec(dim=6),
 )  # fmt: skip
 EVERY = LayerSpec(
     router=RouterSpec(num_experts=4, top_k=4, score_func="sigmoid"), experts=ExpertSpec(dim=8, hidden_dim=F, bias=True)

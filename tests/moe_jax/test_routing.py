@@ -30,6 +30,7 @@ SPECS = {
     | {"learned_scale": "global", "num_scored_shared_experts": 2, "norm_with_shared": True, "route_scale": 1.5},
     "shared": SIGMOID | NORM | {"num_scored_shared_experts": 2},
     "null, identity": {"num_null_experts": 3},
+    "null, zero": NORM | {"num_null_experts": 3, "num_zero_experts": 2},
     "null, skip": NORM | {"num_null_experts": 3, "null_kind": "skip"},
     "all experts": {"num_experts": 8, "top_k": 8},
     "one": NORM | {"top_k": 1},

@@ -58,7 +58,7 @@ SIGMOID_NORM: dict[str, Any] = {"score_func": "sigmoid", "route_norm": True}
 
 ROUTERS: dict[str, dict[str, Any]] = {
     "softmax": {},
-    "softmax_norm": {"route_norm": True},
+    "softmax_norm": {"route_norm": True, "router_dtype": "float64"},
     "sigmoid_norm": SIGMOID_NORM,
     "norm_add_eps": SIGMOID_NORM | {"norm_eps": 3.0},
     "norm_clamp_active": SIGMOID_NORM | {"norm_eps": 10.0, "norm_form": "clamp"},
@@ -80,6 +80,10 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "null": {"num_experts": 5, "num_null_experts": 3},
     "null_skip": {"num_experts": 5, "num_null_experts": 3, "null_kind": "skip", "route_norm": True,
                   "learned_scale": "per_expert"},
+    "null_kinds": SIGMOID_NORM | {"num_experts": 3, "num_null_experts": 5, "num_constant_experts": 2,
+                                  "num_zero_experts": 2, "norm_eps": 0.1},
+    "null_kinds_on_input": {"num_experts": 4, "num_null_experts": 4, "num_constant_experts": 2, "num_zero_experts": 1,
+                            "weight_on": "input"},
     "scored_shared": {"score_func": "sigmoid", "num_scored_shared_experts": 2, "output_scale": 3.0},
     "inkling": SIGMOID_NORM | {"num_scored_shared_experts": 2, "norm_with_shared": True, "learned_scale": "global",
                                "route_scale": 8.0},

@@ -8,6 +8,7 @@ from derivatives import assert_close, router
 
 from moe_ref import (
     ExpertSpec,
+    LatentSpec,
     LayerParams,
     LayerSpec,
     RouterInputs,
@@ -31,10 +32,14 @@ MESHES: list[dict[str, Any]] = [
 
 
 def layer_spec(name):
-    """A layer around one of the routers: with a shared expert, the one the router scores where it scores any."""
-    spec = router(name)
+    """A layer around one of the routers: with a shared expert, the one the router scores where it scores any.
+
+    "latent" is one of experts in a latent width, wider than the tokens.
+    """
+    latent = LatentSpec(dim=12, norm_eps=0.1) if name == "latent" else None
+    spec = router("sigmoid_norm" if latent else name)
     shared = SharedSpec(hidden_dim=5) if spec.num_scored_shared_experts else SharedSpec(hidden_dim=5, gate="sigmoid")
-    return LayerSpec(router=spec, experts=EXPERTS, shared=shared, gate_bias=True)
+    return LayerSpec(router=spec, experts=EXPERTS, shared=shared, gate_bias=True, latent=latent)
 
 
 def uneven(layout: ShardLayout, rng, most=5) -> list[int]:

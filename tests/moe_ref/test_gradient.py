@@ -31,7 +31,7 @@ from moe_ref.backward.layer import (
 from moe_ref.experts import combine, feed_forward, fill_slots, weigh_inputs
 from moe_ref.layer import moe_layer
 from moe_ref.permute import permute
-from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
+from moe_ref.specs.layer import ExpertSpec, LatentSpec, LayerSpec, SharedSpec
 from moe_ref.specs.params import FeedForward, LayerParams
 from moe_ref.specs.router import RouterSpec
 
@@ -145,13 +145,22 @@ LAYERS |= {
     "cohere2_moe": ("selected", {}, SharedSpec(hidden_dim=6, gate="sigmoid", combine="average")),
     "llama4": ("by_logit", {"bias": True}, SHARED),
     "nemotron_h": ("sigmoid_norm", {"gated": False, "activation": "relu2"}, SHARED),
+    "latent": ("sigmoid_norm", {"bias": True}, SHARED),
+    "latent_normed": ("softmax", {}, SharedSpec(hidden_dim=6, gate="sigmoid")),
+    "latent_normed_null": ("null_kinds", {}, None),
+    "latent_normed_on_input": ("by_logit", {"bias": True}, None),
 }
 
 
 def layer_case(name):
     router_name, experts, shared = LAYERS[name]
+    latent = LatentSpec(dim=3, norm_eps=0.3 if "normed" in name else None) if "latent" in name else None
     spec = LayerSpec(
-        router=router(router_name), experts=ExpertSpec(dim=D, hidden_dim=F, **experts), shared=shared, gate_bias=True
+        router=router(router_name),
+        experts=ExpertSpec(dim=D, hidden_dim=F, **experts),
+        shared=shared,
+        gate_bias=True,
+        latent=latent,
     )
     inputs = router_inputs(spec.router)
     params = replace(LayerParams.init(spec, seed=7), expert_bias_E=inputs.pop("expert_bias_E", None))

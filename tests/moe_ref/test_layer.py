@@ -72,6 +72,16 @@ LAYERS = {
         router=RouterSpec(num_experts=3, top_k=3, num_null_experts=3, weight_on="input"),
         experts=ExpertSpec(dim=D, hidden_dim=F),
     ),
+    "moe_plus_plus": LayerSpec(
+        router=RouterSpec(
+            num_experts=3, top_k=3, route_norm=True, num_null_experts=4, num_constant_experts=2, num_zero_experts=1
+        ),
+        experts=ExpertSpec(dim=D, hidden_dim=F),
+    ),
+    "constants_on_input": LayerSpec(
+        router=RouterSpec(num_experts=3, top_k=3, num_null_experts=2, num_constant_experts=2, weight_on="input"),
+        experts=ExpertSpec(dim=D, hidden_dim=F),
+    ),
     "zaya": LayerSpec(
         router=RouterSpec(num_experts=3, top_k=3, num_null_experts=3, null_kind="skip"),
         experts=ExpertSpec(dim=D, hidden_dim=F),
@@ -139,7 +149,16 @@ def plain_layer(x_TD, params, spec):
     for t, x_D in enumerate(x_TD):
         routed_D = np.zeros(D)
         for expert_id, weight in zip(routing.expert_ids_TK[t], routing.weights_TK[t], strict=True):
-            if expert_id >= spec.router.num_experts:
+            z = expert_id - spec.router.num_experts
+            if 0 <= z < spec.router.num_constant_experts:
+                on_input = spec.router.weight_on == "input"
+                seen_D = weight * x_D if on_input else x_D
+                a1, a2 = (math.exp(seen_D @ params.constant_w_ZD2[z, :, i]) for i in range(2))
+                mixed_D = (a1 * seen_D + a2 * params.constant_ZD[z]) / (a1 + a2)
+                routed_D += mixed_D if on_input else weight * mixed_D
+            elif z >= spec.router.num_null_experts - spec.router.num_zero_experts:
+                assert weight == 0
+            elif z >= 0:
                 routed_D += weight * x_D if spec.router.null_kind == "identity" else 0
             elif spec.router.weight_on == "input":
                 routed_D += plain_expert(weight * x_D, params.expert(expert_id), spec.experts)

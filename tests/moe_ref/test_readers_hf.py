@@ -2,10 +2,20 @@
 
 import json
 
+import numpy as np
 import pytest
 from published_configs import BASE, PUBLISHED, QWEN3, V3_FILE
 
-from moe_ref import LayerSpec, RouterSpec
+from moe_ref import (
+    ExpertSpec,
+    LatentSpec,
+    LayerParams,
+    LayerSpec,
+    RouterSpec,
+    SharedSpec,
+    params_from_hf,
+    params_to_hf,
+)
 from moe_ref.specs.families import CHECKPOINTS, FAMILIES, preset, tiny
 from moe_ref.specs.readers import hf
 from moe_ref.specs.readers.hf_defaults import DEFAULTS
@@ -191,20 +201,57 @@ def test_layers_differ_where_a_config_says_so():
 
 
 KIMI_K3 = {"model_type": "kimi_k3", "text_config": BASE | {
-    "model_type": "kimi_linear", "activation_situ_beta": 4.0, "hidden_act": "situ", "hidden_size": 7168, "top_k": 50,
+    "model_type": "kimi_linear", "activation_situ_beta": 4.0, "activation_situ_linear_beta": 25.0,
+    "hidden_act": "situ", "hidden_size": 7168, "top_k": 50,
     "latent_moe_use_norm": True, "moe_intermediate_size": 3072, "moe_renormalize": True, "num_experts": 896,
     "moe_router_activation_func": "sigmoid", "num_expert_group": 1, "num_experts_per_token": 16,
     "num_hidden_layers": 93,
     "num_shared_experts": 2, "routed_expert_hidden_size": 3584, "routed_scaling_factor": 1.0, "topk_group": 1,
-    "topk_method": "noaux_tc", "use_grouped_topk": True, "first_k_dense_replace": 1}}  # fmt: skip
+    "topk_method": "noaux_tc", "use_grouped_topk": True, "first_k_dense_replace": 1,
+    "rms_norm_eps": 1e-5}}  # fmt: skip
+NEMOTRON_3_SUPER = FILES["Nemotron-3-Nano"] | {
+    "moe_latent_size": 1024, "n_routed_experts": 512, "num_experts_per_tok": 22, "routed_scaling_factor": 5.0,
+}  # fmt: skip
+
+
+def test_experts_of_a_latent_width_and_situ_are_read():
+    kimi, nemotron = LayerSpec.from_hf(KIMI_K3), LayerSpec.from_hf(NEMOTRON_3_SUPER)
+    assert kimi.router == CHECKPOINTS["kimi_k3"].router
+    assert kimi.latent == LatentSpec(dim=3584, norm_eps=1e-5)
+    assert kimi.experts == ExpertSpec(dim=7168, hidden_dim=3072, activation="situ", beta=4.0, linear_beta=25.0)
+    assert kimi.shared == SharedSpec(hidden_dim=6144)
+    assert nemotron.router == CHECKPOINTS["nemotron_3_super"].router
+    assert nemotron.latent == LatentSpec(dim=1024)
+    text = KIMI_K3["text_config"]
+    assert LayerSpec.from_hf(text | {"latent_moe_use_norm": False}).latent == LatentSpec(dim=3584)
+    assert LayerSpec.from_hf(text | {"routed_expert_hidden_size": None}).latent is None
+    with pytest.raises(ValueError, match=r"activation_situ_beta is -1\.0; it is a finite number greater than 0"):
+        LayerSpec.from_hf(text | {"activation_situ_beta": -1.0})
+    with pytest.raises(ValueError, match="routed_expert_hidden_size is -4; it is an integer at least 1"):
+        LayerSpec.from_hf(text | {"routed_expert_hidden_size": -4})
+
+
+def test_the_weights_of_a_latent_are_read_and_written_under_published_names():
+    text = KIMI_K3["text_config"] | {
+        "hidden_size": 6, "moe_intermediate_size": 3, "num_experts": 4, "num_experts_per_token": 2,
+        "routed_expert_hidden_size": 5, "num_hidden_layers": 2,
+    }  # fmt: skip
+    params = LayerParams.init(LayerSpec.from_hf(text), seed=3)
+    found = params_to_hf(params, text, layer=1, names="file", root="language_model.model.layers.1.")
+    block = "language_model.model.layers.1.block_sparse_moe."
+    assert found[f"{block}routed_expert_down_proj.weight"].shape == (5, 6)
+    assert found[f"{block}routed_expert_norm.weight"].shape == (5,)
+    assert found[f"{block}experts.3.w2.weight"].shape == (5, 3)
+    again = params_from_hf(found, text, layer=1)
+    np.testing.assert_equal(vars(again), vars(params))
+    del found[f"{block}routed_expert_norm.weight"]
+    with pytest.raises(ValueError, match=r"routed_expert_norm\.weight is missing"):
+        params_from_hf(found, text, layer=1)
 
 
 @pytest.mark.parametrize(
     ("config", "why", "router"),
     [
-        (KIMI_K3, "SiTU-GLU, and work in a latent width", CHECKPOINTS["kimi_k3"].router),
-        (FILES["Nemotron-3-Nano"] | {"moe_latent_size": 1024, "n_routed_experts": 512, "num_experts_per_tok": 22,
-         "routed_scaling_factor": 5.0}, "latent width", CHECKPOINTS["nemotron_3_super"].router),
         ({"model_type": "gemma4_text", "enable_moe_block": True, "num_experts": 128, "top_k_experts": 8,
           "moe_intermediate_size": 704}, "a norm of its own", FAMILIES["gemma4"].router),
         (without(FILES["ERNIE-4.5-21B-A3B"], "moe_gate") | {

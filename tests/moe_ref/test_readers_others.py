@@ -52,8 +52,7 @@ def moe(**router) -> dict:
 def test_deepseek_v3_is_the_same_layer_in_all_of_them():
     assert LayerSpec.from_megatron(MEGATRON) == V3
     assert LayerSpec.from_megatron(ARGUMENTS) == V3
-    # MaxText divides by the sum alone.
-    assert LayerSpec.from_maxtext(MAXTEXT) == V3.replace(router=V3.router.replace(norm_eps=0.0))
+    assert LayerSpec.from_maxtext(MAXTEXT) == V3
 
 
 def test_megatron_as_its_own_object():
@@ -65,6 +64,17 @@ def test_megatron_as_its_own_object():
         return x
 
     assert LayerSpec.from_megatron(TransformerConfig(MEGATRON | {"activation_func": silu})) == V3
+
+
+def test_the_dtype_of_a_router_is_read_by_any_of_its_names():
+    for value, dtype in (("fp64", "float64"), ("fp32", "float32"), (None, "float32")):
+        router = LayerSpec.from_megatron(MEGATRON | {"moe_router_dtype": value}).router
+        assert router == V3.router.replace(router_dtype=dtype)
+    longcat = {"num_experts": 8, "top_k": 2, "router_dtype": "torch.bfloat16"}
+    assert RouterSpec.from_dict(longcat).router_dtype == "bfloat16"
+    assert RouterSpec.from_dict({"num_experts": 8, "top_k": 2, "moe_router_dtype": "fp64"}).router_dtype == "float64"
+    with pytest.raises(ValueError, match="moe_router_dtype is 'fp8', not one of"):
+        LayerSpec.from_megatron(MEGATRON | {"moe_router_dtype": "fp8"})
 
 
 def test_megatron_without_pre_softmax_is_a_softmax_over_the_selected():
@@ -136,12 +146,16 @@ def test_a_flat_yml_of_maxtext_is_read(tmp_path):
     path = tmp_path / "gpt-oss-20b.yml"
     path.write_text(
         '# a comment\nmodel_name: "gpt-oss-20b"\ndecoder_block: gpt_oss\nbase_emb_dim: 2880 # width\n'
-        'base_moe_mlp_dim: 2880\nnum_experts: 32\nnum_experts_per_tok: 4\nmlp_activations: ["silu", "linear"]\n'
+        'base_moe_mlp_dim: 2880\nnum_experts: 32\nnum_experts_per_tok: 4\nmlp_activations: ["sigmoid","linear"]\n'
         "mlp_activations_limit: 7.0\nmlp_bias: True\nrouted_bias: true\nlogical_axis_rules: [\n  ['a', 'b'],\n]\n"
     )
     layer = LayerSpec.from_maxtext(path)
     assert (layer.gate_bias, layer.experts.clamp, layer.experts.bias) == (True, 7.0, True)
     assert layer.router == RouterSpec(num_experts=32, top_k=4, **SELECTED)
+    own = {"model_name", "n_routing_groups", "topk_routing_group"}
+    (tmp_path / "deepseek3-671b.yml").write_text("".join(f"{k}: {v}\n" for k, v in MAXTEXT.items() if k not in own))
+    found = LayerSpec.from_maxtext(tmp_path / "deepseek3-671b.yml")  # a file of a model is named as it
+    assert found == V3.replace(router=V3.router.without_groups())
     with pytest.raises(ValueError, match="a is given twice"):
         maxtext.parse("a: 1\na: 2")
 
@@ -158,6 +172,7 @@ def test_a_flat_yml_of_maxtext_is_read(tmp_path):
         ({"first_num_hash_layers": 3}, "first_num_hash_layers is 3"),
         ({"sparse_matmul": False, "capacity_factor": 1.0}, "capacity_factor is 1.0 without sparse_matmul"),
         ({"mlp_activations": ["silu"]}, "mlp_activations is"),
+        ({"mlp_activations": ["sigmoid", "linear"]}, "with decoder_block 'deepseek' it is one of"),
         ({"n_routing_groups": 7}, "n_routing_groups is 7, which does not divide num_experts"),
     ],
 )

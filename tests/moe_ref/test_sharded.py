@@ -27,7 +27,7 @@ SPEC, GIVEN = layer_spec("groups"), layer_spec("given")
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("mesh", range(len(MESHES)))
-@pytest.mark.parametrize("name", ["groups", "null", "inkling", "by_logit", "given", "table", "round_robin"])
+@pytest.mark.parametrize("name", ["groups", "null", "inkling", "by_logit", "given", "table", "round_robin", "latent"])
 def test_no_layout_changes_outputs_or_gradients(strategy, mesh, name):
     rng = np.random.default_rng(mesh)
     spec = layer_spec(name)
@@ -48,7 +48,7 @@ def test_no_layout_changes_outputs_or_gradients(strategy, mesh, name):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", [*ROUTERS, "latent"])
 def test_one_rank_is_the_plain_layer_to_the_last_bit(strategy, name):
     rng, spec = np.random.default_rng(3), layer_spec(name)
     layout, params = ShardLayout(strategy=strategy), LayerParams.init(spec)

@@ -27,6 +27,7 @@ NAMES = ("w1", "w2", "w3", "b1", "b2", "b3")
 EXPERTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "gpt_oss": {"alpha": 1.702, "up_offset": 1.0, "clamp": 0.7, "bias": True},
+    "kimi_k3": {"activation": "situ", "beta": 0.7, "linear_beta": 0.5},
     "step3p7": {"clamp": 0.2, "clamp_at": "after"},
     "nemotron_h": {"gated": False, "activation": "relu2", "bias": True, "clamp": 0.5},
     "gelu": {"activation": "gelu", "bias": True},

@@ -122,7 +122,7 @@ PLANTED = {
     ("backward", "a last row left out of a weight's gradient"): ("row_in = row < end", "row_in = row < end - 1"),
     ("backward", "a bias that counts in each tile of columns"): ("if column != 0:", "if column < 0:"),
     ("backward", "a slope without the clamp"): (
-        "d_up = clamped_up_slope(weighted * hidden, up, CLAMP)", "d_up = weighted * hidden",
+        "d_up = clamped_up_slope(weighted * hidden, up, CLAMP, LINEAR_BETA)", "d_up = weighted * hidden",
     ),
     ("backward", "a router's gradient of the hidden values times their weight"): (
         "d_weight = tl.sum(d_hidden * hidden, 1)", "d_weight = tl.sum(weighted * hidden, 1)",

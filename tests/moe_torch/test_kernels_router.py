@@ -154,6 +154,7 @@ def test_low_precision_logits_are_routed_in_float32(dtype):
         ({"norm_p": 2.0}, "norm_p is 2.0"),
         ({"learned_scale": "global"}, "learned_scale is 'global'"),
         ({"num_null_experts": 2, "null_kind": "skip"}, "null_kind is 'skip'"),
+        ({"num_null_experts": 2, "num_zero_experts": 1}, "num_zero_experts is 1"),
     ],
 )
 def test_a_router_that_does_not_fit_has_the_composition_and_a_reason(changes, why):

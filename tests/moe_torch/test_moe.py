@@ -11,7 +11,7 @@ from moe_ref.backward.layer import layer_backward
 from moe_ref.layer import moe_layer
 from moe_ref.specs.balance import CapacitySpec
 from moe_ref.specs.inputs import RouterInputs
-from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
+from moe_ref.specs.layer import ExpertSpec, LatentSpec, LayerSpec, SharedSpec
 from moe_ref.specs.params import LayerParams
 from moe_ref.specs.router import RouterSpec
 from moe_torch import experts as experts_module
@@ -76,7 +76,25 @@ LAYERS = {
     ),
     "gelu": LayerSpec(router=PLAIN, experts=experts(activation="gelu", clamp=0.3, clamp_at="after")),
     "gelu_tanh": LayerSpec(router=PLAIN, experts=experts(activation="gelu_tanh", bias=True)),
+    "kimi_k3": LayerSpec(
+        router=SIGMOID,
+        experts=experts(activation="situ", beta=0.7, linear_beta=0.5),
+        shared=SharedSpec(hidden_dim=7),
+    ),
     "relu": LayerSpec(router=PLAIN, experts=experts(activation="relu", gated=False)),
+    "moe_plus_plus": LayerSpec(
+        router=SIGMOID.replace(num_null_experts=4, num_constant_experts=2, num_zero_experts=1), experts=experts()
+    ),
+    "constants_on_input": LayerSpec(
+        router=NULL.replace(weight_on="input", num_constant_experts=NULL.num_null_experts), experts=experts()
+    ),
+    "latent": LayerSpec(router=PLAIN, experts=experts(bias=True), latent=LatentSpec(dim=3)),
+    "latent_normed": LayerSpec(
+        router=NULL.replace(weight_on="input"),
+        experts=experts(),
+        latent=LatentSpec(dim=7, norm_eps=0.1),
+        shared=SharedSpec(hidden_dim=7),
+    ),
     "every_expert": LayerSpec(router=RouterSpec(num_experts=4, top_k=4), experts=experts()),
     "one_of_many": LayerSpec(router=RouterSpec(num_experts=40, top_k=1), experts=experts()),
 }
@@ -129,14 +147,19 @@ def gradients(moe: MoE) -> dict[str, np.ndarray]:
         found["shared_w_gate_SDF"] = None if gate_SFD is None else gate_SFD.weight
         found["shared_w_down_SFD"] = shared.w2.weight
         found["shared_token_gate_D"] = None if shared.token_gate is None else shared.token_gate.weight
+    if moe.constant_experts is not None:
+        found["constant_w_ZD2"], found["constant_ZD"] = moe.constant_experts.w_Z2D, moe.constant_experts.v_ZD
+    if moe.latent is not None:
+        found["latent_w_down_DH"], found["latent_w_up_HD"] = moe.latent.down.weight, moe.latent.up.weight
+        found["latent_norm_H"] = None if moe.latent.norm is None else moe.latent.norm.weight
     numbers = {name: p.grad.double().numpy() for name, p in found.items() if p is not None and p.grad is not None}
     for name, value in numbers.items():
         if name == "shared_w_down_SFD":
             numbers[name] = value.T.reshape(S, -1, dim)
         elif name.startswith("shared_w"):
             numbers[name] = np.swapaxes(value.reshape(S, -1, dim), 1, 2)
-        elif name.startswith("w_"):
-            numbers[name] = np.swapaxes(value, 1, 2)
+        elif name.startswith(("w_", "latent_w", "constant_w")):
+            numbers[name] = np.swapaxes(value, -1, -2)
         elif name == "shared_token_gate_D" or (name, spec.router.learned_scale) == ("learned_scale", "global"):
             numbers[name] = value[0]
     return numbers
@@ -223,6 +246,8 @@ def test_every_row_is_within_the_bound_of_its_dtype(name, grouped, dtype, monkey
         monkeypatch.setattr(experts_module, "way_of", lambda *_: "grouped_mm")
     # A stride of 16 bytes is what a grouped matmul asks for.
     spec = LAYERS[name].replace(experts=LAYERS[name].experts.replace(dim=16, hidden_dim=24))
+    if spec.latent is not None:
+        spec = spec.replace(latent=spec.latent.replace(dim=8))
     params = LayerParams.init(spec, seed=4)
     params = LayerParams(**{f.name: rounded(getattr(params, f.name), dtype) for f in fields(params)})
     rng = np.random.default_rng(5)
@@ -235,14 +260,16 @@ def test_every_row_is_within_the_bound_of_its_dtype(name, grouped, dtype, monkey
     output.backward(torch.tensor(d_output_TD, dtype=dtype))
     assert x.grad is not None
     assert output.dtype == x.grad.dtype == dtype
-    assert row_errors(output.detach().double().numpy(), trace.output_TD).max() < ROW_BOUND[dtype]
+    # A latent is rounded three times more: before the experts, as their sum, and after its norm.
+    times = 1 if spec.latent is None else 1.5
+    assert row_errors(output.detach().double().numpy(), trace.output_TD).max() < times * ROW_BOUND[dtype]
     # A clamp has a kink: a value that bfloat16 rounds to its other side has another slope, and rightly so.
     if dtype == torch.bfloat16 and spec.experts.clamp is not None:
         return
     found = {"x_TD": x.grad.double().numpy(), **gradients(moe)}
     for key, value in found.items():
         right = expected.x_TD if key == "x_TD" else getattr(expected.params, key)
-        assert row_errors(value.ravel(), right.ravel()) < GRADIENT_BOUND[dtype], key
+        assert row_errors(value.ravel(), right.ravel()) < times * GRADIENT_BOUND[dtype], key
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e300])

@@ -36,6 +36,7 @@ SPECS = [
         PLAIN | SHARED | {"norm_with_shared": True, "route_norm": True, "route_scale": 3.0},
         PLAIN | {"num_null_experts": 4, "learned_scale": "per_expert"},
         PLAIN | {"num_null_experts": 4, "null_kind": "skip", "route_norm": True},
+        PLAIN | {"num_null_experts": 4, "num_zero_experts": 2, "route_norm": True},
         PLAIN | NORMED | {"selector": "table"},
         PLAIN | NORMED | {"selector": "given"},
         PLAIN | SELECTED | {"selector": "given"},

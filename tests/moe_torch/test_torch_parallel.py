@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from conformance.subjects.torch.sharded import TorchLayouts
-from moe_ref import AlignSpec, ExpertSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec, layer_backward, moe_layer
+from moe_ref import (
+    AlignSpec,
+    ExpertSpec,
+    LatentSpec,
+    LayerParams,
+    LayerSpec,
+    RouterSpec,
+    SharedSpec,
+    layer_backward,
+    moe_layer,
+)
 from moe_ref.specs.families import tiny
 from moe_ref.specs.layout import ShardLayout
 from moe_torch.moe import MoE
@@ -24,10 +34,19 @@ LAYERS = {
         router=tiny("llama4").replace(num_experts=8, top_k=2),
         experts=ExpertSpec(dim=8, hidden_dim=16, gated=False, activation="relu2", bias=True),
         shared=SharedSpec(hidden_dim=8, gate="sigmoid", combine="average"),
+        latent=LatentSpec(dim=4),
     ),
     "null experts": LayerSpec(
-        router=RouterSpec(num_experts=8, top_k=3, num_null_experts=3, learned_scale="per_expert"),
+        router=RouterSpec(
+            num_experts=8,
+            top_k=3,
+            num_null_experts=4,
+            num_constant_experts=2,
+            num_zero_experts=1,
+            learned_scale="per_expert",
+        ),
         experts=ExpertSpec(dim=8, hidden_dim=16),
+        latent=LatentSpec(dim=6, norm_eps=0.1),
     ),
     "six experts": LayerSpec(router=RouterSpec(num_experts=6, top_k=2), experts=GPT_OSS),
 }

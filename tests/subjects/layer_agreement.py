@@ -91,12 +91,12 @@ def assert_experts_agree(subject, spec: LayerSpec, params: LayerParams, bound: f
     """The experts alone, with rows that belong to nobody at the end."""
     trace = moe_layer(tokens()[0], params, spec)
     rows_ND = trace.experts.input_RD
-    rows_RD = np.concatenate([rows_ND, np.full((3, D), np.nan)]).astype(np.float32)
+    rows_RD = np.concatenate([rows_ND, np.full((3, rows_ND.shape[1]), np.nan)]).astype(np.float32)
     found = subject.experts(rows_RD, trace.permutation.tokens_per_expert_E, params, spec)
     assert found.shape == rows_RD.shape
     assert_near(found[: len(rows_ND)], trace.experts.output_RD, bound)
     no_counts_E = np.zeros(spec.router.num_experts, dtype=np.int64)
-    assert subject.experts(rows_RD[:0], no_counts_E, params, spec).shape == (0, D)
+    assert subject.experts(rows_RD[:0], no_counts_E, params, spec).shape == (0, rows_RD.shape[1])
 
 
 def assert_combine_agrees(subject, spec: LayerSpec, params: LayerParams):

@@ -17,7 +17,7 @@ from layer_agreement import (
 )
 
 from conformance.core.subject import Unsupported, capabilities
-from moe_ref import ExpertSpec, LayerSpec, SharedSpec
+from moe_ref import ExpertSpec, LatentSpec, LayerSpec, SharedSpec
 from moe_ref.specs.families import FAMILIES, tiny
 
 torch = pytest.importorskip("torch")
@@ -62,7 +62,10 @@ def block_spec(name: str, **sizes) -> LayerSpec:
             combine="average" if block.shared.combine else "sum",
             clamp={"none": None, "same": 0.7}.get(block.shared.clamp, 0.4),
         )
-    return LayerSpec(router=tiny(name), experts=experts, shared=shared, gate_bias=bool(block.row.gate_bias))
+    latent = LatentSpec(dim=8) if block.latent else None
+    return LayerSpec(
+        router=tiny(name), experts=experts, shared=shared, gate_bias=bool(block.row.gate_bias), latent=latent
+    )
 
 
 CASES = [(name, each) for name, block in BLOCKS.items() for each in block.implementations]

@@ -16,7 +16,7 @@ from moe_ref import LayerSpec
 
 def without_identity(spec: LayerSpec) -> bool:
     """Without null experts that return their input, which is not given here."""
-    return spec.router.num_null_experts == 0 or spec.router.null_kind == "skip"
+    return len(spec.router.identity_ids) == 0 and spec.router.num_constant_experts == 0
 
 
 def on_output(spec: LayerSpec) -> bool:

@@ -64,8 +64,8 @@ def the_last_token_gets_another_row(run, memory, rows_ND, order_N, weights_TK, s
 @surrounds(breaks="CMB-2", links=("vllm-project/tpu-inference#2328",))
 def half_of_the_rows_copied(run, memory, rows_ND, order_N, weights_TK, spec):
     """A size in elements is taken for one in bytes: the second half of each row is 0."""
-    half = spec.experts.dim // 2
-    return run(np.where(np.arange(spec.experts.dim) < half, rows_ND, 0), order_N, weights_TK, spec)
+    width = rows_ND.shape[1]
+    return run(np.where(np.arange(width) < width // 2, rows_ND, 0), order_N, weights_TK, spec)
 
 
 @surrounds(breaks="CMB-2")

@@ -20,7 +20,7 @@ from conformance.layer.verdicts import hold_experts, radius_of_experts, rows_of_
 from moe_ref import LayerSpec, align_rows, pad_rows, run_experts, unpad_rows
 
 PLAIN = ("EXP-1", "EXP-2")
-FORMS = (*PLAIN, "EXP-3", "EXP-4", "EXP-5")
+FORMS = (*PLAIN, "EXP-3", "EXP-4", "EXP-5", "EXP-11")
 """Where one of these fails on the same case, its formula, biases or layout are wrong, not what a check varies."""
 NUM_ROWS = 9
 TAIL = 3
@@ -34,13 +34,18 @@ def has_a_formula(spec: LayerSpec) -> bool:
 
 
 def is_plain(spec: LayerSpec) -> bool:
-    """Experts without these, and without biases."""
-    return not has_a_formula(spec) and not spec.experts.bias
+    """Experts without these, without biases, and with an activation of one argument."""
+    return not has_a_formula(spec) and not spec.experts.bias and not is_situ(spec)
+
+
+def is_situ(spec: LayerSpec) -> bool:
+    """Experts whose activation is capped softly."""
+    return spec.experts.activation == "situ"
 
 
 def is_square(spec: LayerSpec) -> bool:
     """Experts whose matrices fit in another layout as well."""
-    return spec.experts.hidden_dim in (spec.experts.dim, spec.experts.dim / 2)
+    return spec.experts.hidden_dim in (spec.routed_experts.dim, spec.routed_experts.dim / 2)
 
 
 HAS_ROWS = given("judged with rows", lambda case: len(case.reference.experts.input_RD) > 0)
@@ -54,7 +59,7 @@ def rows_of(case: LayerCase) -> tuple[np.ndarray, np.ndarray]:
 
 def any_rows(case: LayerCase, counts_E: np.ndarray) -> np.ndarray:
     """(N, D) random rows for these counts."""
-    return float32(case.rng().normal(size=(int(np.sum(counts_E)), case.spec.experts.dim)))
+    return float32(case.rng().normal(size=(int(np.sum(counts_E)), case.spec.routed_experts.dim)))
 
 
 def without_biases(case: LayerCase) -> LayerCase:
@@ -103,7 +108,7 @@ def a_row_is_the_feed_forward_of_its_expert(judge, case):
     method="experts",
     spec=has_a_formula,
     x=("normal", "large", "small"),
-    after=PLAIN,
+    after=(*PLAIN, "EXP-11"),
     simpler=((plainest, ("EXP-2",)),),
 )
 def alpha_offset_and_clamp_apply_to_every_row(judge, case):
@@ -122,7 +127,7 @@ def alpha_offset_and_clamp_apply_to_every_row(judge, case):
     large=1,
     method="experts",
     spec=lambda s: s.experts.bias,
-    after=(*PLAIN, "EXP-3", "EXP-5"),
+    after=(*PLAIN, "EXP-3", "EXP-5", "EXP-11"),
     simpler=((plainest, ("EXP-2",)),),
 )
 def each_row_gets_the_biases_of_its_expert_once(judge, case):
@@ -133,7 +138,7 @@ def each_row_gets_the_biases_of_its_expert_once(judge, case):
 @requires("EXP-5", large=1, method="experts", spec=is_square, after=PLAIN)
 def square_matrices_are_read_in_their_own_layout(judge, case):
     e, unbiased = case.spec.experts, where_supported(judge, case, without_biases)
-    hold_experts(judge, unbiased, *rows_of(unbiased), f"dim {e.dim}, hidden_dim {e.hidden_dim}")
+    hold_experts(judge, unbiased, *rows_of(unbiased), f"dim {case.spec.routed_experts.dim}, hidden_dim {e.hidden_dim}")
 
 
 @requires("EXP-6", method="experts", after=FORMS, bias=("none",), tokens=(1,))
@@ -173,7 +178,7 @@ def zero_rows_give_zero_outputs(judge, case):
     counts_E = np.zeros(case.spec.router.num_experts, dtype=np.int64)
     # Without any row, and with rows that all are past the counts.
     for rows in (0, TAIL):
-        rows_of_subject(judge, case, np.full((rows, case.spec.experts.dim), np.nan), counts_E)
+        rows_of_subject(judge, case, np.full((rows, case.spec.routed_experts.dim), np.nan), counts_E)
 
 
 @requires("EXP-10", method="experts", after=FORMS)
@@ -189,7 +194,14 @@ def experts_of_any_size_are_exact(judge, case):
     hold_experts(judge, changed, *rows_of(changed), f"with experts of sizes {sizes_E.tolist()}")
 
 
-@requires("EXP-11", method="experts", after=FORMS, bias=("none", "crowded"), few=True)
+@requires("EXP-11", method="experts", spec=is_situ, x=("normal", "large", "small"), after=PLAIN)
+def situ_caps_both_halves_softly(judge, case):
+    e, plainer = case.spec.experts, where_supported(judge, case, plainest)
+    title = f"not beta * tanh(gate / beta) * sigmoid(gate) with beta={e.beta:g}, linear_beta={e.linear_beta}"
+    hold_experts(judge, plainer, *rows_of(plainer), title)
+
+
+@requires("EXP-12", method="experts", after=FORMS, bias=("none", "crowded"), few=True)
 def rows_of_zeros_that_align_change_nothing(judge, case):
     rows_ND, counts_E = rows_of(case)
     owner_N, radius_ND = (

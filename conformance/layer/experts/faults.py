@@ -73,7 +73,7 @@ def a_tile_of_the_activation_is_off(gate_RF, up_RF, spec):
 def trailing_columns_not_written(run, memory, rows_RD, counts_E, params, spec):
     """The columns past the last whole block of 4 are not written."""
     found_RD = run(rows_RD, counts_E, params, spec)
-    found_RD[:, spec.experts.dim // 4 * 4 :] = 0
+    found_RD[:, found_RD.shape[1] // 4 * 4 :] = 0
     return found_RD
 
 
@@ -291,7 +291,41 @@ def the_offset_is_added_twice(up_RF, spec):
     return clamped_up(up_RF, spec) + spec.up_offset
 
 
+@replaces("activation", breaks="EXP-11", links=("ai-dynamo/aiconfigurator#1435", "tenstorrent/tt-metal#53602"))
+def silu_for_situ(z_RF, spec):
+    """silu stands in the place of situ."""
+    return activation(z_RF, spec.replace(activation="silu", beta=1.0, linear_beta=None) if is_situ(spec) else spec)
+
+
+@replaces("activation", breaks="EXP-11")
+def the_sigmoid_sees_the_capped_gate(z_RF, spec):
+    """The gate is capped before the sigmoid as well."""
+    if not is_situ(spec):
+        return activation(z_RF, spec)
+    capped_RF = spec.beta * np.tanh(z_RF / spec.beta)
+    return capped_RF / (1 + np.exp(-capped_RF))
+
+
+@replaces("clamped_up", breaks="EXP-11")
+def the_up_half_is_not_capped(up_RF, spec):
+    """linear_beta is ignored."""
+    return clamped_up(up_RF, spec.replace(linear_beta=None))
+
+
 @surrounds(breaks="EXP-11")
+def one_beta_for_both_halves(run, memory, rows_RD, counts_E, params, spec):
+    """The up half is capped at beta."""
+    if spec.experts.linear_beta is None:
+        return run(rows_RD, counts_E, params, spec)
+    return run(rows_RD, counts_E, params, with_experts(spec, linear_beta=spec.experts.beta))
+
+
+def is_situ(spec):
+    """Experts whose activation is capped softly."""
+    return spec.activation == "situ"
+
+
+@surrounds(breaks="EXP-12")
 def a_full_last_tile_is_left_out(run, memory, rows_RD, tokens_per_expert_E, params, spec):
     """Where every expert has whole tiles, the last one of each is taken for the empty rest."""
     found_RD = run(rows_RD, tokens_per_expert_E, params, spec)
@@ -299,4 +333,4 @@ def a_full_last_tile_is_left_out(run, memory, rows_RD, tokens_per_expert_E, para
     if (tokens_per_expert_E % tile).any():
         return found_RD
     past_R = np.arange(len(found_RD))[:, None] - np.cumsum(tokens_per_expert_E)
-    return np.where(((past_R < 0) & (past_R >= -tile)).any(axis=1)[:, None], 0, found_RD)
+    return np.where(((past_R < 0) & (past_R >= -tile)).any(axis=1, keepdims=True), 0, found_RD)

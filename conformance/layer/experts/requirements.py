@@ -23,5 +23,7 @@ chapter(
     ("EXP-9", MUST, "Zero rows give zero outputs, of shape (0, D).", "vllm-project/vllm#57471"),
     ("EXP-10", MUST, "Experts a hundred times larger or smaller than others are as exact as these.",
                   "aws-neuron/neuronx-distributed-inference#35", "vllm-project/vllm-ascend#16806"),
-    ("EXP-11", MUST, "Rows of zeros that pad every expert up to a multiple change no other row."),
+    ("EXP-11", MUST, "situ is beta * tanh(gate / beta) * sigmoid(gate), and its up half is linear_beta * tanh(up / "
+                  "linear_beta) where it has one.", "ai-dynamo/aiconfigurator#1435"),
+    ("EXP-12", MUST, "Rows of zeros that pad every expert up to a multiple change no other row."),
 )  # fmt: skip

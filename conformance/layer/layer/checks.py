@@ -23,6 +23,7 @@ from conformance.layer.predicates import (
     plainly_routed,
     poisoned,
     routed_alone,
+    sees_tokens,
     takes_ids,
     unaligned,
     unlimited,
@@ -49,12 +50,16 @@ ROUTED = ("LAY-2", "LAY-12", "LAY-13")
 
 def weighs_outputs_alone(spec: LayerSpec) -> bool:
     """Routed experts with weights on their output, and nothing else."""
-    return spec.shared is None and spec.router.weight_on == "output" and spec.router.num_null_experts == 0
+    return _routed_alone(spec) and spec.router.weight_on == "output"
 
 
 def weighs_inputs_alone(spec: LayerSpec) -> bool:
     """Routed experts with weights on their input, and nothing else."""
-    return spec.shared is None and spec.router.weight_on == "input" and spec.router.num_null_experts == 0
+    return _routed_alone(spec) and spec.router.weight_on == "input"
+
+
+def _routed_alone(spec: LayerSpec) -> bool:
+    return spec.shared is None and spec.router.num_null_experts == 0 and sees_tokens(spec)
 
 
 def is_unscaled(spec: LayerSpec) -> bool:
@@ -64,7 +69,7 @@ def is_unscaled(spec: LayerSpec) -> bool:
 
 def sums_shared(spec: LayerSpec) -> bool:
     """Shared experts that are summed, each with its own factor or none."""
-    return spec.shared is not None and spec.shared.gate == "none" and spec.shared.combine == "sum"
+    return spec.shared is not None and spec.shared.gate == "none" and spec.shared.combine == "sum" and sees_tokens(spec)
 
 
 def unscaled(case: LayerCase) -> LayerCase:
@@ -176,7 +181,7 @@ def the_shared_output_is_not_scaled(judge, case):
 @requires(
     "LAY-10",
     method="layer",
-    spec=lambda s: s.shared is not None and s.shared.gate == "sigmoid",
+    spec=lambda s: s.shared is not None and s.shared.gate == "sigmoid" and sees_tokens(s),
     after=PARTS,
     simpler=((routed_alone, ROUTED),),
     unless=(ROUTER_IS_WRONG,),
@@ -188,7 +193,7 @@ def the_shared_gate_multiplies_the_shared_output(judge, case):
 @requires(
     "LAY-11",
     method="layer",
-    spec=lambda s: s.shared is not None and s.shared.combine == "average",
+    spec=lambda s: s.shared is not None and s.shared.combine == "average" and sees_tokens(s),
     after=PARTS,
     simpler=((routed_alone, ROUTED),),
     unless=(ROUTER_IS_WRONG,),
@@ -212,7 +217,7 @@ def a_weight_on_the_input_is_there_alone(judge, case):
 @requires(
     "LAY-13",
     method="layer",
-    spec=lambda s: s.router.num_null_experts > 0,
+    spec=lambda s: s.router.num_null_experts > 0 and s.router.num_constant_experts == 0 and sees_tokens(s),
     after=PARTS,
     unless=(ROUTER_IS_WRONG,),
 )
@@ -243,7 +248,7 @@ def renamed_experts_give_the_same_output(judge, case):
     for field in fields(LayerParams):
         value = getattr(case.params, field.name)
         # The arrays of the experts, and the first columns of the gate; null and shared columns stay where they are.
-        if value is not None and value.ndim and not field.name.startswith("shared_"):
+        if value is not None and value.ndim and not field.name.startswith(("shared_", "latent_", "constant_")):
             changes[field.name] = np.concatenate([value[names_E], value[E:]])
     renamed = case.with_params(**changes)
     found_TD, other_TD = output_of_subject(judge, case), output_of_subject(judge, renamed)

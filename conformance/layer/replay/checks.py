@@ -129,7 +129,7 @@ def a_replay_returns_one_output_for_each_token(judge, case):
         replay_of_subject(judge, case, record)
 
 
-@requires("RPL-2", large=2, method="replay", spec=weighs_apart, bias=("none",), after=(*FORWARD, "RPL-4"))
+@requires("RPL-2", large=2, method="replay", spec=weighs_apart, bias=("none", "mixed"), after=(*FORWARD, "RPL-4"))
 def ids_alone_take_this_routers_weights(judge, case):
     hold_replay(judge, case, any_record(case, weights=False), "not this router's weights")
 

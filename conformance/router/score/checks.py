@@ -6,7 +6,8 @@ import numpy as np
 
 from conformance.core.check import Condition
 from conformance.core.judge import NotRun, Violation, accuse
-from conformance.router.bounds import LOW_PRECISION, expected_weights
+from conformance.core.rounding import EPSILON, close
+from conformance.router.bounds import LOW_PRECISION, expected_weights, score_error, score_floor
 from conformance.router.kind import requires
 from conformance.router.observation import observe
 from conformance.router.predicates import (
@@ -28,6 +29,7 @@ from conformance.router.verdicts import (
     weights_differ,
     wrong_selections,
 )
+from moe_ref.rounding import round_to
 
 OF_ANY_FUNCTION = ("SCR-1", "SCR-2", "SCR-3", "SCR-5")
 PLAIN_WEIGHTS = {
@@ -145,7 +147,9 @@ def logits_are_scaled_and_capped(judge, case):
 
 
 def shift_invariant(spec) -> bool:
-    return spec.score_func == "softmax" and spec.selector in ("top_k", "table") and not spec.scales_logits
+    return (
+        spec.score_func == "softmax" and spec.selector in ("top_k", "table") and not (spec.scales_logits or spec.rounds)
+    )
 
 
 @requires("SCR-6", spec=shift_invariant, logits=MODERATE, bias=("none",), dtypes=EXACT)
@@ -215,7 +219,7 @@ EXACT_IS_WRONG = Condition(sentence="judged where float32 logits are routed righ
     dtypes=LOW_PRECISION,
     logits=("normal",),
     bias=("none", "mixed"),
-    spec=lambda s: s.selector == "top_k",
+    spec=lambda s: s.selector == "top_k" and not s.rounds,
     given=(TAKES_LOW_PRECISION,),
     after=("SCR-10",),
     unless=(EXACT_IS_WRONG,),
@@ -258,6 +262,64 @@ def a_choice_from_low_precision_logits_is_explained(judge, case):
             token=t,
             expected=str(case.reference.expert_ids_TK[t].tolist()),
             received=str(seen.expert_ids_TK[t].tolist()),
+        )
+
+
+@requires("SCR-11", spec=lambda s: s.rounds and s.has_scores and s.selector != "given", logits=(*MODERATE, "close"))
+def a_narrow_router_rounds_what_it_hands_on(judge, case):
+    spec, seen = case.spec, observe(judge, case)
+    # The same from the rounded logits, with no rounding after them.
+    wide = case.with_(logits_TE=case.reference.scaled_logits_TE, spec=spec.replace(router_dtype="float32", **AS_SCORED))
+    shown = {"scores": (seen.scores_TE, wide.reference.scores_TE), "weights": (seen.weights_TK, None)}
+    if respecified(case, **PLAIN_WEIGHTS).spec == spec and spec.weights_from == "scores" and not spec.num_null_experts:
+        shown["weights"] = (seen.weights_TK, expected_weights(wide, seen.expert_ids_TK))
+    for name, (found, wanted) in shown.items():
+        if found is None:
+            continue
+        for t in np.flatnonzero((~nearest_of(found, spec.router_dtype)).any(axis=-1) & case.valid_T).tolist():
+            accuse(
+                f"{name} are no numbers of {spec.router_dtype}",
+                token=t,
+                expected=str(round_to(found[t], spec.router_dtype).tolist()),
+                received=str(found[t].tolist()),
+            )
+        if wanted is None:
+            continue
+        # Half of the distance to the next number, and what float32 does before it is rounded.
+        dtype = judge.subject.compute_dtype
+        error = EPSILON[spec.router_dtype] / 2 + score_error(wide, dtype).max(axis=-1, keepdims=True, initial=0)
+        # In any order: which slot a weight belongs to is judged with the weights.
+        ok_T = close(np.sort(found), np.sort(wanted), error, score_floor(case, dtype)).all(axis=-1)
+        for t in np.flatnonzero(~ok_T & case.valid_T).tolist():
+            accuse(
+                f"{name} are not those of the rounded logits",
+                token=t,
+                expected=str(wanted[t].round(7).tolist()),
+                received=str(found[t].round(7).tolist()),
+            )
+
+
+AS_SCORED = {"logit_scale": 1.0, "logit_softcap": None}
+
+
+def nearest_of(values: np.ndarray, router_dtype: str) -> np.ndarray:
+    """Which entries a narrow dtype holds; an infinity or NaN is for others to find."""
+    finite = np.where(np.isfinite(values), values, 0)
+    return round_to(finite, router_dtype) == finite
+
+
+@requires("SCR-12", spec=lambda s: s.router_dtype == "float64" and s.selector != "sparsemixer", logits=MODERATE)
+def a_router_of_float64_is_that_accurate(judge, case):
+    seen = observe(judge, case.with_(dtype="float64"))
+    otherwise_wrong = weights_differ(judge, seen)
+    for t in weights_differ(judge, seen, dtype="float64"):
+        if t in otherwise_wrong:
+            continue
+        accuse(
+            "the weights are not as accurate as those of float64",
+            token=t,
+            expected=str(expected_weights(case, seen.expert_ids_TK)[t].tolist()),
+            received=str(seen.weights_TK[t].tolist()),
         )
 
 

@@ -35,7 +35,21 @@ def skipped_choices_weigh(spec):
 @misreads(breaks="WGT-12")
 def identity_choices_weigh_0(spec):
     """An identity choice weighs 0."""
-    return spec.replace(null_kind="skip")
+    return spec.replace(null_kind="skip", num_constant_experts=0, num_zero_experts=0)
+
+
+@replaces("leave_out", breaks="WGT-12")
+def zero_experts_weigh(raw_weights_TK, expert_ids_TK, spec):
+    """A zero expert keeps its weight."""
+    return raw_weights_TK
+
+
+@surrounds(breaks="WGT-12")
+def zero_experts_join_the_norm(route, memory, logits_TE, spec, expert_bias_E, **inputs):
+    """A zero expert weighs 0 after the norm, of which it has its share."""
+    trace = route(logits_TE, spec.replace(num_zero_experts=0), expert_bias_E, **inputs)
+    zero_TK = trace.expert_ids_TK >= spec.num_choices - spec.num_zero_experts
+    return replace(trace, weights_TK=np.where(zero_TK, 0, trace.weights_TK).astype(trace.weights_TK.dtype))
 
 
 @replaces("normalise", breaks="WGT-13", also=("score",))

@@ -22,7 +22,7 @@ chapter(
                  "onnxruntime/mobius#546"),
     ("WGT-10", MUST, "Weights are finite for finite logits."),
     ("WGT-11", MUST, "An unused slot weighs 0 and takes no part in a norm.", "radixark/miles#645"),
-    ("WGT-12", MUST, "A skipped choice weighs 0; an identity choice weighs its score."),
+    ("WGT-12", MUST, "A skipped choice weighs 0, a zero expert before the norm; an identity choice weighs its score."),
     ("WGT-13", MUST, "Router-scored shared experts weigh their own scores, and join the norm where the spec says."),
     ("WGT-14", MUST, "With weights_from 'masked_scores' an expert of a dropped group weighs 0."),
     ("WGT-15", MUST, "sparsemixer weighs slot j by a softmax over the band below the j-th best logit."),

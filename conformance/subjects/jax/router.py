@@ -9,7 +9,8 @@ from conformance.core.inputs import RouteInputs, split_inputs
 from conformance.core.subject import Routing, Subject
 from conformance.subjects.jax.arrays import narrow, narrow_inputs, to_numpy
 from moe_jax import routing
-from moe_ref import RouterSpec
+from moe_jax.rounding import dtype_of_router
+from moe_ref import RouterSpec, ShardLayout
 
 # The spec is static: one program for each spec and shape.
 _route = jax.jit(routing.route, static_argnames="spec")
@@ -18,6 +19,14 @@ _gate = jax.jit(routing.gate)
 
 class JaxRouter(Subject):
     """`moe_jax.routing`."""
+
+    def supports(self, spec: RouterSpec, layout: ShardLayout | None = None) -> str | None:
+        """A router of float64 where JAX has float64."""
+        try:
+            dtype_of_router(spec)
+        except ValueError as error:
+            return str(error)
+        return None
 
     def route(
         self, logits_TE: np.ndarray, spec: RouterSpec, expert_bias_E: np.ndarray | None, **inputs: Unpack[RouteInputs]

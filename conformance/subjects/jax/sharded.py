@@ -95,8 +95,9 @@ class JaxLayouts(Subject):
 
     def supports_layer(self, spec, layout=None):
         """What a JAX mesh of this process is not."""
-        if layout is None:
-            return None
+        why = self.supports(spec.router, layout)
+        if layout is None or why is not None:
+            return why
         if spec.router.selector == "random":
             return "each shard draws from a JAX key of its own"
         if layout.num_ranks > MOST_RANKS:

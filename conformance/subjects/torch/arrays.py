@@ -86,13 +86,20 @@ def to_canonical(by_name: dict[str, np.ndarray], params: LayerParams) -> dict[st
         "shared_experts.w2.weight": "shared_w_down_SFD",
         "shared_experts.w3.weight": f"shared_w_{third}_SDF",
         "shared_experts.token_gate.weight": "shared_token_gate_D",
+        "constant_experts.w_Z2D": "constant_w_ZD2",
+        "constant_experts.v_ZD": "constant_ZD",
+        "latent.down.weight": "latent_w_down_DH",
+        "latent.up.weight": "latent_w_up_HD",
+        "latent.norm.weight": "latent_norm_H",
     }
     found = {}
     for name, value in by_name.items():
         field = names[name]
         shape = np.shape(getattr(params, field))
-        if field == "shared_w_down_SFD":
-            value = value.T  # (D, S * F)
+        if field == "shared_w_down_SFD" or field.startswith("latent_w"):
+            value = value.T  # (D, S * F), or (out, in)
+        elif field == "constant_w_ZD2":
+            value = np.swapaxes(value, 1, 2)
         elif "w_" in field:
             # (E, out, in), or (S * out, in) where shared experts are side by side.
             value = np.swapaxes(value.reshape(shape[0], shape[2], shape[1]), 1, 2)

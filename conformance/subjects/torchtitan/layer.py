@@ -73,6 +73,8 @@ class TorchtitanLayer(Subject):
 def why_not_layer(spec: LayerSpec, granule: int) -> str | None:
     """A sentence that names the first field of experts or shared experts that the layer cannot have, or None."""
     experts, shared = spec.experts, spec.shared
+    if spec.latent is not None:
+        return "torchtitan's experts see the tokens, and no latent"
     for name in ("gated", "activation", "alpha", "up_offset", "clamp", "bias"):
         value, allowed = getattr(experts, name), ExpertSpec.__dataclass_fields__[name].default
         if value != allowed:

@@ -9,6 +9,7 @@ from moe_ref import LayerParams
 
 EXPERT_FIELDS = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
 SHARED_FIELDS = ("shared_w_gate_SDF", "shared_w_up_SDF", "shared_w_down_SFD")
+LATENT_FIELDS = ("latent_w_down_DH", "latent_w_up_HD")
 BIAS_FIELDS = ("b_gate_EF", "b_up_EF", "b_down_ED")
 
 
@@ -48,6 +49,8 @@ def to_native(block: RealBlock, params: LayerParams) -> dict[str, np.ndarray]:
         found |= _native_projections(block.shared.projections, *(getattr(params, name) for name in SHARED_FIELDS))
         if block.shared.gate:
             found[block.shared.gate] = params.shared_token_gate_D
+    if params.latent_w_down_DH is not None:
+        found |= {path: np.swapaxes(getattr(params, name), 0, 1) for path, name in _latent(block)}
     return {path: np.array(value, np.float32, order="C") for path, value in found.items()}
 
 
@@ -68,7 +71,14 @@ def to_canonical(block: RealBlock, natives: dict[str, np.ndarray], params: Layer
         found |= zip(SHARED_FIELDS, _canonical_projections(shared.projections, natives), strict=True)
         if shared.gate:
             found["shared_token_gate_D"] = natives[shared.gate]
+    if params.latent_w_down_DH is not None:
+        found |= {name: np.swapaxes(natives[path], 0, 1) for path, name in _latent(block)}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _latent(block: RealBlock):
+    """(path, field) of each projection around the routed experts."""
+    return zip(block.latent, LATENT_FIELDS, strict=True)
 
 
 def _native_projections(own: Projections, w_gate, w_up, w_down) -> dict[str, np.ndarray]:

@@ -66,6 +66,10 @@ class RealBlock:
     width: str = "moe_intermediate_size"
     """Config name of the experts' width."""
     shared: Shared | None = None
+    latent: tuple[str, ...] = ()
+    """Paths of the weights of the projections before and after the routed experts; none: they see the tokens."""
+    latent_width: str = ""
+    """Config name of the width between them; null: none."""
     bias: str = ""
     """Path of the balancing bias where it is the block's and not the router's."""
     activation: str = "hidden_act"
@@ -100,6 +104,10 @@ class RealBlock:
         found = [f"router.{each}" for each in self.row.mismatches(spec.router)]
         if spec.gate_bias != bool(self.row.gate_bias):
             found.append(f"gate_bias ({bool(self.row.gate_bias)}, not {spec.gate_bias})")
+        if spec.latent is not None and not self.latent:
+            found.append(f"latent (none, not one of {spec.latent.dim})")
+        elif spec.latent is not None and spec.latent.norm_eps is not None:
+            found.append(f"latent.norm_eps (None, not {spec.latent.norm_eps})")
         if self.dim_is_even and spec.experts.dim % 2:
             found.append(f"experts.dim (even, not {spec.experts.dim})")
         return found + self._expert_mismatches(spec.experts) + self._shared_mismatches(spec)
@@ -152,6 +160,8 @@ class RealBlock:
             entries[self.clamp] = [experts.clamp] if self.clamp_is_per_layer else limit
         if self.shared is not None:
             entries |= _shared_entries(self.shared, spec.shared, experts.hidden_dim)
+        if spec.latent is not None:
+            entries[self.latent_width] = spec.latent.dim
         return entries | (self.extra(spec, entries) if self.extra else {})
 
 
@@ -277,7 +287,8 @@ ROWS = (
     block("step3p7", "Step3p7SparseMoeBlock", clamp="swiglu_limits", clamp_at="after", clamp_is_per_layer=True,
           activation="", arguments=(0,), implementations=("eager",), shared=Shared(
         projections=mlp("shared_experts"), width="share_expert_dim", clamp="swiglu_limits_shared")),
-    block("nemotron_h", "NemotronHMoE", activation="mlp_hidden_act", is_gated=False,
+    block("nemotron_h", "NemotronHMoE", activation="mlp_hidden_act", is_gated=False, latent_width="moe_latent_size",
+          latent=("fc1_latent_proj.weight", "fc2_latent_proj.weight"),
           experts=Projections(path="experts", layout=LINEARS, gate_up=("up_proj",)), shared=Shared(
         projections=Projections(path="shared_experts", layout=LINEARS, gate_up=("up_proj.weight",),
                                 down="down_proj.weight"), width="moe_shared_expert_intermediate_size")),

@@ -100,7 +100,7 @@ def find_block(spec: LayerSpec, family: str, with_bias: bool, implementation: st
     runnable = [block for block in fitting if implementation in block.implementations]
     if runnable and implementation == "grouped_mm":
         # Its kernel wants strides of a multiple of 16 bytes (huggingface/transformers#48644).
-        for name, size in (("dim", spec.experts.dim), ("hidden_dim", spec.experts.hidden_dim)):
+        for name, size in (("dim", spec.routed_experts.dim), ("hidden_dim", spec.experts.hidden_dim)):
             if size % 4:
                 return None, f"experts.{name} is {size}; grouped_mm takes float32 rows of a multiple of 4"
     for block in runnable:

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from moe_ref.specs.checks import nearest, require
+from moe_ref.specs.checks import integer, nearest, require
+from moe_ref.specs.names import dtype_named
 from moe_ref.specs.readers.config import ABSENT, Config, load
 from moe_ref.specs.readers.hf_defaults import DEFAULTS, SYNONYMS
 from moe_ref.specs.readers.hf_irrelevant import IRRELEVANT, SAMPLING
@@ -39,7 +40,11 @@ class Reading:
 
     def router(self, layer: int) -> Fields:
         """The fields of the router of a layer."""
-        return _router(self.config.at(layer), self.row, self.kinds[layer] or "moe")
+        config = self.config.at(layer)
+        found = _router(config, self.row, self.kinds[layer] or "moe")
+        # Of Ling, LongCat and others: serving code reads it, the class of transformers is float32 whatever it says.
+        key = next((key for key in ("router_dtype", "moe_router_dtype") if config.has(key)), None)
+        return found if key is None else found | {"router_dtype": dtype_named(config.get(key, field="router_dtype"))}
 
     def layer(self, layer: int) -> Fields:
         """The fields of a sparse layer: router, experts, shared, gate_bias.
@@ -55,6 +60,8 @@ class Reading:
         )
         router, experts = self.router(layer), _experts(config, row)
         found = {"router": router, "experts": experts, "gate_bias": row.gate_bias}
+        latent = _latent(config, row)
+        found |= {} if latent is None else {"latent": latent}
         shared = None if row.shared is None else _shared(config, row.shared, experts)
         return found if shared is None else found | {"shared": shared}
 
@@ -273,6 +280,10 @@ def _experts(config: Config, row: Row) -> Fields:
     found |= row.experts
     if row.activation:
         found["activation"] = _activation(config, row.activation)
+        if found["activation"] == "situ":
+            require(bool(row.beta), f"{row.activation} is 'situ', which {config.what} has no beta for")
+            found["beta"] = config.get(row.beta, field="beta")
+            found["linear_beta"] = config.get(row.linear_beta, None, field="linear_beta")
     if row.alpha:
         found["alpha"] = config.get(row.alpha, field="alpha")
     if row.clamp:
@@ -281,6 +292,15 @@ def _experts(config: Config, row: Row) -> Fields:
         if found["clamp"] is None:
             found.pop("clamp_at", None)
     return found
+
+
+def _latent(config: Config, row: Row) -> Fields | None:
+    width = config.get(row.latent, None) if row.latent else None
+    if not width:
+        return None
+    integer(row.latent, width, 1)  # here, since the `dim` of an error would be that of the tokens
+    has_norm = row.latent_norm and config.get(row.latent_norm, False)
+    return {"dim": width, "norm_eps": config.get(row.norm_eps) if has_norm else None}
 
 
 def _activation(config: Config, key: str) -> str:

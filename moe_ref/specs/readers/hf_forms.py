@@ -48,6 +48,8 @@ class Form:
     expert_bias: str = ""
     gate_bias: str = ""
     learned_scale: str = ""
+    latent: tuple[str, ...] = ()
+    """Of the projections before and after the routed experts, nn.Linear each, and of the norm before the second."""
     bias_is_optional: bool = False
     """Whether files without a balancing bias exist."""
     ignored: tuple[str, ...] = ()
@@ -57,7 +59,7 @@ class Form:
     def prefixes(self) -> tuple[str, ...]:
         """What the names of the layer begin with: every key with one of these is its own."""
         names = [self.gate, *self.experts.names, *(self.shared.names if self.shared else ())]
-        names += [name for name in (self.token_gate, self.expert_bias) if name]
+        names += [name for name in (self.token_gate, self.expert_bias, *self.latent) if name]
         return tuple(dict.fromkeys(name.partition(".")[0] + "." for name in names))
 
 
@@ -106,7 +108,7 @@ def _in(block: str, form: Form) -> Form:
     return replace(
         form, gate=moved(form.gate), experts=projections(form.experts), expert_bias=moved(form.expert_bias),
         shared=projections(form.shared) if form.shared else None, token_gate=moved(form.token_gate),
-        gate_bias=moved(form.gate_bias), learned_scale=moved(form.learned_scale),
+        gate_bias=moved(form.gate_bias), latent=tuple(map(moved, form.latent)), learned_scale=moved(form.learned_scale),
     )  # fmt: skip
 
 
@@ -114,6 +116,7 @@ CORRECTION = "gate.e_score_correction_bias"
 PLAIN = module()
 BIASED = module(bias=CORRECTION)
 DEEPSEEK = module(bias=CORRECTION, shared="shared_experts")
+KIMI = replace(DEEPSEEK, latent=tuple(f"mlp.routed_expert_{name}.weight" for name in ("down_proj", "up_proj", "norm")))
 SHARED = module(shared="shared_experts")
 QWEN2 = module(shared="shared_expert", token_gate="shared_expert_gate.weight")
 ROUTER = module(gate="router.weight")
@@ -142,6 +145,7 @@ GRANITE_FILE = replace(
 ARIA = module(gate="router.weight", shared="shared_experts", experts=stacked(layout=WeightLayout(fused="halves")))
 NEMOTRON = Form(
     gate="mixer.gate.weight", expert_bias=f"mixer.{CORRECTION}",
+    latent=("mixer.fc1_latent_proj.weight", "mixer.fc2_latent_proj.weight"),
     experts=Projections(gate_up=("mixer.experts.up_proj",), down="mixer.experts.down_proj"), shared=Projections(
         gate_up=("mixer.shared_experts.up_proj.weight",), down="mixer.shared_experts.down_proj.weight"))  # fmt: skip
 MINIMAX_M3 = replace(
@@ -167,7 +171,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
         down="mlp.shared_experts.down_proj.weight")), listed(DEEPSEEK)),
     **dict.fromkeys(("mimo_v2_flash", "beam"), (BIASED, listed(BIASED))),
     "exaone_moe": (DEEPSEEK, listed(DEEPSEEK, expert_bias="mlp.e_score_correction_bias")),
-    "kimi_linear": (DEEPSEEK, replace(_in("block_sparse_moe", DEEPSEEK), experts=w123("block_sparse_moe.experts.{e}"))),
+    "kimi_linear": (KIMI, replace(_in("block_sparse_moe", KIMI), experts=w123("block_sparse_moe.experts.{e}"))),
     "bailing_hybrid": (DEEPSEEK, listed(DEEPSEEK, expert_bias="mlp.gate.expert_bias")),
     "nemotron_h": (NEMOTRON, replace(NEMOTRON, experts=Projections(
         gate_up=("mixer.experts.{e}.up_proj.weight",), down="mixer.experts.{e}.down_proj.weight"))),

@@ -13,7 +13,7 @@ Layers = Callable[[Config, int], list[str | None]]
 
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
-    "relu": "relu", "relu2": "relu2",
+    "relu": "relu", "relu2": "relu2", "situ": "situ",
 }  # fmt: skip
 """Name of an activation in a config -> ours."""
 
@@ -54,6 +54,14 @@ class Row:
     """Key of the activation; '': silu alone."""
     alpha: str = ""
     clamp: str = ""
+    beta: str = ""
+    """Key of beta of situ, and `linear_beta` of the other; read where the activation is situ."""
+    linear_beta: str = ""
+    latent: str = ""
+    """Key of the width of what the routed experts see; null: that of a token."""
+    latent_norm: str = ""
+    """Key of whether that has a norm; then norm_eps is its eps."""
+    norm_eps: str = "rms_norm_eps"
     experts: Mapping[str, Any] = field(default_factory=dict)
     """Field of ExpertSpec -> the value that the code has."""
     shared: Shared | None = None
@@ -80,6 +88,7 @@ class Row:
     def keys(self) -> set[str]:
         """Every key that the row reads, but those of its layers."""
         own = {*self.router.values(), self.width, self.dim, self.activation, self.alpha, self.clamp, *self.only}
+        own |= {self.beta, self.linear_beta, self.latent, self.latent_norm}
         if self.shared is not None:
             own |= {self.shared.count, self.shared.width, self.shared.each, self.shared.combine, self.shared.clamp}
         return own - {"", "none", "same"}

@@ -199,20 +199,6 @@ def _gemma4(config: Config, depth: int) -> list[str | None]:
     return ["moe" if config.get("enable_moe_block", False) else None] * depth
 
 
-def _latent(key: str):
-    def reason(config: Config) -> str:
-        width = config.get(key, None)
-        return f"its experts work in a latent width ({key} {width})" if width else ""
-
-    return reason
-
-
-def _kimi_linear(config: Config) -> str:
-    if config.get("hidden_act", "silu") == "situ":
-        return f"its experts use SiTU-GLU, and work in a latent width ({config.get('routed_expert_hidden_size', None)})"
-    return _latent("routed_expert_hidden_size")(config)
-
-
 GEMMA_REASON = "the router reads the residual through a norm of its own, and the experts another norm of it"
 ERNIE_VL = "its block mixes two kinds of tokens, each with a router and experts of its own"
 
@@ -238,13 +224,12 @@ ROWS = (
     deepseek_v3("exaone_moe", SIZES | GROUPS | NORM | SCALE, shared=COUNTED_2, layers=types(
         flagged("is_moe_layer", prefix("first_k_dense_replace", 1))), also={
             "first_last_k_dense_replace": "first_k_dense_replace"}),
-    deepseek_v3("kimi_linear", KIMI, shared=COUNTED_2, cannot=_kimi_linear, also={
-        "n_shared_experts": "num_shared_experts"}, irrelevant=(
-            "activation_situ_beta", "activation_situ_linear_beta", "latent_moe_use_norm",
-            "routed_expert_hidden_size")),
+    deepseek_v3("kimi_linear", KIMI, shared=COUNTED_2, latent="routed_expert_hidden_size",
+                latent_norm="latent_moe_use_norm", beta="activation_situ_beta",
+                linear_beta="activation_situ_linear_beta", also={"n_shared_experts": "num_shared_experts"}),
     deepseek_v3("bailing_hybrid", KIMI, shared=COUNTED_2, also={"num_experts_per_tok": "num_experts_per_token"}),
-    deepseek_v3("nemotron_h", cannot=_latent("moe_latent_size"), layers=_nemotron_h, activation="mlp_hidden_act",
-                experts={"gated": False}, only=NO_MLP_BIAS, irrelevant=("moe_shared_expert_overlap", "moe_latent_size"),
+    deepseek_v3("nemotron_h", latent="moe_latent_size", layers=_nemotron_h, activation="mlp_hidden_act",
+                experts={"gated": False}, only=NO_MLP_BIAS, irrelevant=("moe_shared_expert_overlap",),
                 shared=Shared(count="n_shared_experts", width="moe_shared_expert_intermediate_size")),
     deepseek_v3("beam", SIZES | GROUPS | NORM | {"output_scale": "routed_scaling_factor"}, shared=None,
                 layers=types(prefix("first_k_dense_replace", 3))),

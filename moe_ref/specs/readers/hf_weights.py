@@ -58,6 +58,7 @@ def params_from_hf(state_dict: Mapping[str, Any] | str | PathLike, config: Any, 
             () if spec.router.learned_scale == "global" else (-1,)
         )
     values |= _experts(own, form.experts, spec)
+    values |= _latent(own, form, spec)
     if spec.shared is not None:
         require(form.shared is not None, f"the config has a shared expert, but no name of one is known: {form.gate}")
         assert form.shared is not None
@@ -102,6 +103,8 @@ def params_to_hf(params: LayerParams, config: Any, *, layer: int, names: str = "
         optional[form.expert_bias] = params.expert_bias_E[None]
     found |= {name: value for name, value in optional.items() if value is not None and name}
     found |= _back(form.experts, params.w_gate_EDF, params.w_up_EDF, params.w_down_EFD, spec, params)
+    latent = (_turned(params.latent_w_down_DH), _turned(params.latent_w_up_HD), params.latent_norm_H)
+    found |= {name: value for name, value in zip(form.latent, latent, strict=False) if value is not None}
     if spec.shared is not None and form.shared is not None:
         assert params.shared_w_up_SDF is not None
         assert params.shared_w_down_SFD is not None
@@ -200,6 +203,23 @@ def _experts(own: _Names, place: Projections, spec: LayerSpec) -> dict[str, Any]
         b_gate, b_up = place.layout.bias_to_canonical(own.get(place.biases[0]))
         found |= {"b_up_EF": b_up, "b_down_ED": own.get(place.biases[1]), "b_gate_EF": b_gate}
     return found
+
+
+def _latent(own: _Names, form: Form, spec: LayerSpec) -> dict[str, np.ndarray]:
+    if spec.latent is None:
+        return {}
+    fields = ("latent_w_down_DH", "latent_w_up_HD", "latent_norm_H")
+    wanted = fields[: 2 if spec.latent.norm_eps is None else 3]
+    require(
+        len(form.latent) >= len(wanted), f"the config has a latent, but no name of its weights is known: {form.gate}"
+    )
+    values = (own.get(name) for name in form.latent[: len(wanted)])
+    return {field: _turned(value) for field, value in zip(wanted, values, strict=True)}
+
+
+def _turned(w: Any) -> Any:
+    """Between [in, out] and [out, in]; a norm has one axis, and there may be none."""
+    return w if w is None or np.ndim(w) < 2 else np.swapaxes(w, 0, 1)
 
 
 def _shared(own: _Names, place: Projections, spec: LayerSpec) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ decoder_block and on the beginning of model_name. A part of a config is read wit
 
 import ast
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from moe_ref.specs.checks import nearest, require
@@ -25,6 +26,8 @@ BLOCKS = ("mixtral", "qwen3_moe", "gpt_oss", "llama4", "deepseek", "gemma4")
 GROUPED = ("deepseek3", "deepseek4", "kimi-k2")
 """Beginnings of model_name that route by DeepSeek-V3's rule."""
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu_tanh", "relu": "relu"}
+OF_GPT_OSS = {"sigmoid": "silu"}
+"""It multiplies the gate half by the activation of 1.702 times that: z * sigmoid(1.702 * z)."""
 SELECTED = {"score_over": "selected", "select_by": "logit"}
 WORDS = ("expert", "rout", "moe", "top_k", "topk", "mlp_act", "capacity_factor", "mlp_bias", "num_hash",
     "decoder_block",
@@ -44,7 +47,8 @@ IRRELEVANT = Irrelevant(
         "moe_routing_maps",
         "te_moe_block", "first_num_dense_layers", "interleave_moe_layer_step", "ici_expert_parallelism",
         "dcn_expert_parallelism", "expert_shard_attention_option", "moe_dispatch_no_expert_sharding", "mlp_dim",
-        "base_mlp_dim", "decode_sampling_top_k", "padded_base_moe_mlp_dim", "moe_pin_sparse_core_all_gather",
+        "base_mlp_dim", "decode_sampling_top_k", "padded_base_moe_mlp_dim", "indexer_topk",
+        "moe_pin_sparse_core_all_gather",
     ),
 )  # fmt: skip
 
@@ -56,6 +60,8 @@ def read(config: Any, *, ignore: Iterable[str] = ()) -> tuple[Fields, Config]:
         ValueError: it has no experts, does what no LayerSpec describes, or a key of its MoE layers is unknown.
     """
     values = load(config, parse=parse)
+    if isinstance(config, (str, Path)):
+        values.setdefault("model_name", Path(config).stem)  # as model_name=NAME loads configs/models/NAME.yml
     found = Config(values, "a config of MaxText", defaults=DEFAULTS)
     experts = found.get("num_experts", field="num_experts")
     require(
@@ -81,8 +87,8 @@ def read(config: Any, *, ignore: Iterable[str] = ()) -> tuple[Fields, Config]:
     fields["gate_bias"] = block == "gpt_oss" and bool(found.get("routed_bias"))
     shared = found.get("shared_experts", field="num_shared_experts") if block in ("deepseek", "llama4") else 0
     if shared:
-        fields["shared"] = {"hidden_dim": shared * fields["experts"]["hidden_dim"],
-                            "clamp": fields["experts"].get("clamp")}  # fmt: skip
+        # Without the clamp of the routed experts: MaxText's MlpBlock has none.
+        fields["shared"] = {"hidden_dim": shared * fields["experts"]["hidden_dim"]}
     about_layers = {key for key in values if any(word in key for word in WORDS)}
     others = values.keys() - about_layers
     unused = {"shared_experts"} if block not in ("deepseek", "llama4") else set()
@@ -119,7 +125,9 @@ def _router(config: Config, block: str) -> Fields:
     require(grouped or not bias,
     f"routed_bias is True; with model_name {name!r} it is part of the weights, which it is not "
                                  f"in those that begin with {', '.join(GROUPED)}")  # fmt: skip
-    found: Fields = {"score_func": score, "route_norm": score != "softmax", "route_scale": scale}
+    found: Fields = {"score_func": score, "route_scale": scale}
+    if score != "softmax":
+        found |= {"route_norm": True, "norm_eps": 1e-20}
     if groups not in (-1, None):
         require(grouped, f"n_routing_groups is {groups!r}; MaxText reads it in models {', '.join(GROUPED)} alone, and "
                          f"model_name is {name!r}")  # fmt: skip
@@ -131,14 +139,15 @@ def _experts(config: Config, block: str) -> Fields:
     dim = config.get("emb_dim" if config.has("emb_dim") else "base_emb_dim", field="dim")
     width = config.get("moe_mlp_dim" if config.has("moe_mlp_dim") else "base_moe_mlp_dim", field="hidden_dim")
     acts = list(config.get("mlp_activations"))
+    known = OF_GPT_OSS if block == "gpt_oss" else ACTIVATIONS
     require(
-        len(acts) == 2 and acts[1] == "linear" and acts[0] in ACTIVATIONS,
-        f"mlp_activations is {acts!r}; it is one of {sorted(ACTIVATIONS)}, and 'linear'",
+        len(acts) == 2 and acts[1] == "linear" and acts[0] in known,
+        f"mlp_activations is {acts!r}; with decoder_block {block!r} it is one of {sorted(known)}, and 'linear'",
     )
-    found: Fields = {"dim": dim, "hidden_dim": width, "activation": ACTIVATIONS[acts[0]]}
+    found: Fields = {"dim": dim, "hidden_dim": width, "activation": known[acts[0]]}
     limit, bias = config.get("mlp_activations_limit"), config.get("mlp_bias")
     if block == "gpt_oss":
-        found |= {"activation": "silu", "alpha": 1.702, "up_offset": 1.0, "bias": bool(bias)}
+        found |= {"alpha": 1.702, "up_offset": 1.0, "bias": bool(bias)}
     else:
         require(not bias, f"mlp_bias is True; with decoder_block {block!r} no public model has it")
     if limit and limit > 0 and block in ("gpt_oss", "deepseek"):

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from moe_ref.specs.checks import nearest, require
+from moe_ref.specs.names import dtype_named
 from moe_ref.specs.readers.config import Config, Irrelevant, load
 from moe_ref.specs.readers.hf_row import Fields
 
@@ -20,7 +21,8 @@ SYNONYMS = {
 """Name of an argument -> of the config."""
 DEFAULTS: Fields = {
     "moe_router_topk": 2, "moe_router_score_function": "softmax", "moe_router_pre_softmax": False,
-    "moe_router_num_groups": None, "moe_router_group_topk": None, "moe_router_topk_scaling_factor": None,
+    "moe_router_dtype": None, "moe_router_num_groups": None, "moe_router_group_topk": None,
+    "moe_router_topk_scaling_factor": None,
     "moe_ffn_hidden_size": None, "ffn_hidden_size": None, "gated_linear_unit": False, "activation_func": "gelu",
     "moe_shared_expert_intermediate_size": None, "moe_shared_expert_gate": False, "moe_apply_probs_on_input": False,
     "add_bias_linear": True, "activation_func_clamp_value": None, "glu_linear_offset": 0.0, "moe_layer_freq": 1,
@@ -41,7 +43,7 @@ BALANCING = {"aux_loss", "seq_aux_loss", "global_aux_loss", "none"}
 IRRELEVANT = Irrelevant(
     (
         "moe_router_enable_expert_bias", "moe_router_bias_update_rate", "moe_aux_loss_coeff", "moe_z_loss_coeff",
-        "moe_router_dtype", "moe_grouped_gemm", "moe_permute_fusion", "moe_token_dispatcher_type", "moe_router_fusion",
+        "moe_grouped_gemm", "moe_permute_fusion", "moe_token_dispatcher_type", "moe_router_fusion",
         "moe_token_drop_policy", "moe_token_dropping", "moe_per_layer_logging", "moe_use_legacy_grouped_gemm",
         "moe_shared_expert_overlap", "moe_input_jitter_eps", "moe_router_padding_for_fp8", "moe_extended_tp",
         "moe_router_padding_for_quantization", "moe_layer_recompute", "moe_flex_dispatcher_backend",
@@ -93,6 +95,9 @@ def _router(config: Config, experts: int) -> Fields:
     score = config.get("moe_router_score_function", field="score_func")
     require(isinstance(top_k, int), f"moe_router_topk is {top_k!r}; it is an integer")
     found: Fields = {"num_experts": experts, "top_k": top_k, "score_func": score}
+    dtype = config.get("moe_router_dtype", field="router_dtype")
+    if dtype is not None:  # without it the router has the dtype of the run, of which a config says nothing
+        found["router_dtype"] = dtype_named(dtype)
     if score == "softmax" and not config.get("moe_router_pre_softmax"):
         require(top_k > 1, "moe_router_topk is 1 without moe_router_pre_softmax; Megatron refuses that")
         found |= {"score_over": "selected", "select_by": "logit"}

@@ -1,0 +1,1 @@
+"""conformance, vectors: stored calls with what they return, for an implementation in any language."""
