@@ -10,6 +10,7 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, S shared
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,11 @@ from moe_torch.capacity import apply_capacity
 from moe_torch.constants import ConstantExperts
 from moe_torch.dispatcher import LocalTokenDispatcher, TokenDispatcher
 from moe_torch.experts import GroupedExperts, run_experts
+from moe_torch.invariant import of_each_token
 from moe_torch.latent import Latent
 from moe_torch.parts import Linear
 from moe_torch.router import Gate, NodeLimitedRouter
-from moe_torch.routing import Routing, join_routings
+from moe_torch.routing import Routing
 
 
 class SharedExperts(nn.Module):
@@ -193,21 +195,17 @@ class MoE(nn.Module):
     def _each_alone(
         self, x: Tensor, token_mask: Tensor | None, inputs: RouterInputs, router_spec: RouterSpec | None
     ) -> tuple[Tensor, Routing]:
-        """The same calls on tensors of the same shapes for each token, whatever the others are."""
+        """The layer on each token alone."""
         spec, x_TD = router_spec or self.spec.router, x.reshape(-1, x.shape[-1])
         check_batch_invariant(spec, None if router_spec else self.capacity)
         T = len(x_TD)
         if T == 0:
             return self._of_batch(x, token_mask, inputs, None, router_spec)
         inputs.check(spec, T)
-        mask_T = torch.ones_like(x_TD[:, 0], dtype=torch.bool) if token_mask is None else token_mask.reshape(-1)
-        alone = [
-            # With memory of its own: a kernel may look at where a row begins.
-            self._of_batch(x_TD[t : t + 1].clone(), mask_T[t : t + 1], own, None, router_spec)
-            for t, own in enumerate(inputs.shards(spec, [1] * T))
-        ]
-        outputs, routings = zip(*alone, strict=True)
-        return torch.cat(outputs).view(x.shape), join_routings(routings)
+        mask_T = None if token_mask is None else token_mask.reshape(-1)
+        layer = partial(self._of_batch, sequence_lengths=None, router_spec=router_spec)
+        output_TD, routing = of_each_token(layer, x_TD, mask_T, inputs, spec)
+        return output_TD.view(x.shape), routing
 
     def _of_batch(
         self,

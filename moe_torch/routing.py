@@ -8,9 +8,8 @@ stages compute in float32 (float64 for float64 logits), the choice is not differ
 Start at `route`; `router.NodeLimitedRouter` adds the gate and the balancing bias.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -80,23 +79,6 @@ class Routing:
             return stages.biased_scores_TE
         kept_TE = kept_experts(self.group_ids_TL, stages.group_scores_TG, stages.biased_scores_TE)
         return stages.biased_scores_TE.masked_fill(~kept_TE, self.mask_fill)
-
-
-def join_routings(routings: Sequence[Routing]) -> Routing:
-    """The routing of consecutive batches as that of one."""
-
-    def joined(name: str, parts: Sequence[Any]) -> Tensor | None:
-        tensors = [getattr(part, name) for part in parts]
-        return None if tensors[0] is None else torch.cat(tensors)
-
-    def stages() -> Stages:
-        return Stages(
-            **{field.name: joined(field.name, [each._stages() for each in routings]) for field in fields(Stages)}
-        )
-
-    names = [field.name for field in fields(Routing) if field.name not in ("mask_fill", "stages")]
-    tensors: dict[str, Any] = {name: joined(name, routings) for name in names}
-    return Routing(mask_fill=routings[0].mask_fill, stages=stages, **tensors)
 
 
 def host_reads_are_free(values: Tensor) -> bool:
