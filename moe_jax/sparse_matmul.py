@@ -25,11 +25,13 @@ from moe_jax.arrays import AxisName
 from moe_jax.capacity import apply_capacity
 from moe_jax.experts import hide, join, keep_tokens, null_output
 from moe_jax.grouped_matmul import grouped_matmul
+from moe_jax.invariant import of_each_token
 from moe_jax.latent import compress, expand
 from moe_jax.permute import RouteMetadata, dispatch, permute, unpermute
 from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.balance import CapacitySpec
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
+from moe_ref.specs.invariant import check_batch_invariant
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
 from moe_ref.specs.params import LayerParams
 from moe_ref.specs.router import RouterSpec
@@ -69,6 +71,7 @@ def sparse_matmul(
     num_emb_chunks: int = 1,
     precision: lax.PrecisionLike = None,
     implementation: str = "auto",
+    batch_invariant: bool = False,
 ) -> tuple[jax.Array, RouteOutput]:
     """One MoE layer: every token visits its own experts, and no other.
 
@@ -84,11 +87,21 @@ def sparse_matmul(
         num_token_chunks: the routed experts run on this many chunks of the tokens, one after the other.
         num_emb_chunks: rows are moved in this many chunks of the model dim; their up projections are summed.
         precision, implementation: as in `grouped_matmul`.
+        batch_invariant: the output of a token has the same bits whatever else is in the batch: each is computed alone,
+            one after the other, many times slower (docs/invariant.md).
 
     Returns:
         output_TD: (T, D) in the dtype of x_TD, and what the router decided.
     """
     check_tokens(x_TD, spec)
+    if batch_invariant:
+        check_batch_invariant(spec.router, capacity)
+        inputs.check(spec.router, len(x_TD))
+        layer = partial(
+            sparse_matmul, params=params, spec=spec, align=align, num_emb_chunks=num_emb_chunks, precision=precision,
+            implementation=implementation,
+        )  # fmt: skip
+        return of_each_token(layer, x_TD, token_mask_T, inputs, spec.router)
     clean_x_TD = keep_tokens(jnp.asarray(x_TD), token_mask_T)
     logits_TE = routing.gate(clean_x_TD, params.gate_ED, params.gate_bias_E, spec=spec.router)
     decided, metadata = route_tokens(

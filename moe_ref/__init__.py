@@ -19,6 +19,7 @@ from moe_ref.balance import (
 from moe_ref.capacity import CapacityTrace, apply_capacity
 from moe_ref.dispatch import plan, plan_chunks
 from moe_ref.experts import combine, run_experts
+from moe_ref.invariant import layer_of_each
 from moe_ref.layer import LayerTrace, moe_layer
 from moe_ref.permute import Permutation, permute, unpermute
 from moe_ref.replay import capture, replay, replay_layer
@@ -93,6 +94,7 @@ __all__ = [
     "home",
     "home_gradients",
     "layer_backward",
+    "layer_of_each",
     "load_records",
     "load_statistics",
     "moe_layer",

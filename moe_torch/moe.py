@@ -10,6 +10,7 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, S shared
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.balance import CapacitySpec
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
+from moe_ref.specs.invariant import check_batch_invariant
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
 from moe_ref.specs.params import LayerParams
 from moe_ref.specs.router import RouterSpec
@@ -30,6 +32,7 @@ from moe_torch.capacity import apply_capacity
 from moe_torch.constants import ConstantExperts
 from moe_torch.dispatcher import LocalTokenDispatcher, TokenDispatcher
 from moe_torch.experts import GroupedExperts, run_experts
+from moe_torch.invariant import of_each_token
 from moe_torch.latent import Latent
 from moe_torch.parts import Linear
 from moe_torch.router import Gate, NodeLimitedRouter
@@ -85,6 +88,8 @@ class MoE(nn.Module):
         spec: what is computed.
         capacity: how many slots an expert takes; None: all.
         align: the experts see their rows padded up to a multiple; None: as they are. No value depends on it.
+        batch_invariant: the output of a token has the same bits whatever else is in the batch: each is computed alone,
+            one after the other, many times slower (docs/invariant.md). It may be set at any time.
         capacity_group: the ranks over which a batch is spread, for a capacity of scope 'global'; None: this process.
     """
 
@@ -97,6 +102,7 @@ class MoE(nn.Module):
         capacity: CapacitySpec | None = None,
         capacity_group: dist.ProcessGroup | None = None,
         align: AlignSpec | None = None,
+        batch_invariant: bool = False,
         device=None,
         dtype=None,
     ):
@@ -105,6 +111,7 @@ class MoE(nn.Module):
         self.spec = spec
         self.capacity = capacity
         self.capacity_group = capacity_group
+        self.batch_invariant = batch_invariant
         self.router = NodeLimitedRouter(experts.dim, router, gate_bias=spec.gate_bias, device=device, dtype=dtype)
         self.dispatcher: TokenDispatcher = LocalTokenDispatcher(router.num_experts, router.num_choices, align)
         self.experts = GroupedExperts(router.num_experts, spec.routed_experts, device=device, dtype=dtype)
@@ -181,6 +188,34 @@ class MoE(nn.Module):
         router_spec: RouterSpec | None = None,
     ) -> tuple[Tensor, Routing]:
         """The output, and what the router decided, for losses, counts and records; arguments as in `forward`."""
+        if self.batch_invariant:
+            return self._each_alone(x, token_mask, inputs, router_spec)
+        return self._of_batch(x, token_mask, inputs, sequence_lengths, router_spec)
+
+    def _each_alone(
+        self, x: Tensor, token_mask: Tensor | None, inputs: RouterInputs, router_spec: RouterSpec | None
+    ) -> tuple[Tensor, Routing]:
+        """The layer on each token alone."""
+        spec, x_TD = router_spec or self.spec.router, x.reshape(-1, x.shape[-1])
+        check_batch_invariant(spec, None if router_spec else self.capacity)
+        T = len(x_TD)
+        if T == 0:
+            return self._of_batch(x, token_mask, inputs, None, router_spec)
+        inputs.check(spec, T)
+        mask_T = None if token_mask is None else token_mask.reshape(-1)
+        layer = partial(self._of_batch, sequence_lengths=None, router_spec=router_spec)
+        output_TD, routing = of_each_token(layer, x_TD, mask_T, inputs, spec)
+        return output_TD.view(x.shape), routing
+
+    def _of_batch(
+        self,
+        x: Tensor,
+        token_mask: Tensor | None,
+        inputs: RouterInputs,
+        sequence_lengths: Sequence[int] | None,
+        router_spec: RouterSpec | None,
+    ) -> tuple[Tensor, Routing]:
+        """The layer on all tokens together."""
         x_TD = x.reshape(-1, x.shape[-1])
         mask_T = None if token_mask is None else token_mask.reshape(-1)
         if mask_T is not None:

@@ -176,6 +176,8 @@ class Subject:
             align: an AlignSpec: the experts see padded rows, and the output is the same.
             sequence_lengths, tokens_per_shard: the consecutive parts of the tokens that a scope of the capacity needs.
             token_ids_T, table_VK, given_ids_TK, given_weights_TK, seed: as `route` gets them.
+            batch_invariant: True, where the bits of a token's output are to be the same in any batch; of `layer` alone.
+                To name it is to declare that they then are.
 
         The arrays are the judge's: a method that writes to one changes what its caller computes with.
         """

@@ -310,10 +310,11 @@ def stable_T(case: LayerCase, dtype: str) -> np.ndarray:
     if spec.selector != "top_k" or case.num_tokens == 0:
         return np.ones(case.num_tokens, dtype=bool)
     trace = router.reference
-    assert trace.scores_TE is not None  # top_k ranks them
-    assert trace.scores_for_choice_TE is not None
+    assert trace.scores_for_choice_TE is not None  # top_k ranks them
+    slope_TE = 1 if spec.select_by == "logit" else trace.scores_TE
+    assert slope_TE is not None  # without scores it is logits that are ranked
     from_logits_T1 = 2 * spec.logit_scale * radius_T1(case, gate(case, dtype))
-    from_logits_TE = from_logits_T1 * (1 if spec.select_by == "logit" else trace.scores_TE)
+    from_logits_TE = from_logits_T1 * slope_TE
     error_TE = choice_error(router, dtype) + from_logits_TE
     chosen_TE = np.zeros(error_TE.shape, dtype=bool)
     np.put_along_axis(chosen_TE, np.maximum(trace.expert_ids_TK, 0), True, axis=-1)

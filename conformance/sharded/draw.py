@@ -109,6 +109,15 @@ DISPATCH_SPECS = tuple(
 """Dispatch looks at the ids alone: they are given."""
 
 
+BOUNDED_RINGS: tuple[dict[str, Any], ...] = (
+    {"expert": 2, "buffer_factor": 0.5},
+    {"expert": 4, "buffer_factor": 1.0},
+    {"fsdp": 2, "expert": 2, "buffer_factor": 0.5},
+    {"expert": 2, "tensor": 2, "buffer_factor": 0.75},
+)
+"""Rings of experts with room for less than all rows, one for each layer."""
+
+
 def meshes() -> list[dict]:
     """Every mesh of at most 8 devices whose expert degree is 1, 2, 4 or 8."""
     sizes = range(1, MOST_RANKS + 1)
@@ -127,6 +136,9 @@ def every_setting(specs: tuple[LayerSpec, ...]) -> tuple[Setting, ...]:
             if plain is not None and (place < MESHES_EACH or number not in seen):
                 found += [plain, _with_options(plain, rng)]
                 seen.add(number)
+    for number, spec in enumerate(specs):
+        ring = ShardLayout(**BOUNDED_RINGS[number % len(BOUNDED_RINGS)], strategy="ring_of_experts")
+        found += [setting for setting in [_valid(spec, ring)] if setting is not None]
     return tuple(sorted(dict.fromkeys(found), key=lambda setting: setting.layout.num_ranks))
 
 
@@ -147,7 +159,7 @@ def _with_options(plain: Setting, rng: np.random.Generator) -> Setting:
     options += [{"ranks_per_node": n} for n in (1, 2, 4) if n < ep and ep % n == 0]
     if spec not in DISPATCH_SPECS:  # its plan is that of one exchange
         options += [{"num_token_chunks": int(rng.choice([2, 4]))}, {"num_emb_chunks": 2}]
-    if layout.facts.has_buffer:
+    if layout.strategy == "ragged_all_to_all":  # the ring has BOUNDED_RINGS
         options += [{"buffer_factor": float(rng.choice([0.5, 1.0, 1.5]))}] * 2
     for number in rng.permutation(len(options))[: int(rng.integers(1, 4))]:
         try:
@@ -230,7 +242,7 @@ def _wanted_by(setting: Setting) -> frozenset:
     found: set = {("strategy", layout.strategy, sharded), ("expert", layout.expert)}
     for check in checks:
         if check.method != "dispatch" and check.spec(spec) and check.layout(layout) and layout.num_ranks > 1:
-            every_strategy = sharded and check.requirement in ("LYT-2", "LYT-31")
+            every_strategy = sharded and check.requirement in ("LYT-2", "LYT-13", "LYT-31")
             found.add((check.requirement, layout.strategy if every_strategy else ""))
     return frozenset(found | ({("groups",)} if layout.num_rank_groups > 1 and sharded else set()))
 

@@ -88,8 +88,17 @@ class Reference(Subject):
         return experts_room.combine(slots_TKD, weights_TK.astype(self.compute_dtype), spec.router)
 
     def layer(
-        self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Unpack[CutLayerInputs]
+        self,
+        x_TD: np.ndarray,
+        params: LayerParams,
+        spec: LayerSpec,
+        *,
+        batch_invariant: bool = False,
+        **inputs: Unpack[CutLayerInputs],
     ) -> np.ndarray:
+        if batch_invariant:
+            how = RouterInputs.keywords(inputs)
+            return moe_ref.layer_of_each(x_TD, params, spec, dtype=self.compute_dtype, **how)
         return self._traced(x_TD, params, spec, inputs).output_TD
 
     def layer_gradients(

@@ -242,7 +242,7 @@ class Ring(Exchange):
     def plan(self, places_TK: jax.Array, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
         """Each rank has the tokens of all, in the order of the ranks, and picks the rows of its own experts."""
         T = len(places_TK)
-        here = _plan_here(_gather_tokens(places_TK), layout, router)
+        here = _plan_here(_gather_tokens(places_TK), layout, router, room=buffer_rows(layout, router, T))
         whole_S = jnp.full((layout.expert,), T, jnp.int32)
         return replace(
             here, send_sizes_S=whole_S, recv_sizes_S=whole_S, output_offsets_S=whole_S * lax.axis_index("expert")
@@ -314,19 +314,22 @@ def buffer_rows(layout: ShardLayout, router: RouterSpec, num_tokens: int) -> int
     return layout.buffer_rows(layout.expert * num_tokens, router.num_experts, router.top_k)
 
 
-def _plan_here(places_TK, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
-    """The rows of this rank's experts among tokens that are here."""
+def _plan_here(places_TK, layout: ShardLayout, router: RouterSpec, room: int | None = None) -> ShardMetadata:
+    """The rows of this rank's experts among tokens that are here, as far as there is room; None: there always is."""
     e, S = router.num_experts // layout.expert, layout.expert
     local_TK = places_TK - e * lax.axis_index("expert")
     found = local_permute(jnp.where((local_TK >= 0) & (local_TK < e), local_TK, -1), e)
     # Rows past the most that can be worked on are of the tail.
-    R = len(places_TK) * slots_per_rank(layout, router)
+    R = len(places_TK) * slots_per_rank(layout, router) if room is None else room
+    ends_e = jnp.cumsum(found.group_sizes_E, dtype=jnp.int32)
+    kept_TK = found.has_expert_TK & (found.row_of_slot_TK < R)
     # What has an expert is said slot by slot: where all R rows are used, no row is left to point the others to.
     rows = SentMetadata(
-        group_sizes_E=found.group_sizes_E,
+        # Rows are sorted by expert: the later ones lose theirs.
+        group_sizes_E=jnp.diff(jnp.minimum(ends_e, R), prepend=jnp.int32(0)),
         slot_of_row_R=found.slot_of_row_R[:R],
-        row_of_slot_TK=jnp.where(found.has_expert_TK, found.row_of_slot_TK, 0),
-        sent_TK=found.has_expert_TK,
+        row_of_slot_TK=jnp.where(kept_TK, found.row_of_slot_TK, 0),
+        sent_TK=kept_TK,
         sent_R=found.has_expert_R[:R],
     )
     none_S = jnp.zeros((S,), jnp.int32)
@@ -337,7 +340,7 @@ def _plan_here(places_TK, layout: ShardLayout, router: RouterSpec) -> ShardMetad
         recv_sizes_S=none_S,
         input_offsets_S=none_S,
         output_offsets_S=none_S,
-        overflow_1=jnp.zeros((1,), jnp.int32),
+        overflow_1=jnp.maximum(ends_e[-1:] - R, 0),
     )
 
 

@@ -52,7 +52,10 @@ STRATEGY_FACTS: dict[str, StrategyFacts] = {
         summary="The same, into a receive buffer of fixed size; what finds no room is dropped.", has_buffer=True
     ),
     "ring_of_experts": StrategyFacts(
-        summary="Tokens are gathered over the rank group, and partial outputs reduce-scattered.", partial_sums="rank"
+        summary="Tokens are gathered over the rank group, and partial outputs reduce-scattered; what finds no room in "
+        "a bounded buffer is dropped.",
+        has_buffer=True,
+        partial_sums="rank",
     ),
     "replicated": StrategyFacts(
         summary="The rank group shares its tokens, nothing is sent, and partial outputs are summed.",
@@ -137,8 +140,7 @@ class ShardLayout(Spec):
             with_buffer = ", ".join(repr(name) for name, facts in STRATEGY_FACTS.items() if facts.has_buffer)
             require(
                 self.facts.has_buffer,
-                f"buffer_factor is {self.buffer_factor!r} with strategy {self.strategy!r}; only {with_buffer} "
-                "has a buffer",
+                f"buffer_factor is {self.buffer_factor!r} with strategy {self.strategy!r}; it is of {with_buffer}",
             )
 
     def check(self, spec: RouterSpec | LayerSpec) -> None:
@@ -282,7 +284,8 @@ class ShardLayout(Spec):
         return [slice(begin, end) for begin, end in pairwise(ends)]
 
     def buffer_rows(self, num_tokens: int, num_experts: int, top_k: int) -> int:
-        """Rows of a receive buffer of ragged_all_to_all, for a rank group of num_tokens tokens (of one chunk).
+        """Rows that a rank has room for, for a rank group of num_tokens tokens (of one chunk): ragged_all_to_all
+        receives them, ring_of_experts picks them out of the tokens of all.
 
         Balanced load is B = num_tokens * top_k / expert rows on each rank. The experts of a token are distinct, so a
         rank receives at most min(top_k, E / expert) rows of a token: never more than the worst case

@@ -85,6 +85,7 @@ def parallelize(moe: MoE, mesh: DeviceMesh, layout: ShardLayout, **fully_shard_o
     """
     require(isinstance(moe.dispatcher, LocalTokenDispatcher), "the layer is parallel already")
     require(moe.dispatcher.align is None, f"align is {moe.dispatcher.align}; over ranks it is None")
+    require(not moe.batch_invariant, "batch_invariant is True; over ranks it is False")
     why_not = unsupported(layout)
     require(why_not is None, str(why_not))
     layout.check(moe.spec)

@@ -207,13 +207,12 @@ def test_parameters_lie_where_their_specs_say():
 
 
 @lru_cache
-def truncating(factor):
-    return replace(RAGGED, data=1, buffer_factor=factor, num_token_chunks=2)
+def truncating(strategy):
+    return replace(RAGGED, data=1, strategy=strategy, buffer_factor=0.75, num_token_chunks=2)
 
 
-def given_case(load: str):
+def given_case(load: str, layout: ShardLayout):
     rng = np.random.default_rng(3)
-    layout = truncating(0.75)
     x_TD, params, d_output_TD, mask_T = case(GIVEN, layout, 6, seed=3)
     ids_TK = np.argsort(rng.random((len(x_TD), 8)), axis=-1)[:, :2]
     if load == "one rank":
@@ -224,9 +223,10 @@ def given_case(load: str):
 
 @pytest.mark.parametrize("fill", POISONS)
 @pytest.mark.parametrize("load", ["spread", "one rank"])
-def test_a_full_buffer_drops_the_slots_that_the_reference_drops(load, fill):
-    layout = truncating(0.75)
-    x_TD, params, d_output_TD, mask_T, ids_TK = given_case(load)
+@pytest.mark.parametrize("strategy", ["ragged_all_to_all", "ring_of_experts"])
+def test_a_full_buffer_drops_the_slots_that_the_reference_drops(strategy, load, fill):
+    layout = truncating(strategy)
+    x_TD, params, d_output_TD, mask_T, ids_TK = given_case(load, layout)
     inputs = RouterInputs(given_ids_TK=ids_TK)
     found = ran(GIVEN, layout, x_TD, params, d_output_TD, mask_T, fill, inputs)
     parts = [np.split(array, 4) for array in (x_TD, mask_T, d_output_TD)]

@@ -20,6 +20,7 @@ from moe_ref.permute import dispatch as reference_dispatch
 from moe_ref.permute import permute as reference_permute
 from moe_ref.permute import unpermute as reference_unpermute
 from moe_ref.specs.align import AlignSpec
+from moe_ref.specs.balance import CapacitySpec
 from moe_ref.specs.inputs import RouterInputs
 from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
 from moe_ref.specs.layout import ShardLayout
@@ -302,3 +303,16 @@ def test_exact_gelu_differentiates_any_number_of_times_inside_shard_map():
         for found in (mine, jax.shard_map(mine, mesh=mesh, in_specs=own, out_specs=own)):
             np.testing.assert_allclose(jax.jit(found)(z_F), its(z_F), rtol=1e-5, atol=1e-6)
         mine, its = (jax.grad(lambda z, f=f: f(z).sum()) for f in (mine, its))
+
+
+def test_batch_invariant_tokens_have_their_own_bits():
+    spec = LayerSpec(router=LAYERS["deepseek_v3"].router, experts=ExpertSpec(dim=96, hidden_dim=130))
+    params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), LayerParams.init(spec, 0))
+    x_TD = np.random.default_rng(0).standard_normal((33, 96)).astype(np.float32)
+    run = jax.jit(partial(sparse_matmul, spec=spec, batch_invariant=True))
+    output_TD, decided = jax.tree.map(np.asarray, run(x_TD, params))
+    np.testing.assert_array_equal(run(x_TD[::-1], params)[0], output_TD[::-1])
+    np.testing.assert_array_equal(run(x_TD[[20]], params)[0], output_TD[[20]])
+    assert decided.expert_ids_TK.shape == (33, 3)
+    with pytest.raises(ValueError, match="batch_invariant"):
+        sparse_matmul(x_TD, params, spec, batch_invariant=True, capacity=CapacitySpec(slots=1))

@@ -47,7 +47,8 @@ def groups(plans, layout):
 
 
 def wanted_at(e, group, layout, router, ids_by_shard):
-    """Every (source, slot) whose expert rank e of a group owns, by source, place and slot."""
+    """Every (source, slot) whose expert rank e of a group owns, in the order of admission: by source, place and slot;
+    the ring has them all, and keeps them by place, source and slot."""
     shards = [ids_by_shard[shard] for shard in layout.shards_of_group(group)]
     found = []
     for source, ids_TK in enumerate(shards):
@@ -55,7 +56,8 @@ def wanted_at(e, group, layout, router, ids_by_shard):
             if 0 <= expert_id < router.num_experts and layout.owner_of(expert_id, router.num_experts) == e:
                 place = layout.place_of(expert_id, router.num_experts)
                 found.append((e if layout.facts.shares_tokens else source, place, slot))
-    return sorted(found)
+    by_place = layout.strategy == "ring_of_experts"
+    return sorted(found, key=lambda row: (row[1], row[0], row[2]) if by_place else row)
 
 
 def check_laws(plans, layout, router, ids_by_shard):
@@ -211,6 +213,18 @@ def test_a_full_buffer_admits_sources_in_rank_order_and_drops_the_rest():
     assert (first.send_sizes_S.tolist(), second.send_sizes_S.tolist()) == ([2, 3], [0, 0])
     assert first.input_offsets_S.tolist() == [0, 2]
     assert second.order_R2.tolist() == [[0, 2], [0, 4], [0, 1]]
+
+
+def test_a_full_buffer_of_the_ring_keeps_the_rows_of_the_first_experts():
+    layout = ShardLayout(expert=2, strategy="ring_of_experts", buffer_factor=0.75)
+    first, second = plan(TWO_RANKS, layout, TWO)
+    # Rank 1 picks slots 2, 4 and 1 (of rank 1) for expert 2, then 1, 5 and 0 (of rank 1) for expert 3.
+    assert (first.buffer_rows, second.buffer_rows) == (3, 3)
+    assert second.order_R2.tolist() == [[0, 2], [0, 4], [1, 1]]
+    assert (first.group_sizes_e.tolist(), second.group_sizes_e.tolist()) == ([1, 1], [3, 0])
+    assert (first.overflow, second.overflow) == (0, 3)
+    assert (first.dropped_slots_N.tolist(), second.dropped_slots_N.tolist()) == ([1, 5], [0])
+    assert (first.send_sizes_S.tolist(), second.send_sizes_S.tolist()) == ([3, 3], [1, 1])
 
 
 def test_one_token_with_two_experts_on_a_far_node_crosses_once():

@@ -107,7 +107,7 @@ def test_groups_that_lie_on_whole_nodes_are_accepted():
     ({"ranks_per_node": 0}, "ranks_per_node is 0; it is an integer between 1 and 4"),
     ({"ranks_per_node": 3}, r"ranks_per_node is 3, which does not divide the expert axis \(4\)"),
     ({"groups_per_node": 0}, "groups_per_node is 0; it is an integer at least 1"),
-    ({"buffer_factor": 1.0}, "buffer_factor is 1.0 with strategy 'all_to_all'; only 'ragged_all_to_all' has a buffer"),
+    ({"buffer_factor": 1.0}, "buffer_factor is 1.0 with strategy 'all_to_all'; it is of 'ragged_all_to_all', "),
     ({"buffer_factor": 0.0, "strategy": "ragged_all_to_all"}, "buffer_factor is 0.0; .* greater than 0.0"),
     ({"buffer_factor": np.inf, "strategy": "ragged_all_to_all"}, "buffer_factor is inf; it is a finite number"),
 ])  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 
 from moe_ref.backward.layer import layer_backward
 from moe_ref.layer import moe_layer
+from moe_ref.specs.balance import CapacitySpec
 from moe_ref.specs.inputs import RouterInputs
 from moe_ref.specs.layer import ExpertSpec, LatentSpec, LayerSpec, SharedSpec
 from moe_ref.specs.params import LayerParams
@@ -366,3 +367,28 @@ def test_under_autocast_experts_compute_in_its_dtype():
     errors = row_errors(output.detach().double().numpy(), expected)
     # Parameters and tokens are rounded as well: twice the bound of a layer that has them rounded.
     assert ROW_BOUND[torch.float32] < errors.max() < 2 * ROW_BOUND[torch.bfloat16]
+
+
+def test_batch_invariant_tokens_have_their_own_bits_and_the_layers_gradients():
+    router = RouterSpec(num_experts=8, top_k=3, score_func="sigmoid", route_norm=True, num_null_experts=2)
+    spec = LayerSpec(router=router, experts=ExpertSpec(dim=96, hidden_dim=130, bias=True))
+    torch.manual_seed(0)
+    moe, x = MoE(spec, batch_invariant=True), torch.randn(33, 96, requires_grad=True)
+    output = moe(x)
+    for rows in ([5], [32, 0, 7], range(32, -1, -1)):
+        torch.testing.assert_close(moe(x[list(rows)]), output[list(rows)], rtol=0, atol=0)
+    moe.tokens_per_expert.zero_()
+    found = torch.autograd.grad(moe(x).square().sum(), [x, *moe.parameters()])
+    counts_E, moe.batch_invariant = moe.tokens_per_expert.clone(), False
+    moe.tokens_per_expert.zero_()
+    wanted = torch.autograd.grad(moe(x).square().sum(), [x, *moe.parameters()])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(counts_E, moe.tokens_per_expert, rtol=0, atol=0)
+    assert MoE(spec, batch_invariant=True)(x[:0]).shape == (0, 96)
+
+
+@pytest.mark.parametrize(("router", "capacity"), [({"selector": "random"}, None), ({}, CapacitySpec(slots=1))])
+def test_a_choice_that_depends_on_the_batch_is_not_batch_invariant(router, capacity):
+    spec = LayerSpec(router=RouterSpec(num_experts=4, top_k=1, **router), experts=ExpertSpec(dim=8, hidden_dim=8))
+    with pytest.raises(ValueError, match="batch_invariant"):
+        MoE(spec, capacity=capacity, batch_invariant=True)(torch.zeros(2, 8))

@@ -6,9 +6,21 @@ import numpy as np
 import pytest
 
 from conformance.subjects.torch.sharded import TorchLayouts
-from moe_ref import ExpertSpec, LatentSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec, layer_backward, moe_layer
+from moe_ref import (
+    AlignSpec,
+    ExpertSpec,
+    LatentSpec,
+    LayerParams,
+    LayerSpec,
+    RouterSpec,
+    SharedSpec,
+    layer_backward,
+    moe_layer,
+)
 from moe_ref.specs.families import tiny
 from moe_ref.specs.layout import ShardLayout
+from moe_torch.moe import MoE
+from moe_torch.parallel import parallelize
 
 FLOAT32 = 5e-6
 """Largest error over largest number: sums of some products in another order; 1.5e-6 is seen."""
@@ -166,3 +178,10 @@ def test_an_unsupported_layout_has_a_reason():
     assert "pieces of D" in subject.supports_layer(spec, layout.replace(num_emb_chunks=2))
     random = spec.replace(router=RouterSpec(num_experts=4, top_k=1, selector="random"))
     assert "draws on its own" in subject.supports_layer(random, layout)
+
+
+@pytest.mark.parametrize(("how", "message"), [({"align": AlignSpec(multiple=8)}, "align is AlignSpec"),
+                                              ({"batch_invariant": True}, "batch_invariant is True")])  # fmt: skip
+def test_what_one_rank_alone_can_do_is_refused_over_ranks(how, message):
+    with pytest.raises(ValueError, match=message):
+        parallelize(MoE(LAYERS["groups"], **how), None, ShardLayout())

@@ -8,8 +8,9 @@ from dataclasses import fields
 
 import numpy as np
 
+from conformance.core.case import float32
 from conformance.core.holding import hold
-from conformance.core.judge import Crash, NotRun, accuse
+from conformance.core.judge import Crash, Judge, NotRun, accuse
 from conformance.core.show import shown, spec_fields
 from conformance.layer import routed
 from conformance.layer.case import LayerCase
@@ -33,6 +34,7 @@ from conformance.layer.predicates import (
 from conformance.layer.verdicts import (
     ROUTER_IS_WRONG,
     arguments_of,
+    array_of,
     hold_layer,
     hold_unchanged,
     judged_T,
@@ -40,6 +42,7 @@ from conformance.layer.verdicts import (
     radius_of_output,
 )
 from moe_ref import CapacitySpec, LayerParams, LayerSpec
+from moe_ref.specs.invariant import CHOOSE_ALONE
 
 ROUTED = ("LAY-2", "LAY-12", "LAY-13")
 """What the routed experts return without shared ones."""
@@ -339,3 +342,50 @@ def a_layer_changes_no_array_that_it_is_given(judge, case):
 )
 def aligned_rows_change_no_output(judge, case):
     hold_layer(judge, case, f"not with {spec_fields(case.inputs['align'])}")
+
+
+def chooses_alone(spec: LayerSpec) -> bool:
+    """Selectors that look at the token alone, not at its place, and draw nothing."""
+    return spec.router.selector in CHOOSE_ALONE and by_token(spec)
+
+
+def invariant_output(judge: Judge, case: LayerCase) -> np.ndarray:
+    """The subject's (T, D) output in its batch-invariant mode."""
+    found = judge.call(case, "layer", *arguments_of(case), batch_invariant=True, **case.inputs)
+    return array_of(found, case.x_TD.shape)
+
+
+@requires("LAY-23", method="layer", spec=chooses_alone, tokens=(11,), after=("LAY-1", "LAY-16"), few=True)
+def a_token_has_the_same_bits_in_any_batch(judge, case):
+    rng, T = case.rng(), case.num_tokens
+    whole_TD = invariant_output(judge, case)
+
+    def hold_tokens(rows: np.ndarray, found_TD: np.ndarray, title: str) -> None:
+        hold(title, found_TD, whole_TD[rows], label=lambda row: f"token {rows[row]}")
+
+    order = rng.permutation(T)
+    hold_tokens(order, invariant_output(judge, case.tokens(order)), f"another output in the order {order.tolist()}")
+    token = int(rng.integers(T))
+    others_T1 = np.arange(T)[:, None] != token
+    changed = case.with_(x_TD=np.where(others_T1, float32(3 * rng.normal(size=case.x_TD.shape)), case.x_TD))
+    found_TD = invariant_output(judge, changed)[[token]]
+    hold_tokens(np.array([token]), found_TD, "another output beside other tokens")
+    # A number of tokens is a program of its own for a subject that compiles.
+    for size in (1,) if judge.subject.compiles else (1, T // 2 + 1):
+        rows = np.sort(rng.permutation(T)[:size])
+        hold_tokens(rows, invariant_output(judge, case.tokens(rows)), f"another output in a batch of {size}, not {T}")
+
+
+@requires(
+    "LAY-24",
+    method="layer",
+    spec=chooses_alone,
+    tokens=(11,),
+    after=(*PARTS, *WHOLE),
+    unless=(ROUTER_IS_WRONG,),
+    few=True,
+)
+def the_batch_invariant_output_is_the_layers(judge, case):
+    found_TD, radius_TD = invariant_output(judge, case), radius_of_output(judge, case)
+    title = "not the layer's with batch_invariant"
+    hold(title, found_TD, case.reference.output_TD, radius_TD, rows=judged_T(judge, case))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from conformance.core.fault import patched, replaces, surrounds
+from conformance.core.fault import patched, replaces, rounded, surrounds
 from moe_ref.align import pad_rows
 from moe_ref.capacity import apply_capacity
 from moe_ref.experts import run_shared
@@ -127,3 +127,32 @@ def an_expert_keeps_one_block(rows_N, aligned):
     padded_A = pad_rows(rows_N, aligned)
     padded_A[place_A >= 8] = 0
     return padded_A
+
+
+@surrounds(breaks="LAY-23", links=("vllm-project/vllm#57016",))
+def the_kernel_is_chosen_by_the_number_of_tokens(run, memory, x_TD, params, spec, *, batch_invariant=False, **inputs):
+    """From three tokens on another kernel runs, which sums in another order, in the batch-invariant mode too."""
+    found_TD = run(x_TD, params, spec, batch_invariant=batch_invariant, **inputs)
+    return np.nextafter(found_TD, np.float32(np.inf)) if batch_invariant and len(x_TD) > 2 else found_TD
+
+
+@surrounds(breaks="LAY-23")
+def the_rest_of_a_block_has_another_kernel(run, memory, x_TD, params, spec, *, batch_invariant=False, **inputs):
+    """Tokens go in blocks of 4, and those of a rest one by one, whose sums are rounded otherwise."""
+    found_TD = run(x_TD, params, spec, batch_invariant=batch_invariant, **inputs)
+    in_rest_T1 = (np.arange(len(x_TD)) >= len(x_TD) // 4 * 4)[:, None]
+    return np.where(in_rest_T1 & batch_invariant, np.nextafter(found_TD, np.float32(np.inf)), found_TD)
+
+
+@surrounds(breaks="LAY-23")
+def tokens_are_scaled_by_the_largest_one(run, memory, x_TD, params, spec, *, batch_invariant=False, **inputs):
+    """All outputs are quantised by one scale, that of the largest one in the batch."""
+    found_TD = run(x_TD, params, spec, batch_invariant=batch_invariant, **inputs)
+    scale = np.float32(2**23 / max(np.abs(found_TD).max(initial=0), 1e-9))
+    return np.round(found_TD * scale) / scale if batch_invariant else found_TD
+
+
+@surrounds(breaks="LAY-24")
+def the_batch_invariant_mode_computes_in_bfloat16(run, memory, x_TD, params, spec, *, batch_invariant=False, **inputs):
+    """The mode has its own kernels, which round tokens to bfloat16."""
+    return run(rounded(x_TD, 8) if batch_invariant else x_TD, params, spec, batch_invariant=batch_invariant, **inputs)

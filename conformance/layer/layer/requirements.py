@@ -40,4 +40,7 @@ chapter(
                   "unused slot.", "radixark/miles#2722"),
     ("LAY-21", MUST, "A layer changes no array that it is given."),
     ("LAY-22", MUST, "Rows aligned to a multiple change no output."),
+    ("LAY-23", MUST, "With batch_invariant a token's output has the same bits alone and in any batch: another number "
+                  "of tokens, another order, other tokens beside it.", "vllm-project/vllm#57016"),
+    ("LAY-24", MUST, "With batch_invariant the output is that of the layer, within rounding."),
 )  # fmt: skip

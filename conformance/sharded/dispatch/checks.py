@@ -24,7 +24,7 @@ from conformance.sharded.plans import (
     plans_of_subject,
 )
 from conformance.sharded.predicates import AN_EMPTY_RANK, FILLED, any_layout, lossless, small_buffer, unplaced
-from moe_ref import UNUSED
+from moe_ref import UNUSED, ShardLayout
 
 CROWDED = ("skewed", "one_expert", "one_rank")
 """Loads that are more than a small buffer holds."""
@@ -106,12 +106,23 @@ def no_load_loses_a_row(judge, case):
         hold_plan(case, found, plans_of_reference(case, ids_by_shard))
 
 
-@requires("DSP-11", method="dispatch", layout=small_buffer, loads=CROWDED, after=("DSP-1",))
+def of_the_ring(layout: ShardLayout) -> bool:
+    """Every rank has the tokens of all, and a buffer that may be too small for its rows."""
+    return small_buffer(layout) and layout.strategy == "ring_of_experts"
+
+
+@requires(
+    "DSP-11",
+    method="dispatch",
+    layout=lambda layout: small_buffer(layout) and not of_the_ring(layout),
+    loads=CROWDED,
+    after=("DSP-1",),
+)
 def a_small_buffer_admits_rows_in_order(judge, case):
     hold_plan(case, plans_of_subject(judge, case), case.plans)
 
 
-@requires("DSP-12", method="dispatch", layout=small_buffer, loads=CROWDED, after=("DSP-1", "DSP-11"))
+@requires("DSP-12", method="dispatch", layout=small_buffer, loads=CROWDED, after=("DSP-1", "DSP-11", "DSP-17"))
 def rows_that_are_not_admitted_are_reported(judge, case):
     for rank, (found, wanted) in enumerate(zip(plans_of_subject(judge, case), case.plans, strict=True)):
         if found.overflow != wanted.overflow:
@@ -172,3 +183,8 @@ def a_layout_that_does_not_divide_the_experts_is_refused(judge, case):
     except (NotRun, Crash, ValueError):
         return
     accuse(f"{wrong} ranks share {E} experts", expected="a refusal", received="a plan")
+
+
+@requires("DSP-17", method="dispatch", layout=of_the_ring, loads=CROWDED, after=("DSP-1",))
+def a_small_buffer_of_the_ring_keeps_the_first_rows(judge, case):
+    hold_plan(case, plans_of_subject(judge, case), case.plans)

@@ -311,3 +311,22 @@ def the_rest_of_the_experts_is_dropped(run, memory, ids_by_shard, layout, spec):
         raise ValueError("too few experts")
     fewer = spec.replace(router=spec.router.replace(num_experts=E, num_null_experts=0))
     return run([np.where(ids_TK < E, ids_TK, -1) for ids_TK in ids_by_shard], layout, fewer)
+
+
+@surrounds(breaks="DSP-17", links=("AI-Hypercomputer/maxtext#3678",))
+def the_ring_counts_rows_that_it_dropped(run, memory, ids_by_shard, layout, spec):
+    """The ring's rows end with its buffer, and the sizes of its experts do not."""
+    if layout.strategy != "ring_of_experts":
+        return run(ids_by_shard, layout, spec)
+    return counts_ignore_the_buffer(run, memory, ids_by_shard, layout, spec)
+
+
+@surrounds(breaks="DSP-17")
+def the_ring_admits_sources_in_rank_order(run, memory, ids_by_shard, layout, spec):
+    """The buffer of the ring is filled sender by sender, as a receive buffer is."""
+    plans = run(ids_by_shard, layout, spec)
+    if layout.strategy != "ring_of_experts" or layout.buffer_factor is None:
+        return plans
+    received = run(ids_by_shard, layout.replace(strategy="ragged_all_to_all"), spec)
+    names = ("order_R2", "group_sizes_e", "overflow")
+    return [plan | {name: other[name] for name in names} for plan, other in zip(plans, received, strict=True)]

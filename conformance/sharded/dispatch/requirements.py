@@ -33,4 +33,6 @@ chapter(
                   "vllm-project/vllm-ascend#4793", "sgl-project/sglang#12866"),
     ("DSP-15", MUST, "Nothing of an earlier plan is left in a later one.", "deepseek-ai/DeepEP#739"),
     ("DSP-16", MUST, "A layout that does not divide the experts is refused.", "vllm-project/vllm-ascend#16384"),
+    ("DSP-17", MUST, "ring_of_experts with a buffer that is too small keeps the first rows of a rank in (expert, rank, "
+                  "token) order, experts by place."),
 )  # fmt: skip

@@ -59,10 +59,18 @@ class JaxLayer(Subject):
         return np.asarray(_combine(narrow(rows_RD), metadata, narrow(weights_TK), spec=spec))
 
     def layer(
-        self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Unpack[LayerInputs]
+        self,
+        x_TD: np.ndarray,
+        params: LayerParams,
+        spec: LayerSpec,
+        *,
+        batch_invariant: bool = False,
+        **inputs: Unpack[LayerInputs],
     ) -> np.ndarray:
         """`sparse_matmul`, whose second output, the routing, is not read."""
         how, limits = _arguments(spec, inputs)
+        if batch_invariant:
+            limits["batch_invariant"] = True
         made = _layer(narrow(x_TD), narrow_params(with_bias(params, spec)), spec=spec, how=how, **limits)
         return np.asarray(made[0])
 
@@ -112,7 +120,7 @@ class JaxLayer(Subject):
         return np.asarray(_layer(narrow(x_TD), params, spec=forced, how=how)[0])
 
 
-STATIC = ("spec", "capacity", "align", "num_sequences")
+STATIC = ("spec", "capacity", "align", "num_sequences", "batch_invariant")
 ROWS = 32
 """Buffers of rows have a multiple of so many: each size is a program."""
 

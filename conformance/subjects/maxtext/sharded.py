@@ -125,6 +125,8 @@ def why_not_layout(spec: LayerSpec, layout: ShardLayout) -> str | None:
     if layout.placement is not None:
         return "maxtext's experts are placed in their order"
     ring = layout.strategy == "ring_of_experts"
+    if ring and layout.buffer_factor is not None:
+        return "maxtext's ring has a bounded buffer with use_ragged_sort alone, which is not run here"
     for field in ("num_token_chunks", "num_emb_chunks"):
         if getattr(layout, field) > 1 and not ring:
             return f"maxtext has {field} with its ring of experts alone"

@@ -56,11 +56,22 @@ class TorchLayer(Subject):
         return to_numpy(summed_TD * spec.router.output_scale)
 
     def layer(
-        self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Unpack[LayerInputs]
+        self,
+        x_TD: np.ndarray,
+        params: LayerParams,
+        spec: LayerSpec,
+        *,
+        batch_invariant: bool = False,
+        **inputs: Unpack[LayerInputs],
     ) -> np.ndarray:
         """The module, without gradients."""
         with torch.no_grad():
-            return to_numpy(_loaded(params, spec, inputs)(single(x_TD), **_how(inputs)))
+            moe = _loaded(params, spec, inputs)
+            moe.batch_invariant = batch_invariant
+            try:
+                return to_numpy(moe(single(x_TD), **_how(inputs)))
+            finally:
+                moe.batch_invariant = False
 
     def layer_gradients(
         self,
