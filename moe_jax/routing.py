@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from moe_jax.arrays import wide_dtype
 from moe_jax.rounding import dtype_of_router, round_to
+from moe_jax.sinkhorn import sinkhorn
 from moe_jax.top_k import top_k
 from moe_ref.specs.checks import shape_and_kind
 from moe_ref.specs.ids import UNUSED
@@ -115,6 +116,8 @@ def route(
     scores_for_choice_TE = group_scores_TG = group_ids_TL = None
     if spec.selector == "top_k":
         scores_for_choice_TE = bias_choice(choices_TE, scores_TE, bias_E, spec)
+    if spec.selector == "sinkhorn":
+        scores_for_choice_TE = lax.stop_gradient(choices_TE + sinkhorn(choices_TE, valid_T1))
     if scores_for_choice_TE is not None and spec.num_expert_groups is not None:
         scores_for_choice_TE, group_scores_TG, group_ids_TL = limit_groups(scores_for_choice_TE, spec)
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from moe_ref.rounding import dtype_of_router, round_to
+from moe_ref.sinkhorn import sinkhorn
 from moe_ref.specs.checks import array, entries, integer, mask_array, require
 from moe_ref.specs.ids import UNUSED, ids_array
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
@@ -60,7 +61,7 @@ def gate(
 def scale_logits(logits_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
     """Logits are scaled, then soft-capped, before they are scored or ranked. [SCR-5]
 
-    A narrow router_dtype rounds them as they come, and what is made of them. [SCR-11]
+    A narrow router_dtype rounds them as they come, and what is made of them. [SCR-21]
     """
     scaled_TE = round_to(logits_TE, spec.router_dtype) * spec.logit_scale
     if spec.logit_softcap is not None:
@@ -160,9 +161,9 @@ def sparsemixer(scaled_logits_TE: np.ndarray, spec: RouterSpec) -> tuple[np.ndar
 def choose(
     scores_for_choice_TE: np.ndarray | None, num_tokens: int, spec: RouterSpec, inputs: RouterInputs
 ) -> np.ndarray:
-    """Expert ids by the spec's selector; all but top_k choose without looking at a score. [SEL-14 .. SEL-17]"""
+    """Expert ids by the spec's selector; all but top_k and sinkhorn look at no score. [SEL-14 .. SEL-17]"""
     T, K = num_tokens, spec.top_k
-    if spec.selector == "top_k":
+    if spec.selector in ("top_k", "sinkhorn"):
         assert scores_for_choice_TE is not None  # they are what is ranked
         return select(scores_for_choice_TE, spec)
     if spec.selector == "table":
@@ -276,6 +277,8 @@ def route(
         scores_TE = round_to(score(choices_TE, spec), spec.router_dtype)
     if spec.selector == "top_k":
         scores_for_choice_TE = bias_choice(choices_TE, scores_TE, expert_bias_E, spec)
+    if spec.selector == "sinkhorn":
+        scores_for_choice_TE = choices_TE + sinkhorn(choices_TE, valid_T1)
     if scores_for_choice_TE is not None and spec.num_expert_groups is not None:
         scores_for_choice_TE, group_scores_TG, group_ids_TL = limit_groups(scores_for_choice_TE, spec)
 

@@ -23,6 +23,7 @@ from moe_torch.kernels.choice import for_router, say_once
 from moe_torch.kernels.router_ops import arguments_of, route_tokens
 from moe_torch.modes import transformed
 from moe_torch.rounding import dtype_of_router, round_to
+from moe_torch.sinkhorn import sinkhorn
 
 NEG_INF = -float("inf")
 
@@ -379,6 +380,11 @@ def route(
         if spec.num_expert_groups is not None:
             group_scores_TG, group_ids_TL = limit_groups(biased_scores_TE, spec)
         expert_ids_TK = select(biased_scores_TE, group_scores_TG, group_ids_TL, spec)
+    elif spec.selector == "sinkhorn":
+        reads_host = not (torch.compiler.is_compiling() or transformed())
+        evened_E = sinkhorn(choices_TE, token_mask_T, reads_host=reads_host)
+        biased_scores_TE = choices_TE.detach() + evened_E
+        expert_ids_TK = select(biased_scores_TE, None, None, spec)
     elif spec.selector == "sparsemixer":
         expert_ids_TK, raw_weights_TK = sparsemixer(choices_TE, spec)
     else:

@@ -12,11 +12,14 @@ from conformance.core.rounding import EPSILON, TINY
 from conformance.router.case import RouterCase
 from moe_ref import UNUSED, RouterSpec
 from moe_ref.routing import factor_of, gather, kept_experts, normalise, scale_weights, score, softmax
+from moe_ref.sinkhorn import sinkhorn
 
 ROUNDINGS = 16
 """Roundings granted to a score or weight besides those of exp's argument: sums, divisions, library exp (4 ulp)."""
 LOW_PRECISION = ("bfloat16", "float16")
 """dtypes of logits that are narrower than float32, in which scores and weights may be handed on."""
+ROUNDS = 512
+"""Roundings granted to the logarithm of an expert's factor: those of sums over the batch, round after round."""
 SETS_AT_A_TIME = 1024
 """Sets of kept groups that are looked at together."""
 
@@ -72,6 +75,8 @@ def choice_error(case: RouterCase, dtype: str) -> np.ndarray:
     trace, eps = case.reference, EPSILON[dtype]
     assert trace.scores_for_choice_TE is not None
     choice_TE = np.abs(np.nan_to_num(trace.scores_for_choice_TE, neginf=0.0))
+    if case.spec.selector == "sinkhorn":
+        return logit_error(case, dtype) + eps * choice_TE + sinkhorn_error(case, dtype)
     if case.spec.select_by == "logit":
         error_TE = logit_error(case, dtype)
     else:
@@ -80,6 +85,15 @@ def choice_error(case: RouterCase, dtype: str) -> np.ndarray:
     if case.expert_bias_E is None or not np.any(case.expert_bias_E):
         return error_TE
     return error_TE + (eps + coarseness(case)) * (choice_TE + np.abs(case.expert_bias_E))
+
+
+def sinkhorn_error(case: RouterCase, dtype: str) -> np.ndarray:
+    """(E,) absolute error of the logarithm of an expert's factor."""
+    choices_TE, valid_T1 = case.reference.scaled_logits_TE[:, : case.spec.num_choices], case.valid_T[:, None]
+    # Rounding may end the loop a round earlier or later, or not at all; so the whole way that is left is granted.
+    ended_E, settled_E = sinkhorn(choices_TE, valid_T1), sinkhorn(choices_TE, valid_T1, tolerance=0)
+    logits = logit_error(case, dtype).max(initial=0)
+    return 4 * np.abs(ended_E - settled_E) + ROUNDS * EPSILON[dtype] * (1 + np.abs(settled_E)) + 4 * logits
 
 
 def unlimited_choice(case: RouterCase) -> np.ndarray:

@@ -81,6 +81,8 @@ def _variants() -> list[dict]:
         sigmoid | {"select_by": "logit", "router_dtype": "bfloat16"},
         softmax | norm | {"router_dtype": "float16"},
         sigmoid | norm | {"router_dtype": "float64"},
+        sigmoid | {"select_by": "logit", "selector": "sinkhorn"},
+        softmax | {"select_by": "logit", "selector": "sinkhorn"},
     ]
 
 

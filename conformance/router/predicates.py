@@ -26,8 +26,8 @@ def ranks(spec: RouterSpec) -> bool:
 
 
 def by_token(spec: RouterSpec) -> bool:
-    """Selectors that look at the token alone, not at its place or at a draw."""
-    return spec.selector not in ("round_robin", "random")
+    """Selectors that look at the token alone, not at its place, at a draw or at the batch."""
+    return spec.selector not in ("round_robin", "random") and not spec.reads_batch
 
 
 def shows_scores(spec: RouterSpec) -> bool:

@@ -18,6 +18,7 @@ from moe_ref.specs.router import RouterSpec
 READS: dict[str, dict[str, bool]] = {
     "top_k": {},
     "sparsemixer": {},
+    "sinkhorn": {},
     "table": {"token_ids_T": True, "table_VK": True},
     "given": {"given_ids_TK": True, "given_weights_TK": False},
     "round_robin": {"first_token": False},
