@@ -169,6 +169,18 @@ class Subject:
         """
         raise NotImplementedError
 
+    def fused_layer(
+        self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, *_: Any, **inputs: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Optional: the layer with its shared experts inside the slots of the routed ones, ids num_experts and on.
+
+        Inputs are those of `layer`, but for a capacity.
+
+        Returns:
+            (T, D) output, and (E,) integers, the slots of each routed expert.
+        """
+        raise NotImplementedError
+
     def layer_gradients(
         self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, d_output_TD: np.ndarray, *_: Any, **inputs: Any
     ) -> dict[str, np.ndarray]:
@@ -347,7 +359,7 @@ class Subject:
 
 
 METHODS = (
-    "route", "gate", "configure", "permute", "experts", "combine", "layer", "layer_gradients",
+    "route", "gate", "configure", "permute", "experts", "combine", "layer", "layer_gradients", "fused_layer",
     "dispatch", "sharded_layer", "sharded_gradients",
     "load", "balance_loss", "z_loss", "bias_update", "capacity", "record", "replay",
     "train",

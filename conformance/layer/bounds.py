@@ -294,7 +294,10 @@ def stable_T(case: LayerCase, dtype: str) -> np.ndarray:
         return np.ones(case.num_tokens, dtype=bool)
     trace = router.reference
     from_logits_T1 = 2 * spec.logit_scale * radius_T1(case, gate(case, dtype))
-    from_logits_TE = from_logits_T1 * (1 if spec.select_by == "logit" else trace.scores_TE)
+    assert trace.scores_for_choice_TE is not None
+    scores_TE = np.ones(()) if spec.select_by == "logit" else trace.scores_TE
+    assert scores_TE is not None
+    from_logits_TE = from_logits_T1 * scores_TE
     error_TE = choice_error(router, dtype) + from_logits_TE
     chosen_TE = np.zeros(error_TE.shape, dtype=bool)
     np.put_along_axis(chosen_TE, np.maximum(trace.expert_ids_TK, 0), True, axis=-1)

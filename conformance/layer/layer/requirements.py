@@ -39,4 +39,7 @@ chapter(
     ("LAY-20", MUST, "Given weights are the weights of their slots: neither normed nor scaled again, and none for an "
                   "unused slot.", "radixark/miles#2722"),
     ("LAY-21", MUST, "A layer changes no array that it is given."),
+    ("LAY-30", MUST, "Shared experts inside the routed slots, ids num_experts and on behind each token's own, with the "
+                  "weight that cancels the factor on the routed output, give the output of the layer."),
+    ("LAY-31", MUST, "Counts of a layer in that form are of its routed experts alone."),
 )  # fmt: skip
