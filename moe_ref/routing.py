@@ -33,6 +33,8 @@ class RoutingTrace:
     expert_ids_TK: np.ndarray
     weights_TK: np.ndarray
     shared_weights_TS: np.ndarray | None
+    logit_factors_TE: np.ndarray | None = None
+    """As they were given: the logits' gradient has them."""
     weights_are_given: bool = False
     """The weights were given with the ids: they are no function of the logits."""
 
@@ -56,6 +58,19 @@ def gate(
     if gate_bias_E is None:
         return logits_TE
     return logits_TE + array("gate_bias_E", gate_bias_E, (gate_ED.shape[0],)).astype(dtype)
+
+
+def add_noise(logits_TE: np.ndarray, inputs: RouterInputs, valid_T1: np.ndarray) -> np.ndarray:
+    """Noise is an input: factors multiply the logits, then a noise is added, before all else. [SCR-23]"""
+    factors_TE, noise_TE = inputs.logit_factors_TE, inputs.logit_noise_TE
+    if factors_TE is not None:
+        positive_TE = np.isfinite(factors_TE) & (factors_TE > 0) | ~valid_T1
+        entries("logit_factors_TE", np.asarray(factors_TE), positive_TE, "entries are finite and above 0")
+        logits_TE = logits_TE * np.where(valid_T1, factors_TE, 1).astype(logits_TE.dtype)
+    if noise_TE is not None:
+        entries("logit_noise_TE", np.asarray(noise_TE), np.isfinite(noise_TE) | ~valid_T1, "entries are finite")
+        logits_TE = logits_TE + np.where(valid_T1, noise_TE, 0).astype(logits_TE.dtype)
+    return logits_TE
 
 
 def scale_logits(logits_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
@@ -271,7 +286,7 @@ def route(
     group_scores_TG: np.ndarray | None = None
     group_ids_TL: np.ndarray | None = None
 
-    scaled_logits_TE = scale_logits(logits_TE, spec)
+    scaled_logits_TE = scale_logits(add_noise(logits_TE, inputs, valid_T1), spec)
     choices_TE, shared_TS = scaled_logits_TE[:, :E], scaled_logits_TE[:, E:]
     if spec.has_scores:
         scores_TE = round_to(score(choices_TE, spec), spec.router_dtype)
@@ -298,6 +313,7 @@ def route(
     routing = RoutingTrace(
         logits_TE=logits_TE,
         scaled_logits_TE=scaled_logits_TE,
+        logit_factors_TE=inputs.logit_factors_TE,
         scores_TE=scores_TE,
         scores_for_choice_TE=scores_for_choice_TE,
         group_scores_TG=group_scores_TG,

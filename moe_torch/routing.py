@@ -87,6 +87,17 @@ def host_reads_are_free(values: Tensor) -> bool:
     return values.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
 
 
+def add_noise(logits_TE: Tensor, inputs: RouterInputs, token_mask_T: Tensor | None) -> Tensor:
+    """Noise is an input: factors multiply the logits, then a noise is added, before all else. [SCR-23]"""
+    factors_TE, noise_TE = inputs.logit_factors_TE, inputs.logit_noise_TE
+    if token_mask_T is not None:  # whatever is given for padding
+        factors_TE = None if factors_TE is None else factors_TE.masked_fill(~token_mask_T[:, None], 1)
+        noise_TE = None if noise_TE is None else noise_TE.masked_fill(~token_mask_T[:, None], 0)
+    if factors_TE is not None:
+        logits_TE = logits_TE * factors_TE.to(logits_TE.dtype)
+    return logits_TE if noise_TE is None else logits_TE + noise_TE.to(logits_TE.dtype)
+
+
 def scale_logits(logits_TE: Tensor, spec: RouterSpec) -> Tensor:
     """Logits are scaled, then soft-capped, before they are scored or ranked; a narrow router_dtype rounds. [SCR-5]"""
     logits_TE = round_to(logits_TE, spec.router_dtype)
@@ -355,7 +366,8 @@ def route(
     check_logits(logits_TE, spec, expert_bias_E, learned_scale, token_mask_T)
     inputs.check(spec, logits_TE.shape[0])
     E = spec.num_choices
-    if inputs.given_weights_TK is None and not transformed():
+    is_plain = inputs.given_weights_TK is None and inputs.logit_factors_TE is None and inputs.logit_noise_TE is None
+    if is_plain and not transformed():
         way = for_router(spec, logits_TE.device.type, logits_TE.dtype)
         if way.way == "triton":
             return _route_on_kernel(logits_TE, spec, expert_bias_E, token_mask_T)
@@ -365,7 +377,7 @@ def route(
         logits_TE = logits_TE.masked_fill(~token_mask_T[:, None], 0)  # also keeps a NaN out of the gradient
     scores_TE = biased_scores_TE = group_scores_TG = group_ids_TL = raw_shared_TS = None
 
-    scaled_logits_TE = scale_logits(logits_TE, spec)
+    scaled_logits_TE = scale_logits(add_noise(logits_TE, inputs, token_mask_T), spec)
     choices_TE = scaled_logits_TE
     if spec.num_scored_shared_experts:
         choices_TE, raw_shared_TS = scaled_logits_TE[:, :E], score(scaled_logits_TE[:, E:], spec)

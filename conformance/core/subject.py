@@ -110,6 +110,7 @@ class Subject:
             token_ids_T, table_VK: (T,) rows of the (V, K) table of expert ids, for selector 'table'.
             given_ids_TK: (T, K) expert ids, -1 in unused slots, for selector 'given'.
             seed: an integer, for selector 'random'.
+            logit_factors_TE, logit_noise_TE: (T, num_logits) the noise of training: factors, then a noise to add.
             token_mask_T: (T,) bools; a padding token (False) gets ids -1 and weights 0.
 
         Returns:

@@ -53,9 +53,16 @@ def logit_error(case: RouterCase, dtype: str) -> np.ndarray:
     """Absolute error of each scaled logit."""
     spec = case.spec
     z_TE = np.abs(np.nan_to_num(case.reference.scaled_logits_TE[:, : spec.num_choices], neginf=0.0))
-    if not spec.scales_logits:
-        return np.zeros_like(z_TE)
-    return (4 * EPSILON[dtype] + 2 * coarseness(case)) * z_TE
+    error_TE = (4 * EPSILON[dtype] + 2 * coarseness(case)) * z_TE if spec.scales_logits else np.zeros_like(z_TE)
+    if has_noise(case):  # a product, and a sum in which the two may cancel
+        noise_TE = np.abs(case.inputs.get("logit_noise_TE", np.zeros(())))[..., : spec.num_choices]
+        error_TE = error_TE + (EPSILON[dtype] + coarseness(case)) * (z_TE + 2 * spec.logit_scale * noise_TE)
+    return error_TE
+
+
+def has_noise(case: RouterCase) -> bool:
+    """Whether the logits are multiplied by factors, or a noise is added to them."""
+    return "logit_factors_TE" in case.inputs or "logit_noise_TE" in case.inputs
 
 
 def score_error(case: RouterCase, dtype: str) -> np.ndarray:
@@ -65,7 +72,8 @@ def score_error(case: RouterCase, dtype: str) -> np.ndarray:
     if spec.score_func == "softmax":
         z_TE = z_TE - z_TE.max(axis=-1, keepdims=True, initial=-np.inf)
     error_TE = eps * (ROUNDINGS + np.abs(z_TE)) + 2 * coarseness(case) + logit_error(case, dtype)
-    if (spec.score_func == "softmax" and spec.logit_scale != 1) or spec.logit_softcap is not None:
+    shifts = spec.logit_scale != 1 or has_noise(case)
+    if (spec.score_func == "softmax" and shifts) or spec.logit_softcap is not None:
         error_TE = error_TE + logit_error(case, dtype).max(axis=-1, keepdims=True, initial=0)
     return error_TE
 

@@ -73,7 +73,7 @@ def panel(case: RouterCase) -> RouterCase:
     """Other tokens under the same spec and bias, half of them negative: many tell which stage is at fault."""
     logits_TE = case.rng().normal(0, 2, (PANEL, case.spec.num_logits)).astype(np.float32)
     logits_TE[::2] -= 6
-    of_no_token = {name: value for name, value in case.inputs.items() if not name.endswith(("_T", "_TK"))}
+    of_no_token = {name: value for name, value in case.inputs.items() if not name.endswith(("_T", "_TK", "_TE"))}
     return case.with_logits(logits_TE).with_(inputs=of_no_token)
 
 

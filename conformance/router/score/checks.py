@@ -344,3 +344,30 @@ def minus_infinity_adds_nothing(judge, case):
             expected=str(expected_weights(case, seen.expert_ids_TK)[t].round(7).tolist()),
             received=str(seen.weights_TK[t].round(7).tolist()),
         )
+
+
+@requires(
+    "SCR-23",
+    tokens=(7,),
+    spec=lambda s: s.selector == "top_k",
+    logits=MODERATE,
+    bias=("none", "mixed"),
+    inputs=("logit_factors_TE", "logit_noise_TE"),
+    few=True,
+)
+def noise_is_what_is_given(judge, case):
+    seen = observe(judge, case)
+    for t in selection_differs(judge, seen):
+        accuse(
+            "not the experts of the noisy logits",
+            token=t,
+            expected=str(case.reference.expert_ids_TK[t].tolist()),
+            received=str(seen.expert_ids_TK[t].tolist()),
+        )
+    for t in weights_differ(judge, seen):
+        accuse(
+            "not the weights of the noisy logits",
+            token=t,
+            expected=str(expected_weights(case, seen.expert_ids_TK)[t].round(7).tolist()),
+            received=str(seen.weights_TK[t].round(7).tolist()),
+        )

@@ -325,3 +325,17 @@ def router_of_float64_computes_in_float32(run, memory, logits_TE, spec, expert_b
     """router_dtype float64 is computed in float32."""
     wide = spec.router_dtype == "float64"
     return run(logits_TE, spec.replace(router_dtype="float32") if wide else spec, expert_bias_E, **inputs)
+
+
+@replaces("add_noise", breaks="SCR-23")
+def noise_is_ignored(logits_TE, inputs, valid_T1):
+    """Noise on the logits is not read: the router is that of evaluation."""
+    return logits_TE
+
+
+@replaces("add_noise", breaks="SCR-23")
+def noise_before_its_factors(logits_TE, inputs, valid_T1):
+    """The noise is added first, and multiplied by the factors with the logits."""
+    if inputs.logit_noise_TE is None:
+        return logits_TE
+    return (logits_TE + inputs.logit_noise_TE) * inputs.logit_factors_TE

@@ -22,5 +22,7 @@ chapter(
                   "bias to their dtype explains is none of theirs.", "vllm-project/vllm#14027"),
     ("SCR-21", MUST, "With router_dtype bfloat16 or float16 logits, scores and weights are each the nearest number "
                   "of that dtype.", "NVIDIA-NeMo/Automodel#3650"),
+    ("SCR-23", MUST, "Noise on the logits is what is given, factors and then a summand, before all else; choice and "
+                  "weights are those of the noisy logits."),
     ("SCR-22", MUST, "With router_dtype float64 scores and weights have the accuracy of float64."),
 )  # fmt: skip
