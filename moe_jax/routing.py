@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from moe_jax.arrays import wide_dtype
 from moe_jax.rounding import dtype_of_router, round_to
+from moe_jax.sinkhorn import sinkhorn
 from moe_jax.top_k import top_k
 from moe_ref.specs.checks import shape_and_kind
 from moe_ref.specs.ids import UNUSED
@@ -109,12 +110,14 @@ def route(
 
     # Padding is cleared first, so that a NaN in it reaches neither a value nor a gradient.
     clean_TE = jnp.where(valid_T1, logits_TE, 0).astype(dtype)
-    scaled_TE = scale_logits(clean_TE, spec)
+    scaled_TE = scale_logits(add_noise(clean_TE, inputs, valid_T1), spec)
     choices_TE, shared_logits_TS = scaled_TE[:, :E], scaled_TE[:, E:]
     scores_TE = round_to(score(choices_TE, spec), spec.router_dtype) if spec.has_scores else None
     scores_for_choice_TE = group_scores_TG = group_ids_TL = None
     if spec.selector == "top_k":
         scores_for_choice_TE = bias_choice(choices_TE, scores_TE, bias_E, spec)
+    if spec.selector == "sinkhorn":
+        scores_for_choice_TE = lax.stop_gradient(choices_TE + sinkhorn(choices_TE, valid_T1))
     if scores_for_choice_TE is not None and spec.num_expert_groups is not None:
         scores_for_choice_TE, group_scores_TG, group_ids_TL = limit_groups(scores_for_choice_TE, spec)
 
@@ -152,6 +155,14 @@ def route(
         shared_weights_TS=jnp.where(valid_T1, shared_TS, 0) if spec.num_scored_shared_experts else None,
         logits_TE=clean_TE,
     )
+
+
+def add_noise(logits_TE: jax.Array, inputs: RouterInputs, valid_T1: jax.Array) -> jax.Array:
+    """Noise is an input: factors multiply the logits, then a noise is added, before all else. [SCR-23]"""
+    factors_TE, noise_TE = inputs.logit_factors_TE, inputs.logit_noise_TE
+    if factors_TE is not None:
+        logits_TE = logits_TE * jnp.where(valid_T1, factors_TE, 1).astype(logits_TE.dtype)
+    return logits_TE if noise_TE is None else logits_TE + jnp.where(valid_T1, noise_TE, 0).astype(logits_TE.dtype)
 
 
 def scale_logits(logits_TE: jax.Array, spec: RouterSpec) -> jax.Array:

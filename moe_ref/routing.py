@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from moe_ref.rounding import dtype_of_router, round_to
+from moe_ref.sinkhorn import sinkhorn
 from moe_ref.specs.checks import array, entries, integer, mask_array, require
 from moe_ref.specs.ids import UNUSED, ids_array
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
@@ -32,6 +33,8 @@ class RoutingTrace:
     expert_ids_TK: np.ndarray
     weights_TK: np.ndarray
     shared_weights_TS: np.ndarray | None
+    logit_factors_TE: np.ndarray | None = None
+    """As they were given: the logits' gradient has them."""
     weights_are_given: bool = False
     """The weights were given with the ids: they are no function of the logits."""
 
@@ -57,10 +60,23 @@ def gate(
     return logits_TE + array("gate_bias_E", gate_bias_E, (gate_ED.shape[0],)).astype(dtype)
 
 
+def add_noise(logits_TE: np.ndarray, inputs: RouterInputs, valid_T1: np.ndarray) -> np.ndarray:
+    """Noise is an input: factors multiply the logits, then a noise is added, before all else. [SCR-23]"""
+    factors_TE, noise_TE = inputs.logit_factors_TE, inputs.logit_noise_TE
+    if factors_TE is not None:
+        positive_TE = np.isfinite(factors_TE) & (factors_TE > 0) | ~valid_T1
+        entries("logit_factors_TE", np.asarray(factors_TE), positive_TE, "entries are finite and above 0")
+        logits_TE = logits_TE * np.where(valid_T1, factors_TE, 1).astype(logits_TE.dtype)
+    if noise_TE is not None:
+        entries("logit_noise_TE", np.asarray(noise_TE), np.isfinite(noise_TE) | ~valid_T1, "entries are finite")
+        logits_TE = logits_TE + np.where(valid_T1, noise_TE, 0).astype(logits_TE.dtype)
+    return logits_TE
+
+
 def scale_logits(logits_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
     """Logits are scaled, then soft-capped, before they are scored or ranked. [SCR-5]
 
-    A narrow router_dtype rounds them as they come, and what is made of them. [SCR-11]
+    A narrow router_dtype rounds them as they come, and what is made of them. [SCR-21]
     """
     scaled_TE = round_to(logits_TE, spec.router_dtype) * spec.logit_scale
     if spec.logit_softcap is not None:
@@ -160,9 +176,9 @@ def sparsemixer(scaled_logits_TE: np.ndarray, spec: RouterSpec) -> tuple[np.ndar
 def choose(
     scores_for_choice_TE: np.ndarray | None, num_tokens: int, spec: RouterSpec, inputs: RouterInputs
 ) -> np.ndarray:
-    """Expert ids by the spec's selector; all but top_k choose without looking at a score. [SEL-14 .. SEL-17]"""
+    """Expert ids by the spec's selector; all but top_k and sinkhorn look at no score. [SEL-14 .. SEL-17]"""
     T, K = num_tokens, spec.top_k
-    if spec.selector == "top_k":
+    if spec.selector in ("top_k", "sinkhorn"):
         assert scores_for_choice_TE is not None  # they are what is ranked
         return select(scores_for_choice_TE, spec)
     if spec.selector == "table":
@@ -275,12 +291,14 @@ def route(
     group_scores_TG: np.ndarray | None = None
     group_ids_TL: np.ndarray | None = None
 
-    scaled_logits_TE = scale_logits(logits_TE, spec)
+    scaled_logits_TE = scale_logits(add_noise(logits_TE, inputs, valid_T1), spec)
     choices_TE, shared_TS = scaled_logits_TE[:, :E], scaled_logits_TE[:, E:]
     if spec.has_scores:
         scores_TE = round_to(score(choices_TE, spec), spec.router_dtype)
     if spec.selector == "top_k":
         scores_for_choice_TE = bias_choice(choices_TE, scores_TE, expert_bias_E, spec)
+    if spec.selector == "sinkhorn":
+        scores_for_choice_TE = choices_TE + sinkhorn(choices_TE, valid_T1)
     if scores_for_choice_TE is not None and spec.num_expert_groups is not None:
         scores_for_choice_TE, group_scores_TG, group_ids_TL = limit_groups(scores_for_choice_TE, spec)
 
@@ -301,6 +319,7 @@ def route(
     routing = RoutingTrace(
         logits_TE=logits_TE,
         scaled_logits_TE=scaled_logits_TE,
+        logit_factors_TE=inputs.logit_factors_TE,
         scores_TE=scores_TE,
         scores_for_choice_TE=scores_for_choice_TE,
         group_scores_TG=group_scores_TG,

@@ -23,6 +23,7 @@ from moe_torch.kernels.choice import for_router, say_once
 from moe_torch.kernels.router_ops import arguments_of, route_tokens
 from moe_torch.modes import transformed
 from moe_torch.rounding import dtype_of_router, round_to
+from moe_torch.sinkhorn import sinkhorn
 
 NEG_INF = -float("inf")
 
@@ -84,6 +85,17 @@ class Routing:
 def host_reads_are_free(values: Tensor) -> bool:
     """Whether a branch on a value costs nothing: not in a compiled graph, not on an accelerator, and vmap has none."""
     return values.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
+
+
+def add_noise(logits_TE: Tensor, inputs: RouterInputs, token_mask_T: Tensor | None) -> Tensor:
+    """Noise is an input: factors multiply the logits, then a noise is added, before all else. [SCR-23]"""
+    factors_TE, noise_TE = inputs.logit_factors_TE, inputs.logit_noise_TE
+    if token_mask_T is not None:  # whatever is given for padding
+        factors_TE = None if factors_TE is None else factors_TE.masked_fill(~token_mask_T[:, None], 1)
+        noise_TE = None if noise_TE is None else noise_TE.masked_fill(~token_mask_T[:, None], 0)
+    if factors_TE is not None:
+        logits_TE = logits_TE * factors_TE.to(logits_TE.dtype)
+    return logits_TE if noise_TE is None else logits_TE + noise_TE.to(logits_TE.dtype)
 
 
 def scale_logits(logits_TE: Tensor, spec: RouterSpec) -> Tensor:
@@ -393,7 +405,8 @@ def route(
     check_logits(logits_TE, spec, expert_bias_E, learned_scale, token_mask_T)
     inputs.check(spec, logits_TE.shape[0])
     E = spec.num_choices
-    if inputs.given_weights_TK is None and not transformed():
+    is_plain = inputs.given_weights_TK is None and inputs.logit_factors_TE is None and inputs.logit_noise_TE is None
+    if is_plain and not transformed():
         way = for_router(spec, logits_TE.device.type, logits_TE.dtype)
         if way.way == "triton":
             return _route_on_kernel(logits_TE, spec, expert_bias_E, token_mask_T)
@@ -403,7 +416,7 @@ def route(
         logits_TE = logits_TE.masked_fill(~token_mask_T[:, None], 0)  # also keeps a NaN out of the gradient
     scores_TE = biased_scores_TE = group_scores_TG = group_ids_TL = raw_shared_TS = None
 
-    scaled_logits_TE = scale_logits(logits_TE, spec)
+    scaled_logits_TE = scale_logits(add_noise(logits_TE, inputs, token_mask_T), spec)
     choices_TE = scaled_logits_TE
     if spec.num_scored_shared_experts:
         choices_TE, raw_shared_TS = scaled_logits_TE[:, :E], score(scaled_logits_TE[:, E:], spec)
@@ -418,6 +431,11 @@ def route(
         if spec.num_expert_groups is not None:
             group_scores_TG, group_ids_TL = limit_groups(biased_scores_TE, spec)
         expert_ids_TK = select(biased_scores_TE, group_scores_TG, group_ids_TL, spec)
+    elif spec.selector == "sinkhorn":
+        reads_host = not (torch.compiler.is_compiling() or transformed())
+        evened_E = sinkhorn(choices_TE, token_mask_T, reads_host=reads_host)
+        biased_scores_TE = choices_TE.detach() + evened_E
+        expert_ids_TK = select(biased_scores_TE, None, None, spec)
     elif spec.selector == "sparsemixer":
         expert_ids_TK, raw_weights_TK = sparsemixer(choices_TE, spec)
     else:

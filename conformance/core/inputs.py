@@ -24,6 +24,8 @@ class RouteInputs(SelectorInputs, total=False):
     """Of `route`."""
 
     learned_scale: np.ndarray
+    logit_factors_TE: np.ndarray
+    logit_noise_TE: np.ndarray
     token_mask_T: np.ndarray
 
 

@@ -112,6 +112,7 @@ class Subject:
             token_ids_T, table_VK: (T,) rows of the (V, K) table of expert ids, for selector 'table'.
             given_ids_TK: (T, K) expert ids, -1 in unused slots, for selector 'given'.
             seed: an integer, for selector 'random'.
+            logit_factors_TE, logit_noise_TE: (T, num_logits) the noise of training: factors, then a noise to add.
             token_mask_T: (T,) bools; a padding token (False) gets ids -1 and weights 0.
 
         Returns:
@@ -180,6 +181,18 @@ class Subject:
                 To name it is to declare that they then are.
 
         The arrays are the judge's: a method that writes to one changes what its caller computes with.
+        """
+        raise NotImplementedError
+
+    def fused_layer(
+        self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, *_: Any, **inputs: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Optional: the layer with its shared experts inside the slots of the routed ones, ids num_experts and on.
+
+        Inputs are those of `layer`, but for a capacity.
+
+        Returns:
+            (T, D) output, and (E,) integers, the slots of each routed expert.
         """
         raise NotImplementedError
 
@@ -372,7 +385,7 @@ class Subject:
 
 METHODS = (
     "route", "gate", "configure", "permute", "align", "experts", "combine", "layer", "layer_gradients",
-    "place_slots", "home",
+    "place_slots", "home", "fused_layer",
     "dispatch", "sharded_layer", "sharded_gradients",
     "load", "balance_loss", "z_loss", "bias_update", "capacity", "record", "replay",
     "train",

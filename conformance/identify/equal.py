@@ -89,7 +89,7 @@ def _selected(spec: RouterSpec, biased: bool) -> dict[str, Any]:
 
 
 def _by_logit(spec: RouterSpec, biased: bool) -> dict[str, Any]:
-    if spec.select_by == "score" or not spec.has_scores:
+    if spec.select_by == "score" or not spec.has_scores or spec.reads_batch:
         return {}
     ranks_alike = spec.selector != "top_k" or (not biased and _ranked_alike(spec))
     return {"select_by": "score"} if ranks_alike or spec.top_k == spec.num_choices else {}
@@ -120,7 +120,7 @@ def _one_weight(spec: RouterSpec, biased: bool) -> dict[str, Any]:
 
 def _norm_of_one(spec: RouterSpec, biased: bool) -> dict[str, Any]:
     constant = spec.top_k == 1 and spec.route_norm and spec.norm_eps == 0 and not spec.norm_with_shared
-    if not (constant and spec.has_scores and not spec.num_scored_shared_experts):
+    if not (constant and spec.has_scores and not spec.num_scored_shared_experts) or spec.reads_batch:
         return {}
     if spec.selector != "top_k" or (not biased and _ranked_alike(spec)):
         return {"score_func": "softmax", "logit_scale": 1.0, "logit_softcap": None}

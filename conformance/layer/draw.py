@@ -190,6 +190,11 @@ def _pool() -> list[LayerSpec]:
     found += [LayerSpec(router=ROUTERS[i % 4], experts=each) for i, each in enumerate(EXPERTS[1:])]
     found += [LayerSpec(router=ROUTERS[i % 4], experts=EXPERTS[0], shared=each) for i, each in enumerate(SHARED)]
     found += [LayerSpec(router=ROUTERS[i], experts=EXPERTS[2], shared=SHARED[0], gate_bias=True) for i in (2, 10)]
+    # Wide enough for several slots of a fused form, whose weight has a factor to cancel.
+    found += [
+        LayerSpec(router=ROUTERS[i].replace(output_scale=2.5), experts=EXPERTS[0], shared=SharedSpec(hidden_dim=14))
+        for i in (0, 1)
+    ]
     # A shared expert has its own clamp, at the place of the routed ones', and their alpha and offset.
     found += [LayerSpec(router=ROUTERS[i % 2], experts=e, shared=SHARED[4]) for i, e in enumerate(FORMULAS)]
     return list(dict.fromkeys(found + _models() + list(LATENTS) + _mixed()))
@@ -203,7 +208,7 @@ def _thin() -> list[LayerSpec]:
     gpt_oss, deepseek, _, qwen2, *_ = _models()
     return [
         gpt_oss,
-        deepseek,
+        deepseek.replace(shared=SharedSpec(hidden_dim=2 * deepseek.experts.hidden_dim)),  # in two slots of a fused form
         qwen2.replace(experts=qwen2.experts.replace(**SITU, linear_beta=0.75)),
         LayerSpec(router=ROUTERS[6], experts=ExpertSpec(dim=5, hidden_dim=7), latent=LatentSpec(dim=7)),
         LayerSpec(router=ROUTERS[4], experts=ExpertSpec(dim=5, hidden_dim=7, activation="gelu", bias=True)),

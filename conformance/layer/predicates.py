@@ -30,8 +30,8 @@ SHARED = ("shared_w_up_SDF", "shared_w_gate_SDF", "shared_w_down_SFD", "shared_t
 
 
 def by_token(spec: LayerSpec) -> bool:
-    """Selectors that look at the token alone, not at its place."""
-    return spec.router.selector != "round_robin"
+    """Selectors that look at the token alone, not at its place or at the batch."""
+    return spec.router.selector != "round_robin" and not spec.router.reads_batch
 
 
 def sees_tokens(spec: LayerSpec) -> bool:

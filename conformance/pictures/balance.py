@@ -20,6 +20,7 @@ from conformance.core.chosen import router_of
 from conformance.core.usage import UsageError
 from conformance.pictures.figure import figure_class, save
 from moe_ref.balance import bias_update, load_statistics, tokens_per_expert
+from moe_ref.loads import logits_of_load
 from moe_ref.routing import route
 from moe_ref.specs.balance import BiasUpdateSpec
 from moe_ref.specs.checks import integer, number, require
@@ -63,6 +64,8 @@ def load(options: Namespace) -> int:
         )
         update = BiasUpdateSpec(rate=options.rate)
         number("skew", options.skew, low=0.0)
+        if options.distribution is not None:
+            logits_of_load(options.distribution, 0, router, np.random.default_rng(0))
         integer("seed", options.seed, 0)
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -85,8 +88,12 @@ def simulate(name: str, colour: str, router: RouterSpec, update: BiasUpdateSpec,
     bias_E = np.zeros(router.num_choices)
     counts_BE = []
     for batch in range(options.steps + 1):
-        noise_TE = np.random.default_rng((options.seed, batch)).standard_normal((options.tokens, router.num_logits))
-        routing = route(noise_TE + popularity_E, router, expert_bias_E=bias_E, learned_scale=learned_scale)
+        rng = np.random.default_rng((options.seed, batch))
+        if options.distribution is None:
+            logits_TE = rng.standard_normal((options.tokens, router.num_logits)) + popularity_E
+        else:
+            logits_TE = logits_of_load(options.distribution, options.tokens, router, rng)
+        routing = route(logits_TE, router, expert_bias_E=bias_E, learned_scale=learned_scale)
         counts_BE.append(tokens_per_expert(routing.expert_ids_TK, E))
         # The biases of null experts stay 0: the update evens the load of experts.
         bias_E = np.concatenate([bias_update(counts_BE[-1], update, bias_E[:E]), bias_E[E:]])
@@ -102,10 +109,10 @@ def neutral_scale(router: RouterSpec) -> np.ndarray | None:
 
 def heading(router: RouterSpec, options: Namespace) -> str:
     """What was simulated."""
+    drawn = f"skew {options.skew:g}" if options.distribution is None else f"distribution {options.distribution}"
     return (
         f"{' '.join(options.family)}: {router.num_experts} experts, {router.top_k} of them for each token; "
-        f"bias updates: {options.steps}, of rate {options.rate:g}; {options.tokens} tokens before each; "
-        f"skew {options.skew:g}"
+        f"bias updates: {options.steps}, of rate {options.rate:g}; {options.tokens} tokens before each; {drawn}"
     )
 
 
@@ -159,6 +166,11 @@ def add_options(command: ArgumentParser, positive: Callable[[str], int]) -> None
     command.add_argument("--rate", type=float, default=0.001, metavar="R", help="of the update (default 0.001)")
     command.add_argument(
         "--skew", type=float, default=1.0, metavar="S", help="spread of the experts' mean logits (default 1)"
+    )
+    command.add_argument(
+        "--distribution",
+        metavar="D",
+        help="the shares of experts, in place of --skew: uniform, zipf:S, hot:P, or a number for each with commas",
     )
     command.add_argument("--seed", type=int, default=0, metavar="S", help="of the logits (default 0)")
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw the loads, with matplotlib")

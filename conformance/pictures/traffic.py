@@ -15,6 +15,7 @@ import numpy as np
 from conformance.core.chosen import router_of
 from conformance.core.usage import UsageError
 from conformance.pictures.figure import figure_class, save
+from moe_ref.loads import logits_of_load
 from moe_ref.routing import route
 from moe_ref.specs.checks import integer, number
 from moe_ref.specs.layout import ShardLayout, even_pieces
@@ -58,6 +59,8 @@ def traffic(options) -> int:
         layout.check(router)
         routings = routings_of(router)
         number("skew", options.skew, low=0.0)
+        if options.distribution is not None:
+            logits_of_load(options.distribution, 0, router, np.random.default_rng(0))
         integer("seed", options.seed, 0)
     except ValueError as error:
         raise UsageError(str(error)) from error
@@ -95,7 +98,10 @@ def blocks(router: RouterSpec, layout: ShardLayout, options) -> Iterator[tuple[i
         rng = np.random.default_rng((options.seed, shard))
         for begin in range(0, num_tokens, BLOCK):
             size = min(BLOCK, num_tokens - begin)
-            logits_BE = rng.standard_normal((size, router.num_logits)) + popularity_E
+            if options.distribution is None:
+                logits_BE = rng.standard_normal((size, router.num_logits)) + popularity_E
+            else:
+                logits_BE = logits_of_load(options.distribution, size, router, rng)
             yield shard, route(logits_BE, router).expert_ids_TK
 
 
@@ -193,5 +199,10 @@ def add_options(command, positive) -> None:
     ):
         command.add_argument(name, type=positive, default=default, metavar="N", help=f"{meaning} (default {default})")
     command.add_argument("--skew", type=float, default=0.0, metavar="S", help="spread of the experts' mean logits")
+    command.add_argument(
+        "--distribution",
+        metavar="D",
+        help="the shares of experts, in place of --skew: uniform, zipf:S, hot:P, or a number for each with commas",
+    )
     command.add_argument("--seed", type=int, default=0, metavar="S", help="of the logits (default 0)")
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw the bytes across nodes, with matplotlib")

@@ -12,11 +12,14 @@ from conformance.core.rounding import EPSILON, TINY, coarse, coarse_dtype
 from conformance.router.case import RouterCase
 from moe_ref import UNUSED, RouterSpec
 from moe_ref.routing import factor_of, gather, kept_experts, leave_out, normalise, scale_weights, score, softmax
+from moe_ref.sinkhorn import sinkhorn
 
 ROUNDINGS = 16
 """Roundings granted to a score or weight besides those of exp's argument: sums, divisions, library exp (4 ulp)."""
 LOW_PRECISION = ("bfloat16", "float16")
 """dtypes of logits that are narrower than float32, in which scores and weights may be handed on."""
+ROUNDS = 512
+"""Roundings granted to the logarithm of an expert's factor: those of sums over the batch, round after round."""
 SETS_AT_A_TIME = 1024
 """Sets of kept groups that are looked at together."""
 
@@ -52,9 +55,16 @@ def logit_error(case: RouterCase, dtype: str) -> np.ndarray:
     """Absolute error of each scaled logit."""
     spec = case.spec
     z_TE = np.abs(np.nan_to_num(case.reference.scaled_logits_TE[:, : spec.num_choices], neginf=0.0))
-    if not spec.scales_logits:
-        return np.zeros_like(z_TE)
-    return (4 * EPSILON[dtype] + 2 * coarseness(case)) * z_TE
+    error_TE = (4 * EPSILON[dtype] + 2 * coarseness(case)) * z_TE if spec.scales_logits else np.zeros_like(z_TE)
+    if has_noise(case):  # a product, and a sum in which the two may cancel
+        noise_TE = np.abs(case.inputs.get("logit_noise_TE", np.zeros(())))[..., : spec.num_choices]
+        error_TE = error_TE + (EPSILON[dtype] + coarseness(case)) * (z_TE + 2 * spec.logit_scale * noise_TE)
+    return error_TE
+
+
+def has_noise(case: RouterCase) -> bool:
+    """Whether the logits are multiplied by factors, or a noise is added to them."""
+    return "logit_factors_TE" in case.inputs or "logit_noise_TE" in case.inputs
 
 
 def score_error(case: RouterCase, dtype: str) -> np.ndarray:
@@ -65,7 +75,8 @@ def score_error(case: RouterCase, dtype: str) -> np.ndarray:
         z_TE = z_TE - z_TE.max(axis=-1, keepdims=True, initial=-np.inf)
     error_TE = eps * (ROUNDINGS + np.abs(z_TE)) + 2 * coarseness(case) + logit_error(case, dtype)
     error_TE = error_TE + coarse(dtype, "scores", spec.num_choices)
-    if (spec.score_func == "softmax" and spec.logit_scale != 1) or spec.logit_softcap is not None:
+    shifts = spec.logit_scale != 1 or has_noise(case)
+    if (spec.score_func == "softmax" and shifts) or spec.logit_softcap is not None:
         error_TE = error_TE + logit_error(case, dtype).max(axis=-1, keepdims=True, initial=0)
     return error_TE
 
@@ -75,6 +86,8 @@ def choice_error(case: RouterCase, dtype: str) -> np.ndarray:
     trace, eps = case.reference, EPSILON[dtype]
     assert trace.scores_for_choice_TE is not None
     choice_TE = np.abs(np.nan_to_num(trace.scores_for_choice_TE, neginf=0.0))
+    if case.spec.selector == "sinkhorn":
+        return logit_error(case, dtype) + eps * choice_TE + sinkhorn_error(case, dtype)
     if case.spec.select_by == "logit":
         error_TE = logit_error(case, dtype)
     else:
@@ -88,6 +101,15 @@ def choice_error(case: RouterCase, dtype: str) -> np.ndarray:
         return error_TE
     error_TE = error_TE + coarse(dtype, "bias", E) * np.abs(case.expert_bias_E)
     return error_TE + (eps + coarseness(case)) * (choice_TE + np.abs(case.expert_bias_E))
+
+
+def sinkhorn_error(case: RouterCase, dtype: str) -> np.ndarray:
+    """(E,) absolute error of the logarithm of an expert's factor."""
+    choices_TE, valid_T1 = case.reference.scaled_logits_TE[:, : case.spec.num_choices], case.valid_T[:, None]
+    # Rounding may end the loop a round earlier or later, or not at all; so the whole way that is left is granted.
+    ended_E, settled_E = sinkhorn(choices_TE, valid_T1), sinkhorn(choices_TE, valid_T1, tolerance=0)
+    logits = logit_error(case, dtype).max(initial=0)
+    return 4 * np.abs(ended_E - settled_E) + ROUNDS * EPSILON[dtype] * (1 + np.abs(settled_E)) + 4 * logits
 
 
 def unlimited_choice(case: RouterCase) -> np.ndarray:

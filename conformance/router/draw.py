@@ -17,6 +17,7 @@ from conformance.core.kind import settings_of
 from conformance.router.case import RouterCase, held
 from conformance.router.check import RouterCheck
 from moe_ref import UNUSED, RouterSpec
+from moe_ref.noise import jitter, normal
 from moe_ref.specs.families import FAMILIES, tiny
 
 SIZES = ((8, 2), (6, 1), (8, 8), (12, 5), (16, 4))
@@ -82,6 +83,8 @@ def _variants() -> list[dict]:
         sigmoid | {"select_by": "logit", "router_dtype": "bfloat16"},
         softmax | norm | {"router_dtype": "float16"},
         sigmoid | norm | {"router_dtype": "float64"},
+        sigmoid | {"select_by": "logit", "selector": "sinkhorn"},
+        softmax | {"select_by": "logit", "selector": "sinkhorn"},
     ]
 
 
@@ -239,6 +242,10 @@ def inputs_of(spec: RouterSpec, num_tokens: int, wanted: tuple[str, ...], rng: n
         inputs["given_ids_TK"] = np.where(rng.random((T, K)) < 0.2, UNUSED, ids_TK)
     if spec.selector == "random":
         inputs["seed"] = int(rng.integers(2**31))
+    if "logit_factors_TE" in wanted:
+        inputs["logit_factors_TE"] = jitter(int(rng.integers(2**32)), T, spec.num_logits, eps=0.5)
+    if "logit_noise_TE" in wanted:
+        inputs["logit_noise_TE"] = normal(int(rng.integers(2**32)), T, spec.num_logits)
     if "token_mask_T" in wanted:
         inputs["token_mask_T"] = rng.random(T) < 0.6
     return {name: _held(value) for name, value in inputs.items()}

@@ -26,8 +26,8 @@ def ranks(spec: RouterSpec) -> bool:
 
 
 def by_token(spec: RouterSpec) -> bool:
-    """Selectors that look at the token alone, not at its place or at a draw."""
-    return spec.selector not in ("round_robin", "random")
+    """Selectors that look at the token alone, not at its place, at a draw or at the batch."""
+    return spec.selector not in ("round_robin", "random") and not spec.reads_batch
 
 
 def shows_scores(spec: RouterSpec) -> bool:
@@ -73,7 +73,7 @@ def panel(case: RouterCase) -> RouterCase:
     """Other tokens under the same spec and bias, half of them negative: many tell which stage is at fault."""
     logits_TE = case.rng().normal(0, 2, (PANEL, case.spec.num_logits)).astype(np.float32)
     logits_TE[::2] -= 6
-    of_no_token = {name: value for name, value in case.inputs.items() if not name.endswith(("_T", "_TK"))}
+    of_no_token = {name: value for name, value in case.inputs.items() if not name.endswith(("_T", "_TK", "_TE"))}
     return case.with_logits(logits_TE).with_(inputs=of_no_token)
 
 

@@ -176,7 +176,7 @@ def differ(judge: Judge, seen: Observation, other: Observation, *, ids_alone: bo
     ).all(axis=-1)
     wrong = set() if ids_alone else set(np.flatnonzero(same_T & ~close_T).tolist())
     moved = np.flatnonzero(~same_T)
-    if len(moved) and seen.case.spec.selector != "top_k":
+    if len(moved) and seen.case.spec.selector not in ("top_k", "sinkhorn"):
         return sorted(wrong | set(moved.tolist()))
     if len(moved):
         choice_TE = unlimited_choice(seen.case)

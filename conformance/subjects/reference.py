@@ -8,7 +8,7 @@ from typing import Any, Unpack
 import numpy as np
 
 import moe_ref
-from conformance.core.inputs import CutLayerInputs, DrawnShardedInputs, RouteInputs
+from conformance.core.inputs import CutLayerInputs, DrawnShardedInputs, LayerInputs, RouteInputs
 from conformance.core.subject import Routing, Subject
 from moe_ref import (
     AlignSpec,
@@ -29,6 +29,7 @@ from moe_ref import experts as experts_room
 from moe_ref.backward.routing import scale_logits_backward
 from moe_ref.backward.sharded import sharded_backward
 from moe_ref.dispatch import plan
+from moe_ref.fused import fused_layer
 from moe_ref.permute import permute, unpermute
 from moe_ref.routing import scale_logits
 from moe_ref.sharded import sharded_layer
@@ -100,6 +101,11 @@ class Reference(Subject):
             how = RouterInputs.keywords(inputs)
             return moe_ref.layer_of_each(x_TD, params, spec, dtype=self.compute_dtype, **how)
         return self._traced(x_TD, params, spec, inputs).output_TD
+
+    def fused_layer(
+        self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Unpack[LayerInputs]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return fused_layer(x_TD, params, spec, dtype=self.compute_dtype, **RouterInputs.keywords(inputs))
 
     def layer_gradients(
         self,

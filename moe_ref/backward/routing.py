@@ -77,7 +77,10 @@ def route_backward(
     d_choices_TE = weigh_backward(leave_out(d_raw_TK, routing.expert_ids_TK, spec), routing, spec)
     d_shared_logits_TS = score_backward(d_shared_scores_TS, shared_logits_TS, spec)
     d_scaled_TE = np.concatenate([d_choices_TE, d_shared_logits_TS], axis=-1)
-    return scale_logits_backward(d_scaled_TE, routing.scaled_logits_TE, spec), d_learned_scale
+    d_logits_TE = scale_logits_backward(d_scaled_TE, routing.scaled_logits_TE, spec)
+    if routing.logit_factors_TE is not None:
+        d_logits_TE = np.where(valid_T1, d_logits_TE * routing.logit_factors_TE, 0)
+    return d_logits_TE, d_learned_scale
 
 
 def raw_weights(routing: RoutingTrace, spec: RouterSpec) -> np.ndarray:

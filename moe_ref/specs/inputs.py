@@ -15,9 +15,11 @@ import numpy as np
 from moe_ref.specs.checks import require, shape_and_kind
 from moe_ref.specs.router import RouterSpec
 
+NOISE = {"logit_factors_TE": False, "logit_noise_TE": False}
 READS: dict[str, dict[str, bool]] = {
-    "top_k": {},
-    "sparsemixer": {},
+    "top_k": NOISE,
+    "sparsemixer": NOISE,
+    "sinkhorn": NOISE,
     "table": {"token_ids_T": True, "table_VK": True},
     "given": {"given_ids_TK": True, "given_weights_TK": False},
     "round_robin": {"first_token": False},
@@ -25,7 +27,7 @@ READS: dict[str, dict[str, bool]] = {
 }
 """Selector -> the fields of RouterInputs that it reads, and whether it needs them."""
 
-BY_TOKEN = ("token_ids_T", "given_ids_TK", "given_weights_TK")
+BY_TOKEN = ("token_ids_T", "given_ids_TK", "given_weights_TK", *NOISE)
 """The fields with an entry for each token."""
 
 ARRAYS = (*BY_TOKEN, "table_VK")
@@ -49,6 +51,10 @@ class RouterInputs:
     """(T, K) ids to replay, for selector 'given'; -1 is an unused slot of weight 0."""
     given_weights_TK: Any = None
     """(T, K) final weights to replay with them; None: the weights are those of the logits."""
+    logit_factors_TE: Any = None
+    """(T, num_logits) positive factors on the logits, before all else: jitter, in training alone (`moe_ref.noise`)."""
+    logit_noise_TE: Any = None
+    """(T, num_logits) added to the logits after the factors: noisy top-k, Gumbel, in training alone."""
     first_token: Any = None
     """The number of the first token in the whole batch, for selector 'round_robin': with it, shards choose what the
     whole batch would. None: 0."""
@@ -68,6 +74,7 @@ class RouterInputs:
             "table_VK": ((None, K), "int"),
             "given_ids_TK": ((T, K), "int"),
             "given_weights_TK": ((T, K), "float"),
+            **dict.fromkeys(NOISE, ((T, spec.num_logits), "float")),
         }
         read = READS[spec.selector]
         for field in (*shapes, "first_token", "seed"):

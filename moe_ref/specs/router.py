@@ -17,7 +17,7 @@ from moe_ref.specs.readers import hf
 
 SCORE_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus")
 ROUTER_DTYPES = ("float32", "float64", "bfloat16", "float16")
-SELECTORS = ("top_k", "table", "given", "round_robin", "random", "sparsemixer")
+SELECTORS = ("top_k", "table", "given", "round_robin", "random", "sparsemixer", "sinkhorn")
 WITHOUT_GROUPS: dict[str, Any] = {
     "num_expert_groups": None, "num_limited_groups": None, "group_score_k": 2, "mask_fill": -np.inf,
     "weights_from": "scores",
@@ -70,7 +70,8 @@ class RouterSpec(Spec):
 
     # select
     selector: str = "top_k"
-    """top_k; table (by token id), given (replay), round_robin, random (load tests), sparsemixer (phimoe)."""
+    """top_k; table (by token id), given (replay), round_robin, random (load tests), sparsemixer (phimoe); sinkhorn, of
+    training (Megatron): logits evened over the whole batch, so that a token's experts depend on the others."""
     select_by: str = "score"
     """What is ranked and what expert_bias is added to: score or logit."""
     mixer_eps: float = 0.01
@@ -186,6 +187,8 @@ class RouterSpec(Spec):
                 f"selector is 'sparsemixer' with score_func {self.score_func!r}; its weights are banded softmaxes",
             )
             require(self.score_over == "all", "selector is 'sparsemixer'; then score_over is 'all'")
+        if self.selector == "sinkhorn":
+            require(self.select_by == "logit", "selector is 'sinkhorn'; then select_by is 'logit'")
         if self.selector == "round_robin":
             integer("top_k", self.top_k, 1, self.num_experts, why="num_experts; round_robin takes no null expert")
         if self.num_scored_shared_experts:
@@ -238,6 +241,18 @@ class RouterSpec(Spec):
     def has_scores(self) -> bool:
         """Whether there is a score for every choice before the selection."""
         return self.score_over == "all" and self.selector != "sparsemixer"
+
+    @property
+    def reads_batch(self) -> bool:
+        """Whether the experts of a token depend on the other tokens: cut otherwise, a batch may choose others.
+
+        Over ranks each one takes its own tokens for the batch.
+        """
+        return self.selector == "sinkhorn"
+
+    def at_evaluation(self) -> Self:
+        """The same router without what is of training alone: sinkhorn gives way to the best logits."""
+        return self.replace(selector="top_k") if self.selector == "sinkhorn" else self
 
     def without_groups(self) -> Self:
         """The same router, which looks at all experts."""

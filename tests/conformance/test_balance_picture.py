@@ -21,7 +21,8 @@ def rows_of(printed: str) -> list[list[float]]:
 
 
 def simulated(router: RouterSpec, rate: float, **changes) -> Run:
-    options = argparse.Namespace(**({"steps": 40, "tokens": 256, "skew": 1.0, "seed": 0} | changes))
+    defaults = {"steps": 40, "tokens": 256, "skew": 1.0, "distribution": None, "seed": 0}
+    options = argparse.Namespace(**(defaults | changes))
     return simulate("a run", "0.5", router, BiasUpdateSpec(rate=rate), options)
 
 
@@ -84,6 +85,7 @@ def test_a_plot_that_cannot_be_written_is_a_usage_error(tmp_path, capsys):
     (("phimoe",), "selector is 'sparsemixer', which takes no bias"),
     (("deepseek_v4_hash",), "selector is 'table', which takes no bias"),
     (("mixtral", "--rate", "-1"), "rate is -1.0; it is a finite number of at least 0.0"),
+    (("mixtral", "--distribution", "zipf:-1"), "the exponent of zipf is -1.0; it is a finite number of at least 0.0"),
     (("mixtral", "--skew", "nan"), "skew is nan; it is a finite number of at least 0.0"),
     (("mixtral", "--seed", "-1"), "seed is -1; it is an integer at least 0"),
 ])  # fmt: skip

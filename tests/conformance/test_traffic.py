@@ -40,7 +40,9 @@ def test_it_prints_each_strategy_with_and_without_node_limits(capsys):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_its_counts_are_those_of_the_plan(strategy):
-    options = argparse.Namespace(data=2, ep=8, ranks_per_node=4, tokens=90, seed=3, skew=1.0, dim=10, bytes=2)
+    options = argparse.Namespace(
+        data=2, ep=8, ranks_per_node=4, tokens=90, seed=3, skew=1.0, distribution=None, dim=10, bytes=2
+    )
     layout, router = layout_of(options), family("deepseek_v3").tiny
     routings = routings_of(router)
     assert list(routings) == ["any experts", "2 of 4 groups"]
@@ -81,7 +83,9 @@ def test_how_groups_lie_on_nodes_is_said(num_groups, num_experts, sentence):
 
 
 def test_bytes_are_rows_times_width():
-    options = argparse.Namespace(data=1, ep=2, ranks_per_node=1, tokens=100, seed=0, skew=0.0, dim=500, bytes=4)
+    options = argparse.Namespace(
+        data=1, ep=2, ranks_per_node=1, tokens=100, seed=0, skew=0.0, distribution=None, dim=500, bytes=4
+    )
     layout, router = layout_of(options), family("mixtral").tiny
     found = line_of(
         "ring_of_experts", "any experts", demand(blocks(router, layout, options), layout, router), layout, router
@@ -102,6 +106,7 @@ def test_a_plot_is_drawn(tmp_path, capsys):
     (("--family", "deepseek_v4_hash"), "selector is 'table'; traffic is of a router that chooses by its logits"),
     (("--ep", "48"), "expert is 48, which does not divide num_experts (256)"),
     (("--ranks-per-node", "7"), "ranks_per_node is 7, which does not divide the expert axis (64)"),
+    (("--distribution", "pareto"), "distribution is 'pareto'; it is one of uniform, zipf:S, hot:P"),
     (("--skew", "nan"), "skew is nan; it is a finite number of at least 0.0"),
     (("--seed", "-1"), "seed is -1; it is an integer at least 0"),
 ])  # fmt: skip

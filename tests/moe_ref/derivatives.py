@@ -88,6 +88,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "inkling": SIGMOID_NORM | {"num_scored_shared_experts": 2, "norm_with_shared": True, "learned_scale": "global",
                                "route_scale": 8.0},
     "sparsemixer": {"selector": "sparsemixer", "select_by": "logit", "mixer_eps": 0.4},
+    "sinkhorn": {"selector": "sinkhorn", "select_by": "logit"},
     "table": {"selector": "table"},
     "given": SIGMOID_NORM | {"selector": "given"},
     "given_selected": {"selector": "given", "score_over": "selected", "select_by": "logit"},

@@ -12,7 +12,8 @@ from moe_ref.specs.router import SELECTORS
 T, K = 5, 2
 GIVEN = {
     "token_ids_T": np.zeros(T, int), "table_VK": np.array([[0, 1], [2, 3]]), "given_ids_TK": np.zeros((T, K), int),
-    "given_weights_TK": np.zeros((T, K)), "first_token": 3, "seed": 1,
+    "given_weights_TK": np.zeros((T, K)), "logit_factors_TE": np.ones((T, 4)), "logit_noise_TE": np.zeros((T, 4)),
+    "first_token": 3, "seed": 1,
 }  # fmt: skip
 
 

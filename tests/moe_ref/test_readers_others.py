@@ -77,6 +77,17 @@ def test_the_dtype_of_a_router_is_read_by_any_of_its_names():
         LayerSpec.from_megatron(MEGATRON | {"moe_router_dtype": "fp8"})
 
 
+def test_sinkhorn_of_megatron_is_a_selector():
+    values = {key: value for key, value in MEGATRON.items() if "group" not in key}
+    values |= {"moe_router_load_balancing_type": "sinkhorn"}
+    router = LayerSpec.from_megatron(values).router
+    assert router == RouterSpec(num_experts=256, top_k=8, selector="sinkhorn", select_by="logit")
+    assert router.at_evaluation() == RouterSpec(num_experts=256, top_k=8, select_by="logit")
+    assert LayerSpec.from_megatron(values | {"moe_router_topk": 1}).router.score_func == "sigmoid"
+    with pytest.raises(ValueError, match="sinkhorn is there alone"):
+        LayerSpec.from_megatron(values | {"moe_router_load_balancing_type": ["sinkhorn", "aux_loss"]})
+
+
 def test_megatron_without_pre_softmax_is_a_softmax_over_the_selected():
     plain = {"num_moe_experts": 8, "hidden_size": 16, "moe_ffn_hidden_size": 32, "gated_linear_unit": True,
              "activation_func": "silu", "add_bias_linear": False}  # fmt: skip
@@ -114,7 +125,7 @@ def test_megatron_gpt_oss():
         ({"num_moe_experts": None}, "num_moe_experts is None: .*dense model"),
         ({"moe_ruoter_topk": 3}, "'moe_ruoter_topk' is no key .*did you mean moe_router_topk"),
         ({"num_experts": 4}, "num_moe_experts is 256, but num_experts is 4"),
-        ({"moe_router_load_balancing_type": "sinkhorn"}, "moe_router_load_balancing_type is 'sinkhorn'"),
+        ({"moe_router_load_balancing_type": "base"}, "moe_router_load_balancing_type is 'base'"),
         ({"moe_latent_size": 64}, "moe_latent_size is 64"),
         ({"moe_expert_capacity_factor": 1.25}, "moe_expert_capacity_factor is 1.25"),
         ({"moe_router_topk": 300}, "moe_router_topk is 300; it is an integer between 1 and 256"),

@@ -16,6 +16,7 @@ from conformance.layer import routed
 from conformance.layer.case import LayerCase
 from conformance.layer.kind import requires
 from conformance.layer.predicates import (
+    CHOICE_IS_CLEAR,
     PARTS,
     POISON,
     WHOLE,
@@ -42,6 +43,7 @@ from conformance.layer.verdicts import (
     radius_of_output,
 )
 from moe_ref import CapacitySpec, LayerParams, LayerSpec
+from moe_ref.specs.fused import num_fused
 from moe_ref.specs.invariant import CHOOSE_ALONE
 
 ROUTED = ("LAY-2", "LAY-12", "LAY-13")
@@ -389,3 +391,33 @@ def the_batch_invariant_output_is_the_layers(judge, case):
     found_TD, radius_TD = invariant_output(judge, case), radius_of_output(judge, case)
     title = "not the layer's with batch_invariant"
     hold(title, found_TD, case.reference.output_TD, radius_TD, rows=judged_T(judge, case))
+
+
+def fuses(spec: LayerSpec) -> bool:
+    """Layers whose shared experts fit among the routed ones."""
+    try:
+        return num_fused(spec) > 0
+    except ValueError:
+        return False
+
+
+def fused_by_subject(judge, case: LayerCase) -> tuple[np.ndarray, np.ndarray]:
+    """The subject's (T, D) output and (E,) counts of the fused form."""
+    output_TD, counts_E = judge.call(case, "fused_layer", *arguments_of(case), **case.inputs)
+    return array_of(output_TD, case.x_TD.shape), np.asarray(counts_E)
+
+
+@requires("LAY-25", method="fused_layer", spec=fuses, tokens=(7,))
+def fused_shared_experts_give_the_same_output(judge, case):
+    found_TD, _ = fused_by_subject(judge, case)
+    # The slots of shared experts are rounded as routed ones are: once for the weight, once for the sum.
+    radius_TD = 2 * radius_of_output(judge, case)
+    hold("another output in the fused form", found_TD, case.reference.output_TD, radius_TD, rows=judged_T(judge, case))
+
+
+@requires("LAY-26", method="fused_layer", spec=fuses, tokens=(7,), given=(CHOICE_IS_CLEAR,))
+def fused_counts_are_of_routed_experts(judge, case):
+    _, counts_E = fused_by_subject(judge, case)
+    wanted_E = case.reference.permutation.tokens_per_expert_E
+    if counts_E.shape != wanted_E.shape or (counts_E != wanted_E).any():
+        accuse("other counts in the fused form", expected=str(wanted_E.tolist()), received=str(counts_E.tolist()))

@@ -43,4 +43,7 @@ chapter(
     ("LAY-23", MUST, "With batch_invariant a token's output has the same bits alone and in any batch: another number "
                   "of tokens, another order, other tokens beside it.", "vllm-project/vllm#57016"),
     ("LAY-24", MUST, "With batch_invariant the output is that of the layer, within rounding."),
+    ("LAY-25", MUST, "Shared experts inside the routed slots, ids num_experts and on behind each token's own, with the "
+                  "weight that cancels the factor on the routed output, give the output of the layer."),
+    ("LAY-26", MUST, "Counts of a layer in that form are of its routed experts alone."),
 )  # fmt: skip

@@ -265,7 +265,7 @@ def a_choice_from_low_precision_logits_is_explained(judge, case):
         )
 
 
-@requires("SCR-11", spec=lambda s: s.rounds and s.has_scores and s.selector != "given", logits=(*MODERATE, "close"))
+@requires("SCR-21", spec=lambda s: s.rounds and s.has_scores and s.selector != "given", logits=(*MODERATE, "close"))
 def a_narrow_router_rounds_what_it_hands_on(judge, case):
     spec, seen = case.spec, observe(judge, case)
     # The same from the rounded logits, with no rounding after them.
@@ -308,7 +308,7 @@ def nearest_of(values: np.ndarray, router_dtype: str) -> np.ndarray:
     return round_to(finite, router_dtype) == finite
 
 
-@requires("SCR-12", spec=lambda s: s.router_dtype == "float64" and s.selector != "sparsemixer", logits=MODERATE)
+@requires("SCR-22", spec=lambda s: s.router_dtype == "float64" and s.selector != "sparsemixer", logits=MODERATE)
 def a_router_of_float64_is_that_accurate(judge, case):
     seen = observe(judge, case.with_(dtype="float64"))
     otherwise_wrong = weights_differ(judge, seen)
@@ -340,6 +340,33 @@ def minus_infinity_adds_nothing(judge, case):
     for t in weights_differ(judge, seen):
         accuse(
             "the weights depend on masked experts",
+            token=t,
+            expected=str(expected_weights(case, seen.expert_ids_TK)[t].round(7).tolist()),
+            received=str(seen.weights_TK[t].round(7).tolist()),
+        )
+
+
+@requires(
+    "SCR-23",
+    tokens=(7,),
+    spec=lambda s: s.selector == "top_k",
+    logits=MODERATE,
+    bias=("none", "mixed"),
+    inputs=("logit_factors_TE", "logit_noise_TE"),
+    few=True,
+)
+def noise_is_what_is_given(judge, case):
+    seen = observe(judge, case)
+    for t in selection_differs(judge, seen):
+        accuse(
+            "not the experts of the noisy logits",
+            token=t,
+            expected=str(case.reference.expert_ids_TK[t].tolist()),
+            received=str(seen.expert_ids_TK[t].tolist()),
+        )
+    for t in weights_differ(judge, seen):
+        accuse(
+            "not the weights of the noisy logits",
             token=t,
             expected=str(expected_weights(case, seen.expert_ids_TK)[t].round(7).tolist()),
             received=str(seen.weights_TK[t].round(7).tolist()),

@@ -226,3 +226,37 @@ def random_selection_depends_on_the_seed_alone(judge, case):
         accuse(
             "twelve seeds select alike", expected="another selection for another seed", received=str(again[0].tolist())
         )
+
+
+def hold_evened(judge, case, title: str) -> None:
+    """The selection is that of the reference, or a near tie."""
+    seen = observe(judge, case)
+    for t in selection_differs(judge, seen):
+        choice_E = case.reference.scores_for_choice_TE[t]
+        wanted, found = case.reference.expert_ids_TK[t].tolist(), seen.expert_ids_TK[t].tolist()
+        accuse(
+            title,
+            token=t,
+            expected=f"experts {wanted}, which rank {choice_E[wanted].round(5).tolist()}",
+            received=f"experts {found}, which rank {choice_E[found].round(5).tolist()}",
+        )
+
+
+@requires("SEL-30", spec=lambda s: s.selector == "sinkhorn", logits=(*MODERATE, "below_zero"), bias=("none",))
+def sinkhorn_evens_the_whole_batch(judge, case):
+    hold_evened(judge, case, "not the experts of the evened batch")
+
+
+@requires(
+    "SEL-31",
+    spec=lambda s: s.selector == "sinkhorn",
+    tokens=(7,),
+    logits=MODERATE,
+    bias=("none",),
+    inputs=("token_mask_T",),
+)
+def padding_is_not_evened(judge, case):
+    valid_T1 = case.valid_T[:, None]
+    # Padding that would draw every token away from one expert.
+    full = np.where(np.arange(case.spec.num_logits) == 0, 40.0, 0.0)
+    hold_evened(judge, case.with_logits(np.where(valid_T1, case.logits_TE, full)), "padding changes what is evened")

@@ -7,6 +7,7 @@ import numpy as np
 from conformance.core.fault import replaces, surrounds
 from moe_ref import UNUSED
 from moe_ref.routing import choose, ids_array, sparsemixer
+from moe_ref.sinkhorn import sinkhorn
 from moe_ref.specs.inputs import READS
 
 
@@ -127,3 +128,33 @@ def random_follows_the_logits(route, memory, logits_TE, spec, expert_bias_E, **i
 def seed_ignored(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Random selection is the same for every seed."""
     return route(logits_TE, spec, expert_bias_E, **inputs | ({"seed": 0} if "seed" in inputs else {}))
+
+
+@replaces("sinkhorn", breaks="SEL-30")
+def sinkhorn_is_not_evened(logits_TE, valid_T1):
+    """The selector sinkhorn takes the best logits."""
+    return np.zeros_like(logits_TE[0]) if len(logits_TE) else np.zeros(logits_TE.shape[1], logits_TE.dtype)
+
+
+@replaces("sinkhorn", breaks="SEL-30")
+def sinkhorn_stops_after_one_round(logits_TE, valid_T1):
+    """sinkhorn scales rows and columns once."""
+    return sinkhorn(logits_TE, valid_T1, tolerance=np.inf)
+
+
+@surrounds(breaks="SEL-30", also=("run",))
+def sinkhorn_evens_each_half(route, memory, logits_TE, spec, expert_bias_E, **inputs):
+    """A batch is evened in two halves: chunks of tokens take themselves for the batch."""
+    trace = route(logits_TE, spec, expert_bias_E, **inputs)
+    if spec.selector != "sinkhorn" or len(logits_TE) < 2 or inputs.get("token_mask_T") is not None:
+        return trace
+    half = len(logits_TE) // 2
+    parts = [route(part, spec, expert_bias_E, **inputs) for part in (logits_TE[:half], logits_TE[half:])]
+    joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("expert_ids_TK", "weights_TK")}
+    return replace(trace, **joined)
+
+
+@replaces("sinkhorn", breaks="SEL-31")
+def sinkhorn_evens_padding_too(logits_TE, valid_T1):
+    """Padding tokens are evened like others."""
+    return sinkhorn(logits_TE, np.ones_like(valid_T1))

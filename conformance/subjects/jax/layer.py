@@ -12,10 +12,12 @@ from conformance.core.inputs import LayerInputs, split_inputs
 from conformance.core.subject import Subject
 from conformance.subjects.jax.arrays import narrow, narrow_inputs, narrow_params, with_bias
 from moe_jax.align import align_rows
+from moe_jax.fused import fused_matmul
 from moe_jax.replay import capture
 from moe_jax.replicas import home, place_by_table
 from moe_jax.sparse_matmul import RouteMetadata, activate, gmm_down, gmm_up, permute, sparse_matmul, unpermute
 from moe_ref import AlignSpec, LayerParams, LayerSpec, ReplicaSpec, RoutingRecord
+from moe_ref.specs.fused import fuse_params
 
 _place = jax.jit(place_by_table, static_argnames="in_turn")
 _permute = jax.jit(permute, static_argnames="num_experts")
@@ -74,6 +76,16 @@ class JaxLayer(Subject):
         made = _layer(narrow(x_TD), narrow_params(with_bias(params, spec)), spec=spec, how=how, **limits)
         return np.asarray(made[0])
 
+    def fused_layer(
+        self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Unpack[LayerInputs]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`fused_matmul`, and the counts of what it decided."""
+        how, _ = _arguments(spec, inputs)
+        router, experts = narrow_params(with_bias(params, spec)), narrow_params(fuse_params(params, spec))
+        output_TD, decided = _fused(narrow(x_TD), router, experts, spec=spec, how=how)
+        counts_E = permute(decided.expert_ids_TK, spec.router.num_experts).group_sizes_E
+        return np.asarray(output_TD), np.asarray(counts_E)
+
     def layer_gradients(
         self,
         x_TD: np.ndarray,
@@ -128,6 +140,11 @@ ROWS = 32
 @partial(jax.jit, static_argnames=STATIC)
 def _layer(x_TD, params: LayerParams, *, spec: LayerSpec, how: dict, **limits):
     return sparse_matmul(x_TD, params, spec, **how, **limits)
+
+
+@partial(jax.jit, static_argnames="spec")
+def _fused(x_TD, params: LayerParams, fused: LayerParams, *, spec: LayerSpec, how: dict):
+    return fused_matmul(x_TD, params, fused, spec, **how)
 
 
 @partial(jax.jit, static_argnames=STATIC)

@@ -10,7 +10,9 @@ from conformance.core.inputs import LayerInputs, split_inputs
 from conformance.core.subject import Subject
 from conformance.subjects.torch.arrays import device, single, tensor, tensor_if_any, to_canonical, to_inputs, to_numpy
 from moe_ref import AlignSpec, CapacitySpec, LayerParams, LayerSpec, ReplicaSpec, RoutingRecord
+from moe_torch.balance import tokens_per_expert
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation
+from moe_torch.fused import FusedMoE
 from moe_torch.moe import MoE
 from moe_torch.replay import capture, replay_layer
 from moe_torch.replicas import home, place_slots
@@ -72,6 +74,17 @@ class TorchLayer(Subject):
                 return to_numpy(moe(single(x_TD), **_how(inputs)))
             finally:
                 moe.batch_invariant = False
+
+    def fused_layer(
+        self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Unpack[LayerInputs]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The module `FusedMoE`."""
+        moe = FusedMoE(spec, device=device()).eval()
+        moe.load_params(params)
+        with torch.no_grad():
+            output_TD, routing = moe.forward_and_routing(single(x_TD), **_how(inputs))
+        counts_E = tokens_per_expert(routing.expert_ids_TK, spec.router.num_experts)
+        return to_numpy(output_TD), to_numpy(counts_E)
 
     def layer_gradients(
         self,

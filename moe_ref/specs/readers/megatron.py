@@ -39,7 +39,7 @@ FIXED = {
     "moe_pad_expert_input_to_capacity": (False,), "use_te_activation_func": (False,), "openai_gelu": (False,),
 }  # fmt: skip
 """Keys with the values that a LayerSpec can describe."""
-BALANCING = {"aux_loss", "seq_aux_loss", "global_aux_loss", "none"}
+BALANCING = {"aux_loss", "seq_aux_loss", "global_aux_loss", "none", "sinkhorn"}
 IRRELEVANT = Irrelevant(
     (
         "moe_router_enable_expert_bias", "moe_router_bias_update_rate", "moe_aux_loss_coeff", "moe_z_loss_coeff",
@@ -76,7 +76,12 @@ def read(config: Any, *, ignore: Iterable[str] = ()) -> tuple[Fields, Config]:
     )
     for key, valid in FIXED.items():
         found.only(key, valid)
-    fields: Fields = {"router": _router(found, experts), "experts": _experts(found)}
+    router = _sinkhorn if kinds == {"sinkhorn"} else _router
+    require(
+        kinds == {"sinkhorn"} or "sinkhorn" not in kinds,
+        f"moe_router_load_balancing_type is {balancing!r}; sinkhorn is there alone",
+    )
+    fields: Fields = {"router": router(found, experts), "experts": _experts(found)}
     fields["gate_bias"] = bool(fields["experts"]["bias"])  # the router's own bias goes with add_bias_linear
     width = found.get("moe_shared_expert_intermediate_size", field="shared_hidden_dim")
     gate = found.get("moe_shared_expert_gate")
@@ -121,6 +126,19 @@ def _router(config: Config, experts: int) -> Fields:
         require(top_k == 1, f"moe_apply_probs_on_input is True with moe_router_topk {top_k}; Megatron takes 1 alone")
         found["weight_on"] = "input"
     return found
+
+
+def _sinkhorn(config: Config, experts: int) -> Fields:
+    """Of training; at evaluation the best logits are taken (`RouterSpec.at_evaluation`). Nothing norms or scales."""
+    top_k = config.get("moe_router_topk", field="top_k")
+    found: Fields = {"num_experts": experts, "top_k": top_k, "selector": "sinkhorn", "select_by": "logit"}
+    found["score_func"] = "sigmoid" if top_k == 1 else "softmax"
+    dtype = config.get("moe_router_dtype", field="router_dtype")
+    for key in ("moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor"):
+        config.get(key)  # which that way does not read
+    for key in ("moe_router_num_groups", "moe_router_group_topk"):
+        config.only(key, (None,))
+    return found if dtype is None else found | {"router_dtype": dtype_named(dtype)}
 
 
 def _experts(config: Config) -> Fields:

@@ -1,0 +1,42 @@
+"""moe_torch, sinkhorn: a choice that is evened over the batch; what is computed is `moe_ref.sinkhorn`.
+
+Legend: T tokens, E choices.
+"""
+
+import torch
+from torch import Tensor
+
+EPS, TOLERANCE, MOST_ROUNDS = 1e-8, 1e-4, 100
+
+
+def sinkhorn(logits_TE: Tensor, token_mask_T: Tensor | None, *, reads_host: bool) -> Tensor:
+    """(E,) logarithms of the experts' factors; padding tokens take no part in the batch. [SEL-30, SEL-31]
+
+    A constant of the gradient. Over ranks each one evens its own tokens, as in Megatron.
+
+    Args:
+        logits_TE: scaled logits.
+        token_mask_T: bools, False for padding.
+        reads_host: whether the loop ends early, which an accelerator waits for; without it there are always as many
+            rounds, in one graph.
+    """
+    fixed_TE, E = logits_TE.detach(), logits_TE.shape[1]
+    largest_T1 = fixed_TE.amax(-1, keepdim=True).clamp(min=torch.finfo(fixed_TE.dtype).min)
+    share_TE = torch.exp(fixed_TE - largest_T1)
+    tokens: Tensor | int = share_TE.shape[0]
+    if token_mask_T is not None:
+        share_TE = share_TE.masked_fill(~token_mask_T[:, None], 0)
+        tokens = token_mask_T.sum()
+    tokens = tokens.clamp(min=1) if isinstance(tokens, Tensor) else max(tokens, 1)
+    factors_E = share_TE.new_ones(E)
+    going: Tensor | bool = True
+    for _ in range(MOST_ROUNDS):
+        # Sums, not products of matrices, which autocast and TF32 would round.
+        factors_T1 = 1 / (tokens * ((share_TE * factors_E).sum(-1, keepdim=True) + EPS))
+        next_E = 1 / (E * ((share_TE * factors_T1).sum(0) + EPS))
+        moves = (next_E - factors_E).abs().mean() > TOLERANCE
+        factors_E = next_E if reads_host else torch.where(torch.as_tensor(going), next_E, factors_E)
+        going = moves if going is True else going & moves
+        if reads_host and not moves:
+            break
+    return factors_E.log()
