@@ -35,14 +35,15 @@ def compress(x_TD: np.ndarray, params: LayerParams) -> np.ndarray:
 def expand(input_TH: np.ndarray, combined_TH: np.ndarray, params: LayerParams, spec: LayerSpec) -> LatentTrace:
     """The weighted sum of the experts is normed, where there is a norm, and projected up, once. [LAT-1, LAT-3]"""
     normed_TH, routed_TD = combined_TH, combined_TH
-    if spec.latent is not None and spec.latent.norm_eps is not None and params.latent_norm_H is not None:
-        normed_TH = rms_norm(combined_TH, params.latent_norm_H, spec.latent.norm_eps)
+    eps = None if spec.latent is None else spec.latent.norm_eps
+    if eps is not None and params.latent_norm_H is not None:
+        normed_TH = rms_norm(combined_TH, params.latent_norm_H, eps)
     if params.latent_w_up_HD is not None:
         routed_TD = project(normed_TH, params.latent_w_up_HD)
     return LatentTrace(input_TH=input_TH, combined_TH=combined_TH, normed_TH=normed_TH, routed_TD=routed_TD)
 
 
-def rms_norm(rows: np.ndarray, scale: np.ndarray | np.floating, eps: float) -> np.ndarray:
+def rms_norm(rows: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
     """A row over the root of the mean of its squares, with eps inside the root, times the scale. [LAT-3]"""
     return rows / root_mean_square(rows, eps) * scale
 
