@@ -4,7 +4,7 @@ Start at `sparse_matmul`, or at `sharded_sparse_matmul` for a mesh of devices. T
 """
 
 from moe_jax import pytrees  # noqa: F401  # before anything is traced
-from moe_jax.balance import LoadStatistics, bias_update, load_statistics, tokens_per_expert
+from moe_jax.balance import LoadStatistics, bias_step, bias_update, load_statistics, tokens_per_expert
 from moe_jax.capacity import KeptSlots, apply_capacity, slot_table
 from moe_jax.dense_matmul import dense_matmul
 from moe_jax.grouped_matmul import grouped_matmul
@@ -21,6 +21,7 @@ from moe_jax.parallel.layer import (
     use_cpu_devices,
 )
 from moe_jax.permute import RouteMetadata, dispatch, permute, unpermute
+from moe_jax.quantile import bias_of_total, quantile_bias, total_of
 from moe_jax.replay import capture, replay_layer
 from moe_jax.routing import RoutingTrace, gate, route
 from moe_jax.sparse_matmul import RouteOutput, activate, gmm_down, gmm_up, limit, route_tokens, sparse_matmul
@@ -38,6 +39,8 @@ __all__ = [
     "apply_capacity",
     "balance_loss",
     "balance_sums",
+    "bias_of_total",
+    "bias_step",
     "bias_update",
     "capture",
     "dense_matmul",
@@ -53,6 +56,7 @@ __all__ = [
     "param_specs",
     "permute",
     "place",
+    "quantile_bias",
     "replay_layer",
     "route",
     "route_tokens",
@@ -61,6 +65,7 @@ __all__ = [
     "slot_table",
     "sparse_matmul",
     "tokens_per_expert",
+    "total_of",
     "unpermute",
     "unplace",
     "use_cpu_devices",

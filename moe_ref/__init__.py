@@ -10,6 +10,7 @@ from moe_ref.balance import (
     balance,
     balance_layers,
     balance_loss,
+    bias_step,
     bias_update,
     load_statistics,
     tokens_per_expert,
@@ -20,15 +21,17 @@ from moe_ref.dispatch import plan, plan_chunks
 from moe_ref.experts import combine, run_experts
 from moe_ref.layer import LayerTrace, moe_layer
 from moe_ref.permute import Permutation, permute, unpermute
+from moe_ref.quantile import quantile_update
 from moe_ref.replay import capture, replay, replay_layer
 from moe_ref.routing import RoutingTrace, gate, route
 from moe_ref.sharded import ShardedTrace, sharded_layer
-from moe_ref.specs.balance import BALANCE_FORMS, BalanceSpec, BiasUpdateSpec, CapacitySpec
+from moe_ref.specs.balance import BALANCE_FORMS, SMEBU, BalanceSpec, BiasUpdateSpec, CapacitySpec
 from moe_ref.specs.ids import UNUSED
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.params import LayerParams, WeightLayout
+from moe_ref.specs.quantile import QUANTILE_FORMS, QuantileSpec
 from moe_ref.specs.readers.hf_weights import params_from_hf, params_to_hf
 from moe_ref.specs.record import RoutingRecord, load_records, save_records
 from moe_ref.specs.router import RouterSpec
@@ -40,6 +43,8 @@ from moe_ref.training import TrainingState, train
 __all__ = [
     "BALANCE_FORMS",
     "NO_INPUTS",
+    "QUANTILE_FORMS",
+    "SMEBU",
     "STRATEGIES",
     "UNUSED",
     "BalanceSpec",
@@ -55,6 +60,7 @@ __all__ = [
     "LayerTrace",
     "LoadStatistics",
     "Permutation",
+    "QuantileSpec",
     "RankPlan",
     "RouterInputs",
     "RouterSpec",
@@ -75,6 +81,7 @@ __all__ = [
     "balance_layers_backward",
     "balance_loss",
     "balance_loss_backward",
+    "bias_step",
     "bias_update",
     "capacity_backward",
     "capture",
@@ -89,6 +96,7 @@ __all__ = [
     "permute",
     "plan",
     "plan_chunks",
+    "quantile_update",
     "replay",
     "replay_layer",
     "route",
