@@ -167,6 +167,10 @@ def bias_step(
         step_E = jnp.where(whole_E != 0, jnp.sign(whole_E), jnp.sign(rest_1)).astype(dtype)
     elif spec.rule == "proportional":
         step_E = excess_E
+    elif spec.rule == "share":
+        every_1 = counts_E.sum(axis=-1, keepdims=True)
+        share_E = counts_E.astype(dtype) / jnp.maximum(every_1, 1).astype(dtype)
+        step_E = jnp.where(every_1 == 0, 0, spec.wanted_share / n - share_E)
     else:
         step_E = excess_E * n / jnp.maximum(total_1, 1).astype(dtype)
     if spec.rule == "tanh":

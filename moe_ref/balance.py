@@ -384,6 +384,9 @@ def bias_step(counts_E: np.ndarray, spec: BiasUpdateSpec, last_step_E: np.ndarra
         step = np.sign(excess).astype(np.float64)
     elif spec.rule == "proportional":
         step = excess / free_E.sum()
+    elif spec.rule == "share":
+        every = counts.sum(axis=-1, keepdims=True)
+        step = np.where(every == 0, 0, spec.wanted_share / free_E.sum() - counts / np.maximum(every, 1))
     else:
         step = excess / np.maximum(total, 1)
     if spec.rule == "tanh":

@@ -170,6 +170,10 @@ def bias_step(
         step_E = excess_E.sign().to(dtype)
     elif spec.rule == "proportional":
         step_E = excess_E.to(dtype) / n
+    elif spec.rule == "share":
+        every_1 = counts_E.sum(-1, keepdim=True)
+        share_E = counts_E.to(dtype) / every_1.clamp(min=1)
+        step_E = torch.where(every_1 == 0, 0, spec.wanted_share / n - share_E)
     else:
         step_E = excess_E.to(dtype) / total_1.clamp(min=1)
     if spec.rule == "tanh":

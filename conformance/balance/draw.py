@@ -45,6 +45,8 @@ UPDATES = (
     BiasUpdateSpec(centred=True, frozen_E=(False, False, False, False, True)),
     BiasUpdateSpec(**SMEBU),
     BiasUpdateSpec(rule="tanh", rate=0.25, steepness=0.5),
+    BiasUpdateSpec(rule="share", rate=0.5, wanted_share=0.75, frozen_E=(False, False, False, True, True)),
+    BiasUpdateSpec(rule="share", rate=0.5),
 )
 CAPACITIES = (
     CapacitySpec(factor=1.0),

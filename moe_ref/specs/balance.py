@@ -129,7 +129,7 @@ class BalanceSpec(Spec):
         return super().from_dict(BALANCE_FORMS[form] | values)
 
 
-BIAS_RULES = ("sign", "proportional", "relative", "tanh")
+BIAS_RULES = ("sign", "proportional", "relative", "tanh", "share")
 SMEBU: dict[str, Any] = {"rule": "tanh", "rate": 5e-4, "steepness": 2.0, "momentum": 0.5, "centred": True}
 """Soft-clamped momentum expert bias updates of Arcee Trinity Large (arXiv:2602.17004), as it was trained."""
 
@@ -145,7 +145,12 @@ class BiasUpdateSpec(Spec):
     rate: float = 0.001
     rule: str = "sign"
     """With excess = mean count - count. sign: rate * sign(excess); proportional: rate * excess; relative: rate *
-    excess / mean count, which does not grow with the batch; tanh: rate * tanh(steepness * excess / mean count)."""
+    excess / mean count, which does not grow with the batch; tanh: rate * tanh(steepness * excess / mean count); share:
+    rate * (wanted_share / experts that move - count / all counts), those of frozen experts included (LongCat-Flash,
+    arXiv:2509.01322, whose null experts are frozen)."""
+    wanted_share: float = 1.0
+    """What the experts that move are to get together of all slots; only with rule 'share' (LongCat: the experts with
+    an FFN that a token is to have, over top_k)."""
     steepness: float = 1.0
     """Of the tanh; only with that rule."""
     centred: bool = False
@@ -163,6 +168,13 @@ class BiasUpdateSpec(Spec):
         require(
             self.steepness == 1 or self.rule == "tanh",
             f"steepness is {self.steepness!r}, but rule is {self.rule!r}",
+        )
+        number("wanted_share", self.wanted_share, above=0.0)
+        require(
+            self.wanted_share == 1 or (self.rule == "share" and self.wanted_share < 1),
+            f"wanted_share is {self.wanted_share!r}, but rule is {self.rule!r}"
+            if self.rule != "share"
+            else f"wanted_share is {self.wanted_share!r}; it is at most 1, all slots",
         )
         number("momentum", self.momentum, low=0.0)
         require(self.momentum < 1, f"momentum is {self.momentum!r}; it is less than 1, with which no bias moves")

@@ -108,3 +108,12 @@ def test_a_soft_step_is_a_tanh_and_momentum_goes_on():
     step_E = 5e-4 * np.tanh([1.0, -1.0]) / 2
     np.testing.assert_allclose(bias_step(counts_E, rule), step_E)
     np.testing.assert_allclose(bias_update(counts_E, rule, np.ones(2), step_E), 1 + 1.5 * step_E)
+
+
+def test_a_share_step_counts_the_slots_of_frozen_experts():
+    # LongCat: 2 experts with an FFN are to have half of all slots, a quarter each; the third choice is a null expert.
+    rule = BiasUpdateSpec(rule="share", rate=1.0, wanted_share=0.5, frozen_E=(False, False, True))
+    np.testing.assert_array_equal(bias_step(np.array([1, 4, 3]), rule), [0.125, -0.25, 0])
+    np.testing.assert_array_equal(bias_step(np.zeros(3, int), rule), np.zeros(3))
+    with pytest.raises(ValueError, match="wanted_share is 2"):
+        rule.replace(wanted_share=2.0)

@@ -118,7 +118,7 @@ def centred_steps_have_the_mean_0(judge, case):
 @requires(
     "LOD-24",
     method="bias_update",
-    spec=lambda s: s.update.frozen_E is not None,
+    spec=lambda s: s.update.frozen_E is not None and s.update.rule != "share",
     num_counts=(1,),
     given=(ONE_COUNT,),
 )
@@ -140,3 +140,8 @@ def large_counts_move_the_bias(judge, case):
 @requires("LOD-46", method="bias_update", spec=lambda s: s.update.rule == "tanh", num_counts=(1,), given=(ONE_COUNT,))
 def a_tanh_step_is_soft_and_momentum_takes_a_share(judge, case):
     hold_bias(judge, case, "not a soft step")
+
+
+@requires("LOD-47", method="bias_update", spec=lambda s: s.update.rule == "share", num_counts=(1,), given=(ONE_COUNT,))
+def a_share_step_is_of_all_slots(judge, case):
+    hold_bias(judge, case, "not the wanted share less the own one")

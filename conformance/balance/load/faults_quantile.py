@@ -3,6 +3,7 @@
 import numpy as np
 
 from conformance.core.fault import replaces, surrounds
+from moe_ref.balance import bias_step
 from moe_ref.quantile import bins_of, histogram, needs, quantile, quantile_bias
 
 # quantiles
@@ -126,3 +127,17 @@ def a_soft_step_is_of_counts(run, memory, counts_SE, update, expert_bias_E):
 def momentum_adds_the_whole_step(run, memory, counts_SE, update, expert_bias_E):
     """The step is added in full, besides momentum of the last move."""
     return run(counts_SE, update.replace(momentum=0.0), expert_bias_E)
+
+
+@replaces("bias_step", breaks="LOD-47")
+def a_share_is_of_the_slots_of_experts_that_move(counts_E, spec, last_step_E=None):
+    """The slots of frozen experts, as null ones are, are left out of what a count is a share of."""
+    if spec.rule == "share" and spec.frozen_E is not None:
+        counts_E = np.where(np.array(spec.frozen_E), 0, counts_E)
+    return bias_step(counts_E, spec, last_step_E)
+
+
+@surrounds(breaks="LOD-47")
+def the_wanted_share_is_always_all(run, memory, counts_SE, update, expert_bias_E):
+    """The experts that move are to have every slot."""
+    return run(counts_SE, update.replace(wanted_share=1.0), expert_bias_E)

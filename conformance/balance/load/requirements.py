@@ -84,4 +84,6 @@ chapter(
     ("LOD-45", MUST, "Without any valid token quantile balancing moves no bias."),
     ("LOD-46", MUST, "A tanh step is rate * tanh(steepness * (mean - count) / mean); with momentum a bias moves by 1 - "
                   "momentum of its step, and by momentum of its last move."),
+    ("LOD-47", MUST, "A share step is rate * (wanted_share / experts that move - count / all counts), those of frozen "
+                  "experts among all; these keep their bias, and so does every expert where nothing is counted."),
 )  # fmt: skip
