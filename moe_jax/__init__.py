@@ -5,7 +5,7 @@ Start at `sparse_matmul`, or at `sharded_sparse_matmul` for a mesh of devices. T
 
 from moe_jax import pytrees  # noqa: F401  # before anything is traced
 from moe_jax.align import AlignedMetadata, align_rows
-from moe_jax.balance import LoadStatistics, bias_update, load_statistics, tokens_per_expert
+from moe_jax.balance import LoadStatistics, bias_step, bias_update, load_statistics, tokens_per_expert
 from moe_jax.capacity import KeptSlots, apply_capacity, slot_table
 from moe_jax.choice import Chosen, chosen
 from moe_jax.dense_matmul import dense_matmul
@@ -23,6 +23,7 @@ from moe_jax.parallel.layer import (
     use_cpu_devices,
 )
 from moe_jax.permute import RouteMetadata, dispatch, permute, unpermute
+from moe_jax.quantile import bias_of_total, quantile_bias, total_of
 from moe_jax.replay import capture, replay_layer
 from moe_jax.replicas import home, place_slots, replicate
 from moe_jax.routing import RoutingTrace, gate, route
@@ -44,6 +45,8 @@ __all__ = [
     "apply_capacity",
     "balance_loss",
     "balance_sums",
+    "bias_of_total",
+    "bias_step",
     "bias_update",
     "capture",
     "chosen",
@@ -62,6 +65,7 @@ __all__ = [
     "permute",
     "place",
     "place_slots",
+    "quantile_bias",
     "replay_layer",
     "replicate",
     "route",
@@ -71,6 +75,7 @@ __all__ = [
     "slot_table",
     "sparse_matmul",
     "tokens_per_expert",
+    "total_of",
     "unpermute",
     "unplace",
     "use_cpu_devices",

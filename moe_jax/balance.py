@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from moe_jax.arrays import AxisName, wide_dtype
 from moe_ref.specs.balance import BiasUpdateSpec
@@ -106,28 +107,54 @@ def load_statistics(
 
 
 def bias_update(
-    counts_E: jax.Array, spec: BiasUpdateSpec, expert_bias_E: jax.Array, *, axis_name: AxisName = None
-) -> Any:
-    """An expert with less than the mean load gets a larger bias, one with more a smaller one. [LOD-19 .. LOD-24]
+    counts_E: jax.Array,
+    spec: BiasUpdateSpec,
+    expert_bias_E: jax.Array,
+    last_step_E: jax.Array | None = None,
+    *,
+    axis_name: AxisName = None,
+) -> jax.Array:
+    """An expert with less than its share of the load gets a larger bias, one with more a smaller. [LOD-19 .. LOD-24]
 
     Args:
         counts_E: (..., E) integers, leading axes are layers: counts of the whole step, summed over micro-batches and
             chunks. The sum over axis_name is taken here, before the sign.
         spec: static.
         expert_bias_E: the biases before, of the same shape.
+        last_step_E: what `bias_step` returned at the step before, for a rule with momentum; None: there was none.
+        axis_name: mesh axes over which the tokens are spread; None: these counts are of all.
 
     Returns:
         The biases after, in their own dtype.
     """
     counts_E, bias_E = jnp.asarray(counts_E), jnp.asarray(expert_bias_E)
-    if not jnp.issubdtype(counts_E.dtype, jnp.integer) or counts_E.shape != bias_E.shape:
-        raise ValueError(f"counts_E is {counts_E.dtype}{list(counts_E.shape)}; it is integers of the shape of "
-                         f"expert_bias_E, {list(bias_E.shape)}")  # fmt: skip
-    frozen_E = np.zeros(bias_E.shape[-1], bool) if spec.frozen_E is None else np.array(spec.frozen_E)
-    if frozen_E.shape != bias_E.shape[-1:]:
-        raise ValueError(f"frozen_E has {len(frozen_E)} entries; there are {bias_E.shape[-1]} biases")
-    free_E = ~frozen_E
+    if counts_E.shape != bias_E.shape:
+        raise ValueError(f"counts_E has shape {list(counts_E.shape)}; it is that of expert_bias_E, "
+                         f"{list(bias_E.shape)}")  # fmt: skip
     dtype = wide_dtype(bias_E.dtype)
+    step_E = bias_step(counts_E, spec, last_step_E, axis_name=axis_name, dtype=dtype)
+    return (bias_E.astype(dtype) + step_E).astype(bias_E.dtype)
+
+
+def bias_step(
+    counts_E: jax.Array,
+    spec: BiasUpdateSpec,
+    last_step_E: jax.Array | None = None,
+    *,
+    axis_name: AxisName = None,
+    dtype: DTypeLike = jnp.float32,
+) -> jax.Array:
+    """What is added to the biases, and what momentum goes on from; arguments as in `bias_update`. [LOD-46]"""
+    counts_E = jnp.asarray(counts_E)
+    if not jnp.issubdtype(counts_E.dtype, jnp.integer):
+        raise ValueError(
+            f"counts_E is {counts_E.dtype}{list(counts_E.shape)}; it is integers of the shape of the biases"
+        )
+    E = counts_E.shape[-1]
+    frozen_E = np.zeros(E, bool) if spec.frozen_E is None else np.array(spec.frozen_E)
+    if frozen_E.shape != (E,):
+        raise ValueError(f"frozen_E has {len(frozen_E)} entries; there are {E} biases")
+    free_E = ~frozen_E
 
     counts_E = sum_over(axis_name, counts_E)
     total_1 = jnp.where(free_E, counts_E, 0).sum(axis=-1, keepdims=True)
@@ -140,9 +167,18 @@ def bias_update(
         step_E = jnp.where(whole_E != 0, jnp.sign(whole_E), jnp.sign(rest_1)).astype(dtype)
     elif spec.rule == "proportional":
         step_E = excess_E
+    elif spec.rule == "share":
+        every_1 = counts_E.sum(axis=-1, keepdims=True)
+        share_E = counts_E.astype(dtype) / jnp.maximum(every_1, 1).astype(dtype)
+        step_E = jnp.where(every_1 == 0, 0, spec.wanted_share / n - share_E)
     else:
         step_E = excess_E * n / jnp.maximum(total_1, 1).astype(dtype)
+    if spec.rule == "tanh":
+        step_E = jnp.tanh(spec.steepness * step_E)
     if spec.centred:
         step_E = step_E - jnp.where(free_E, step_E, 0).sum(axis=-1, keepdims=True) / n
-    new_bias_E = (bias_E.astype(dtype) + spec.rate * step_E).astype(bias_E.dtype)
-    return jnp.where(frozen_E, bias_E, new_bias_E)
+    step_E = jnp.where(frozen_E, 0, spec.rate * step_E)
+    if spec.momentum == 0:
+        return step_E
+    last_E = jnp.zeros_like(step_E) if last_step_E is None else last_step_E
+    return spec.momentum * last_E + (1 - spec.momentum) * step_E

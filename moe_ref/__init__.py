@@ -11,6 +11,7 @@ from moe_ref.balance import (
     balance,
     balance_layers,
     balance_loss,
+    bias_step,
     bias_update,
     load_statistics,
     tokens_per_expert,
@@ -22,17 +23,19 @@ from moe_ref.experts import combine, run_experts
 from moe_ref.invariant import layer_of_each
 from moe_ref.layer import LayerTrace, moe_layer
 from moe_ref.permute import Permutation, permute, unpermute
+from moe_ref.quantile import quantile_update
 from moe_ref.replay import capture, replay, replay_layer
 from moe_ref.replicas import home, home_gradients, place_slots, replicate
 from moe_ref.routing import RoutingTrace, gate, route
 from moe_ref.sharded import ShardedTrace, sharded_layer
 from moe_ref.specs.align import AlignSpec
-from moe_ref.specs.balance import BALANCE_FORMS, BalanceSpec, BiasUpdateSpec, CapacitySpec
+from moe_ref.specs.balance import BALANCE_FORMS, SMEBU, BalanceSpec, BiasUpdateSpec, CapacitySpec
 from moe_ref.specs.ids import UNUSED
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import ExpertSpec, LatentSpec, LayerSpec, SharedSpec
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.params import LayerParams, WeightLayout
+from moe_ref.specs.quantile import QUANTILE_FORMS, QuantileSpec
 from moe_ref.specs.readers.hf_weights import params_from_hf, params_to_hf
 from moe_ref.specs.record import RoutingRecord, load_records, save_records
 from moe_ref.specs.replicas import ReplicaSpec
@@ -46,6 +49,8 @@ from moe_ref.training import TrainingState, train
 __all__ = [
     "BALANCE_FORMS",
     "NO_INPUTS",
+    "QUANTILE_FORMS",
+    "SMEBU",
     "STRATEGIES",
     "UNUSED",
     "AlignSpec",
@@ -64,6 +69,7 @@ __all__ = [
     "LayerTrace",
     "LoadStatistics",
     "Permutation",
+    "QuantileSpec",
     "RankPlan",
     "ReplicaSpec",
     "RouterInputs",
@@ -86,6 +92,7 @@ __all__ = [
     "balance_layers_backward",
     "balance_loss",
     "balance_loss_backward",
+    "bias_step",
     "bias_update",
     "capacity_backward",
     "capture",
@@ -105,6 +112,7 @@ __all__ = [
     "place_slots",
     "plan",
     "plan_chunks",
+    "quantile_update",
     "records_from_served",
     "replay",
     "replay_layer",

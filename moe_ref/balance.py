@@ -350,22 +350,30 @@ def token_weights(valid_T: np.ndarray, scope: str, tokens_per_shard: Sequence[in
 # bias update
 
 
-def bias_update(counts_E: np.ndarray, spec: BiasUpdateSpec, expert_bias_E: np.ndarray) -> np.ndarray:
-    """An expert with less than the mean load gets a larger bias, one with more a smaller one. [LOD-19 .. LOD-24]
+def bias_update(
+    counts_E: np.ndarray, spec: BiasUpdateSpec, expert_bias_E: np.ndarray, last_step_E: np.ndarray | None = None
+) -> np.ndarray:
+    """An expert with less than its share of the load gets a larger bias, one with more a smaller. [LOD-19 .. LOD-24]
 
     Args:
         counts_E: (E,) or (layers, E) counts of a whole step: summed over ranks, chunks and accumulation first, so that
             the sign is taken once, of the sum.
         spec: the rule.
         expert_bias_E: the biases before, of the same shape; layers do not influence each other.
+        last_step_E: what `bias_step` returned at the step before, for a rule with momentum; None: there was none.
 
     Returns:
         The biases after.
     """
+    step_E = bias_step(counts_E, spec, last_step_E)
+    return array("expert_bias_E", expert_bias_E, step_E.shape).astype(np.float64) + step_E
+
+
+def bias_step(counts_E: np.ndarray, spec: BiasUpdateSpec, last_step_E: np.ndarray | None = None) -> np.ndarray:
+    """What is added to the biases, and what momentum goes on from; arguments as in `bias_update`. [LOD-46]"""
     shape = (None, None) if np.ndim(counts_E) == 2 else (None,)
     counts = array("counts_E", counts_E, shape, kind="int").astype(np.int64)
     entries("counts_E", counts, counts >= 0, "counts are at least 0")
-    bias = array("expert_bias_E", expert_bias_E, counts.shape).astype(np.float64)
     E = counts.shape[-1]
     frozen_E = np.zeros(E, bool) if spec.frozen_E is None else array("frozen_E", spec.frozen_E, (E,), kind="bool")
     free_E = ~frozen_E
@@ -376,11 +384,19 @@ def bias_update(counts_E: np.ndarray, spec: BiasUpdateSpec, expert_bias_E: np.nd
         step = np.sign(excess).astype(np.float64)
     elif spec.rule == "proportional":
         step = excess / free_E.sum()
+    elif spec.rule == "share":
+        every = counts.sum(axis=-1, keepdims=True)
+        step = np.where(every == 0, 0, spec.wanted_share / free_E.sum() - counts / np.maximum(every, 1))
     else:
         step = excess / np.maximum(total, 1)
+    if spec.rule == "tanh":
+        step = np.tanh(spec.steepness * step)
     if spec.centred:
         step = step - step[..., free_E].mean(axis=-1, keepdims=True)
-    return np.where(frozen_E, bias, bias + spec.rate * step)
+    step = np.where(frozen_E, 0, spec.rate * step)
+    if last_step_E is None:
+        last_step_E = np.zeros_like(step)
+    return spec.momentum * array("last_step_E", last_step_E, step.shape) + (1 - spec.momentum) * step
 
 
 # inputs

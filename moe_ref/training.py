@@ -9,17 +9,20 @@ Legend: T tokens, K top_k, E choices (experts, then null experts).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from moe_ref.balance import balance_layers, bias_update, tokens_per_expert
+from moe_ref.balance import balance_layers, bias_step, tokens_per_expert
+from moe_ref.quantile import needs, quantile_bias, ranked
 from moe_ref.replay import replay
 from moe_ref.rounding import dtype_of_router
 from moe_ref.routing import RoutingTrace, gate, route
 from moe_ref.specs.checks import mask_array, require
 from moe_ref.specs.params import LayerParams
+from moe_ref.specs.quantile import QuantileSpec
+from moe_ref.specs.router import RouterSpec
 from moe_ref.specs.training import Event, StackSpec
 
 
@@ -33,6 +36,11 @@ class TrainingState:
     """(E,) of each layer: its expert_bias."""
     loss: float | None
     """The balance loss of the forward pass that the event was, over all layers; None without a pass or a loss."""
+    needs_by_layer: list[list[np.ndarray]] = field(default_factory=list)
+    """Of each layer, what each micro-batch since the last step needed, (N, E), where the rule is a quantile. It is seen
+    in the bias of the next step alone."""
+    last_step_by_layer: list[np.ndarray] = field(default_factory=list)
+    """(E,) of each layer: its last step, which a rule with momentum goes on from. Seen in the next bias alone."""
 
 
 def train(
@@ -76,6 +84,8 @@ def after(
         counts_by_layer=counted(event, before.counts_by_layer, choices, stack),
         bias_by_layer=before.bias_by_layer,
         loss=pooled_loss(event, choices, stack, dtype),
+        needs_by_layer=observed(event, before, choices, stack),
+        last_step_by_layer=before.last_step_by_layer,
     )
 
 
@@ -90,6 +100,8 @@ def built(stack: StackSpec, params: Sequence[LayerParams], dtype: DTypeLike) -> 
             for E, bias_E in zip(sizes, given, strict=True)
         ],
         loss=None,
+        needs_by_layer=[[] for _ in sizes],
+        last_step_by_layer=[np.zeros(E) for E in sizes],
     )
 
 
@@ -134,13 +146,46 @@ def counted(
     ]
 
 
-def stepped(before: TrainingState, stack: StackSpec, dtype: DTypeLike) -> TrainingState:
-    """Every bias moves by the counts of its own layer, and the counts are 0 again. [STP-8 .. STP-12, STP-17]"""
-    bias_by_layer = [
-        bias_E if update is None else bias_update(counts_E, update, bias_E).astype(dtype)
-        for counts_E, update, bias_E in zip(before.counts_by_layer, stack.updates, before.bias_by_layer, strict=True)
+def observed(
+    event: Event, before: TrainingState, choices: list[RoutingTrace], stack: StackSpec
+) -> list[list[np.ndarray]]:
+    """A training pass adds what its valid tokens needed, once; evaluation and forced choices add nothing. [STP-19]"""
+    if event.kind != "train" or event.records is not None:
+        return before.needs_by_layer
+    return [
+        [*earlier, needs(ranked_of(choice, spec.router), bias_E, spec.router.top_k, event.token_mask_T)]
+        if isinstance(update, QuantileSpec)
+        else earlier
+        for earlier, bias_E, choice, spec, update in zip(
+            before.needs_by_layer, before.bias_by_layer, choices, stack.layers, stack.updates, strict=True
+        )
     ]
-    return TrainingState(counts_by_layer=reset(before.counts_by_layer), bias_by_layer=bias_by_layer, loss=None)
+
+
+def ranked_of(choice: RoutingTrace, router: RouterSpec) -> np.ndarray:
+    """What a router ranked, without its bias."""
+    return ranked(choice.scaled_logits_TE[:, : router.num_choices], router)
+
+
+def stepped(before: TrainingState, stack: StackSpec, dtype: DTypeLike) -> TrainingState:
+    """Every bias moves by what its own layer counted or needed, which begins anew. [STP-8 .. STP-12, STP-17, STP-19]"""
+    biases, steps = [], []
+    for layer, update in enumerate(stack.updates):
+        bias_E, last_E = before.bias_by_layer[layer], before.last_step_by_layer[layer]
+        if isinstance(update, QuantileSpec):
+            bias_E = quantile_bias(before.needs_by_layer[layer], update, bias_E, stack.layers[layer].router.top_k)
+        elif update is not None:
+            last_E = bias_step(before.counts_by_layer[layer], update, last_E)
+            bias_E = bias_E + last_E
+        biases.append(bias_E.astype(dtype))
+        steps.append(last_E)
+    return TrainingState(
+        counts_by_layer=reset(before.counts_by_layer),
+        bias_by_layer=biases,
+        loss=None,
+        needs_by_layer=[[] for _ in biases],
+        last_step_by_layer=steps,
+    )
 
 
 def reset(counts_by_layer: list[np.ndarray]) -> list[np.ndarray]:

@@ -6,7 +6,7 @@ Start at `MoE`; `parallelize` lays it over a mesh of ranks.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from moe_torch.balance import LoadStatistics, bias_update, load_statistics, tokens_per_expert
+from moe_torch.balance import LoadStatistics, bias_step, bias_update, load_statistics, tokens_per_expert
 from moe_torch.bias_hook import BiasHook
 from moe_torch.capacity import KeptSlots, apply_capacity, slot_table
 from moe_torch.dispatcher import LocalTokenDispatcher, TokenDispatcher
@@ -22,6 +22,7 @@ from moe_torch.losses import (
 )
 from moe_torch.moe import MoE, SharedExperts
 from moe_torch.names import from_torchtitan, to_torchtitan
+from moe_torch.quantile import NeedCounts, bias_of_total, quantile_bias, total_of
 from moe_torch.replay import capture, replay_layer
 from moe_torch.replicas import home, place_slots, replicate
 from moe_torch.router import Gate, NodeLimitedRouter
@@ -54,6 +55,7 @@ __all__ = [
     "LoadStatistics",
     "LocalTokenDispatcher",
     "MoE",
+    "NeedCounts",
     "NodeLimitedRouter",
     "Routing",
     "SharedExperts",
@@ -61,6 +63,8 @@ __all__ = [
     "apply_capacity",
     "balance_loss",
     "balance_sums",
+    "bias_of_total",
+    "bias_step",
     "bias_update",
     "capture",
     "from_torchtitan",
@@ -70,6 +74,7 @@ __all__ = [
     "loss_of_sums",
     "parallelize",
     "place_slots",
+    "quantile_bias",
     "replay_layer",
     "replicate",
     "route",
@@ -77,6 +82,7 @@ __all__ = [
     "sync_gradients",
     "to_torchtitan",
     "tokens_per_expert",
+    "total_of",
     "z_loss",
     "z_loss_of_sums",
     "z_sums",

@@ -121,26 +121,46 @@ def load_statistics(
     )
 
 
-def bias_update(counts_E: Tensor, spec: BiasUpdateSpec, expert_bias_E: Tensor) -> Tensor:
-    """An expert with less than the mean load gets a larger bias, one with more a smaller one. [LOD-19 .. LOD-24]
+def bias_update(
+    counts_E: Tensor, spec: BiasUpdateSpec, expert_bias_E: Tensor, last_step_E: Tensor | None = None
+) -> Tensor:
+    """An expert with less than its share of the load gets a larger bias, one with more a smaller. [LOD-19 .. LOD-24]
 
     Args:
         counts_E: (..., E) integers, leading axes are layers: counts of the whole step, summed over ranks, micro-batches
             and chunks first, so that the sign is taken once, of the sum.
         spec: the rule.
         expert_bias_E: the biases before, of the same shape.
+        last_step_E: what `bias_step` returned at the step before, for a rule with momentum; None: there was none.
 
     Returns:
         The biases after, in their own dtype.
     """
-    if counts_E.is_floating_point() or counts_E.shape != expert_bias_E.shape:
-        raise ValueError(f"counts_E is {counts_E.dtype}{list(counts_E.shape)}; it is integers of the shape of "
-                         f"expert_bias_E, {list(expert_bias_E.shape)}")  # fmt: skip
+    if counts_E.shape != expert_bias_E.shape:
+        raise ValueError(f"counts_E has shape {list(counts_E.shape)}; it is that of expert_bias_E, "
+                         f"{list(expert_bias_E.shape)}")  # fmt: skip
+    dtype = torch.promote_types(expert_bias_E.dtype, torch.float32)
+    step_E = bias_step(counts_E, spec, last_step_E, dtype=dtype)
+    return (expert_bias_E.to(dtype) + step_E).to(expert_bias_E.dtype)
+
+
+def bias_step(
+    counts_E: Tensor,
+    spec: BiasUpdateSpec,
+    last_step_E: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """What is added to the biases, and what momentum goes on from; arguments as in `bias_update`. [LOD-46]"""
+    if counts_E.is_floating_point():
+        raise ValueError(
+            f"counts_E is {counts_E.dtype}{list(counts_E.shape)}; it is integers of the shape of the biases"
+        )
     E = counts_E.shape[-1]
     frozen = (False,) * E if spec.frozen_E is None else spec.frozen_E
     if len(frozen) != E:
         raise ValueError(f"frozen_E has {len(frozen)} entries; there are {E} biases")
-    n, dtype = E - sum(frozen), torch.promote_types(expert_bias_E.dtype, torch.float32)
+    n = E - sum(frozen)
     frozen_E = torch.tensor(frozen, device=counts_E.device)
 
     total_1 = counts_E.masked_fill(frozen_E, 0).sum(-1, keepdim=True)
@@ -150,9 +170,18 @@ def bias_update(counts_E: Tensor, spec: BiasUpdateSpec, expert_bias_E: Tensor) -
         step_E = excess_E.sign().to(dtype)
     elif spec.rule == "proportional":
         step_E = excess_E.to(dtype) / n
+    elif spec.rule == "share":
+        every_1 = counts_E.sum(-1, keepdim=True)
+        share_E = counts_E.to(dtype) / every_1.clamp(min=1)
+        step_E = torch.where(every_1 == 0, 0, spec.wanted_share / n - share_E)
     else:
         step_E = excess_E.to(dtype) / total_1.clamp(min=1)
+    if spec.rule == "tanh":
+        step_E = torch.tanh(spec.steepness * step_E)
     if spec.centred:
         step_E = step_E - step_E.masked_fill(frozen_E, 0).sum(-1, keepdim=True) / n
-    new_bias_E = (expert_bias_E.to(dtype) + spec.rate * step_E).to(expert_bias_E.dtype)
-    return torch.where(frozen_E, expert_bias_E, new_bias_E)
+    step_E = (spec.rate * step_E).masked_fill(frozen_E, 0)
+    if spec.momentum == 0:
+        return step_E
+    last_E = torch.zeros_like(step_E) if last_step_E is None else last_step_E
+    return spec.momentum * last_E + (1 - spec.momentum) * step_E

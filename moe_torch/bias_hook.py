@@ -1,6 +1,7 @@
 """moe_torch, bias hook: after each optimizer step, every layer's balancing bias moves by the load of that step.
 
-    MoE.forward counts -> (micro-batches add up) -> one all-reduce for all layers -> bias_update -> counts of zero
+    MoE.forward counts -> (micro-batches add up) -> one all-reduce for all layers -> bias_step -> counts of zero
+    MoE.forward observes what experts needed -> ... -> bias_of_total        (quantile balancing, `quantile.py`)
 
 Legend: E choices (experts, then null experts), N choices of all layers.
 """
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moe_ref.specs.balance import BiasUpdateSpec
-from moe_torch.balance import bias_update
+from moe_ref.specs.quantile import QuantileSpec
+from moe_torch.balance import bias_step
+from moe_torch.quantile import NeedCounts, bias_of_total
 
 
 class BiasHook:
@@ -26,16 +29,19 @@ class BiasHook:
     layers, and the sign is taken once, of the sum. Layers do not influence each other: one whose update is off keeps
     its bias, and the others go on (pytorch/torchtitan#3686).
 
+    A rule with momentum goes on from the last step: `state_dict` and `load_state_dict` are for checkpoints.
+
     Args:
-        model: every submodule with `tokens_per_expert` and `router.expert_bias` is a layer.
+        model: every submodule with `tokens_per_expert` and `router.expert_bias` is a layer. One whose rule is a
+            `QuantileSpec` is a `MoE`, which observes from now on what its experts need (`needs`).
         spec: the rule of all layers; None: off.
         overrides: the rule of a layer by its name in the model; None: off.
         group: the ranks that see different tokens; ranks that see the same tokens (tensor parallel ones) count once.
             None: one process sees all.
 
     Raises:
-        ValueError: an override names no layer; a layer that is to be updated has no bias; or there are several
-            processes and no group, so that each would sign its own counts.
+        ValueError: an override names no layer; a layer that is to be updated has no bias, or a router that its rule
+            does not go with; or there are several processes and no group, so that each would sign its own counts.
     """
 
     counts: dict[str, Tensor]
@@ -44,9 +50,9 @@ class BiasHook:
     def __init__(
         self,
         model: nn.Module,
-        spec: BiasUpdateSpec | None,
+        spec: BiasUpdateSpec | QuantileSpec | None,
         *,
-        overrides: Mapping[str, BiasUpdateSpec | None] | None = None,
+        overrides: Mapping[str, BiasUpdateSpec | QuantileSpec | None] | None = None,
         group: dist.ProcessGroup | None = None,
     ):
         self.layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
@@ -66,6 +72,11 @@ class BiasHook:
             )
         self.group = group
         self.counts = {}
+        self.last_steps: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            own, bias_E = self.specs[name], _bias(layer)
+            if isinstance(own, QuantileSpec) and bias_E is not None:
+                layer.needs = NeedCounts(own, layer.spec.router, bias_E.device)
 
     def register(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """`step` runs after every step of this optimizer; of several optimizers, register one."""
@@ -82,11 +93,47 @@ class BiasHook:
         if self.group is not None:
             dist.all_reduce(summed_N, group=self.group)
         self.counts = dict(zip(self.layers, summed_N.split([len(counts_E) for counts_E in own]), strict=True))
+        self._sum_needs()
         for name, layer in self.layers.items():
             spec, bias_E = self.specs[name], _bias(layer)
-            if spec is not None and bias_E is not None:
-                bias_E.copy_(bias_update(self.counts[name], spec, bias_E))
+            if isinstance(spec, QuantileSpec) and bias_E is not None:
+                bias_E.copy_(bias_of_total(layer.needs.total, spec, bias_E, layer.spec.router.top_k))
+                layer.needs.total.zero_()
+            elif spec is not None and bias_E is not None:
+                step_E = bias_step(self.counts[name], spec, self.last_steps.get(name))
+                if spec.momentum:
+                    self.last_steps[name] = step_E
+                bias_E.add_(step_E)
             _counts(layer).zero_()
+
+    def _sum_needs(self) -> None:
+        """The totals of all layers are summed over the group, in one all-reduce for each dtype."""
+        if self.group is None:
+            return
+        totals = [
+            layer.needs.total for name, layer in self.layers.items() if isinstance(self.specs[name], QuantileSpec)
+        ]
+        for dtype in sorted({total.dtype for total in totals}, key=str):
+            own = [total for total in totals if total.dtype == dtype]
+            summed_N = torch.cat([total.flatten() for total in own])
+            dist.all_reduce(summed_N, group=self.group)
+            for total, each_N in zip(own, summed_N.split([total.numel() for total in own]), strict=True):
+                total.copy_(each_N.view_as(total))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The last step of each layer whose rule has momentum, by its name; the biases are in the model's."""
+        return dict(self.last_steps)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `state_dict` returned.
+
+        Raises:
+            ValueError: a name is that of no layer with momentum.
+        """
+        with_momentum = {name for name, spec in self.specs.items() if getattr(spec, "momentum", 0)}
+        if unknown := sorted(state.keys() - with_momentum):
+            raise ValueError(f"state names {unknown}; the layers with momentum are {sorted(with_momentum)}")
+        self.last_steps = {name: step_E.clone() for name, step_E in state.items()}
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -35,6 +35,7 @@ from moe_torch.experts import GroupedExperts, run_experts
 from moe_torch.invariant import of_each_token
 from moe_torch.latent import Latent
 from moe_torch.parts import Linear
+from moe_torch.quantile import NeedCounts
 from moe_torch.router import Gate, NodeLimitedRouter
 from moe_torch.routing import Routing
 
@@ -134,6 +135,7 @@ class MoE(nn.Module):
         # Integers, which .to(torch.bfloat16) leaves alone: bfloat16 cannot count past 256.
         counts_E = torch.zeros(router.num_choices, dtype=torch.int64, device=device)
         self.register_buffer("tokens_per_expert", counts_E, persistent=False)
+        self.needs: NeedCounts | None = None  # given by a BiasHook that balances by quantiles
         self.register_load_state_dict_post_hook(_forget_counts)
 
     def reset_parameters(self) -> None:
@@ -146,6 +148,8 @@ class MoE(nn.Module):
             if module is not None:
                 module.reset_parameters()
         self.tokens_per_expert.zero_()
+        if self.needs is not None:
+            self.needs.total.zero_()
 
     def _apply(self, fn, recurse=True):
         was_meta = self.tokens_per_expert.is_meta
@@ -233,6 +237,8 @@ class MoE(nn.Module):
                 # What was dropped is a part of the load that the bias is to even out.
                 counts_E = tokens_per_expert(routing.chosen_ids_TK, self.spec.router.num_choices)
             add_counts(self.tokens_per_expert, counts_E)
+            if self.needs is not None and router_spec is None and self.router.expert_bias is not None:
+                self.needs.observe(routing, self.router.expert_bias, mask_T)
         expert_input_TD = x_TD if self.latent is None else self.latent.down(x_TD)
         routed_TD = self.run_experts(expert_input_TD, permutation, routing.weights_TK)
         routed_TD = self.add_null_experts(routed_TD, expert_input_TD, routing.expert_ids_TK, routing.weights_TK)
@@ -348,6 +354,8 @@ def _forget_counts(moe: nn.Module, _keys: Any) -> None:
         moe.tokens_per_expert = torch.zeros_like(moe.tokens_per_expert, device=device)
     else:
         moe.tokens_per_expert.zero_()
+    if moe.needs is not None:
+        moe.needs.total.zero_()
 
 
 def _lengths(x: Tensor) -> list[int]:

@@ -11,8 +11,9 @@ import numpy as np
 from conformance.balance.case import BalanceCase
 from conformance.core.judge import Judge
 from conformance.core.rounding import EPSILON, TINY
-from moe_ref import BalanceSpec, BiasUpdateSpec, z_loss, z_loss_backward
+from moe_ref import BalanceSpec, BiasUpdateSpec, QuantileSpec, z_loss, z_loss_backward
 from moe_ref.backward.routing import scale_logits_backward
+from moe_ref.quantile import bins_of, needs, ranked
 
 SCALINGS = 8
 """Granted to a logit that is scaled and capped, and to the slope of that."""
@@ -109,9 +110,31 @@ def bias_radius(judge: Judge, case: BalanceCase, wanted_E: np.ndarray) -> np.nda
     """A step is rounded, and so is its sum with the bias."""
     update, counts_E = case.rule("update"), case.counts_SE.sum(axis=0)
     assert isinstance(update, BiasUpdateSpec)
-    largest = {"sign": 1, "proportional": counts_E.max(initial=0), "relative": len(counts_E)}[update.rule]
+    largest = {"sign": 1, "proportional": counts_E.max(initial=0)}.get(update.rule, len(counts_E))
+    if update.rule == "tanh":
+        largest = 1 + update.steepness * largest
     sizes_E = np.abs(case.expert_bias_E) + np.abs(wanted_E) + update.rate * largest
     return 16 * EPSILON[judge.subject.compute_dtype] * sizes_E
+
+
+def quantile_radius(judge: Judge, case: BalanceCase, wanted_E: np.ndarray) -> np.ndarray:
+    """A quantile moves no farther than the farthest need; one of bins does by bins, where a need is near an edge."""
+    update = case.rule("quantile")
+    assert isinstance(update, QuantileSpec)
+    bias_E, router = case.expert_bias_E, case.router
+    z_TE = np.where(case.valid_T[:, None], case.scaled_logits_TE, 0)
+    sizes = 1 + np.abs(bias_E).max() + (np.abs(z_TE).max(initial=0) if router.select_by == "logit" else 1)
+    # A score is off by roundings of itself, and by those of its logit times its slope.
+    radius = ROUNDINGS * EPSILON[judge.subject.compute_dtype] * sizes
+    if router.scales_logits or router.score_func == "softmax":
+        radius += EPSILON[judge.subject.compute_dtype] * (len(bias_E) + np.abs(z_TE).max(initial=0))
+    if update.bins is None:
+        return np.full_like(wanted_E, 2 * radius)
+    low, width = bins_of(bias_E, update.bins)
+    places_NE = (needs(ranked(z_TE, router), bias_E, router.top_k, case.valid_T) - low) / width
+    near_edge = (np.abs(places_NE - np.round(places_NE)) * width < radius).any()
+    # One need in another bin moves the place by a bin or two, and the mean of the others with it.
+    return np.full_like(wanted_E, 2 * radius + 4 * width * near_edge)
 
 
 def weights_radius(judge: Judge, sizes_TK: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from moe_ref import (
     BalanceSpec,
     BiasUpdateSpec,
     CapacitySpec,
+    QuantileSpec,
     RouterSpec,
     apply_capacity,
     balance,
@@ -28,7 +29,10 @@ from moe_ref.balance import BalanceTrace
 from moe_ref.capacity import CapacityTrace
 from moe_ref.routing import scale_logits
 
-RULES = {"load": None, "z_loss": None, "balance_loss": "balance", "bias_update": "update", "capacity": "capacity"}
+RULES = {
+    "load": None, "z_loss": None, "balance_loss": "balance", "bias_update": "update", "quantile_update": "quantile",
+    "capacity": "capacity",
+}  # fmt: skip
 """Methods of a subject, and the field of a BatchSpec with the rule that each gets."""
 LENGTHS = ("sequence_lengths", "tokens_per_shard")
 """Inputs that cut a batch into consecutive parts."""
@@ -52,15 +56,16 @@ class BatchSpec:
     balance: BalanceSpec | None = None
     update: BiasUpdateSpec | None = None
     capacity: CapacitySpec | None = None
+    quantile: QuantileSpec | None = None
     router: RouterSpec | None = None
     """What the router does besides scoring; None: nothing."""
     coeff: float = 1.0
     """Of the z-loss."""
 
     @property
-    def rule(self) -> BalanceSpec | BiasUpdateSpec | CapacitySpec | None:
+    def rule(self) -> BalanceSpec | BiasUpdateSpec | CapacitySpec | QuantileSpec | None:
         """The spec that a subject says it supports."""
-        return self.balance or self.update or self.capacity
+        return self.balance or self.update or self.capacity or self.quantile
 
     @property
     def num_choices(self) -> int:
@@ -79,7 +84,10 @@ class BatchSpec:
     @classmethod
     def from_dict(cls, values: dict) -> Self:
         """Reads what `to_dict` wrote."""
-        rules = {"balance": BalanceSpec, "update": BiasUpdateSpec, "capacity": CapacitySpec, "router": RouterSpec}
+        rules = {
+            "balance": BalanceSpec, "update": BiasUpdateSpec, "capacity": CapacitySpec, "quantile": QuantileSpec,
+            "router": RouterSpec,
+        }  # fmt: skip
         return cls(**{name: rules[name].from_dict(v) if name in rules else v for name, v in values.items()})
 
 
@@ -255,6 +263,11 @@ BalanceCase.TAGS = {
     "first_slots": lambda c: c.spec.balance is not None and c.spec.balance.counted_slots is not None,
     "bias_update": _has("update"),
     "sign_rule": _has("update", rule="sign"),
+    "tanh_rule": _has("update", rule="tanh"),
+    "momentum": lambda c: c.spec.update is not None and c.spec.update.momentum > 0,
+    "quantile": _has("quantile"),
+    "quantile_of_bins": lambda c: c.spec.quantile is not None and c.spec.quantile.bins is not None,
+    "quantile_of_batches": _has("quantile", over="batches"),
     "centred": _has("update", centred=True),
     "frozen": lambda c: c.spec.update is not None and any(c.spec.update.frozen_E or ()),
     "large_counts": lambda c: bool((c.counts_SE >= 2**24).any()),

@@ -18,7 +18,7 @@ from conformance.core.chosen import pool_of
 from conformance.core.drawing import one_of
 from conformance.core.judge import Judge
 from conformance.core.kind import settings_of
-from moe_ref import BALANCE_FORMS, UNUSED, BalanceSpec, BiasUpdateSpec, CapacitySpec, RouterSpec
+from moe_ref import BALANCE_FORMS, SMEBU, UNUSED, BalanceSpec, BiasUpdateSpec, CapacitySpec, QuantileSpec, RouterSpec
 from moe_ref.specs.balance import RUNNING_SCOPES
 
 SIGMOID = {"score_func": "sigmoid", "norm_scores": True}
@@ -43,6 +43,10 @@ UPDATES = (
     BiasUpdateSpec(rule="relative", rate=0.01, centred=True),
     BiasUpdateSpec(rule="proportional", rate=1e-4, centred=True, frozen_E=(False, True, False, False, False)),
     BiasUpdateSpec(centred=True, frozen_E=(False, False, False, False, True)),
+    BiasUpdateSpec(**SMEBU),
+    BiasUpdateSpec(rule="tanh", rate=0.25, steepness=0.5),
+    BiasUpdateSpec(rule="share", rate=0.5, wanted_share=0.75, frozen_E=(False, False, False, True, True)),
+    BiasUpdateSpec(rule="share", rate=0.5),
 )
 CAPACITIES = (
     CapacitySpec(factor=1.0),
@@ -82,6 +86,19 @@ ROUTED = (
     (BalanceSpec(), RouterSpec(num_experts=5, top_k=2, route_scale=2.5)),
 )  # fmt: skip
 """Losses of routers that group, scale, cap, norm, or score as the loss does not."""
+KIMI_K3, MEGATRON = QuantileSpec.of("kimi_k3"), QuantileSpec.of("megatron")
+QUANTILES = (
+    (QuantileSpec(), RouterSpec(num_experts=5, top_k=2, score_func="sigmoid")),
+    (KIMI_K3, RouterSpec(num_experts=5, top_k=2, score_func="sigmoid")),
+    (MEGATRON, RouterSpec(num_experts=5, top_k=2, select_by="logit")),
+    (QuantileSpec(), RouterSpec(num_experts=7, top_k=3, route_norm=True, route_scale=2.5)),
+    (QuantileSpec(centred=False), RouterSpec(num_experts=5, top_k=1, score_func="sigmoid", select_by="logit")),
+    (QuantileSpec(keep=0.25), RouterSpec(num_experts=7, top_k=3, score_func="sqrtsoftplus")),
+    (QuantileSpec(bins=16, keep=0.25), RouterSpec(num_experts=7, top_k=3, logit_scale=0.5)),
+    (MEGATRON.replace(keep=0.75), RouterSpec(num_experts=7, top_k=3, select_by="logit")),
+    (KIMI_K3, RouterSpec(num_experts=64, top_k=8, score_func="sigmoid")),
+)
+"""Quantile balancing, each with a router of a size; a pool, bins and batches first."""
 WIDE = {(33, 6): 257, (64, 8): 1025, (129, 9): 257, (257, 8): 257}
 """(E, K), and how many tokens a case of it has: past the tables, bytes and tiles of small sizes."""
 SIZES = ((5, 2), (7, 3), (5, 1), (8, 4))
@@ -107,6 +124,10 @@ def _pool() -> list[BatchSpec]:
         BatchSpec(num_experts=router.num_experts, top_k=router.top_k, balance=rule, router=router)
         for rule, router in ROUTED
     ]
+    found += [
+        BatchSpec(num_experts=router.num_experts, top_k=router.top_k, quantile=rule, router=router)
+        for rule, router in QUANTILES
+    ]
     wide = [BatchSpec(num_experts=E, top_k=K) for E, K in WIDE]
     found += wide
     found += [replace(size, update=rule) for size, rule in zip(wide, UPDATES[:2], strict=False)]
@@ -131,7 +152,8 @@ def _thin() -> list[BatchSpec]:
     first = {}
     for spec in BATCH_SPECS:
         first.setdefault(spec.rule, spec)
-    routed = [spec for spec in BATCH_SPECS if spec.router in (ROUTED[0][1], ROUTED[-1][1])]
+    ends = (ROUTED[0][1], ROUTED[-1][1])
+    routed = [spec for spec in BATCH_SPECS if spec.router in ends and spec.quantile is None]
     wide = [next(s for s in BATCH_SPECS if is_wide(s) and getattr(s, name)) for name in ("balance", "capacity")]
     one_slot = BatchSpec(num_experts=5, top_k=1, balance=BalanceSpec(coeff=0.01, **SIGMOID, score_eps=1e-20))
     assert one_slot in BATCH_SPECS
@@ -244,7 +266,7 @@ def lengths_of(
     """Sequences and shards, where the rule asks for them and the check allows it; a shard may end inside a sequence."""
     rules = [rule for rule in (spec.balance, spec.capacity, spec.capacity and spec.capacity.then) if rule]
     of_sequences = any("sequence" in (getattr(rule, "per", ""), rule.scope) for rule in rules)
-    of_shards = any(rule.scope in ("local", *RUNNING_SCOPES, "rank") for rule in rules)
+    of_shards = any(rule.scope in ("local", *RUNNING_SCOPES, "rank") for rule in rules) or spec.quantile is not None
     found = {}
     if of_sequences and "sequence_lengths" in wanted:
         found["sequence_lengths"] = cut(num_tokens, rng, evenly=evenly, parts=3)

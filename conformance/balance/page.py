@@ -7,6 +7,8 @@ from conformance.balance.verdicts import (
     counts_of_subject,
     kept_by_subject,
     loss_of_subject,
+    quantile_of_subject,
+    wanted_quantile,
     z_loss_of_subject,
 )
 from conformance.core.judge import Judge, NotRun, Violation
@@ -28,6 +30,8 @@ def rows_of_page(case: BalanceCase, token: int | None) -> list[tuple[str, str]]:
     rows = [("sizes", sizes), ("rule", rule)]
     if spec.update is not None:
         return [*rows, ("counts", _text(case.counts_SE)), ("bias", _text(case.expert_bias_E))]
+    if spec.quantile is not None:
+        rows += [("router", spec_fields(case.router)), ("bias", _text(case.expert_bias_E))]
     rows.append(("ids", _text(case.expert_ids_TK[:MOST_ROWS])))
     if spec.capacity is not None:
         rows.append(("weights", _text(case.weights_TK[:MOST_ROWS])))
@@ -61,6 +65,8 @@ def _of_subject(judge: Judge, case: BalanceCase, method: str) -> dict:
         return {"counts_E": counts_of_subject(judge, case)}
     if method == "bias_update":
         return {"bias_E": bias_of_subject(judge, case)}
+    if method == "quantile_update":
+        return {"bias_E": quantile_of_subject(judge, case)}
     return vars(
         {"z_loss": z_loss_of_subject, "balance_loss": loss_of_subject, "capacity": kept_by_subject}[method](judge, case)
     )
@@ -76,6 +82,8 @@ def _of_reference(case: BalanceCase, method: str) -> dict:
     if method == "bias_update":
         counts_E = case.counts_SE.sum(axis=0)
         return {"counts_E": counts_E, "bias_E": bias_update(counts_E, case.rule("update"), case.expert_bias_E)}
+    if method == "quantile_update":
+        return {"bias_E": wanted_quantile(case)}
     if method == "balance_loss":
         return {name: getattr(case.balance_trace, name) for name in OF_A_LOSS} | vars(wanted_loss(case))
     gradient = {"d_weights_TK": case.capacity_gradient_TK}

@@ -23,7 +23,7 @@ from conformance.balance.case import BalanceCase
 from conformance.balance.draw import cut
 from conformance.core.holding import hold
 from conformance.core.judge import Judge, NotRun, Violation, accuse
-from moe_ref import UNUSED
+from moe_ref import UNUSED, quantile_update
 
 
 def counts_of_subject(judge: Judge, case: BalanceCase) -> np.ndarray:
@@ -67,6 +67,20 @@ def bias_of_subject(judge: Judge, case: BalanceCase) -> np.ndarray:
     if found.shape != case.expert_bias_E.shape:
         accuse("bias of another shape", expected=case.expert_bias_E.shape, received=found.shape)
     return found
+
+
+def quantile_of_subject(judge: Judge, case: BalanceCase) -> np.ndarray:
+    """The subject's (E,) bias after a step of quantile balancing."""
+    given = (case.logits_TE.astype(np.float32), case.router, case.spec.quantile, case.expert_bias_E.astype(np.float32))
+    found = np.asarray(judge.call(case, "quantile_update", *given, **case.inputs), dtype=np.float64)
+    if found.shape != case.expert_bias_E.shape:
+        accuse("bias of another shape", expected=case.expert_bias_E.shape, received=found.shape)
+    return found
+
+
+def wanted_quantile(case: BalanceCase) -> np.ndarray:
+    """The reference's bias after that step."""
+    return quantile_update(case.logits_TE, case.router, case.rule("quantile"), case.expert_bias_E, **case.inputs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from moe_ref import (
     Event,
     LayerParams,
     LayerSpec,
+    QuantileSpec,
     ReplicaSpec,
     RouterSpec,
     RoutingRecord,
@@ -271,7 +272,7 @@ class Subject:
 
     # load, capacity and replay; the specs and the record are data types of moe_ref
 
-    def supports_load(self, spec: BalanceSpec | BiasUpdateSpec | CapacitySpec) -> str | None:
+    def supports_load(self, spec: BalanceSpec | BiasUpdateSpec | CapacitySpec | QuantileSpec) -> str | None:
         """None, or a sentence that says why this rule cannot be run."""
         return None
 
@@ -319,7 +320,27 @@ class Subject:
         raise NotImplementedError
 
     def bias_update(self, counts_SE: np.ndarray, update: BiasUpdateSpec, expert_bias_E: np.ndarray) -> np.ndarray:
-        """Optional: the (E,) new bias; counts_SE are of S ranks or micro-batches of one step, unsummed."""
+        """Optional: the (E,) new bias; counts_SE are of S ranks or micro-batches of one step, unsummed.
+
+        A rule with momentum had no step before.
+        """
+        raise NotImplementedError
+
+    def quantile_update(
+        self,
+        logits_TE: np.ndarray,
+        router: RouterSpec,
+        update: QuantileSpec,
+        expert_bias_E: np.ndarray,
+        *_: Any,
+        **inputs: Any,
+    ) -> np.ndarray:
+        """Optional: the (E,) new bias under quantile balancing, after a step on these tokens with that bias.
+
+        Inputs:
+            token_mask_T: (T,) bools, False where a token is padding.
+            tokens_per_shard: of the consecutive ranks and micro-batches, a tuple that sums to T; absent: one.
+        """
         raise NotImplementedError
 
     def capacity(
@@ -387,7 +408,7 @@ METHODS = (
     "route", "gate", "configure", "permute", "align", "experts", "combine", "layer", "layer_gradients",
     "place_slots", "home", "fused_layer",
     "dispatch", "sharded_layer", "sharded_gradients",
-    "load", "balance_loss", "z_loss", "bias_update", "capacity", "record", "replay",
+    "load", "balance_loss", "z_loss", "bias_update", "quantile_update", "capacity", "record", "replay",
     "train",
 )  # fmt: skip
 

@@ -18,6 +18,7 @@ from moe_ref import (
     Event,
     LayerParams,
     LayerSpec,
+    QuantileSpec,
     ReplicaSpec,
     RouterInputs,
     RouterSpec,
@@ -227,6 +228,19 @@ class Reference(Subject):
 
     def bias_update(self, counts_SE: np.ndarray, update: BiasUpdateSpec, expert_bias_E: np.ndarray) -> np.ndarray:
         return moe_ref.bias_update(counts_SE.sum(axis=0), update, expert_bias_E).astype(self.compute_dtype)
+
+    def quantile_update(
+        self,
+        logits_TE: np.ndarray,
+        router: RouterSpec,
+        update: QuantileSpec,
+        expert_bias_E: np.ndarray,
+        *,
+        token_mask_T: np.ndarray | None = None,
+        tokens_per_shard: tuple[int, ...] | None = None,
+    ) -> np.ndarray:
+        cut: dict[str, Any] = {"token_mask_T": token_mask_T, "tokens_per_shard": tokens_per_shard}
+        return moe_ref.quantile_update(logits_TE, router, update, expert_bias_E, dtype=self.compute_dtype, **cut)
 
     def capacity(
         self,

@@ -13,7 +13,7 @@ import numpy as np
 
 from conformance.core.case import Case, plain, rounder
 from conformance.core.subject import Subject
-from moe_ref import UNUSED, Event, LayerParams, LayerSpec, RoutingRecord, StackSpec, TrainingState, train
+from moe_ref import UNUSED, Event, LayerParams, LayerSpec, QuantileSpec, RoutingRecord, StackSpec, TrainingState, train
 from moe_ref.specs.params import param_shapes
 from moe_ref.specs.training import FORWARD
 from moe_ref.training import route_layer
@@ -237,7 +237,7 @@ def _some(holds) -> Any:
 def _rule(**wanted) -> Any:
     """Whether a layer of the case has an update with these values."""
     return lambda case: any(
-        update is not None and all(getattr(update, name) == value for name, value in wanted.items())
+        update is not None and all(getattr(update, name, None) == value for name, value in wanted.items())
         for update in case.spec.updates
     )
 
@@ -253,6 +253,8 @@ TrainingCase.TAGS = {
     "pooled_layers": lambda c: c.spec.balance is not None and c.spec.balance.over_layers == "pooled",
     "sign_rule": _rule(rule="sign"),
     "centred": _rule(centred=True),
+    "soft_rule": _rule(rule="tanh"),
+    "quantile": lambda c: any(isinstance(update, QuantileSpec) for update in c.spec.updates),
     "initial_bias": lambda c: any(bias_E is not None for bias_E in c.biases),
     "evaluation": _some(lambda event: event.kind == "evaluate"),
     "recomputed": _some(lambda event: event.recomputed),

@@ -22,6 +22,7 @@ from moe_ref import (
     ExpertSpec,
     LayerParams,
     LayerSpec,
+    QuantileSpec,
     RouterSpec,
     RoutingRecord,
     StackSpec,
@@ -60,6 +61,8 @@ SIGN = BiasUpdateSpec(rate=0.25)
 CENTRED = BiasUpdateSpec(rate=0.25, centred=True)
 RELATIVE = BiasUpdateSpec(rule="relative", rate=0.5)
 PROPORTIONAL = BiasUpdateSpec(rule="proportional", rate=0.0625)
+SOFT = BiasUpdateSpec(rule="tanh", rate=0.25, steepness=2.0, momentum=0.5, centred=True)
+QUANTILE, OF_BATCHES = QuantileSpec.of("kimi_k3"), QuantileSpec(over="batches", centred=False, keep=0.25)
 POOLED = BalanceSpec.of("transformers", coeff=0.5)
 SUMMED = BalanceSpec(coeff=0.5, score_func="sigmoid", norm_scores=True, score_eps=1e-20)
 
@@ -87,6 +90,10 @@ STACKS: tuple[StackSpec, ...] = (
     StackSpec(layers=(ONE, ONE, ONE), updates=(SIGN, SIGN, SIGN), balance=POOLED),
     StackSpec(layers=(FIVE, SEVEN), updates=(CENTRED, None), balance=SUMMED),
     StackSpec(layers=(FIVE, FIVE, FIVE), updates=(CENTRED,) * 3, balance=SUMMED),
+    # what a step knows besides counts
+    StackSpec(layers=(FIVE, FIVE), updates=(QUANTILE, SIGN)),
+    StackSpec(layers=(SEVEN, FIVE), updates=(OF_BATCHES, QUANTILE)),
+    StackSpec(layers=(FIVE, SEVEN), updates=(SOFT, SOFT)),
 )
 
 THIN_STACKS = tuple(stack for stack in STACKS if ONE not in stack.layers)

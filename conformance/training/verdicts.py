@@ -17,8 +17,8 @@ from conformance.core.judge import Judge, Violation, accuse
 from conformance.core.rounding import EPSILON, TINY
 from conformance.core.show import numbers
 from conformance.training.case import TrainingCase, margin_of, params_of
-from moe_ref import BiasUpdateSpec, Event, TrainingState
-from moe_ref.training import after
+from moe_ref import BiasUpdateSpec, Event, QuantileSpec, TrainingState
+from moe_ref.training import after, built
 
 ROUNDINGS = 32
 """Granted to a number that is made of few others."""
@@ -130,14 +130,22 @@ class Transition:
 def transitions(judge: Judge, case: TrainingCase) -> Iterator[Transition]:
     """Every event but the first. One whose state before is none at all (NaN, counts below 0) is left out."""
     states, steps, passes = states_of_subject(judge, case), 0, 0
+    unseen = built(case.spec, case.params, np.float64)
     for number in range(1, len(states)):
-        before = states[number - 1]
+        before = _with_unseen(states[number - 1], unseen)
         whole = all(np.isfinite(bias_E).all() for bias_E in before.bias_by_layer)
         if whole and all((counts_E >= 0).all() for counts_E in before.counts_by_layer):
-            yield Transition(case=case, number=number, before=before, found=states[number], steps=steps, passes=passes)
+            each = Transition(case=case, number=number, before=before, found=states[number], steps=steps, passes=passes)
+            yield each
+            unseen = each.wanted
         kind = case.events[number].kind
         steps = {"build": 0, "step": steps + 1}.get(kind, steps)
         passes = {"build": 0, "step": 0, "train": passes + 1}.get(kind, passes)
+
+
+def _with_unseen(state: TrainingState, unseen: TrainingState) -> TrainingState:
+    """A subject's state, with what no subject shows of it: as the reference has it from the states before."""
+    return replace(state, needs_by_layer=unseen.needs_by_layer, last_step_by_layer=unseen.last_step_by_layer)
 
 
 # holding a state against another
@@ -163,12 +171,28 @@ def hold_bias(
 
 
 def bias_radius(
-    judge: Judge, case: TrainingCase, layer: int, wanted_E: np.ndarray, update: BiasUpdateSpec
+    judge: Judge, case: TrainingCase, layer: int, wanted_E: np.ndarray, update: BiasUpdateSpec | QuantileSpec
 ) -> np.ndarray:
     """A step is rounded, and so is its sum with the bias; a rule moves no bias farther than this."""
+    if isinstance(update, QuantileSpec):
+        return quantile_radius(judge, case, layer, wanted_E, update)
     slots = len(case.events) * case.num_tokens * case.spec.layers[layer].router.top_k
-    largest = {"sign": 2, "proportional": slots, "relative": len(wanted_E)}[update.rule]
+    largest = {"sign": 2, "proportional": slots, "relative": len(wanted_E), "tanh": 2}[update.rule]
+    largest += update.steepness * len(wanted_E) * (update.rule == "tanh")
     return 16 * EPSILON[judge.subject.compute_dtype] * (np.abs(wanted_E).max() + update.rate * largest)
+
+
+def quantile_radius(
+    judge: Judge, case: TrainingCase, layer: int, wanted_E: np.ndarray, update: QuantileSpec
+) -> np.ndarray:
+    """A score is off as far as its logit, a sum of D products; near an edge a need is in the next bin."""
+    gate_ED = case.gates[layer]
+    tokens = [np.abs(event.x_LTD[layer]) for event in case.events if event.x_LTD is not None]
+    largest = max(((x_TD @ np.abs(gate_ED).T).max(initial=0) for x_TD in tokens), default=0)
+    size = np.abs(wanted_E).max() + 1
+    radius = EPSILON[judge.subject.compute_dtype] * (ROUNDINGS * size + 2 * (gate_ED.shape[1] + 2) * largest)
+    # Each bias moves by a bin or two, and the mean with it; the biases before were no larger than twice these.
+    return np.full_like(wanted_E, 2 * radius + (0 if update.bins is None else 4 * (2 + 4 * size) / update.bins))
 
 
 def hold_loss(judge: Judge, found: TrainingState, wanted: TrainingState, title: str, case: TrainingCase, number: int):

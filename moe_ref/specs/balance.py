@@ -129,12 +129,14 @@ class BalanceSpec(Spec):
         return super().from_dict(BALANCE_FORMS[form] | values)
 
 
-BIAS_RULES = ("sign", "proportional", "relative")
+BIAS_RULES = ("sign", "proportional", "relative", "tanh", "share")
+SMEBU: dict[str, Any] = {"rule": "tanh", "rate": 5e-4, "steepness": 2.0, "momentum": 0.5, "centred": True}
+"""Soft-clamped momentum expert bias updates of Arcee Trinity Large (arXiv:2602.17004), as it was trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BiasUpdateSpec(Spec):
-    """How expert_bias moves after a step, without a loss (arXiv:2408.15664).
+    """How expert_bias moves after a step by the counts of it, without a loss (arXiv:2408.15664).
 
     Raises:
         ValueError: a field is out of its range.
@@ -143,16 +145,39 @@ class BiasUpdateSpec(Spec):
     rate: float = 0.001
     rule: str = "sign"
     """With excess = mean count - count. sign: rate * sign(excess); proportional: rate * excess; relative: rate *
-    excess / mean count, which does not grow with the batch."""
+    excess / mean count, which does not grow with the batch; tanh: rate * tanh(steepness * excess / mean count); share:
+    rate * (wanted_share / experts that move - count / all counts), those of frozen experts included (LongCat-Flash,
+    arXiv:2509.01322, whose null experts are frozen)."""
+    wanted_share: float = 1.0
+    """What the experts that move are to get together of all slots; only with rule 'share' (LongCat: the experts with
+    an FFN that a token is to have, over top_k)."""
+    steepness: float = 1.0
+    """Of the tanh; only with that rule."""
     centred: bool = False
     """The mean of the step is subtracted from it, so that the biases keep their sum (torchtitan)."""
     frozen_E: tuple[bool, ...] | None = None
     """Experts whose bias stays. They are left out of both means: the others balance among themselves."""
+    momentum: float = 0.0
+    """What a bias moves by is momentum * its last move + (1 - momentum) * the step of the rule, centred or not."""
 
     def __post_init__(self):
         super().__post_init__()
         number("rate", self.rate, low=0.0)
         one_of("rule", self.rule, BIAS_RULES)
+        number("steepness", self.steepness, above=0.0)
+        require(
+            self.steepness == 1 or self.rule == "tanh",
+            f"steepness is {self.steepness!r}, but rule is {self.rule!r}",
+        )
+        number("wanted_share", self.wanted_share, above=0.0)
+        require(
+            self.wanted_share == 1 or (self.rule == "share" and self.wanted_share < 1),
+            f"wanted_share is {self.wanted_share!r}, but rule is {self.rule!r}"
+            if self.rule != "share"
+            else f"wanted_share is {self.wanted_share!r}; it is at most 1, all slots",
+        )
+        number("momentum", self.momentum, low=0.0)
+        require(self.momentum < 1, f"momentum is {self.momentum!r}; it is less than 1, with which no bias moves")
         require(isinstance(self.centred, bool), f"centred is {self.centred!r}; it is a bool")
         if self.frozen_E is not None:
             object.__setattr__(self, "frozen_E", one_axis("frozen_E", self.frozen_E))  # JSON has lists

@@ -12,6 +12,7 @@ from moe_ref.specs.balance import BalanceSpec, BiasUpdateSpec
 from moe_ref.specs.base import Spec
 from moe_ref.specs.checks import array, integer, one_of, require
 from moe_ref.specs.layer import LayerSpec
+from moe_ref.specs.quantile import QuantileSpec
 from moe_ref.specs.record import RoutingRecord
 
 EVENTS = ("build", "train", "evaluate", "step")
@@ -29,7 +30,7 @@ class StackSpec(Spec):
 
     layers: tuple[LayerSpec, ...]
     """In the order of the model; none is a model without such layers. They may differ in all but the dim."""
-    updates: tuple[BiasUpdateSpec | None, ...]
+    updates: tuple[BiasUpdateSpec | QuantileSpec | None, ...]
     """The rule by which the bias of each layer moves; None: it stays."""
     balance: BalanceSpec | None = None
     """The balance loss of a forward pass, over all layers; None: there is none."""
@@ -47,9 +48,11 @@ class StackSpec(Spec):
         for index, (layer, update) in enumerate(zip(self.layers, self.updates, strict=True)):
             require(isinstance(layer, LayerSpec), f"layers[{index}] is {layer!r}; it is a LayerSpec")
             require(
-                update is None or isinstance(update, BiasUpdateSpec),
-                f"updates[{index}] is {update!r}; it is a BiasUpdateSpec or None",
+                update is None or isinstance(update, (BiasUpdateSpec, QuantileSpec)),
+                f"updates[{index}] is {update!r}; it is a BiasUpdateSpec, a QuantileSpec or None",
             )
+            if isinstance(update, QuantileSpec):
+                update.check(layer.router)
             require(
                 update is None or layer.router.selector == "top_k",
                 f"updates[{index}] is given, but selector {layer.router.selector!r} has no expert_bias",
@@ -81,7 +84,7 @@ class StackSpec(Spec):
         """Nested dicts, JSON-ready; `from_dict` reads it back."""
         found = super().to_dict() | {
             "layers": [layer.to_dict() for layer in self.layers],
-            "updates": [None if update is None else update.to_dict() for update in self.updates],
+            "updates": [None if update is None else _rule_to_dict(update) for update in self.updates],
         }
         lists = {"rank_of_layer": list(self.rank_of_layer)} if self.rank_of_layer is not None else {}
         return found | lists | ({} if self.balance is None else {"balance": self.balance.to_dict()})
@@ -92,12 +95,22 @@ class StackSpec(Spec):
         found: dict[str, Any] = dict(values)
         found["layers"] = tuple(LayerSpec.from_dict(layer) for layer in values.get("layers", ()))
         updates = values.get("updates", ())
-        found["updates"] = tuple(None if each is None else BiasUpdateSpec.from_dict(each) for each in updates)
+        found["updates"] = tuple(None if each is None else _rule_of_dict(each) for each in updates)
         if values.get("balance") is not None:
             found["balance"] = BalanceSpec.from_dict(values["balance"])
         if values.get("rank_of_layer") is not None:
             found["rank_of_layer"] = tuple(values["rank_of_layer"])
         return super().from_dict(found)
+
+
+def _rule_to_dict(update: BiasUpdateSpec | QuantileSpec) -> dict:
+    return update.to_dict() | ({"rule": "quantile"} if isinstance(update, QuantileSpec) else {})
+
+
+def _rule_of_dict(values: dict) -> BiasUpdateSpec | QuantileSpec:
+    if values.get("rule") != "quantile":
+        return BiasUpdateSpec.from_dict(values)
+    return QuantileSpec.from_dict({name: value for name, value in values.items() if name != "rule"})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

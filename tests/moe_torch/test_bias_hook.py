@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import moe_ref
-from moe_ref import BiasUpdateSpec, ExpertSpec, LayerSpec, RouterSpec, SharedSpec
+from moe_ref import BiasUpdateSpec, ExpertSpec, LayerSpec, QuantileSpec, RouterSpec, SharedSpec
 from moe_torch.bias_hook import BiasHook
 from moe_torch.moe import MoE
 
@@ -165,3 +165,43 @@ def test_reset_parameters_forgets_what_was_counted_and_draws_every_parameter_ane
     np.testing.assert_array_equal(moe.tokens_per_expert, np.zeros(E))
     np.testing.assert_array_equal(moe.router.expert_bias, np.zeros(E))
     assert all((values != before[name]).any() for name, values in moe.named_parameters())
+
+
+@pytest.mark.parametrize("rule", [QuantileSpec.of("kimi_k3"), QuantileSpec(over="batches", keep=0.5)])
+def test_a_hook_sets_the_bias_to_the_quantile_of_its_training_passes(rule):
+    moe, batches = MoE(LAYER), torch.randn(2, T, D)
+    # With no bias the need of the expert at the cutoff is 0, which is an edge of two bins.
+    assert moe.router.expert_bias is not None
+    moe.router.expert_bias.uniform_(-0.5, 0.5)
+    bias_E, hook = moe.router.expert_bias.numpy().copy(), BiasHook(moe, rule)
+    moe(batches[0]).sum().backward()
+    checkpoint(moe, batches[1], use_reentrant=False).sum().backward()
+    moe.eval()(torch.randn(T, D))
+    logits_TE = moe.router.gate(batches.flatten(0, 1)).detach().numpy()
+    expected_E = moe_ref.quantile_update(logits_TE, LAYER.router, rule, bias_E, tokens_per_shard=(T, T))
+    hook.step()
+    np.testing.assert_allclose(moe.router.expert_bias, expected_E, atol=1e-6)
+    before_E = moe.router.expert_bias.clone()
+    hook.step()
+    np.testing.assert_array_equal(moe.router.expert_bias, before_E)
+    assert not [name for name in moe.state_dict() if "needs" in name]
+
+
+def test_an_exact_quantile_of_a_pool_is_refused_by_a_hook():
+    with pytest.raises(ValueError, match="bins is None"):
+        BiasHook(MoE(LAYER), QuantileSpec())
+
+
+def test_momentum_goes_on_after_a_checkpoint():
+    rule = BiasUpdateSpec(rule="tanh", rate=0.25, momentum=0.5)
+    moe, other = MoE(LAYER), MoE(LAYER)
+    hook, later = BiasHook(moe, rule), BiasHook(other, rule)
+    moe(torch.randn(T, D))
+    hook.step()
+    other.load_state_dict(moe.state_dict())
+    later.load_state_dict(hook.state_dict())
+    hook.step()
+    later.step()
+    np.testing.assert_array_equal(moe.router.expert_bias, other.router.expert_bias)
+    with pytest.raises(ValueError, match="nobody"):
+        later.load_state_dict({"nobody": torch.zeros(E)})

@@ -94,7 +94,11 @@ def a_balanced_expert_keeps_its_bias(judge, case):
     hold_bias(judge, case, "an expert with the mean count", of_E=counts_E * len(counts_E) == counts_E.sum())
 
 
-@requires("LOD-22", method="bias_update", spec=lambda s: s.update.rule != "sign" and s.update.frozen_E is None)
+@requires(
+    "LOD-22",
+    method="bias_update",
+    spec=lambda s: s.update.rule in ("proportional", "relative") and s.update.frozen_E is None,
+)
 def a_proportional_step_is_as_large_as_the_excess(judge, case):
     hold_bias(judge, case, "not in proportion")
 
@@ -102,7 +106,7 @@ def a_proportional_step_is_as_large_as_the_excess(judge, case):
 @requires(
     "LOD-23",
     method="bias_update",
-    spec=lambda s: s.update.centred and s.update.frozen_E is None,
+    spec=lambda s: s.update.centred and s.update.frozen_E is None and s.update.rule != "tanh",
     counts=("mixed", "one_at_mean"),
     num_counts=(1,),
     given=(ONE_COUNT,),
@@ -114,7 +118,7 @@ def centred_steps_have_the_mean_0(judge, case):
 @requires(
     "LOD-24",
     method="bias_update",
-    spec=lambda s: s.update.frozen_E is not None,
+    spec=lambda s: s.update.frozen_E is not None and s.update.rule != "share",
     num_counts=(1,),
     given=(ONE_COUNT,),
 )
@@ -131,3 +135,13 @@ def a_frozen_bias_stays(judge, case):
 )
 def large_counts_move_the_bias(judge, case):
     hold_bias(judge, case, "not the sign of large counts")
+
+
+@requires("LOD-46", method="bias_update", spec=lambda s: s.update.rule == "tanh", num_counts=(1,), given=(ONE_COUNT,))
+def a_tanh_step_is_soft_and_momentum_takes_a_share(judge, case):
+    hold_bias(judge, case, "not a soft step")
+
+
+@requires("LOD-47", method="bias_update", spec=lambda s: s.update.rule == "share", num_counts=(1,), given=(ONE_COUNT,))
+def a_share_step_is_of_all_slots(judge, case):
+    hold_bias(judge, case, "not the wanted share less the own one")

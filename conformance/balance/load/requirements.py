@@ -71,4 +71,19 @@ chapter(
     ("LOD-37", MUST, "A balance loss changes no array that it is given."),
     ("LOD-38", MUST, "A z-loss changes no array that it is given."),
     ("LOD-39", MUST, "An update of the bias changes no array that it is given: it returns the new bias."),
+    ("LOD-40", MUST, "Quantile balancing sets the bias of each expert to the (floor(T * K / E) + 1)-th smallest, over "
+                  "the T tokens of the step, of the token's (K + 1)-th largest biased score less the expert's score "
+                  "without bias; centred, to that less the mean over experts.", "NVIDIA/Megatron-LM#6802"),
+    ("LOD-41", MUST, "With keep, that share of the bias before stays, and the quantile makes the rest."),
+    ("LOD-42", MUST, "A quantile over the pool is that of the tokens of all ranks and micro-batches, however they are "
+                  "cut, and no mean of theirs; over batches it is the mean of the quantiles of those with a token.",
+                  "NVIDIA/Megatron-LM#5349"),
+    ("LOD-43", MUST, "A padding token is in no quantile."),
+    ("LOD-44", MUST, "With bins the quantile is read from the counts of that many equal bins over [min bias - 1, max "
+                  "bias + 1], inside the bin where they reach T * K / E, in proportion.", "pytorch/torchtitan#4577"),
+    ("LOD-45", MUST, "Without any valid token quantile balancing moves no bias."),
+    ("LOD-46", MUST, "A tanh step is rate * tanh(steepness * (mean - count) / mean); with momentum a bias moves by 1 - "
+                  "momentum of its step, and by momentum of its last move."),
+    ("LOD-47", MUST, "A share step is rate * (wanted_share / experts that move - count / all counts), those of frozen "
+                  "experts among all; these keep their bias, and so does every expert where nothing is counted."),
 )  # fmt: skip

@@ -16,8 +16,9 @@ from conformance.subjects.jax.arrays import narrow
 from moe_jax.balance import bias_update, tokens_per_expert
 from moe_jax.capacity import KeptSlots, apply_capacity, slot_table
 from moe_jax.losses import balance_loss, balance_sums, loss_of_sums, z_loss
+from moe_jax.quantile import bias_of_total, quantile_bias, total_of
 from moe_jax.routing import scale_logits
-from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, RouterSpec
+from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, QuantileSpec, RouterSpec
 from moe_ref.specs.balance import RUNNING_SCOPES
 
 AXIS = "shards"
@@ -69,6 +70,23 @@ class JaxBalance(Subject):
     def bias_update(self, counts_SE: np.ndarray, update: BiasUpdateSpec, expert_bias_E: np.ndarray) -> np.ndarray:
         """The counts are those of shards, summed over their axis."""
         return np.asarray(_bias_update(narrow(counts_SE), narrow(expert_bias_E), spec=update))
+
+    def quantile_update(
+        self,
+        logits_TE: np.ndarray,
+        router: RouterSpec,
+        update: QuantileSpec,
+        expert_bias_E: np.ndarray,
+        *,
+        token_mask_T: np.ndarray | None = None,
+        tokens_per_shard: tuple[int, ...] | None = None,
+    ) -> np.ndarray:
+        """The totals of shards are summed over their axis; an exact quantile of the pool is of all tokens."""
+        given = (narrow(logits_TE), narrow(expert_bias_E), mask(token_mask_T, len(logits_TE)))
+        if update.bins is None and update.over == "pool":
+            return np.asarray(_quantile(*given, router=router, update=update))
+        rows_ST = narrow(shards_of(len(logits_TE), tokens_per_shard))
+        return np.asarray(_quantile_of_shards(*given, rows_ST, router=router, update=update))
 
     def capacity(
         self,
@@ -122,6 +140,21 @@ def _z_loss(logits_TE, rows_ST, token_mask_T, coeff):
 def _bias_update(counts_SE, expert_bias_E, *, spec: BiasUpdateSpec):
     update = partial(bias_update, spec=spec, expert_bias_E=expert_bias_E, axis_name=AXIS)
     return jax.vmap(update, axis_name=AXIS)(counts_SE)[0]
+
+
+@partial(jax.jit, static_argnames=("router", "update"))
+def _quantile(logits_TE, expert_bias_E, token_mask_T, *, router: RouterSpec, update: QuantileSpec):
+    return quantile_bias(logits_TE, router, update, expert_bias_E, token_mask_T)
+
+
+@partial(jax.jit, static_argnames=("router", "update"))
+def _quantile_of_shards(logits_TE, expert_bias_E, token_mask_T, rows_ST, *, router: RouterSpec, update: QuantileSpec):
+    def of_shard(logits_TE, own_T, token_mask_T):
+        return total_of(logits_TE, router, update, expert_bias_E, own_T & token_mask_T, axis_name=AXIS)
+
+    logits, valid = (take(values, rows_ST) for values in (logits_TE, token_mask_T))
+    total = jax.vmap(of_shard, axis_name=AXIS)(logits, rows_ST >= 0, valid)[0]
+    return bias_of_total(total, update, expert_bias_E, router.top_k)
 
 
 @partial(jax.jit, static_argnames=("spec", "router", "num_sequences"))

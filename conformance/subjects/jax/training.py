@@ -10,13 +10,27 @@ import numpy as np
 
 from conformance.core.subject import Subject
 from conformance.subjects.jax.arrays import narrow, narrow_params, on_host
-from moe_jax.balance import bias_update, tokens_per_expert
+from moe_jax.balance import bias_step, bias_update, tokens_per_expert
 from moe_jax.losses import balance_sums, loss_of_sums
+from moe_jax.quantile import bias_of_total, total_of
 from moe_jax.routing import scale_logits
 from moe_jax.sparse_matmul import sparse_matmul
-from moe_ref import NO_INPUTS, BalanceSpec, Event, LayerParams, LayerSpec, RouterInputs, StackSpec
+from moe_ref import (
+    NO_INPUTS,
+    BalanceSpec,
+    Event,
+    LayerParams,
+    LayerSpec,
+    QuantileSpec,
+    RouterInputs,
+    RouterSpec,
+    StackSpec,
+)
 
 _bias_update = jax.jit(bias_update, static_argnames="spec")
+_bias_step = jax.jit(bias_step, static_argnames="spec")
+_total_of = jax.jit(total_of, static_argnames=("router", "update"))
+_bias_of_total = jax.jit(bias_of_total, static_argnames=("update", "top_k"))
 
 
 class JaxTraining(Subject):
@@ -25,6 +39,7 @@ class JaxTraining(Subject):
     def train(self, events: Sequence[Event], stack: StackSpec, params: list[LayerParams]) -> list[dict]:
         """Pure functions: what a state holds is handed from event to event. There is nothing that a rank has alone."""
         counts, biases, states = [], [], []
+        last_steps, totals = [], []
         for event in events:
             loss = None
             if event.kind == "build":
@@ -33,11 +48,18 @@ class JaxTraining(Subject):
                 given = [own.expert_bias_E for own in params]
                 biases = [np.zeros(E) if b is None else b for E, b in zip(sizes, given, strict=True)]
                 biases = [on_host(bias_E) for bias_E in biases]
+                last_steps, totals = [None] * len(sizes), [0] * len(sizes)
             elif event.kind == "step":
-                biases = [
-                    bias_E if rule is None else np.asarray(_bias_update(counts_E, rule, bias_E))
-                    for counts_E, rule, bias_E in zip(counts, stack.updates, biases, strict=True)
-                ]
+                for layer, (rule, spec) in enumerate(zip(stack.updates, stack.layers, strict=True)):
+                    if isinstance(rule, QuantileSpec):
+                        if not isinstance(totals[layer], int):
+                            bias_E = _bias_of_total(totals[layer], rule, biases[layer], top_k=spec.router.top_k)
+                            biases[layer] = np.asarray(bias_E)
+                    elif rule is not None:
+                        last_E = last_steps[layer]
+                        biases[layer] = np.asarray(_bias_update(counts[layer], rule, biases[layer], last_E))
+                        last_steps[layer] = _bias_step(counts[layer], rule, last_E) if rule.momentum else None
+                totals = [0] * len(totals)
                 counts = [np.zeros_like(counts_E) for counts_E in counts]
             else:
                 passes = [
@@ -46,10 +68,26 @@ class JaxTraining(Subject):
                 ]
                 if event.kind == "train":
                     counts = [counts_E + np.asarray(each[0]) for counts_E, each in zip(counts, passes, strict=True)]
+                if event.kind == "train" and event.records is None:
+                    totals = [
+                        total + total_of_pass(each[1], event, spec.router, rule, bias_E)
+                        if isinstance(rule, QuantileSpec)
+                        else total
+                        for total, each, spec, rule, bias_E in zip(
+                            totals, passes, stack.layers, stack.updates, biases, strict=True
+                        )
+                    ]
                 if stack.balance is not None:
                     loss = loss_of(passes, event, stack, stack.balance)
             states.append({"counts_by_layer": list(counts), "bias_by_layer": list(biases), "loss": loss})
         return states
+
+
+def total_of_pass(logits_TE, event: Event, router: RouterSpec, rule: QuantileSpec, expert_bias_E):
+    """What a pass adds to the total of a step; its logits are scaled already."""
+    unscaled = router.replace(logit_scale=1.0, logit_softcap=None)
+    mask_T = np.ones(len(logits_TE), bool) if event.token_mask_T is None else event.token_mask_T
+    return _total_of(logits_TE, unscaled, rule, expert_bias_E, mask_T)
 
 
 def run_layer(event: Event, layer: int, stack: StackSpec, params: LayerParams):

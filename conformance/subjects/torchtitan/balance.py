@@ -14,16 +14,18 @@ from torch import nn
 from conformance.core.subject import Subject
 from conformance.subjects.torch.arrays import to_numpy, to_torch
 from conformance.subjects.torchtitan.layer import build_layer
-from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, ExpertSpec, LayerSpec, RouterSpec
+from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, ExpertSpec, LayerSpec, QuantileSpec, RouterSpec
 
 
 class TorchtitanBalance(Subject):
     """Its bias update; it has no balance loss and no capacity."""
 
-    def supports_load(self, spec: BalanceSpec | BiasUpdateSpec | CapacitySpec) -> str | None:
+    def supports_load(self, spec: BalanceSpec | BiasUpdateSpec | CapacitySpec | QuantileSpec) -> str | None:
+        if isinstance(spec, QuantileSpec):
+            return "the hook of torchtitan that is judged moves every bias by the sign; its quantile balancing is not"
         if not isinstance(spec, BiasUpdateSpec):
             return "torchtitan has no balance loss, and drops no token"
-        if (spec.rule, spec.centred, spec.frozen_E) != ("sign", True, None):
+        if (spec.rule, spec.centred, spec.frozen_E, spec.momentum) != ("sign", True, None, 0):
             return "torchtitan moves every bias by the sign, less the mean of the signs"
         if spec.rate == 0:
             return "torchtitan's load_balance_coeff is greater than 0"

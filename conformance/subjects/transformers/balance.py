@@ -14,7 +14,7 @@ import torch
 from conformance.core.subject import Subject, Unsupported
 from conformance.subjects.identity_gate import give_identity_gate
 from conformance.subjects.torch.arrays import to_torch, with_gradient
-from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, RouterSpec
+from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, QuantileSpec, RouterSpec
 
 SWITCH = BalanceSpec(per="sequence")
 """Of switch_transformers, for K = 1: a mean over the sequences of a batch, which are of one length."""
@@ -25,8 +25,8 @@ class TransformersBalance(Subject):
 
     family: str = ""
 
-    def supports_load(self, spec: BalanceSpec | BiasUpdateSpec | CapacitySpec) -> str | None:
-        if isinstance(spec, BiasUpdateSpec):
+    def supports_load(self, spec: BalanceSpec | BiasUpdateSpec | CapacitySpec | QuantileSpec) -> str | None:
+        if isinstance(spec, (BiasUpdateSpec, QuantileSpec)):
             return "transformers updates no expert bias"
         if isinstance(spec, CapacitySpec):
             wanted = CapacitySpec(slots=spec.slots or 0, scope="sequence")

@@ -14,7 +14,7 @@ from conformance.training.verdicts import (
     states_of_subject,
     transitions,
 )
-from moe_ref import StackSpec
+from moe_ref import QuantileSpec, StackSpec
 from moe_ref.specs.training import FORWARD
 from moe_ref.training import after, built, route_layer
 
@@ -24,9 +24,22 @@ NO_TIE = 1e-5
 FORM = ("STP-1",)
 
 
-def plain(stack: StackSpec) -> bool:
+def simple(stack: StackSpec) -> bool:
     """Layers in one process, without a loss."""
     return bool(stack.layers) and stack.num_ranks == 1 and stack.balance is None
+
+
+def by_quantile(stack: StackSpec) -> bool:
+    return simple(stack) and any(isinstance(update, QuantileSpec) for update in stack.updates)
+
+
+def with_momentum(stack: StackSpec) -> bool:
+    return simple(stack) and any(getattr(update, "momentum", 0) for update in stack.updates)
+
+
+def plain(stack: StackSpec) -> bool:
+    """Such layers, whose biases move by the counts of the step alone."""
+    return simple(stack) and not by_quantile(stack) and not with_momentum(stack)
 
 
 def every_layer_moves(stack: StackSpec) -> bool:
@@ -287,3 +300,24 @@ def a_bias_moves_by_the_forced_counts(judge, case):
 )
 def all_of_it_together(judge, case):
     hold_all(judge, case, "in a whole script")
+
+
+def hold_moves(judge: Judge, case: TrainingCase, title: str) -> None:
+    """Each event leaves the biases that the reference has after it, from the subject's own ones before."""
+    for each in transitions(judge, case):
+        hold_bias(judge, each.found, each.wanted, title, case, each.number)
+
+
+@requires(
+    "STP-19",
+    scripts=("bts", "bttsts", "bettsets", "brtsrs", "bptsps", "bftsfs"),
+    spec=by_quantile,
+    after=FORM,
+)
+def a_quantile_is_of_the_training_passes_of_the_step(judge, case):
+    hold_moves(judge, case, "not the quantile of the step")
+
+
+@requires("STP-20", scripts=("btsts", "btstsbts"), spec=with_momentum, after=FORM)
+def momentum_goes_on_from_the_last_step(judge, case):
+    hold_moves(judge, case, "not the last step and this one")

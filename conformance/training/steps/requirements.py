@@ -37,4 +37,8 @@ chapter(
     ("STP-17", MUST, "A step after forced choices moves the biases by the counts of these choices.",
                  "PrimeIntellect-ai/prime-rl#2953"),
     ("STP-18", MUST, "Whatever a script has together, each of its states is the reference's."),
+    ("STP-19", MUST, "Under quantile balancing a step sets the biases of a layer by what the tokens of its training "
+                 "passes needed, all micro-batches together and each once; padding, evaluation and passes with a "
+                 "forced choice add nothing, and the next step begins anew.", "pytorch/torchtitan#4412"),
+    ("STP-20", MUST, "A rule with momentum goes on from the last move of its layer; a layer that is built had none."),
 )  # fmt: skip

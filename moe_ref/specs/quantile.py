@@ -1,0 +1,97 @@
+"""moe_ref, the spec of quantile balancing: expert_bias as a quantile of what each expert needed, as data."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+from moe_ref.specs.base import Spec
+from moe_ref.specs.checks import integer, number, one_of, require
+from moe_ref.specs.router import RouterSpec
+
+QUANTILE_FORMS: dict[str, dict[str, Any]] = {
+    # The exact quantile of the whole step: section 2.3.3 of the Kimi-K3 report, after kexue.fm/archives/11619.
+    "exact": {},
+    # Appendix D of the report: read from histograms, as in pytorch/torchtitan#4577 and NVIDIA/Megatron-LM#6637.
+    "kimi_k3": {"bins": 1000},
+    # qb_dual_update of NVIDIA/Megatron-LM#5349: its beta is -expert_bias, and its router ranks logits (select_by
+    # 'logit'); its moe_router_quantile_balancing_ema is `keep`.
+    "megatron": {"over": "batches", "centred": False},
+}
+"""Fields by which each published form differs from the defaults."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantileSpec(Spec):
+    """How expert_bias is set after a step, so that each expert would have won its share of the step's tokens.
+
+    What expert e needs to win token t is cutoff_t - ranked_te: ranked_te is the score (or logit) without bias, and
+    cutoff_t the (K + 1)-th largest of ranked_t + expert_bias. With a bias of the quantile K / E of what it needs, the
+    expert wins T * K / E of T tokens. The old bias enters through the cutoffs alone.
+
+    Raises:
+        ValueError: a field is out of its range, or two fields contradict each other.
+    """
+
+    bins: int | None = None
+    """None: the (floor(T * K / E) + 1)-th smallest need. A number: read from counts of the needs in so many equal bins
+    over [min(expert_bias) - 1, max(expert_bias) + 1], at the place where they reach T * K / E, as if the needs of a bin
+    were spread evenly in it: less than a bin from the needs between which an exact quantile lies."""
+    over: str = "pool"
+    """pool: of the tokens of all ranks and micro-batches of the step; batches: the mean of the quantiles of each, which
+    is another number (Megatron)."""
+    centred: bool = True
+    """The mean over experts is subtracted; no choice depends on it."""
+    keep: float = 0.0
+    """The share of the bias before that stays: keep * before + (1 - keep) * quantile."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.bins is not None:
+            integer("bins", self.bins, 1)
+        one_of("over", self.over, ("pool", "batches"))
+        require(isinstance(self.centred, bool), f"centred is {self.centred!r}; it is a bool")
+        number("keep", self.keep, low=0.0)
+        require(self.keep < 1, f"keep is {self.keep!r}; it is less than 1, with which no bias moves")
+        require(
+            self.bins is None or self.over == "pool",
+            f"bins is {self.bins} with over {self.over!r}; the counts of bins are pooled",
+        )
+
+    def check(self, router: RouterSpec) -> None:
+        """The router is one whose bias this sets.
+
+        Raises:
+            ValueError: it names the field of the router, and why.
+        """
+        require(router.selector == "top_k", f"selector is {router.selector!r}; a quantile is of a ranking: 'top_k'")
+        require(
+            router.num_expert_groups is None,
+            f"num_expert_groups is {router.num_expert_groups}; quantile balancing knows no groups",
+        )
+        require(
+            router.num_null_experts == 0,
+            f"num_null_experts is {router.num_null_experts}; quantile balancing gives every choice the same share",
+        )
+        require(
+            router.top_k < router.num_experts,
+            f"top_k is {router.top_k} of {router.num_experts} experts; the cutoff is the next one, so that it is less",
+        )
+        bounded = router.select_by == "score" and router.score_func in ("softmax", "sigmoid")
+        require(
+            self.bins is None or bounded,
+            f"bins is {self.bins}, but what is ranked (score_func {router.score_func!r}, select_by "
+            f"{router.select_by!r}) is not between 0 and 1",
+        )
+
+    @classmethod
+    def of(cls, form: str, **changes: Any) -> Self:
+        """The published form of that name (`QUANTILE_FORMS`), with other values for some fields."""
+        one_of("form", form, tuple(QUANTILE_FORMS))
+        return cls(**QUANTILE_FORMS[form] | changes)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Self:
+        """A spec from the names of its fields, over those of a `form` where one is named."""
+        values = dict(values)
+        form = values.pop("form", "exact")
+        one_of("form", form, tuple(QUANTILE_FORMS))
+        return super().from_dict(QUANTILE_FORMS[form] | values)
