@@ -130,6 +130,14 @@ def select(scores_for_choice_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
     return expert_ids_TK
 
 
+def limit_quotas(ranked_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
+    """Each quota group keeps its top_k / quota_groups best, ties to the lower id; the others are -inf. [SEL-18]"""
+    assert spec.quota_groups is not None
+    grouped_TGP = ranked_TE.reshape(-1, spec.quota_groups, spec.num_experts // spec.quota_groups)
+    rank_TGP = np.argsort(np.argsort(-grouped_TGP, axis=-1, kind="stable"), axis=-1)
+    return np.where(rank_TGP < spec.top_k // spec.quota_groups, grouped_TGP, -np.inf).reshape(ranked_TE.shape)
+
+
 def sparsemixer(scaled_logits_TE: np.ndarray, spec: RouterSpec) -> tuple[np.ndarray, np.ndarray]:
     """Slot j takes the best remaining expert, weighted by a softmax over the band below it. [SEL-13, WGT-15]
 
@@ -156,9 +164,9 @@ def sparsemixer(scaled_logits_TE: np.ndarray, spec: RouterSpec) -> tuple[np.ndar
 def choose(
     scores_for_choice_TE: np.ndarray | None, num_tokens: int, spec: RouterSpec, inputs: RouterInputs
 ) -> np.ndarray:
-    """Expert ids by the spec's selector; all but top_k choose without looking at a score. [SEL-14 .. SEL-17]"""
+    """Expert ids by the spec's selector; those without `top_k` look at no score. [SEL-14 .. SEL-18]"""
     T, K = num_tokens, spec.top_k
-    if spec.selector == "top_k":
+    if spec.selector in ("top_k", "group_top_k"):
         assert scores_for_choice_TE is not None  # they are what is ranked
         return select(scores_for_choice_TE, spec)
     if spec.selector == "table":
@@ -269,8 +277,10 @@ def route(
     choices_TE, shared_TS = scaled_logits_TE[:, :E], scaled_logits_TE[:, E:]
     if spec.has_scores:
         scores_TE = score(choices_TE, spec)
-    if spec.selector == "top_k":
+    if spec.selector in ("top_k", "group_top_k"):
         scores_for_choice_TE = bias_choice(choices_TE, scores_TE, expert_bias_E, spec)
+    if scores_for_choice_TE is not None and spec.quota_groups is not None:
+        scores_for_choice_TE = limit_quotas(scores_for_choice_TE, spec)
     if scores_for_choice_TE is not None and spec.num_expert_groups is not None:
         scores_for_choice_TE, group_scores_TG, group_ids_TL = limit_groups(scores_for_choice_TE, spec)
 

@@ -197,6 +197,18 @@ def select(
     return torch.where(columns_TK == UNUSED, UNUSED, ids_TK)
 
 
+def select_by_quota(ranked_TE: Tensor, spec: RouterSpec) -> Tensor:
+    """The top_k / quota_groups best of each group, in descending order of them all, ties to the lower id. [SEL-18]"""
+    assert spec.quota_groups is not None
+    G, P = spec.quota_groups, spec.num_experts // spec.quota_groups
+    columns_TGQ = top_k(ranked_TE.reshape(-1, P), spec.top_k // G).view(-1, G, spec.top_k // G)
+    first_G1 = torch.arange(G, device=ranked_TE.device)[:, None] * P
+    # Ascending ids first, so that a stable sort leaves the lower one of equals in front.
+    ids_TK = (columns_TGQ + first_G1).flatten(1).sort(-1).values
+    order_TK = torch.sort(ranked_TE.gather(-1, ids_TK), dim=-1, descending=True, stable=True).indices
+    return _fillable(ids_TK.gather(-1, order_TK), ranked_TE)
+
+
 def _fillable(expert_ids_TK: Tensor, scores_for_choice_TE: Tensor) -> Tensor:
     # moe_ref refuses a token with fewer than K choices; to refuse here would read the device. The slot stays unused.
     return torch.where(scores_for_choice_TE.gather(-1, expert_ids_TK) == NEG_INF, UNUSED, expert_ids_TK)
@@ -376,6 +388,8 @@ def route(
         if spec.num_expert_groups is not None:
             group_scores_TG, group_ids_TL = limit_groups(biased_scores_TE, spec)
         expert_ids_TK = select(biased_scores_TE, group_scores_TG, group_ids_TL, spec)
+    elif spec.selector == "group_top_k":
+        expert_ids_TK = select_by_quota(bias_choice(choices_TE, scores_TE, None, spec), spec)
     elif spec.selector == "sparsemixer":
         expert_ids_TK, raw_weights_TK = sparsemixer(choices_TE, spec)
     else:

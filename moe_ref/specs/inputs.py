@@ -17,6 +17,7 @@ from moe_ref.specs.router import RouterSpec
 
 READS: dict[str, dict[str, bool]] = {
     "top_k": {},
+    "group_top_k": {},
     "sparsemixer": {},
     "table": {"token_ids_T": True, "table_VK": True},
     "given": {"given_ids_TK": True, "given_weights_TK": False},

@@ -226,3 +226,8 @@ def random_selection_depends_on_the_seed_alone(judge, case):
         accuse(
             "twelve seeds select alike", expected="another selection for another seed", received=str(again[0].tolist())
         )
+
+
+@requires("SEL-18", spec=lambda spec: spec.selector == "group_top_k", logits=MODERATE, bias=("none",))
+def each_group_gives_its_quota(judge, case):
+    hold_ids(judge, case, "not the quota of each group")

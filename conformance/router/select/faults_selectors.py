@@ -6,7 +6,7 @@ import numpy as np
 
 from conformance.core.fault import replaces, surrounds
 from moe_ref import UNUSED
-from moe_ref.routing import choose, ids_array, sparsemixer
+from moe_ref.routing import choose, ids_array, limit_quotas, select, sparsemixer
 from moe_ref.specs.inputs import READS
 
 
@@ -127,3 +127,28 @@ def random_follows_the_logits(route, memory, logits_TE, spec, expert_bias_E, **i
 def seed_ignored(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """Random selection is the same for every seed."""
     return route(logits_TE, spec, expert_bias_E, **inputs | ({"seed": 0} if "seed" in inputs else {}))
+
+
+@replaces("limit_quotas", breaks="SEL-18")
+def quotas_ignored(ranked_TE, spec):
+    """The best of all experts are selected, from whichever groups."""
+    return ranked_TE
+
+
+@replaces("limit_quotas", breaks="SEL-18")
+def quota_groups_are_dealt(ranked_TE, spec):
+    """Expert i belongs to quota group i % G, not to i // P."""
+    G = spec.quota_groups
+    dealt_TE = ranked_TE.reshape(len(ranked_TE), -1, G).swapaxes(1, 2).reshape(ranked_TE.shape)
+    kept_TE = limit_quotas(dealt_TE, spec)
+    return kept_TE.reshape(len(ranked_TE), G, -1).swapaxes(1, 2).reshape(ranked_TE.shape)
+
+
+@replaces("select", breaks="SEL-18")
+def quotas_are_listed_group_by_group(scores_for_choice_TE, spec):
+    """The slots are in the order of the groups, and of the scores in each."""
+    ids_TK = select(scores_for_choice_TE, spec)
+    if spec.selector != "group_top_k":
+        return ids_TK
+    group_TK = ids_TK // (spec.num_experts // spec.quota_groups)
+    return np.take_along_axis(ids_TK, np.argsort(group_TK, axis=-1, kind="stable"), axis=-1)
