@@ -10,7 +10,7 @@ from moe_ref.specs.router import RouterSpec
 
 
 def round_to(values: jax.Array, router_dtype: str) -> jax.Array:
-    """The nearest numbers of a narrow dtype, in the dtype of `values`; the gradient passes as it is. [SCR-21]"""
+    """The nearest numbers of a narrow dtype, in the dtype of `values`; the gradient passes as it is. [SCR-11]"""
     if router_dtype not in ("bfloat16", "float16"):
         return values
     bits = jnp.finfo(router_dtype)
@@ -20,7 +20,7 @@ def round_to(values: jax.Array, router_dtype: str) -> jax.Array:
 
 
 def dtype_of_router(spec: RouterSpec, *dtypes: DTypeLike) -> DTypeLike:
-    """What gate and router compute in, for inputs of these dtypes: float64 where the spec says so. [SCR-22]
+    """What gate and router compute in, for inputs of these dtypes: float64 where the spec says so. [SCR-12]
 
     Raises:
         ValueError: router_dtype is float64, which JAX has with jax_enable_x64 alone.

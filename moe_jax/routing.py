@@ -114,10 +114,12 @@ def route(
     choices_TE, shared_logits_TS = scaled_TE[:, :E], scaled_TE[:, E:]
     scores_TE = round_to(score(choices_TE, spec), spec.router_dtype) if spec.has_scores else None
     scores_for_choice_TE = group_scores_TG = group_ids_TL = None
-    if spec.selector == "top_k":
+    if spec.selector in ("top_k", "group_top_k"):
         scores_for_choice_TE = bias_choice(choices_TE, scores_TE, bias_E, spec)
     if spec.selector == "sinkhorn":
         scores_for_choice_TE = lax.stop_gradient(choices_TE + sinkhorn(choices_TE, valid_T1))
+    if scores_for_choice_TE is not None and spec.quota_groups is not None:
+        scores_for_choice_TE = limit_quotas(scores_for_choice_TE, spec)
     if scores_for_choice_TE is not None and spec.num_expert_groups is not None:
         scores_for_choice_TE, group_scores_TG, group_ids_TL = limit_groups(scores_for_choice_TE, spec)
 
@@ -158,7 +160,7 @@ def route(
 
 
 def add_noise(logits_TE: jax.Array, inputs: RouterInputs, valid_T1: jax.Array) -> jax.Array:
-    """Noise is an input: factors multiply the logits, then a noise is added, before all else. [SCR-23]"""
+    """Noise is an input: factors multiply the logits, then a noise is added, before all else. [SCR-13]"""
     factors_TE, noise_TE = inputs.logit_factors_TE, inputs.logit_noise_TE
     if factors_TE is not None:
         logits_TE = logits_TE * jnp.where(valid_T1, factors_TE, 1).astype(logits_TE.dtype)
@@ -227,6 +229,15 @@ def kept_experts(group_ids_TL: jax.Array, spec: RouterSpec) -> jax.Array:
     """Whether each expert belongs to a kept group. Expert i belongs to group i // P. [GRP-2]"""
     kept_TG = (group_ids_TL[:, :, None] == jnp.arange(spec.num_expert_groups)).any(axis=1)
     return jnp.repeat(kept_TG, spec.experts_per_group, axis=1)
+
+
+def limit_quotas(ranked_TE: jax.Array, spec: RouterSpec) -> jax.Array:
+    """Each quota group keeps its top_k / quota_groups best, ties to the lower id; the others are -inf. [SEL-18]"""
+    assert spec.quota_groups is not None
+    grouped_TGP = ranked_TE.reshape(-1, spec.quota_groups, spec.num_experts // spec.quota_groups)
+    ids_TGQ = top_k(grouped_TGP, spec.top_k // spec.quota_groups)[1]
+    kept_TGP = (ids_TGQ[..., None] == jnp.arange(grouped_TGP.shape[-1])).any(axis=-2)
+    return jnp.where(kept_TGP, grouped_TGP, -jnp.inf).reshape(ranked_TE.shape)
 
 
 def select(scores_for_choice_TE: jax.Array, spec: RouterSpec) -> jax.Array:

@@ -11,7 +11,7 @@ EPS, TOLERANCE, MOST_ROUNDS = 1e-8, 1e-4, 100
 
 
 def sinkhorn(logits_TE: jax.Array, valid_T1: jax.Array) -> jax.Array:
-    """(E,) logarithms of the experts' factors; padding tokens take no part in the batch. [SEL-30, SEL-31]
+    """(E,) logarithms of the experts' factors; padding tokens take no part in the batch. [SEL-19, SEL-20]
 
     A constant of the gradient. Over a mesh each shard evens its own tokens, as in Megatron.
     """

@@ -61,7 +61,7 @@ def gate(
 
 
 def add_noise(logits_TE: np.ndarray, inputs: RouterInputs, valid_T1: np.ndarray) -> np.ndarray:
-    """Noise is an input: factors multiply the logits, then a noise is added, before all else. [SCR-23]"""
+    """Noise is an input: factors multiply the logits, then a noise is added, before all else. [SCR-13]"""
     factors_TE, noise_TE = inputs.logit_factors_TE, inputs.logit_noise_TE
     if factors_TE is not None:
         positive_TE = np.isfinite(factors_TE) & (factors_TE > 0) | ~valid_T1
@@ -76,7 +76,7 @@ def add_noise(logits_TE: np.ndarray, inputs: RouterInputs, valid_T1: np.ndarray)
 def scale_logits(logits_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
     """Logits are scaled, then soft-capped, before they are scored or ranked. [SCR-5]
 
-    A narrow router_dtype rounds them as they come, and what is made of them. [SCR-21]
+    A narrow router_dtype rounds them as they come, and what is made of them. [SCR-11]
     """
     scaled_TE = round_to(logits_TE, spec.router_dtype) * spec.logit_scale
     if spec.logit_softcap is not None:
@@ -150,6 +150,14 @@ def select(scores_for_choice_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
     return expert_ids_TK
 
 
+def limit_quotas(ranked_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
+    """Each quota group keeps its top_k / quota_groups best, ties to the lower id; the others are -inf. [SEL-18]"""
+    assert spec.quota_groups is not None
+    grouped_TGP = ranked_TE.reshape(-1, spec.quota_groups, spec.num_experts // spec.quota_groups)
+    rank_TGP = np.argsort(np.argsort(-grouped_TGP, axis=-1, kind="stable"), axis=-1)
+    return np.where(rank_TGP < spec.top_k // spec.quota_groups, grouped_TGP, -np.inf).reshape(ranked_TE.shape)
+
+
 def sparsemixer(scaled_logits_TE: np.ndarray, spec: RouterSpec) -> tuple[np.ndarray, np.ndarray]:
     """Slot j takes the best remaining expert, weighted by a softmax over the band below it. [SEL-13, WGT-15]
 
@@ -176,9 +184,9 @@ def sparsemixer(scaled_logits_TE: np.ndarray, spec: RouterSpec) -> tuple[np.ndar
 def choose(
     scores_for_choice_TE: np.ndarray | None, num_tokens: int, spec: RouterSpec, inputs: RouterInputs
 ) -> np.ndarray:
-    """Expert ids by the spec's selector; all but top_k and sinkhorn look at no score. [SEL-14 .. SEL-17]"""
+    """Expert ids by the spec's selector; all but these three look at no score. [SEL-14 .. SEL-19]"""
     T, K = num_tokens, spec.top_k
-    if spec.selector in ("top_k", "sinkhorn"):
+    if spec.selector in ("top_k", "group_top_k", "sinkhorn"):
         assert scores_for_choice_TE is not None  # they are what is ranked
         return select(scores_for_choice_TE, spec)
     if spec.selector == "table":
@@ -295,10 +303,12 @@ def route(
     choices_TE, shared_TS = scaled_logits_TE[:, :E], scaled_logits_TE[:, E:]
     if spec.has_scores:
         scores_TE = round_to(score(choices_TE, spec), spec.router_dtype)
-    if spec.selector == "top_k":
+    if spec.selector in ("top_k", "group_top_k"):
         scores_for_choice_TE = bias_choice(choices_TE, scores_TE, expert_bias_E, spec)
     if spec.selector == "sinkhorn":
         scores_for_choice_TE = choices_TE + sinkhorn(choices_TE, valid_T1)
+    if scores_for_choice_TE is not None and spec.quota_groups is not None:
+        scores_for_choice_TE = limit_quotas(scores_for_choice_TE, spec)
     if scores_for_choice_TE is not None and spec.num_expert_groups is not None:
         scores_for_choice_TE, group_scores_TG, group_ids_TL = limit_groups(scores_for_choice_TE, spec)
 

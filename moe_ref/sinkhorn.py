@@ -22,7 +22,7 @@ MOST_ROUNDS = 100
 
 
 def sinkhorn(logits_TE: np.ndarray, valid_T1: np.ndarray, *, tolerance: float = TOLERANCE) -> np.ndarray:
-    """(E,) logarithms of the experts' factors; padding tokens take no part in the batch. [SEL-30, SEL-31]"""
+    """(E,) logarithms of the experts' factors; padding tokens take no part in the batch. [SEL-19, SEL-20]"""
     E = logits_TE.shape[1]
     largest_T1 = logits_TE.max(axis=-1, keepdims=True, initial=-np.inf)
     exp_TE = np.exp(logits_TE - np.where(np.isneginf(largest_T1), 0, largest_T1))

@@ -88,7 +88,7 @@ def host_reads_are_free(values: Tensor) -> bool:
 
 
 def add_noise(logits_TE: Tensor, inputs: RouterInputs, token_mask_T: Tensor | None) -> Tensor:
-    """Noise is an input: factors multiply the logits, then a noise is added, before all else. [SCR-23]"""
+    """Noise is an input: factors multiply the logits, then a noise is added, before all else. [SCR-13]"""
     factors_TE, noise_TE = inputs.logit_factors_TE, inputs.logit_noise_TE
     if token_mask_T is not None:  # whatever is given for padding
         factors_TE = None if factors_TE is None else factors_TE.masked_fill(~token_mask_T[:, None], 1)
@@ -238,6 +238,18 @@ def _ids_of_columns(columns_TK: Tensor, group_ids_TL: Tensor, spec: RouterSpec) 
     # What a group's first column is away from its first expert.
     shifts_TL = torch.add(torch.arange(0, -L * P, -P, device=group_ids_TL.device), group_ids_TL, alpha=P)
     return columns_TK + shifts_TL.gather(-1, columns_TK // P)
+
+
+def select_by_quota(ranked_TE: Tensor, spec: RouterSpec) -> Tensor:
+    """The top_k / quota_groups best of each group, in descending order of them all, ties to the lower id. [SEL-18]"""
+    assert spec.quota_groups is not None
+    G, P = spec.quota_groups, spec.num_experts // spec.quota_groups
+    columns_TGQ = top_k(ranked_TE.reshape(-1, P), spec.top_k // G).view(-1, G, spec.top_k // G)
+    first_G1 = torch.arange(G, device=ranked_TE.device)[:, None] * P
+    # Ascending ids first, so that a stable sort leaves the lower one of equals in front.
+    ids_TK = (columns_TGQ + first_G1).flatten(1).sort(-1).values
+    order_TK = torch.sort(ranked_TE.gather(-1, ids_TK), dim=-1, descending=True, stable=True).indices
+    return _fillable(ids_TK.gather(-1, order_TK), ranked_TE)
 
 
 def _fillable(expert_ids_TK: Tensor, scores_for_choice_TE: Tensor) -> Tensor:
@@ -436,6 +448,8 @@ def route(
         evened_E = sinkhorn(choices_TE, token_mask_T, reads_host=reads_host)
         biased_scores_TE = choices_TE.detach() + evened_E
         expert_ids_TK = select(biased_scores_TE, None, None, spec)
+    elif spec.selector == "group_top_k":
+        expert_ids_TK = select_by_quota(bias_choice(choices_TE, scores_TE, None, spec), spec)
     elif spec.selector == "sparsemixer":
         expert_ids_TK, raw_weights_TK = sparsemixer(choices_TE, spec)
     else:

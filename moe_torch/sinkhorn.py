@@ -10,7 +10,7 @@ EPS, TOLERANCE, MOST_ROUNDS = 1e-8, 1e-4, 100
 
 
 def sinkhorn(logits_TE: Tensor, token_mask_T: Tensor | None, *, reads_host: bool) -> Tensor:
-    """(E,) logarithms of the experts' factors; padding tokens take no part in the batch. [SEL-30, SEL-31]
+    """(E,) logarithms of the experts' factors; padding tokens take no part in the batch. [SEL-19, SEL-20]
 
     A constant of the gradient. Over ranks each one evens its own tokens, as in Megatron.
 

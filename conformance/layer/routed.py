@@ -98,13 +98,21 @@ def clear_T(case: LayerCase, dtype: str) -> np.ndarray:
         found_T &= (chosen_TK.max(axis=-1, initial=0) > least) | (trace.expert_ids_TK == UNUSED).all(axis=-1)
     if case.spec.router.selector == "sparsemixer":
         found_T &= _off_the_band_T(trace.scaled_logits_TE, trace.expert_ids_TK, case.spec.router)
+    if case.spec.router.selector == "group_top_k":
+        found_T &= _apart_T(trace.scaled_logits_TE)
     return found_T
+
+
+def _apart_T(logits_TE: np.ndarray) -> np.ndarray:
+    """No two logits are near each other."""
+    size_T1 = np.abs(logits_TE).max(axis=-1, keepdims=True)
+    return (np.diff(np.sort(logits_TE, axis=-1), axis=-1) > EDGE * size_T1).all(axis=-1)
 
 
 def _off_the_band_T(logits_TE: np.ndarray, expert_ids_TK: np.ndarray, spec: RouterSpec) -> np.ndarray:
     """No two logits are near each other, and none is near the edge of the band below a chosen one."""
     size_T1 = np.abs(logits_TE).max(axis=-1, keepdims=True)
-    found_T = (np.diff(np.sort(logits_TE, axis=-1), axis=-1) > EDGE * size_T1).all(axis=-1)
+    found_T = _apart_T(logits_TE)
     for best_T in np.moveaxis(expert_ids_TK, -1, 0):
         best_T1 = np.take_along_axis(logits_TE, best_T[:, None], axis=-1)
         edge_TE = 2 * spec.mixer_eps * np.maximum(np.abs(logits_TE), best_T1)

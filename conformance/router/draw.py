@@ -120,6 +120,10 @@ def _pool() -> list[RouterSpec]:
         RouterSpec(num_experts=6, top_k=2, select_by="logit", selector="sparsemixer", mixer_eps=eps)
         for eps in (0.01, 0.25)
     ]
+    found += [
+        RouterSpec(num_experts=E, top_k=K, selector="group_top_k", quota_groups=2, **norm)
+        for E, K, norm in ((8, 2, {}), (12, 6, {}), (8, 4, {"route_norm": True}), (6, 6, {"route_norm": True}))
+    ]
     for family in FAMILIES:
         spec = tiny(family)
         found.append(spec)
@@ -197,9 +201,10 @@ def logits_of_kind(kind: str, shape: tuple[int, int], rng: np.random.Generator) 
 
 def masked(logits_TE, spec: RouterSpec, rng: np.random.Generator) -> np.ndarray:
     """-inf at random experts; each group, or the whole row, keeps enough to be selected and summed."""
-    groups = spec.num_expert_groups or 1
+    groups = spec.num_expert_groups or spec.quota_groups or 1
     members = spec.num_choices // groups
-    kept = max(-(-spec.top_k // (spec.num_limited_groups or 1)), spec.group_score_k if groups > 1 else 1)
+    least = spec.group_score_k if (spec.num_expert_groups or 1) > 1 else 1
+    kept = max(-(-spec.top_k // (spec.num_limited_groups or spec.quota_groups or 1)), least)
     hidden_TE = np.zeros(logits_TE.shape, dtype=bool)
     for row in hidden_TE:
         for g in range(groups):

@@ -18,6 +18,7 @@ from moe_ref.specs.router import RouterSpec
 NOISE = {"logit_factors_TE": False, "logit_noise_TE": False}
 READS: dict[str, dict[str, bool]] = {
     "top_k": NOISE,
+    "group_top_k": NOISE,
     "sparsemixer": NOISE,
     "sinkhorn": NOISE,
     "table": {"token_ids_T": True, "table_VK": True},

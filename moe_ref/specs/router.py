@@ -17,7 +17,7 @@ from moe_ref.specs.readers import hf
 
 SCORE_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus")
 ROUTER_DTYPES = ("float32", "float64", "bfloat16", "float16")
-SELECTORS = ("top_k", "table", "given", "round_robin", "random", "sparsemixer", "sinkhorn")
+SELECTORS = ("top_k", "group_top_k", "table", "given", "round_robin", "random", "sparsemixer", "sinkhorn")
 WITHOUT_GROUPS: dict[str, Any] = {
     "num_expert_groups": None, "num_limited_groups": None, "group_score_k": 2, "mask_fill": -np.inf,
     "weights_from": "scores",
@@ -70,8 +70,13 @@ class RouterSpec(Spec):
 
     # select
     selector: str = "top_k"
-    """top_k; table (by token id), given (replay), round_robin, random (load tests), sparsemixer (phimoe); sinkhorn, of
-    training (Megatron): logits evened over the whole batch, so that a token's experts depend on the others."""
+    """top_k; group_top_k (Pangu Pro); table (by token id), given (replay), round_robin, random (load tests), sparsemixer
+    (phimoe); sinkhorn, of training (Megatron): logits evened over the whole batch, so that a token's experts depend on
+    the others."""
+    quota_groups: int | None = None
+    """Groups of consecutive experts, of which each gives its top_k / quota_groups best choices; only with selector
+    group_top_k, the mixture of grouped experts of arXiv:2505.21411 (xtuner, lmdeploy: router_n_groups). Scores and
+    weights are those of all experts."""
     select_by: str = "score"
     """What is ranked and what expert_bias is added to: score or logit."""
     mixer_eps: float = 0.01
@@ -143,6 +148,7 @@ class RouterSpec(Spec):
         )
         integer("top_k", self.top_k, 1, self.num_choices, why="num_experts + num_null_experts")
         self._check_groups()
+        self._check_quotas()
         self._check_combinations()
 
     def _check_groups(self):
@@ -170,6 +176,24 @@ class RouterSpec(Spec):
         require(
             self.selector == "top_k",
             f"selector is {self.selector!r}; with num_expert_groups it is 'top_k'",
+        )
+
+    def _check_quotas(self):
+        if self.selector != "group_top_k":
+            require(
+                self.quota_groups is None,
+                f"quota_groups is {self.quota_groups!r}, but selector is {self.selector!r}; it goes with 'group_top_k'",
+            )
+            return
+        integer("quota_groups", self.quota_groups, 1, self.num_experts, why="num_experts")
+        for field in ("num_experts", "top_k"):
+            require(
+                getattr(self, field) % (self.quota_groups or 1) == 0,
+                f"quota_groups is {self.quota_groups}, which does not divide {field} ({getattr(self, field)})",
+            )
+        require(
+            self.num_null_experts == 0,
+            f"num_null_experts is {self.num_null_experts}; with selector 'group_top_k' it is 0",
         )
 
     def _check_combinations(self):
@@ -274,7 +298,7 @@ class RouterSpec(Spec):
             with_weights or self.selector != "sparsemixer",
             "selector is 'sparsemixer', whose weights depend on how it chose; replay it with recorded weights",
         )
-        return self.replace(selector="given", **WITHOUT_GROUPS)
+        return self.replace(selector="given", quota_groups=None, **WITHOUT_GROUPS)
 
     @classmethod
     def from_hf(cls, config: Any, *, ignore: Iterable[str] = ()) -> Self:

@@ -63,6 +63,7 @@ SILENT = {
     "slots-by-id": ORDER,
     "slots-ascending": ORDER,
     "sparsemixer-slots-swapped": ORDER,
+    "quotas-are-listed-group-by-group": ORDER,
     "random-follows-the-logits": "what is drawn at random cannot be foreseen",
     "seed-ignored": "what is drawn at random cannot be foreseen",
 }

@@ -43,6 +43,7 @@ SPECS = {
     "wide": SIGMOID | NORM | {"num_experts": 512, "top_k": 4},
     "wide groups": GROUPS | NORM | {"num_experts": 256, "top_k": 4, "num_expert_groups": 8, "num_limited_groups": 4},
     "many": {"num_experts": 40, "top_k": 20},
+    "quotas": NORM | {"num_experts": 8, "top_k": 4, "selector": "group_top_k", "quota_groups": 2},
     "table": SIGMOID | NORM | {"selector": "table"},
     "given": SIGMOID | NORM | {"selector": "given"},
     "given, selected": SELECTED | {"selector": "given"},

@@ -89,6 +89,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
                                "route_scale": 8.0},
     "sparsemixer": {"selector": "sparsemixer", "select_by": "logit", "mixer_eps": 0.4},
     "sinkhorn": {"selector": "sinkhorn", "select_by": "logit"},
+    "group_top_k": {"top_k": 4, "selector": "group_top_k", "quota_groups": 2, "route_norm": True},
     "table": {"selector": "table"},
     "given": SIGMOID_NORM | {"selector": "given"},
     "given_selected": {"selector": "given", "score_over": "selected", "select_by": "logit"},

@@ -219,3 +219,26 @@ LOGITS = np.zeros((2, 4))
 def test_an_invalid_input_is_a_value_error_that_names_field_value_and_bound(logits_TE, fields, inputs, message):
     with pytest.raises(ValueError, match=message):
         route(logits_TE, spec(**fields), **RouterInputs.keywords(inputs))
+
+
+def test_each_quota_group_gives_its_best_and_slots_are_in_order_of_all():
+    router = spec(num_experts=6, top_k=4, selector="group_top_k", quota_groups=2, route_norm=True)
+    trace = route(np.log([[9.0, 8.0, 7.0, 1.0, 3.0, 3.0], [1.0, 1.0, 1.0, 2.0, 2.0, 2.0]]), router)
+    # Of the first group the third best expert of all is left out; of equal ones the lower ids are taken.
+    assert trace.expert_ids_TK.tolist() == [[0, 1, 4, 5], [3, 4, 0, 1]]
+    np.testing.assert_allclose(trace.weights_TK[0], np.array([9, 8, 3, 3]) / 23, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"selector": "group_top_k"}, "quota_groups is None"),
+        ({"quota_groups": 2}, "it goes with 'group_top_k'"),
+        ({"selector": "group_top_k", "quota_groups": 3}, "does not divide num_experts"),
+        ({"selector": "group_top_k", "quota_groups": 4}, "does not divide top_k"),
+        ({"selector": "group_top_k", "quota_groups": 2, "num_null_experts": 1}, "num_null_experts is 1"),
+    ],
+)
+def test_quotas_that_no_router_fills_are_refused(fields, why):
+    with pytest.raises(ValueError, match=why):
+        spec(**fields)

@@ -265,7 +265,7 @@ def a_choice_from_low_precision_logits_is_explained(judge, case):
         )
 
 
-@requires("SCR-21", spec=lambda s: s.rounds and s.has_scores and s.selector != "given", logits=(*MODERATE, "close"))
+@requires("SCR-11", spec=lambda s: s.rounds and s.has_scores and s.selector != "given", logits=(*MODERATE, "close"))
 def a_narrow_router_rounds_what_it_hands_on(judge, case):
     spec, seen = case.spec, observe(judge, case)
     # The same from the rounded logits, with no rounding after them.
@@ -308,7 +308,7 @@ def nearest_of(values: np.ndarray, router_dtype: str) -> np.ndarray:
     return round_to(finite, router_dtype) == finite
 
 
-@requires("SCR-22", spec=lambda s: s.router_dtype == "float64" and s.selector != "sparsemixer", logits=MODERATE)
+@requires("SCR-12", spec=lambda s: s.router_dtype == "float64" and s.selector != "sparsemixer", logits=MODERATE)
 def a_router_of_float64_is_that_accurate(judge, case):
     seen = observe(judge, case.with_(dtype="float64"))
     otherwise_wrong = weights_differ(judge, seen)
@@ -347,7 +347,7 @@ def minus_infinity_adds_nothing(judge, case):
 
 
 @requires(
-    "SCR-23",
+    "SCR-13",
     tokens=(7,),
     spec=lambda s: s.selector == "top_k",
     logits=MODERATE,

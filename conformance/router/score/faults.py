@@ -302,38 +302,38 @@ def low_precision_keeps_two_bits(route, memory, logits_TE, spec, expert_bias_E, 
     return route(rounded(logits_TE.astype(np.float64), 3), spec, expert_bias_E, **inputs)
 
 
-@replaces("round_to", breaks="SCR-21", also=UNSEEN, links=("NVIDIA-NeMo/Automodel#3650",))
+@replaces("round_to", breaks="SCR-11", also=UNSEEN, links=("NVIDIA-NeMo/Automodel#3650",))
 def router_dtype_is_ignored(values, router_dtype):
     """A narrow router_dtype rounds nothing."""
     return values
 
 
-@replaces("scale_logits", breaks="SCR-21", also=UNSEEN)
+@replaces("scale_logits", breaks="SCR-11", also=UNSEEN)
 def narrow_router_keeps_wide_logits(logits_TE, spec):
     """A narrow router_dtype rounds scores and weights, not the logits that they are made of."""
     return scale_logits(logits_TE, spec.replace(router_dtype="float32"))
 
 
-@surrounds(breaks="SCR-21")
+@surrounds(breaks="SCR-11")
 def narrow_router_rounds_logits_alone(run, memory, logits_TE, spec, expert_bias_E, **inputs):
     """A narrow router_dtype rounds the logits, and nothing that is made of them."""
     return run(round_to(logits_TE, spec.router_dtype), spec.replace(router_dtype="float32"), expert_bias_E, **inputs)
 
 
-@surrounds(breaks="SCR-22")
+@surrounds(breaks="SCR-12")
 def router_of_float64_computes_in_float32(run, memory, logits_TE, spec, expert_bias_E, **inputs):
     """router_dtype float64 is computed in float32."""
     wide = spec.router_dtype == "float64"
     return run(logits_TE, spec.replace(router_dtype="float32") if wide else spec, expert_bias_E, **inputs)
 
 
-@replaces("add_noise", breaks="SCR-23")
+@replaces("add_noise", breaks="SCR-13")
 def noise_is_ignored(logits_TE, inputs, valid_T1):
     """Noise on the logits is not read: the router is that of evaluation."""
     return logits_TE
 
 
-@replaces("add_noise", breaks="SCR-23")
+@replaces("add_noise", breaks="SCR-13")
 def noise_before_its_factors(logits_TE, inputs, valid_T1):
     """The noise is added first, and multiplied by the factors with the logits."""
     if inputs.logit_noise_TE is None:

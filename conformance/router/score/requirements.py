@@ -20,9 +20,9 @@ chapter(
     ("SCR-9", MUST, "A logit of -inf adds nothing to any score.", "onnx/onnx#7754"),
     ("SCR-10", MUST, "Low-precision logits are taken as they are given: a selection that no rounding of scores and "
                   "bias to their dtype explains is none of theirs.", "vllm-project/vllm#14027"),
-    ("SCR-21", MUST, "With router_dtype bfloat16 or float16 logits, scores and weights are each the nearest number "
+    ("SCR-11", MUST, "With router_dtype bfloat16 or float16 logits, scores and weights are each the nearest number "
                   "of that dtype.", "NVIDIA-NeMo/Automodel#3650"),
-    ("SCR-23", MUST, "Noise on the logits is what is given, factors and then a summand, before all else; choice and "
+    ("SCR-13", MUST, "Noise on the logits is what is given, factors and then a summand, before all else; choice and "
                   "weights are those of the noisy logits."),
-    ("SCR-22", MUST, "With router_dtype float64 scores and weights have the accuracy of float64."),
+    ("SCR-12", MUST, "With router_dtype float64 scores and weights have the accuracy of float64."),
 )  # fmt: skip

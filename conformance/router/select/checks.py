@@ -228,6 +228,11 @@ def random_selection_depends_on_the_seed_alone(judge, case):
         )
 
 
+@requires("SEL-18", spec=lambda spec: spec.selector == "group_top_k", logits=MODERATE, bias=("none",))
+def each_group_gives_its_quota(judge, case):
+    hold_ids(judge, case, "not the quota of each group")
+
+
 def hold_evened(judge, case, title: str) -> None:
     """The selection is that of the reference, or a near tie."""
     seen = observe(judge, case)
@@ -242,13 +247,13 @@ def hold_evened(judge, case, title: str) -> None:
         )
 
 
-@requires("SEL-30", spec=lambda s: s.selector == "sinkhorn", logits=(*MODERATE, "below_zero"), bias=("none",))
+@requires("SEL-19", spec=lambda s: s.selector == "sinkhorn", logits=(*MODERATE, "below_zero"), bias=("none",))
 def sinkhorn_evens_the_whole_batch(judge, case):
     hold_evened(judge, case, "not the experts of the evened batch")
 
 
 @requires(
-    "SEL-31",
+    "SEL-20",
     spec=lambda s: s.selector == "sinkhorn",
     tokens=(7,),
     logits=MODERATE,

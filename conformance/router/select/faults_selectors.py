@@ -6,7 +6,7 @@ import numpy as np
 
 from conformance.core.fault import replaces, surrounds
 from moe_ref import UNUSED
-from moe_ref.routing import choose, ids_array, sparsemixer
+from moe_ref.routing import choose, ids_array, limit_quotas, select, sparsemixer
 from moe_ref.sinkhorn import sinkhorn
 from moe_ref.specs.inputs import READS
 
@@ -130,19 +130,44 @@ def seed_ignored(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     return route(logits_TE, spec, expert_bias_E, **inputs | ({"seed": 0} if "seed" in inputs else {}))
 
 
-@replaces("sinkhorn", breaks="SEL-30")
+@replaces("limit_quotas", breaks="SEL-18")
+def quotas_ignored(ranked_TE, spec):
+    """The best of all experts are selected, from whichever groups."""
+    return ranked_TE
+
+
+@replaces("limit_quotas", breaks="SEL-18")
+def quota_groups_are_dealt(ranked_TE, spec):
+    """Expert i belongs to quota group i % G, not to i // P."""
+    G = spec.quota_groups
+    dealt_TE = ranked_TE.reshape(len(ranked_TE), -1, G).swapaxes(1, 2).reshape(ranked_TE.shape)
+    kept_TE = limit_quotas(dealt_TE, spec)
+    return kept_TE.reshape(len(ranked_TE), G, -1).swapaxes(1, 2).reshape(ranked_TE.shape)
+
+
+@replaces("select", breaks="SEL-18")
+def quotas_are_listed_group_by_group(scores_for_choice_TE, spec):
+    """The slots are in the order of the groups, and of the scores in each."""
+    ids_TK = select(scores_for_choice_TE, spec)
+    if spec.selector != "group_top_k":
+        return ids_TK
+    group_TK = ids_TK // (spec.num_experts // spec.quota_groups)
+    return np.take_along_axis(ids_TK, np.argsort(group_TK, axis=-1, kind="stable"), axis=-1)
+
+
+@replaces("sinkhorn", breaks="SEL-19")
 def sinkhorn_is_not_evened(logits_TE, valid_T1):
     """The selector sinkhorn takes the best logits."""
     return np.zeros_like(logits_TE[0]) if len(logits_TE) else np.zeros(logits_TE.shape[1], logits_TE.dtype)
 
 
-@replaces("sinkhorn", breaks="SEL-30")
+@replaces("sinkhorn", breaks="SEL-19")
 def sinkhorn_stops_after_one_round(logits_TE, valid_T1):
     """sinkhorn scales rows and columns once."""
     return sinkhorn(logits_TE, valid_T1, tolerance=np.inf)
 
 
-@surrounds(breaks="SEL-30", also=("run",))
+@surrounds(breaks="SEL-19", also=("run",))
 def sinkhorn_evens_each_half(route, memory, logits_TE, spec, expert_bias_E, **inputs):
     """A batch is evened in two halves: chunks of tokens take themselves for the batch."""
     trace = route(logits_TE, spec, expert_bias_E, **inputs)
@@ -154,7 +179,7 @@ def sinkhorn_evens_each_half(route, memory, logits_TE, spec, expert_bias_E, **in
     return replace(trace, **joined)
 
 
-@replaces("sinkhorn", breaks="SEL-31")
+@replaces("sinkhorn", breaks="SEL-20")
 def sinkhorn_evens_padding_too(logits_TE, valid_T1):
     """Padding tokens are evened like others."""
     return sinkhorn(logits_TE, np.ones_like(valid_T1))

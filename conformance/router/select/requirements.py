@@ -27,7 +27,9 @@ chapter(
                   "radixark/miles#3146", "PrimeIntellect-ai/prime-rl#1807", "radixark/miles#645"),
     ("SEL-16", MUST, "Round-robin gives slot k of token t the expert (t * K + k) mod num_experts."),
     ("SEL-17", MUST, "Random selection depends on the seed alone, not on the logits."),
-    ("SEL-30", MUST, "sinkhorn selects the largest entries of each row of exp(logits), whose rows and columns are "
+    ("SEL-18", MUST, "Under group_top_k each of the quota_groups groups of consecutive experts gives its top_k / "
+                 "quota_groups best choices, and the slots are in descending order of all of them."),
+    ("SEL-19", MUST, "sinkhorn selects the largest entries of each row of exp(logits), whose rows and columns are "
                   "scaled until experts share the whole batch evenly."),
-    ("SEL-31", MUST, "Padding tokens take no part in the batch that sinkhorn evens."),
+    ("SEL-20", MUST, "Padding tokens take no part in the batch that sinkhorn evens."),
 )  # fmt: skip
