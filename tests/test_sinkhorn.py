@@ -22,7 +22,7 @@ SKEWED_TE = (np.random.default_rng(0).normal(size=(64, 8)) * 2 + np.linspace(0, 
 
 def public(logits_TE: torch.Tensor) -> torch.Tensor:
     """(T, 2) the choice as NVIDIA/Megatron-LM computes it, from its formula: scaled until factors stand still."""
-    cost_TE, factors_E = logits_TE.exp(), torch.ones(8)
+    cost_TE, factors_E, factors_T1 = logits_TE.exp(), torch.ones(8), torch.ones(64, 1)
     for _ in range(50):
         factors_T1 = 1 / 64 / ((factors_E * cost_TE).sum(1, keepdim=True) + 1e-8)
         before_E, factors_E = factors_E, 1 / 8 / ((factors_T1 * cost_TE).sum(0) + 1e-8)
@@ -68,12 +68,15 @@ def test_the_choice_is_a_constant_of_the_gradient():
     factors_TK = np.linspace(-1, 1, 128, dtype=np.float32).reshape(64, 2)
 
     def of_jax(spec, inputs):
-        return jax.grad(lambda z: (moe_jax.route(z, spec, inputs=inputs).weights_TK * factors_TK).sum())(SKEWED_TE)
+        def loss(logits_TE):
+            return (moe_jax.route(logits_TE, spec, inputs=inputs).weights_TK * factors_TK).sum()
+
+        return jax.jit(jax.grad(loss))(SKEWED_TE)
 
     def of_torch(spec, inputs):
         logits = torch.from_numpy(SKEWED_TE).requires_grad_()
         (moe_torch.route(logits, spec, inputs=inputs).weights_TK * torch.from_numpy(factors_TK)).sum().backward()
-        return logits.grad
+        return np.asarray(logits.grad)
 
     np.testing.assert_allclose(of_jax(SPEC, RouterInputs()), of_jax(given, forced), rtol=1e-6)
     np.testing.assert_allclose(of_torch(SPEC, RouterInputs()), of_torch(given, forced.map(torch.from_numpy)), rtol=1e-6)

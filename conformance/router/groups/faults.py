@@ -5,6 +5,7 @@ import numpy as np
 from conformance.core.fault import replaces, surrounds
 from conformance.router.faulty import misreads
 from moe_ref.routing import kept_experts, limit_groups, top_k
+from moe_ref.specs.inputs import BY_TOKEN
 
 
 def group_scores(biased_scores_TE, spec):
@@ -177,9 +178,9 @@ def with_group_scores(route, logits_TE, spec, expert_bias_E, share: float, input
     # What a router does that scores its groups from another array than the one it ranks.
     groups_TL = route(logits_TE, spec, expert_bias_E * np.float32(share), **inputs).group_ids_TL
     hidden_TE = np.where(kept_experts(groups_TL, spec), 0, -200).astype(expert_bias_E.dtype)
-    rows = []
+    rows, of_tokens = [], ("token_mask_T", *BY_TOKEN)
     for t in range(len(logits_TE)):
-        own = inputs | ({"token_mask_T": inputs["token_mask_T"][t : t + 1]} if "token_mask_T" in inputs else {})
+        own = {name: value[t : t + 1] if name in of_tokens else value for name, value in inputs.items()}
         rows.append(route(logits_TE[t : t + 1], spec, expert_bias_E + hidden_TE[t], **own))
     clean = route(logits_TE, spec, expert_bias_E, **inputs)
     if not rows:
