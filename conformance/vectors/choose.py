@@ -186,7 +186,8 @@ class Chooser:
         self.survivors.append(fault.name)
 
     def _family(self, name: str) -> None:
-        wanted = [CHECKS[each] for each in sorted(self.single - self.several, key=stage_order)]
+        checks = (CHECKS[each] for each in sorted(self.single - self.several, key=stage_order))
+        wanted = [check for check in checks if isinstance(check, RouterCheck)]
         for seed in range(FAMILY_SEEDS):
             case = Trial(requirement=wanted[0].requirement, seed=seed, family=name).case(self.judge)
             bias = "none" if case.expert_bias_E is None else "mixed"
