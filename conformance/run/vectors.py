@@ -41,7 +41,8 @@ def vectors(options: Namespace) -> int:
         print(f"{len(wrong)} files are not as written")
         return 1
     print(f"{len(cases)} cases as written, digest {digest(options.folder)}")
-    if options.answers is None and not options.again:
+    answers: Path | None = options.answers
+    if answers is None and not options.again:
         return 0
     if version_of(options.folder) != SPEC_VERSION:
         raise UsageError(
@@ -51,11 +52,13 @@ def vectors(options: Namespace) -> int:
         wrong = list(other_bytes(cases))
         _print(wrong)
         print(f"{len(cases) - len(wrong)} of {len(cases)} cases are the same bytes on this machine")
-        if wrong or options.answers is None:
-            return 1 if wrong else 0
-    if options.answers is None or not options.answers.is_dir():
-        raise UsageError(f"{options.answers} is no folder")
-    return _report(cases, verdict(cases, options.answers))
+        if wrong:
+            return 1
+    if answers is None:
+        return 0
+    if not answers.is_dir():
+        raise UsageError(f"{answers} is no folder")
+    return _report(cases, verdict(cases, answers))
 
 
 def _write(folder: Path) -> int:

@@ -29,15 +29,15 @@ CANDIDATES = 3
 """Cases that are drawn for each of them; the one with the most that is new is taken."""
 MOST_DRAWS = 150
 """For what no case of a requirement has had so far."""
-MOST_BYTES = 24 * 1024
+MOST_BYTES = 48 * 1024
 """Of the arrays of a call, and of what it returns."""
 TOKENS = 2
 """Of a router at published size."""
 FAMILY_SEEDS = 40
 MOST_SEARCHED = 16
-MOST_SEARCHED_DEAR = 2
+MOST_SEARCHED_DEAR = 1
 """Cases that are tried for one that shows a fault; of kinds that cost more."""
-MOST_TRIES = 30
+MOST_TRIES = 20
 """Cases with something new that are tried besides, of each method."""
 NO_FAULTS: dict[str, Fault] = {}
 PUBLIC = FAMILIES | CHECKPOINTS
@@ -149,10 +149,11 @@ class Chooser:
         return [stored for stored in self.found.values() if stored is not None and stored.trials]
 
     def _cases_of(self, check: Check) -> None:
-        drawn = {seed: kind_of(check.requirement).draw(self.judge, check, seed) for seed in range(EACH * CANDIDATES)}
+        wanted = EACH if kind_of(check.requirement).cost == 1 else 1
+        seeds = range(EACH * CANDIDATES)
+        drawn = {seed: kind_of(check.requirement).draw(self.judge, check, seed) for seed in seeds}
         kept: list[Case] = []
         in_part: list[tuple[Trial, Case]] = []
-        wanted = EACH if kind_of(check.requirement).cost == 1 else 1
         while drawn and len(kept) < wanted:
             seed = max(drawn, key=lambda seed: len(facts_of(check, drawn[seed]) - self.facts))
             trial, case = Trial(requirement=check.requirement, seed=seed), drawn.pop(seed)
@@ -185,7 +186,8 @@ class Chooser:
         self.survivors.append(fault.name)
 
     def _family(self, name: str) -> None:
-        wanted = [CHECKS[each] for each in sorted(self.single - self.several, key=stage_order)]
+        checks = (CHECKS[each] for each in sorted(self.single - self.several, key=stage_order))
+        wanted = [check for check in checks if isinstance(check, RouterCheck)]
         for seed in range(FAMILY_SEEDS):
             case = Trial(requirement=wanted[0].requirement, seed=seed, family=name).case(self.judge)
             bias = "none" if case.expert_bias_E is None else "mixed"
