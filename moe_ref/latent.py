@@ -43,7 +43,7 @@ def expand(input_TH: np.ndarray, combined_TH: np.ndarray, params: LayerParams, s
     return LatentTrace(input_TH=input_TH, combined_TH=combined_TH, normed_TH=normed_TH, routed_TD=routed_TD)
 
 
-def rms_norm(rows: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
+def rms_norm(rows: np.ndarray, scale: np.ndarray | np.floating, eps: float) -> np.ndarray:
     """A row over the root of the mean of its squares, with eps inside the root, times the scale. [LAT-3]"""
     return rows / root_mean_square(rows, eps) * scale
 

@@ -7,6 +7,7 @@ Legend: E choices (experts, then null experts), N choices of all layers.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,7 +56,7 @@ class BiasHook:
         overrides: Mapping[str, BiasUpdateSpec | QuantileSpec | None] | None = None,
         group: dist.ProcessGroup | None = None,
     ):
-        self.layers = {name: module for name, module in model.named_modules() if _is_layer(module)}
+        self.layers: dict[str, Any] = {name: module for name, module in model.named_modules() if _is_layer(module)}
         overrides = dict(overrides or {})
         if unknown := sorted(overrides.keys() - self.layers.keys()):
             raise ValueError(f"overrides names {unknown}; the layers are {sorted(self.layers)}")
@@ -99,7 +100,7 @@ class BiasHook:
             if isinstance(spec, QuantileSpec) and bias_E is not None:
                 bias_E.copy_(bias_of_total(layer.needs.total, spec, bias_E, layer.spec.router.top_k))
                 layer.needs.total.zero_()
-            elif spec is not None and bias_E is not None:
+            elif isinstance(spec, BiasUpdateSpec) and bias_E is not None:
                 step_E = bias_step(self.counts[name], spec, self.last_steps.get(name))
                 if spec.momentum:
                     self.last_steps[name] = step_E

@@ -121,8 +121,8 @@ def _pool() -> list[RouterSpec]:
         for eps in (0.01, 0.25)
     ]
     found += [
-        RouterSpec(num_experts=E, top_k=K, selector="group_top_k", quota_groups=2, **norm)
-        for E, K, norm in ((8, 2, {}), (12, 6, {}), (8, 4, {"route_norm": True}), (6, 6, {"route_norm": True}))
+        RouterSpec(num_experts=E, top_k=K, selector="group_top_k", quota_groups=2, route_norm=norm)
+        for E, K, norm in ((8, 2, False), (12, 6, False), (8, 4, True), (6, 6, True))
     ]
     for family in FAMILIES:
         spec = tiny(family)

@@ -70,9 +70,9 @@ class RouterSpec(Spec):
 
     # select
     selector: str = "top_k"
-    """top_k; group_top_k (Pangu Pro); table (by token id), given (replay), round_robin, random (load tests), sparsemixer
-    (phimoe); sinkhorn, of training (Megatron): logits evened over the whole batch, so that a token's experts depend on
-    the others."""
+    """top_k; group_top_k (Pangu Pro); table (by token id), given (replay), round_robin, random (load tests),
+    sparsemixer (phimoe); sinkhorn, of training (Megatron): logits evened over the whole batch, so that a token's
+    experts depend on the others."""
     quota_groups: int | None = None
     """Groups of consecutive experts, of which each gives its top_k / quota_groups best choices; only with selector
     group_top_k, the mixture of grouped experts of arXiv:2505.21411 (xtuner, lmdeploy: router_n_groups). Scores and

@@ -16,7 +16,7 @@ from conformance.subjects.torchtitan.arrays import load_params
 from conformance.subjects.torchtitan.balance import Block, optimizer_with_hook
 from conformance.subjects.torchtitan.layer import build_layer
 from conformance.subjects.torchtitan.router import no_autocast_warning
-from moe_ref import Event, LayerParams, StackSpec
+from moe_ref import Event, LayerParams, QuantileSpec, StackSpec
 
 
 class TorchtitanTraining(Subject):
@@ -39,6 +39,7 @@ class TorchtitanTraining(Subject):
                 moes = [build_layer.__wrapped__(spec, self.expert_dtype) for spec in stack.layers]
                 for moe, own, update in zip(moes, params, stack.updates, strict=True):
                     load_params(moe, own)
+                    assert not isinstance(update, QuantileSpec)  # which supports_training refuses
                     moe.load_balance_coeff = None if update is None else update.rate
                 optimizers = [part_of(stack.layers_of(rank), moes) for rank in range(stack.num_ranks)]
             elif event.kind == "step":
