@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from moe_ref.specs.balance import RUNNING_SCOPES, BalanceSpec
 from moe_ref.specs.router import RouterSpec
 from moe_torch.balance import count
-from moe_torch.routing import NEG_INF, score, softmax, top_k
+from moe_torch.routing import score, softmax
+from moe_torch.selection import NEG_INF, top_k
 
 SMALL_LOGIT = -40.0
 """Below it, log(1 + exp(z)) is exp(z) to the last bit of float64."""

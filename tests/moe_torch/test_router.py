@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import moe_ref
 from moe_ref import UNUSED, RouterInputs, RouterSpec, gate
 from moe_torch.router import NodeLimitedRouter
-from moe_torch.routing import _top_k_of_keys, route, top_k
+from moe_torch.routing import route
+from moe_torch.selection import _top_k_of_keys, top_k
 
 NORMED: dict[str, Any] = {"score_func": "sigmoid", "route_norm": True, "norm_eps": 1e-20, "route_scale": 2.5}
 GROUPS: dict[str, Any] = {"num_experts": 24, "top_k": 5, "num_expert_groups": 6, "num_limited_groups": 3}
