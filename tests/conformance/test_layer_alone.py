@@ -47,7 +47,6 @@ SILENT = {
     "scale-missing-in-half-precision": OWN_LOGITS,
     "softmax-in-place": OWN_LOGITS,
     "masked-logits-cleaned-in-place": MASKED,
-    "masked-scores-ignored": MASKED,
     "bias-in-the-weights-of-masked-rows": MASKED,
     "infinite-rows-keep-a-weight": MASKED,
     "infinite-rows-repeat-expert-0": MASKED,
