@@ -26,7 +26,7 @@ class Stranger(Subject):
         plain = spec.selector == "top_k" and spec.score_over == "all" and spec.select_by == "score"
         plain = plain and spec.weights_from == "scores" and spec.mask_fill != 0 and spec.norm_p == 1
         plain = plain and spec.norm_form == "add_eps" and spec.learned_scale == "none"
-        plain = plain and not spec.scales_logits
+        plain = plain and not spec.scales_logits and spec.router_dtype == "float32"
         alone = spec.num_null_experts == 0 and spec.num_scored_shared_experts == 0
         return None if plain and alone else "not one of the models that we serve"
 
