@@ -196,13 +196,14 @@ def start(
         token_mask_T=mask_T,
         dtype=dtype,
     )
+    weights_TK = routing.weights_TK.astype(dtype)  # a router may be of float64 in a layer of float32
     expert_input_TD = compress(x_TD, params)
     return ShardStart(
         x_TD=x_TD,
         token_mask_T=mask_T,
         routing=routing,
         expert_input_TD=expert_input_TD,
-        slot_inputs_TKD=weigh_inputs(expert_input_TD, routing.weights_TK, spec.router),
+        slot_inputs_TKD=weigh_inputs(expert_input_TD, weights_TK, spec.router),
     )
 
 
@@ -291,7 +292,7 @@ def finish(
     """Rows come back to their slots, and a token's slots are summed: in each partial sum, then over them. [LYT-13]"""
     strategy = STRATEGIES[layout.strategy]
     T, K, _ = begun.slot_inputs_TKD.shape
-    ids_TK, weights_TK = begun.routing.expert_ids_TK, begun.routing.weights_TK
+    ids_TK, weights_TK = begun.routing.expert_ids_TK, begun.routing.weights_TK.astype(begun.x_TD.dtype)
     identity_TK = identity_slots(ids_TK, spec.router)
     slot_outputs_TKD = np.where(identity_TK[:, :, None], begun.slot_inputs_TKD, 0)
     slot_outputs_TKD = fill_constants(slot_outputs_TKD, begun.slot_inputs_TKD, ids_TK, params, spec.router)

@@ -108,4 +108,4 @@ def differentiable_gradients(ctx, d_out_TD: Tensor) -> tuple[Tensor | None, ...]
     places, tensors = inputs.keys(), tuple(inputs.values())
     found = torch.autograd.grad(out_TD, tensors, d_out_TD, create_graph=True, allow_unused=True, materialize_grads=True)
     gradients = dict(zip(places, found, strict=True))
-    return tuple(gradients.get(n) for n in range(17))
+    return tuple(gradients.get(n) for n in range(len(ctx.needs_input_grad)))

@@ -248,12 +248,17 @@ def inputs_of(spec: RouterSpec, num_tokens: int, wanted: tuple[str, ...], rng: n
     if spec.selector == "random":
         inputs["seed"] = int(rng.integers(2**31))
     if "logit_factors_TE" in wanted:
-        inputs["logit_factors_TE"] = jitter(int(rng.integers(2**32)), T, spec.num_logits, eps=0.5)
+        inputs["logit_factors_TE"] = few_bits(jitter(int(rng.integers(2**32)), T, spec.num_logits, eps=0.5))
     if "logit_noise_TE" in wanted:
-        inputs["logit_noise_TE"] = normal(int(rng.integers(2**32)), T, spec.num_logits)
+        inputs["logit_noise_TE"] = few_bits(normal(int(rng.integers(2**32)), T, spec.num_logits))
     if "token_mask_T" in wanted:
         inputs["token_mask_T"] = rng.random(T) < 0.6
     return {name: _held(value) for name, value in inputs.items()}
+
+
+def few_bits(noise_TE: np.ndarray) -> np.ndarray:
+    """Noise on a grid so coarse that float32 holds noisy logits exactly: a subject of any dtype sees the same."""
+    return np.round(noise_TE * 16) / 16
 
 
 def _held(value):

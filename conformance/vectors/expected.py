@@ -95,6 +95,8 @@ def expected(call: Call) -> Expected:
     for name, value in values.items():
         tolerance = np.zeros(value.shape)
         if value.dtype.kind == "f":
+            if name not in radii:
+                raise Unclear(f"how far rounding reaches in {call.method}() is not known here")
             radius = np.broadcast_to(np.asarray(radii[name], dtype=np.float64), value.shape)
             value, tolerance = on_grid(wide[name], radius)
         value, tolerance = settled(value), settled(tolerance)
@@ -249,6 +251,8 @@ def _clear(case: LayerCase) -> LayerCase:
 
 
 def _layer(arguments: dict[str, Any]) -> Radii:
+    if arguments.get("batch_invariant"):
+        raise Unclear("the same bits in any batch are nothing that a rounded number shows")
     case = _clear(layer_case(arguments))
     return {"output_TD": layer_bounds.layer(case, DTYPE, DTYPE).output_TD.radius}, False
 

@@ -238,5 +238,6 @@ def scale_logits_backward(d_scaled_TE: np.ndarray, scaled_logits_TE: np.ndarray,
 def gate_backward(
     d_logits_TE: np.ndarray, x_TD: np.ndarray, gate_ED: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gradients of the tokens, the gate weights and the gate bias. [BWD-5]"""
-    return d_logits_TE @ gate_ED, d_logits_TE.T @ x_TD, d_logits_TE.sum(axis=0)
+    """Gradients of the tokens, the gate weights and the gate bias, in their dtype, whatever the router's. [BWD-5]"""
+    d_x_TD, d_gate_ED, d_bias_E = d_logits_TE @ gate_ED, d_logits_TE.T @ x_TD, d_logits_TE.sum(axis=0)
+    return d_x_TD.astype(x_TD.dtype), d_gate_ED.astype(x_TD.dtype), d_bias_E.astype(x_TD.dtype)
