@@ -273,7 +273,8 @@ class Reference(Subject):
     # training
 
     def train(self, events: Sequence[Event], stack: StackSpec, params: list[LayerParams]) -> list[dict]:
-        return [vars(state) for state in moe_ref.train(events, stack, params, dtype=self.compute_dtype)]
+        states = moe_ref.train(events, stack, params, dtype=self.compute_dtype)
+        return [{name: getattr(each, name) for name in ("counts_by_layer", "bias_by_layer", "loss")} for each in states]
 
 
 def named(params: LayerParams) -> dict[str, np.ndarray]:

@@ -257,6 +257,11 @@ def _layer(arguments: dict[str, Any]) -> Radii:
     return {"output_TD": layer_bounds.layer(case, DTYPE, DTYPE).output_TD.radius}, False
 
 
+def _fused_layer(arguments: dict[str, Any]) -> Radii:
+    radii, tied = _layer(arguments)
+    return {"0": 2 * radii["output_TD"]}, tied  # the slots of shared experts are rounded as routed ones are
+
+
 def _layer_gradients(arguments: dict[str, Any]) -> Radii:
     case = _clear(layer_case(arguments))
     balls = layer_bounds.gradients(case, DTYPE, DTYPE)
@@ -401,6 +406,6 @@ RADII: dict[str, Callable[[dict[str, Any]], Radii]] = {
     "gate": _gate, "route": _route, "layer": _layer, "layer_gradients": _layer_gradients, "record": _record,
     "replay": _replay, "experts": _experts, "combine": _combine, "sharded_layer": _sharded_layer,
     "sharded_gradients": _sharded_gradients, "balance_loss": _balance_loss, "z_loss": _z_loss,
-    "bias_update": _bias_update, "capacity": _capacity, "train": _train,
+    "bias_update": _bias_update, "capacity": _capacity, "train": _train, "fused_layer": _fused_layer,
 }  # fmt: skip
 """Methods that return floats; the others return integers alone."""

@@ -41,7 +41,10 @@ std::vector<int> route(const Row& logits, const Row& bias, const string& spec, R
     const int E = logits.size(), K = number(spec, "top_k", 0), G = number(spec, "num_expert_groups", 1), P = E / G;
     const int L = number(spec, "num_limited_groups", 1), best = number(spec, "group_score_k", 2);
     Row score(E), choice(E), group(G);
-    for (int e = 0; e < E; ++e) choice[e] = (score[e] = 1 / (1 + std::exp(-logits[e]))) + bias[e];
+    for (int e = 0; e < E; ++e) {
+        score[e] = 1 / (1 + std::exp(-logits[e]));
+        choice[e] = std::isinf(logits[e]) ? -INFINITY : score[e] + bias[e];  // a masked expert is not lifted by its bias
+    }
     for (int g = 0; g < G && G > 1; ++g) {
         Row own(choice.begin() + g * P, choice.begin() + (g + 1) * P);
         std::sort(own.rbegin(), own.rend());

@@ -325,6 +325,8 @@ def test_a_new_subject_has_25_lines_and_holds_what_it_supports(kind, tmp_path):
     assert len([line for line in text.splitlines() if line.strip()]) <= 25
     (tmp_path / "router.py").write_text(text)
     stages = () if kind == "numpy" else ("--stage", "weights")  # JAX compiles for most of a minute in all of them
-    printed = moe("run", "router.py:MyRouter", "--examples", 12 if kind == "numpy" else 4, *stages, cwd=tmp_path, code=0)
+    printed = moe(
+        "run", "router.py:MyRouter", "--examples", 12 if kind == "numpy" else 4, *stages, cwd=tmp_path, code=0
+    )
     assert "0 NEW" in printed
     assert "ok          WGT-2" in printed

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conformance.core.check import CHECKS
 from conformance.core.fault import FAULTS
 from conformance.core.register import REQUIREMENTS
 from conformance.router.pairs import FIELDS
@@ -70,16 +71,20 @@ def test_a_set_covers_stages_fields_strategies_and_is_small(folder, cases):
     assert len(cases) >= 500
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < MOST_BYTES
     without = REQUIREMENTS.keys() - {name for case in cases for name in case.entry["requirements"]}
-    assert len(without) <= 10, without
+    # What home() and quantile_update() return is a sum of gradients, and has an edge of bins: no radius is known there.
+    unstored = {name for name in without if CHECKS[name].method in ("home", "quantile_update")}
+    assert len(without - unstored) <= 10, without
     routers, layouts = [], []
     for case in cases:
         arguments = case.definition["arguments"]
         spec = arguments.get("spec", {})
         routers.append(spec.get("router", spec))
         layouts.append(arguments.get("layout", {}))
+    # No other library draws the same numbers; and those of float16 often lie in the middle between two of the grid.
+    rare = ("random", "float16")
     for field, values in FIELDS.items():
         for value in values[1:]:
-            if value != "random":  # which no other library can draw
+            if value not in rare:
                 assert any(router.get(field) == value for router in routers), (field, value)
     assert {each.get("strategy", "all_to_all") for each in layouts if each} == STRATEGY_FACTS.keys()
     largest = max(router.get("num_experts", 0) for router in routers)

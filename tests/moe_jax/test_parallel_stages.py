@@ -58,11 +58,12 @@ def soiled_layer(get, stages, mesh):
     def run(x_TD, params, poison):
         decided = get("route")(x_TD, params, None, NO_INPUTS)
         metadata = get("plan")(decided.expert_ids_TK)
-        rows_RD = dirty(ROWS)(get("dispatch")(x_TD, decided, metadata, poison), metadata, poison)
+        input_TD = get("compress")(x_TD, params)
+        rows_RD = dirty(ROWS)(get("dispatch")(input_TD, decided, metadata, poison), metadata, poison)
         gate_RF, up_RF = (dirty(HIDDEN)(part, metadata, poison) for part in get("gmm_up")(rows_RD, params, metadata))
         hidden_RF = dirty(HIDDEN)(get("activate")(gate_RF, up_RF, params, metadata, dtype=x_TD.dtype), metadata, poison)
         done_RD = dirty(ROWS)(get("gmm_down")(hidden_RF, params, metadata), metadata, poison)
-        return get("join")(get("unpermute")(done_RD, decided, metadata, poison), x_TD, decided, params)
+        return get("join")(get("unpermute")(done_RD, decided, metadata, poison), input_TD, x_TD, decided, params)
 
     @jax.jit
     def with_gradients(x_TD, params, d_output_TD, poison):

@@ -199,7 +199,7 @@ def test_each_rank_counts_the_choices_of_its_own_tokens():
     ids = moe_layer(np.concatenate(x_by_shard), params, spec).routing.expert_ids_TK
     counts = on_ranks(layout, parallel_functions.counts_on_rank, params, spec, layout, x_by_shard)
     for own, of_shard in zip(counts, np.split(ids, np.cumsum(UNEVEN)[:-1]), strict=True):
-        np.testing.assert_array_equal(own, np.bincount(of_shard.ravel(), minlength=11))
+        np.testing.assert_array_equal(own, np.bincount(of_shard.ravel(), minlength=spec.router.num_choices))
 
 
 EP2 = (1, 1, 2, 1)

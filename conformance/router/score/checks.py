@@ -265,7 +265,12 @@ def a_choice_from_low_precision_logits_is_explained(judge, case):
         )
 
 
-@requires("SCR-11", spec=lambda s: s.rounds and s.has_scores and s.selector != "given", logits=(*MODERATE, "close"))
+@requires(
+    "SCR-11",
+    spec=lambda s: s.rounds and s.has_scores and s.selector != "given",
+    logits=(*MODERATE, "close"),
+    bias=("none",),
+)
 def a_narrow_router_rounds_what_it_hands_on(judge, case):
     spec, seen = case.spec, observe(judge, case)
     # The same from the rounded logits, with no rounding after them.

@@ -93,8 +93,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "nemotron_h": {
         "hidden_size": 4096, "mlp_bias": False, "mlp_hidden_act": "relu2", "moe_intermediate_size": 7688,
-        "moe_shared_expert_intermediate_size": 7688, "n_group": 1, "n_routed_experts": 8, "n_shared_experts": 1,
-        "norm_topk_prob": True, "num_experts_per_tok": 2, "routed_scaling_factor": 1.0, "topk_group": 1
+        "moe_latent_size": None, "moe_shared_expert_intermediate_size": 7688, "n_group": 1, "n_routed_experts": 8,
+        "n_shared_experts": 1, "norm_topk_prob": True, "num_experts_per_tok": 2, "routed_scaling_factor": 1.0,
+        "topk_group": 1
     },
     "beam": {
         "hidden_act": "silu", "hidden_size": 5120, "moe_intermediate_size": 2560, "n_group": 8, "norm_topk_prob": True,
