@@ -5,6 +5,7 @@ Exit status: 0 nothing new; 1 a new failure or a stale declaration; 4 a usage er
 
 import argparse
 import re
+import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -215,6 +216,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(options) -> int:
     from conformance.run.running import run_subjects
 
+    # A run that is terminated ends as one that is interrupted: with the processes that it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     return run_subjects(options)
 
 

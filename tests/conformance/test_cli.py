@@ -1,8 +1,10 @@
 """tests of the judge: the command line and the pytest plugin as a user meets them, in processes of their own."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -124,6 +126,20 @@ def test_a_subject_that_hangs_or_dies_is_accused_by_its_case_and_the_rest_is_jud
     assert others == {name: "unsupported" if name == "RUN-6" else "ok" for name in others}
     pids = (tmp_path / "pids.txt").read_text().split() if name == "Hanging" else []
     assert [pid for pid in pids if is_running(int(pid))] == []
+
+
+def test_a_run_that_is_terminated_leaves_nothing_running(tmp_path):
+    command = [sys.executable, "-m", "conformance.run.cli", "run", f"{ROUTERS}:Hanging", "--stage", "run"]
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    written = tmp_path / "pids.txt"
+    try:
+        while not (written.is_file() and written.read_text()) and running.poll() is None:
+            time.sleep(0.05)
+        running.terminate()
+        assert running.wait(timeout=60) == 128 + signal.SIGTERM
+    finally:
+        running.kill()
+    assert [pid for pid in written.read_text().split() if is_running(int(pid))] == []
 
 
 RECORDING = """
