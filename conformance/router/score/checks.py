@@ -363,6 +363,7 @@ def minus_infinity_adds_nothing(judge, case):
 )
 def noise_is_what_is_given(judge, case):
     named = {"logit_factors_TE": None, "logit_noise_TE": None}
+    case = case.with_logits(np.round(case.logits_TE * 64) / 64)  # so that float32 holds the noisy ones exactly
     noisy_TE = case.logits_TE * case.inputs["logit_factors_TE"] + case.inputs["logit_noise_TE"]
     # What the router makes of logits is for others to judge; here it is the same of noisy ones.
     seen, plain = observe(judge, case), observe(judge, case.with_inputs(**named).with_logits(noisy_TE))
