@@ -60,6 +60,11 @@ class ShardStart:
     """The tokens, or their latent."""
     slot_inputs_TKD: np.ndarray
 
+    @property
+    def weights_TK(self) -> np.ndarray:
+        """The routing weights in the dtype of the tokens; a router may be of float64 in a layer of float32."""
+        return self.routing.weights_TK.astype(self.x_TD.dtype)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTrace(ShardStart):
@@ -292,7 +297,7 @@ def finish(
     """Rows come back to their slots, and a token's slots are summed: in each partial sum, then over them. [LYT-13]"""
     strategy = STRATEGIES[layout.strategy]
     T, K, _ = begun.slot_inputs_TKD.shape
-    ids_TK, weights_TK = begun.routing.expert_ids_TK, begun.routing.weights_TK.astype(begun.x_TD.dtype)
+    ids_TK, weights_TK = begun.routing.expert_ids_TK, begun.weights_TK
     identity_TK = identity_slots(ids_TK, spec.router)
     slot_outputs_TKD = np.where(identity_TK[:, :, None], begun.slot_inputs_TKD, 0)
     slot_outputs_TKD = fill_constants(slot_outputs_TKD, begun.slot_inputs_TKD, ids_TK, params, spec.router)

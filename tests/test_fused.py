@@ -1,22 +1,17 @@
 """Shared experts inside the routed slots, in all three rooms: packing, padding, gradients, refusals."""
 
-import importlib.util
 from dataclasses import fields
 
+import jax
 import numpy as np
 import pytest
-
-from moe_ref import ExpertSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec, moe_layer
-from moe_ref.fused import fuse_routing, fused_layer
-from moe_ref.specs.fused import fuse_params, fused_spec, unfuse_params
-
-if any(importlib.util.find_spec(name) is None for name in ("jax", "torch")):
-    pytest.skip("both frameworks, compared with each other", allow_module_level=True)
-import jax
 import torch
 
 from moe_jax.fused import fused_matmul
 from moe_jax.sparse_matmul import sparse_matmul
+from moe_ref import ExpertSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec, moe_layer
+from moe_ref.fused import fuse_routing, fused_layer
+from moe_ref.specs.fused import fuse_params, fused_spec, unfuse_params
 from moe_torch.fused import FusedMoE
 from moe_torch.moe import MoE
 

@@ -1,25 +1,20 @@
 """A router's own dtype, in all three rooms: what is rounded, what is computed in float64, and what gradients pass."""
 
-import importlib.util
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import pytest
-
-from moe_ref import ExpertSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec, moe_layer, route
-from moe_ref.backward.routing import route_backward
-from moe_ref.rounding import round_to
-
-if any(importlib.util.find_spec(name) is None for name in ("jax", "torch")):
-    pytest.skip("both frameworks, compared with each other", allow_module_level=True)
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 import torch
 
 import moe_jax
 import moe_torch
 from moe_jax.rounding import round_to as round_jax
+from moe_ref import ExpertSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec, moe_layer, route
+from moe_ref.backward.routing import route_backward
+from moe_ref.rounding import round_to
 from moe_torch.rounding import round_to as round_torch
 
 SIGMOID: dict[str, Any] = {"score_func": "sigmoid", "route_norm": True}

@@ -1,20 +1,14 @@
 """Sinkhorn's choice, in all three rooms: what public code computes, in which batch, and with which gradient."""
 
-import importlib.util
-
-import numpy as np
-import pytest
-
-from moe_ref import RouterInputs, RouterSpec, route
-
-if any(importlib.util.find_spec(name) is None for name in ("jax", "torch")):
-    pytest.skip("both frameworks, compared with each other", allow_module_level=True)
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 import torch
 
 import moe_jax
 import moe_torch
+from moe_ref import RouterInputs, RouterSpec, route
 
 SPEC = RouterSpec(num_experts=8, top_k=2, selector="sinkhorn", select_by="logit")
 SKEWED_TE = (np.random.default_rng(0).normal(size=(64, 8)) * 2 + np.linspace(0, 3, 8)).astype(np.float32)

@@ -1,14 +1,16 @@
 """Upcycling: the layer made of a dense feed-forward is that feed-forward at the start, where the papers say so."""
 
-import importlib.util
-
+import jax
 import numpy as np
 import pytest
+import torch
 
+from moe_jax import sparse_matmul
 from moe_ref import ExpertSpec, LayerSpec, RouterSpec, moe_layer
 from moe_ref.experts import feed_forward
 from moe_ref.specs.params import FeedForward
 from moe_ref.specs.upcycle import upcycle, why_not_exact
+from moe_torch import MoE
 
 D, F, T = 6, 8, 11
 SELECTED = {"score_over": "selected", "select_by": "logit"}
@@ -65,14 +67,6 @@ def test_the_upcycled_layer_is_the_dense_one_where_the_papers_say_so(name):
 
 @pytest.mark.parametrize("name", ["copies, sigmoid, scaled", "parts"])
 def test_so_it_is_in_both_frameworks(name):
-    if any(importlib.util.find_spec(each) is None for each in ("jax", "torch")):
-        pytest.skip("both frameworks")
-    import jax
-    import torch
-
-    from moe_jax import sparse_matmul
-    from moe_torch import MoE
-
     spec = EXACT[name]
     params, tokens_TD = upcycle(dense_of(spec.experts), spec, gate_std=1.0), X_TD.astype(np.float32)
     moe = MoE(spec)

@@ -63,7 +63,7 @@ def sharded_backward(
         d_combined_TD, grads = expand_backward(d_routed_TD, shard.latent, params, spec)
         further_grads.append(grads)
         d_slot_TKD, d_weights_TK = combine_backward(
-            d_combined_TD, shard.slot_outputs_TKD, shard.routing.weights_TK.astype(shard.x_TD.dtype), spec.router
+            d_combined_TD, shard.slot_outputs_TKD, shard.weights_TK, spec.router
         )
         identity_TK = identity_slots(shard.routing.expert_ids_TK, spec.router)
         d_slots.append(d_slot_TKD)
@@ -140,7 +140,7 @@ def _start_backward(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """What a shard computed on its own, backwards: its tokens, its weights, and gate, scales and shared experts."""
     d_expert_input_TD, d_weights_at_input_TK = weigh_inputs_backward(
-        d_slot_inputs_TKD, shard.expert_input_TD, shard.routing.weights_TK.astype(shard.x_TD.dtype), spec.router
+        d_slot_inputs_TKD, shard.expert_input_TD, shard.weights_TK, spec.router
     )
     d_x_routed_TD, compress_grads = compress_backward(d_expert_input_TD, shard.x_TD, params)
     d_x_shared_TD, d_factors_TS, grads = shared_backward(

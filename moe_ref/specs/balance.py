@@ -6,9 +6,9 @@ A published loss is a name (`BALANCE_FORMS`) for values of the fields of `Balanc
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, floor
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-from moe_ref.specs.base import Spec
+from moe_ref.specs.base import Spec, SpecWithForms
 from moe_ref.specs.checks import integer, number, one_axis, one_of, require
 from moe_ref.specs.router import SCORE_FUNCS
 
@@ -44,7 +44,7 @@ BALANCE_SCOPES = ("global", "local", *RUNNING_SCOPES)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BalanceSpec(Spec):
+class BalanceSpec(SpecWithForms):
     """A balance loss: coeff * E ** expert_power * sum over experts of f_e * P_e.
 
     f_e is the share of the counted slots, or of the tokens, that went to expert e; P_e is the mean score of e. Both are
@@ -55,6 +55,7 @@ class BalanceSpec(Spec):
         ValueError: a field is out of its range, or two fields contradict each other.
     """
 
+    FORMS: ClassVar = BALANCE_FORMS
     coeff: float = 1.0
     score_func: str = "softmax"
     """Of the logits, once, and never of biased scores: softmax, sigmoid, sqrtsoftplus."""
@@ -113,20 +114,6 @@ class BalanceSpec(Spec):
     def scores_sum_to_1(self) -> bool:
         """Whether a token's scores are shares of 1 (up to score_eps)."""
         return self.norm_scores or self.score_func == "softmax"
-
-    @classmethod
-    def of(cls, form: str, **changes: Any) -> Self:
-        """The published loss of that name (`BALANCE_FORMS`), with other values for some fields."""
-        one_of("form", form, tuple(BALANCE_FORMS))
-        return cls(**BALANCE_FORMS[form] | changes)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> Self:
-        """A spec from the names of its fields, over those of a `form` where one is named."""
-        values = dict(values)
-        form = values.pop("form", "switch")
-        one_of("form", form, tuple(BALANCE_FORMS))
-        return super().from_dict(BALANCE_FORMS[form] | values)
 
 
 BIAS_RULES = ("sign", "proportional", "relative", "tanh", "share")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from moe_ref.specs.checks import LARGEST, in_words_of, nearest, require
+from moe_ref.specs.checks import LARGEST, in_words_of, nearest, one_of, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,3 +75,27 @@ def first_difference(one: Spec, other: Spec) -> str:
         if here != there:
             return f"{field.name} {here!r} and {there!r}"
     return ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecWithForms(Spec):
+    """A spec of which some forms were published under a name."""
+
+    FORMS: ClassVar[Mapping[str, dict[str, Any]]] = {}
+    """Name -> the fields by which the form differs from the defaults."""
+
+    @classmethod
+    def of(cls, form: str, **changes: Any) -> Self:
+        """The published form of that name (`FORMS`), with other values for some fields."""
+        one_of("form", form, tuple(cls.FORMS))
+        return cls(**cls.FORMS[form] | changes)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Self:
+        """A spec from the names of its fields, over those of a `form` where one is named."""
+        values, named = dict(values), {}
+        if "form" in values:
+            form = values.pop("form")
+            one_of("form", form, tuple(cls.FORMS))
+            named = cls.FORMS[form]
+        return super().from_dict(named | values)

@@ -1,9 +1,9 @@
 """moe_ref, the spec of quantile balancing: expert_bias as a quantile of what each expert needed, as data."""
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar
 
-from moe_ref.specs.base import Spec
+from moe_ref.specs.base import SpecWithForms
 from moe_ref.specs.checks import integer, number, one_of, require
 from moe_ref.specs.router import RouterSpec
 
@@ -20,7 +20,7 @@ QUANTILE_FORMS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantileSpec(Spec):
+class QuantileSpec(SpecWithForms):
     """How expert_bias is set after a step, so that each expert would have won its share of the step's tokens.
 
     What expert e needs to win token t is cutoff_t - ranked_te: ranked_te is the score (or logit) without bias, and
@@ -31,6 +31,7 @@ class QuantileSpec(Spec):
         ValueError: a field is out of its range, or two fields contradict each other.
     """
 
+    FORMS: ClassVar = QUANTILE_FORMS
     bins: int | None = None
     """None: the (floor(T * K / E) + 1)-th smallest need. A number: read from counts of the needs in so many equal bins
     over [min(expert_bias) - 1, max(expert_bias) + 1], at the place where they reach T * K / E, as if the needs of a bin
@@ -81,17 +82,3 @@ class QuantileSpec(Spec):
             f"bins is {self.bins}, but what is ranked (score_func {router.score_func!r}, select_by "
             f"{router.select_by!r}) is not between 0 and 1",
         )
-
-    @classmethod
-    def of(cls, form: str, **changes: Any) -> Self:
-        """The published form of that name (`QUANTILE_FORMS`), with other values for some fields."""
-        one_of("form", form, tuple(QUANTILE_FORMS))
-        return cls(**QUANTILE_FORMS[form] | changes)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> Self:
-        """A spec from the names of its fields, over those of a `form` where one is named."""
-        values = dict(values)
-        form = values.pop("form", "exact")
-        one_of("form", form, tuple(QUANTILE_FORMS))
-        return super().from_dict(QUANTILE_FORMS[form] | values)

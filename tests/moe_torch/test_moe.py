@@ -100,13 +100,7 @@ LAYERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Layers this small are slower on two threads, and much slower where the threads have to share a core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tokens(num_tokens: int = T, seed: int = 1) -> np.ndarray:

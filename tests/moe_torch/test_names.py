@@ -24,13 +24,7 @@ SPEC = LayerSpec(
 STEPS, RATE = 5, 1e-3
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Two threads that share a core with others take many times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Attention(nn.Module):

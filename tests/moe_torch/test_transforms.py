@@ -22,12 +22,7 @@ NAMES = ["gpt_oss", "deepseek_v3", "llama4", "longcat_flash", "nemotron_h"]
 """Biases and a clamp; groups and shared experts; weights on the input; null experts; no gate."""
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def built(name: str) -> MoE:
