@@ -13,6 +13,7 @@ Legend: E experts, D model dim, F expert hidden dim.
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -26,10 +27,14 @@ ROUTED = ("w_up_EDF", "w_down_EFD", "w_gate_EDF", "b_up_EF", "b_down_ED", "b_gat
 CONSTANTS = ("constant_w_ZD2", "constant_ZD")
 """Those of constant experts, which see what the routed experts see, on the rank of the token."""
 
+RANKS = 256
+"""So many parts of ranks are kept: they are asked for again by each of their peers, forward and backward."""
+
 Part = tuple[np.ndarray, ...]
 """The indices along each axis, as `numpy.ix_` takes them."""
 
 
+@lru_cache(maxsize=RANKS)
 def used(rank: int, layout: ShardLayout, spec: LayerSpec) -> dict[str, Part]:
     """The part of each parameter that a rank computes with, by name."""
     _, _, e, t = layout.coordinates(rank)
@@ -44,6 +49,7 @@ def used(rank: int, layout: ShardLayout, spec: LayerSpec) -> dict[str, Part]:
     return parts
 
 
+@lru_cache(maxsize=RANKS)
 def held(rank: int, layout: ShardLayout, spec: LayerSpec) -> dict[str, Part]:
     """The part of each parameter that a rank stores, by name: of what it uses, its piece of D."""
     _, f, _, _ = layout.coordinates(rank)

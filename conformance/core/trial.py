@@ -18,9 +18,6 @@ from conformance.core.register import REQUIREMENTS, SPEC_VERSION, stage_order
 DEFAULT_EXAMPLES = 60
 """Cases for each requirement of a kind whose cost is 1."""
 NOTHING_WANTED = "nothing that was chosen is of this requirement"
-BITS = 32
-"""Of the seed of a case."""
-
 # A case is built by NumPy from one seed: what hypothesis finds slow or large is neither.
 UNHELPFUL = [
     HealthCheck.too_slow,
@@ -29,9 +26,11 @@ UNHELPFUL = [
     HealthCheck.large_base_example,
 ]
 
-# Not an integer: among these hypothesis mixes the literals of the user's own modules, so that one more constant in a
-# subject's file would draw other cases. Bits are nothing but its random generator.
-SEEDS = st.tuples(*[st.booleans()] * BITS).map(lambda bits: sum(bit << place for place, bit in enumerate(bits)))
+# Not integers: among these hypothesis mixes the literals of the user's own modules, so that one more constant in a
+# subject's file would draw other cases. No source has literals of these characters, which are for private use; and a
+# string costs a third of the time of 32 booleans.
+BYTES = st.characters(min_codepoint=0xE000, max_codepoint=0xE0FF, categories=["Co"])
+SEEDS = st.text(BYTES, min_size=4, max_size=4).map(lambda text: int.from_bytes(ord(byte) & 0xFF for byte in text))
 
 
 def as_test(check: Check, *, examples: int = DEFAULT_EXAMPLES, seed: int | None = None) -> Callable[[Judge], None]:

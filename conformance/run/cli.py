@@ -97,6 +97,12 @@ def parser() -> Parser:
     run.add_argument("--advice", action="store_true", help="show the pages of SHOULDs that do not hold too")
     run.add_argument("--durations", action="store_true", help="what each stage costs, and the slowest requirements")
     run.add_argument(
+        "--processes",
+        type=_positive,
+        metavar="N",
+        help="that judge at once (default: 2, or 1 on one core and with --device)",
+    )
+    run.add_argument(
         "--timeout", type=_positive, default=1800, metavar="SECONDS", help="for each subject (default 1800)"
     )
     run.add_argument(

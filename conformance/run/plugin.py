@@ -54,7 +54,14 @@ def pytest_addoption(parser):
     group.addoption("--moe-records", default=None, metavar="FILE", help="append each verdict as a line of JSON")
     group.addoption("--moe-watch", default=None, metavar="FILE", help="keep in it which case is tried")
     group.addoption(
-        "--moe-resume", default=None, metavar="FILE", help="JSON: tests that are done, and those that broke"
+        "--moe-resume", default=None, metavar="FILE", help="JSON: tests that are done, those that broke, those left"
+    )
+    group.addoption(
+        "--moe-claims",
+        nargs=2,
+        default=None,
+        metavar=("DIR", "N"),
+        help="judge the stages that this process, the Nth, claims there, and leave what it finds for a later one",
     )
 
 
@@ -173,11 +180,16 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=others)
     if file := config.getoption("--moe-resume"):
         _resume(config, items, json.loads(Path(file).read_text()))
+    if given := config.getoption("--moe-claims"):
+        from conformance.run.sharing import Claims
+
+        config._moe_claims = Claims(Path(given[0]), int(given[1]))
+        config._moe_claims.order(items)
 
 
 def _resume(config, items, state: dict) -> None:
-    """Leave out the tests that are done; those on which the process broke are violations."""
-    from conformance.run.watch import broken
+    """Leave out the tests that are done; those on which a process broke are violations."""
+    from conformance.run.watch import broken, found_before
 
     done = [item for item in items if item.name in state["done"]]
     items[:] = [item for item in items if item not in done]
@@ -185,6 +197,15 @@ def _resume(config, items, state: dict) -> None:
     for item in items:
         if item.name in state["broken"]:
             item.obj = broken(item.obj, **state["broken"][item.name])
+        elif item.name in state["left"]:
+            item.obj = found_before(item.obj, **state["left"][item.name])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Nothing happens to a test that another process has claimed."""
+    claims = getattr(item.config, "_moe_claims", None)
+    return True if claims is not None and _in_suite(item.module) and not claims.has(item) else None
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -209,6 +230,12 @@ def pytest_runtest_makereport(item, call):
 
     judge = item.callspec.params["judge"]
     requirement = getattr(item.obj, "requirement", None)
+    if hasattr(item.config, "_moe_claims"):
+        from conformance.run.sharing import what_was_found
+
+        if found := what_was_found(judge, call.excinfo):
+            report.outcome, report.longrepr, report.moe_left = "passed", None, found
+            return report
     records = conclude(judge, requirement, call.excinfo)
     for record in records:
         if record["id"] == requirement:
@@ -261,7 +288,9 @@ class Collector:
             if self.config.getoption("--moe-records") and not worker:
                 _append(self.config.getoption("--moe-records"), record)
         if report.when == "call" and self.config.getoption("--moe-records") and not worker:
-            _append(self.config.getoption("--moe-records"), {"done": report.nodeid.rpartition("::")[2]})
+            left = getattr(report, "moe_left", None)
+            name = report.nodeid.rpartition("::")[2]
+            _append(self.config.getoption("--moe-records"), {"done": name} if left is None else {"left": name} | left)
 
     def pytest_sessionfinish(self, session, exitstatus):
         failed = any(record["status"] in ("NEW", "STALE") for record in self.records.values())

@@ -82,3 +82,20 @@ def broken(test: Callable, number: int, title: str, received: str) -> Callable:
             del judge.examine
 
     return fails
+
+
+def found_before(test: Callable, title: str, expected: str, received: str) -> Callable:
+    """The test, which found something in another process: where it finds nothing now, that is a violation."""
+
+    @wraps(test)
+    def fails(judge: Judge, **others):
+        test(judge=judge, **others)
+        if not any(entry.violation for entry in judge.ledger.values()):
+            raise Violation(
+                f"{title}; asked again for the same, the subject returned something else",
+                expected=expected,
+                received=received,
+                requirement=getattr(test, "requirement", ""),
+            )
+
+    return fails

@@ -115,3 +115,16 @@ class Interrupting(Sigmoid):
 
     def supports(self, spec, layout=None):
         raise TypeError("supports() is broken")
+
+
+class Once(Sigmoid):
+    """Raises an error on the first case with tokens, and never again."""
+
+    name = "once"
+
+    def route(self, logits_TE, spec, expert_bias_E):
+        seen = Path("seen.txt")
+        if len(logits_TE) and not seen.exists():
+            seen.touch()
+            raise RuntimeError("kernel launch failed")
+        return super().route(logits_TE, spec, expert_bias_E)

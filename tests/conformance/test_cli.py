@@ -107,7 +107,7 @@ def is_running(pid: int) -> bool:
     ("name", "options", "title", "received"),
     [
         ("Hanging", ("--limit", 3), "did not return within 3 s", "routers.py"),
-        ("Ending", (), "ended the process, exit status 7", "nothing was printed"),
+        ("Ending", ("--stage", "gate", "--processes", 2), "ended the process, exit status 7", "nothing was printed"),
     ],
 )
 def test_a_subject_that_hangs_or_dies_is_accused_by_its_case_and_the_rest_is_judged(
@@ -126,6 +126,23 @@ def test_a_subject_that_hangs_or_dies_is_accused_by_its_case_and_the_rest_is_jud
     assert others == {name: "unsupported" if name == "RUN-6" else "ok" for name in others}
     pids = (tmp_path / "pids.txt").read_text().split() if name == "Hanging" else []
     assert [pid for pid in pids if is_running(int(pid))] == []
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    some = ("--stage", "run", "--stage", "groups", "--stage", "select", "--examples", 20)
+    found = []
+    for processes in (1, 2):
+        run("MaskedZero", *some, "--processes", processes, "--report", processes, cwd=tmp_path, code=1)
+        records = requirements_of(tmp_path / str(processes))
+        found.append({name: {**record, "seconds": 0} for name, record in records.items()})
+    assert found[0] == found[1]
+    assert any("first" in record.get("failure", {}) for record in found[0].values())
+
+
+def test_what_is_found_once_is_told_though_the_subject_is_right_when_asked_again(tmp_path):
+    some = ("--stage", "gate", "--stage", "groups", "--examples", 5, "--processes", 2)
+    printed = run("Once", *some, cwd=tmp_path, code=1)
+    assert "asked again for the same, the subject returned something else" in printed
 
 
 def test_a_run_that_is_terminated_leaves_nothing_running(tmp_path):

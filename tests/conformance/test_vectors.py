@@ -191,7 +191,9 @@ def test_values_lie_on_a_grid_far_below_their_tolerance_and_none_in_the_middle()
 # readers that know nothing of us
 
 
-def reader():
+@pytest.fixture
+def reader(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)  # as where it is run as a program
     spec = importlib.util.spec_from_file_location("vectors_reader", EXAMPLES / "reader.py")
     assert spec is not None
     assert spec.loader is not None
@@ -200,12 +202,11 @@ def reader():
     return module
 
 
-def test_the_reader_in_plain_python_judges_its_router(folder, capsys, monkeypatch):
-    module = reader()
-    assert module.main(folder) == 0
-    clean = module.route
-    monkeypatch.setattr(module, "route", lambda logits, spec: clean(logits, spec | {"route_norm": False}))
-    assert module.main(folder) == 1
+def test_the_reader_in_plain_python_judges_its_router(folder, capsys, monkeypatch, reader):
+    assert reader.main(folder) == 0
+    clean = reader.route
+    monkeypatch.setattr(reader, "route", lambda logits, spec: clean(logits, spec | {"route_norm": False}))
+    assert reader.main(folder) == 1
     assert "one of: WGT-2 " in capsys.readouterr().out
 
 
