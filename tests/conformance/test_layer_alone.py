@@ -31,7 +31,7 @@ OWN_LOGITS = "a layer makes its logits itself, in float32"
 WIDE = "the routers of layers are of float32"
 NO_NOISE = "a layer is given no noise"
 NOT_EVENED = "no router of a layer evens the batch"
-NOT_TAKEN = "logits of all kinds are one batch here, of which no expert takes its tokens"
+FEW_TAKEN = "the experts of layers that take tokens have none at least, and no padding"
 UNUSED_SLOT = "a slot of no expert adds nothing, whatever its id and weight"
 SILENT = {
     "ties-fall-as-they-come": TIES,
@@ -77,18 +77,13 @@ SILENT = {
     "sinkhorn-evens-padding-too": NOT_EVENED,
     "sinkhorn-is-not-evened": NOT_EVENED,
     "sinkhorn-stops-after-one-round": NOT_EVENED,
-    "tokens-are-ranked-by-logits": NOT_TAKEN,
-    "each-half-of-a-batch-is-taken-alone": NOT_TAKEN,
-    "the-worst-tokens-are-taken": NOT_TAKEN,
-    "the-number-is-rounded-otherwise": NOT_TAKEN,
-    "the-least-number-is-forgotten": NOT_TAKEN,
-    "each-token-has-one-expert-in-the-mean": NOT_TAKEN,
-    "padding-is-counted": NOT_TAKEN,
-    "padding-has-a-place": NOT_TAKEN,
-    "of-equal-tokens-the-last-is-taken": NOT_TAKEN,
-    "a-logit-of-minus-infinity-is-taken": NOT_TAKEN,
-    "takers-are-listed-by-id": NOT_TAKEN,
-    "each-expert-has-its-own-slot": NOT_TAKEN,
+    "the-least-number-is-forgotten": FEW_TAKEN,
+    "padding-is-counted": FEW_TAKEN,
+    "padding-has-a-place": FEW_TAKEN,
+    "of-equal-tokens-the-last-is-taken": TIES,
+    "a-logit-of-minus-infinity-is-taken": MASKED,
+    "takers-are-listed-by-id": ORDER,
+    "each-expert-has-its-own-slot": ORDER,
     "random-follows-the-logits": "what is drawn at random cannot be foreseen",
     "seed-ignored": "what is drawn at random cannot be foreseen",
 }
