@@ -78,6 +78,7 @@ SILENT = {
     "sinkhorn-is-not-evened": NOT_EVENED,
     "sinkhorn-stops-after-one-round": NOT_EVENED,
     "the-least-number-is-forgotten": FEW_TAKEN,
+    "each-token-has-one-expert-in-the-mean": SMALL,
     "padding-is-counted": FEW_TAKEN,
     "padding-has-a-place": FEW_TAKEN,
     "of-equal-tokens-the-last-is-taken": TIES,
