@@ -130,7 +130,7 @@ def _pool() -> list[RouterSpec]:
             (4, {}),
             (6, {"take_factor": 2.0, "take_rounding": "floor"}),
             (8, {"score_func": "sigmoid", "take_factor": 1.5, "take_rounding": "round", "route_norm": True}),
-            (3, {"select_by": "logit", "take_factor": 0.5, "take_least": 2}),
+            (3, {"select_by": "logit", "take_factor": 0.5, "take_least": 3}),
         )
     ]
     for family in FAMILIES:
