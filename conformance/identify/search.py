@@ -299,12 +299,14 @@ class _Search:
             for groups in groupings(sizes["num_experts"], sizes["top_k"])
             for fill in ((-np.inf, 0.0) if base.spec.select_by == "logit" else (-np.inf,))
         ]
-        guesses += [
+        shared_out = [
             Guess(spec=base.spec.replace(**shares), bias_used=False)
             for base in self._ungrouped(shapes, sizes)
             for shares in quotas(sizes["num_experts"], sizes["top_k"])
         ]
-        return self.holder.best(prefiltered(guesses, hard), free)
+        # Of a router that fits nothing, what is published is nearer than quotas, which are rare.
+        exact = [guess for guess in shared_out if not any(self.holder.other_choice(guess, each) for each in free)]
+        return [*self.holder.best(prefiltered(guesses, hard), free), *exact]
 
     def _biased(self, left: list[Guess]) -> list[Guess]:
         """The guesses again, with what a bias alone shows: whether it counts, and what dropped experts are given."""
