@@ -17,7 +17,7 @@ from moe_jax.capacity import most_slots, slot_places
 from moe_jax.experts import hide, join, keep_tokens, null_output
 from moe_jax.latent import compress, expand
 from moe_jax.sparse_matmul import RouteOutput, check_tokens, limit, route_tokens
-from moe_ref.specs.balance import CapacitySpec
+from moe_ref.specs.balance import CapacitySpec, check_capacity
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import LayerSpec
 from moe_ref.specs.params import LayerParams
@@ -43,6 +43,7 @@ def dense_matmul(
     Arguments as there.
     """
     check_tokens(x_TD, spec)
+    check_capacity(spec.router, capacity)
     clean_x_TD = keep_tokens(jnp.asarray(x_TD), token_mask_T)
     logits_TE = routing.gate(clean_x_TD, params.gate_ED, params.gate_bias_E, spec=spec.router)
     decided, _ = route_tokens(

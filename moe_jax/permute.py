@@ -1,8 +1,8 @@
 """moe_jax, permute: slots become rows sorted by expert, and come back as tokens; gathers only, in both directions.
 
 A slot is one (token, k) pair; slot (t, k) has the flat number t * K + k. Every slot is a row, so that shapes are
-static. Rows of slots without an expert (unused, padding, null experts) come last: they are the tail, which no expert
-reads and which contributes nothing, whatever it holds.
+static; where fewer are promised to be used, the others share one. Rows of slots without an expert (unused, padding,
+null experts) come last: they are the tail, which no expert reads and which contributes nothing, whatever it holds.
 
 Legend: T tokens, D width of a row, K top_k, E experts, R = T * K rows.
 """
@@ -58,12 +58,14 @@ class RouteMetadata:
         return values_TK.reshape(-1).at[self.slot_of_row_R].get(mode="promise_in_bounds", unique_indices=True)
 
 
-def permute(expert_ids_TK: jax.Array, num_experts: int) -> RouteMetadata:
+def permute(expert_ids_TK: jax.Array, num_experts: int, *, most_rows: int | None = None) -> RouteMetadata:
     """Rows are sorted by expert id, and stay in the order of the tokens within an expert.
 
     Args:
         expert_ids_TK: (T, K) integers; ids outside [0, num_experts) belong to no expert.
         num_experts: E.
+        most_rows: static; a promise that no more slots have an expert. There are so many rows, and one of the tail that
+            all slots without an expert share. None: each slot has a row.
     """
     expert_ids_TK = jnp.asarray(expert_ids_TK)
     if expert_ids_TK.ndim != 2 or not jnp.issubdtype(expert_ids_TK.dtype, jnp.integer):
@@ -73,13 +75,20 @@ def permute(expert_ids_TK: jax.Array, num_experts: int) -> RouteMetadata:
     ids_R = expert_ids_TK.reshape(-1).astype(jnp.int32)
     expert_of_slot_R = jnp.where((ids_R >= 0) & (ids_R < E), ids_R, E)
     slot_of_row_R = _stable_order(expert_of_slot_R, E + 1)
-    row_of_slot_R = jnp.zeros_like(slot_of_row_R).at[slot_of_row_R].set(lax.iota(jnp.int32, R), unique_indices=True)
+    row_of_slot_R = inverse(slot_of_row_R)
+    if most_rows is not None and most_rows + 1 < R:
+        slot_of_row_R, row_of_slot_R = slot_of_row_R[: most_rows + 1], jnp.minimum(row_of_slot_R, most_rows)
     ends_E = jnp.searchsorted(expert_of_slot_R[slot_of_row_R], jnp.arange(E), side="right").astype(jnp.int32)
     return RouteMetadata(
         group_sizes_E=jnp.diff(ends_E, prepend=jnp.int32(0)),
         slot_of_row_R=slot_of_row_R,
         row_of_slot_TK=row_of_slot_R.reshape(expert_ids_TK.shape),
     )
+
+
+def inverse(order_N: jax.Array) -> jax.Array:
+    """The places of 0, 1, .. in a permutation of them."""
+    return jnp.zeros_like(order_N).at[order_N].set(lax.iota(order_N.dtype, order_N.size), unique_indices=True)
 
 
 def _stable_order(values_R, bound: int) -> jax.Array:

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from moe_jax.arrays import wide_dtype
 from moe_jax.rounding import dtype_of_router, round_to
 from moe_jax.sinkhorn import sinkhorn
+from moe_jax.taking import take_tokens
 from moe_jax.top_k import top_k
 from moe_ref.specs.checks import shape_and_kind
 from moe_ref.specs.ids import UNUSED
@@ -87,8 +88,9 @@ def route(
     """Every stage of routing in order; pure, and static in `spec` alone.
 
     Computed in float32, or in float64 for float64 logits or that router_dtype. What depends on data cannot raise under
-    jit. So a token with fewer than K choices that are not -inf gets unused slots, a token id outside the table a row of
-    them, a given id past the last choice the weight NaN, and a NaN logit is chosen and makes its weight NaN.
+    jit. So a token with fewer than K choices that are not -inf gets unused slots (with expert_choice that is no error),
+    a token id outside the table a row of them, a given id past the last choice the weight NaN, and a NaN logit is
+    chosen and makes its weight NaN.
 
     Args:
         logits_TE: (T, num_logits) floats, finite or -inf (never chosen).
@@ -114,8 +116,10 @@ def route(
     choices_TE, shared_logits_TS = scaled_TE[:, :E], scaled_TE[:, E:]
     scores_TE = round_to(score(choices_TE, spec), spec.router_dtype) if spec.has_scores else None
     scores_for_choice_TE = group_scores_TG = group_ids_TL = None
-    if spec.selector in ("top_k", "group_top_k"):
+    if spec.selector in ("top_k", "group_top_k", "expert_choice"):
         scores_for_choice_TE = bias_choice(choices_TE, scores_TE, bias_E, spec)
+    if scores_for_choice_TE is not None and spec.selector == "expert_choice":
+        scores_for_choice_TE = take_tokens(scores_for_choice_TE, None if token_mask_T is None else valid_T1, spec)
     if spec.selector == "sinkhorn":
         scores_for_choice_TE = lax.stop_gradient(choices_TE + sinkhorn(choices_TE, valid_T1))
     if scores_for_choice_TE is not None and spec.quota_groups is not None:

@@ -29,7 +29,7 @@ from moe_jax.invariant import of_each_token
 from moe_jax.latent import compress, expand
 from moe_jax.permute import RouteMetadata, dispatch, permute, unpermute
 from moe_ref.specs.align import AlignSpec
-from moe_ref.specs.balance import CapacitySpec
+from moe_ref.specs.balance import CapacitySpec, check_capacity
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.invariant import check_batch_invariant
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
@@ -94,6 +94,7 @@ def sparse_matmul(
         output_TD: (T, D) in the dtype of x_TD, and what the router decided.
     """
     check_tokens(x_TD, spec)
+    check_capacity(spec.router, capacity)
     if batch_invariant:
         check_batch_invariant(spec.router, capacity)
         inputs.check(spec.router, len(x_TD))
@@ -142,7 +143,12 @@ def route_tokens(logits_TE: jax.Array, spec: RouterSpec, **inputs: Any) -> tuple
         logits_TE=trace.logits_TE,
         chosen_ids_TK=trace.expert_ids_TK,
     )
-    return decided, permute(trace.expert_ids_TK, spec.num_experts)
+    return decided, permute(trace.expert_ids_TK, spec.num_experts, most_rows=most_rows(len(logits_TE), spec))
+
+
+def most_rows(num_tokens: int, spec: RouterSpec) -> int | None:
+    """How many slots of so many tokens have an expert at most, where a selector leaves most of them unused."""
+    return spec.num_experts * spec.takes(num_tokens) if spec.selector == "expert_choice" else None
 
 
 def limit(
@@ -240,7 +246,8 @@ def _in_token_chunks(
 
     def one_chunk(chunk):
         chunk_x_TD, chunk_decided = chunk
-        metadata = permute(chunk_decided.expert_ids_TK, router.num_experts)
+        # A chunk may have all that is taken.
+        metadata = permute(chunk_decided.expert_ids_TK, router.num_experts, most_rows=most_rows(T, router))
         own = metadata if align is None else align_rows(metadata, align)
         return compute(chunk_x_TD, params, chunk_decided, own)
 

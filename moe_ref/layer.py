@@ -34,7 +34,7 @@ from moe_ref.permute import Permutation, dispatch, permute
 from moe_ref.rounding import dtype_of_router
 from moe_ref.routing import RoutingTrace, gate, route
 from moe_ref.specs.align import AlignSpec
-from moe_ref.specs.balance import CapacitySpec
+from moe_ref.specs.balance import CapacitySpec, check_capacity
 from moe_ref.specs.checks import array, mask_array
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import LayerSpec
@@ -102,6 +102,7 @@ def moe_layer(
         ValueError: wrong shapes, dtypes or values; it names field, value and bound.
     """
     params.check(spec)
+    check_capacity(spec.router, capacity)
     params = params.astype(dtype)
     given_x_TD = array("x_TD", x_TD, (None, spec.experts.dim)).astype(dtype)
     mask_T = mask_array(token_mask_T, len(given_x_TD))

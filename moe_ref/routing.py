@@ -158,6 +158,24 @@ def limit_quotas(ranked_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
     return np.where(rank_TGP < spec.top_k // spec.quota_groups, grouped_TGP, -np.inf).reshape(ranked_TE.shape)
 
 
+def take_tokens(ranked_TE: np.ndarray, valid_T1: np.ndarray, spec: RouterSpec) -> np.ndarray:
+    """Each expert takes the C valid tokens that rank best for it, ties to the lower token. [SEL-30 .. SEL-34]
+
+    Returns:
+        scores_for_choice_TE: -inf where the expert did not take the token.
+    """
+    ranked_TE = np.where(valid_T1, ranked_TE, -np.inf)
+    rank_TE = np.argsort(np.argsort(-ranked_TE, axis=0, kind="stable"), axis=0)
+    return np.where(rank_TE < spec.takes(int(valid_T1.sum())), ranked_TE, -np.inf)
+
+
+def list_takers(scores_for_choice_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
+    """The experts that took a token, best choice score first, ties to the lower id; then unused slots. [SEL-35]"""
+    expert_ids_TK = top_k(scores_for_choice_TE, spec.top_k)
+    taken_TK = np.take_along_axis(scores_for_choice_TE, expert_ids_TK, axis=-1) > -np.inf
+    return np.where(taken_TK, expert_ids_TK, UNUSED)
+
+
 def sparsemixer(scaled_logits_TE: np.ndarray, spec: RouterSpec) -> tuple[np.ndarray, np.ndarray]:
     """Slot j takes the best remaining expert, weighted by a softmax over the band below it. [SEL-13, WGT-15]
 
@@ -184,8 +202,11 @@ def sparsemixer(scaled_logits_TE: np.ndarray, spec: RouterSpec) -> tuple[np.ndar
 def choose(
     scores_for_choice_TE: np.ndarray | None, num_tokens: int, spec: RouterSpec, inputs: RouterInputs
 ) -> np.ndarray:
-    """Expert ids by the spec's selector; all but these three look at no score. [SEL-14 .. SEL-19]"""
+    """Expert ids by the spec's selector; all but these four look at no score. [SEL-14 .. SEL-19]"""
     T, K = num_tokens, spec.top_k
+    if spec.selector == "expert_choice":
+        assert scores_for_choice_TE is not None
+        return list_takers(scores_for_choice_TE, spec)
     if spec.selector in ("top_k", "group_top_k", "sinkhorn"):
         assert scores_for_choice_TE is not None  # they are what is ranked
         return select(scores_for_choice_TE, spec)
@@ -303,8 +324,10 @@ def route(
     choices_TE, shared_TS = scaled_logits_TE[:, :E], scaled_logits_TE[:, E:]
     if spec.has_scores:
         scores_TE = round_to(score(choices_TE, spec), spec.router_dtype)
-    if spec.selector in ("top_k", "group_top_k"):
+    if spec.selector in ("top_k", "group_top_k", "expert_choice"):
         scores_for_choice_TE = bias_choice(choices_TE, scores_TE, expert_bias_E, spec)
+    if scores_for_choice_TE is not None and spec.selector == "expert_choice":
+        scores_for_choice_TE = take_tokens(scores_for_choice_TE, valid_T1, spec)
     if spec.selector == "sinkhorn":
         scores_for_choice_TE = choices_TE + sinkhorn(choices_TE, valid_T1)
     if scores_for_choice_TE is not None and spec.quota_groups is not None:

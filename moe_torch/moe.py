@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_ref.specs.align import AlignSpec
-from moe_ref.specs.balance import CapacitySpec
+from moe_ref.specs.balance import CapacitySpec, check_capacity
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.invariant import check_batch_invariant
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
@@ -109,6 +109,7 @@ class MoE(nn.Module):
     ):
         super().__init__()
         router, experts = spec.router, spec.experts
+        check_capacity(router, capacity)
         self.spec = spec
         self.capacity = capacity
         self.capacity_group = capacity_group

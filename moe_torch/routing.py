@@ -23,7 +23,7 @@ from moe_torch.kernels.choice import for_router, say_once
 from moe_torch.kernels.router_ops import arguments_of, route_tokens
 from moe_torch.modes import host_reads_are_free, transformed
 from moe_torch.rounding import dtype_of_router, round_to
-from moe_torch.selection import NEG_INF, kept_experts, limit_groups, select, select_by_quota, top_k
+from moe_torch.selection import NEG_INF, kept_experts, limit_groups, select, select_by_quota, take_tokens, top_k
 from moe_torch.sinkhorn import sinkhorn
 
 
@@ -298,6 +298,9 @@ def route(
         reads_host = not (torch.compiler.is_compiling() or transformed())
         evened_E = sinkhorn(choices_TE, token_mask_T, reads_host=reads_host)
         biased_scores_TE = choices_TE.detach() + evened_E
+        expert_ids_TK = select(biased_scores_TE, None, None, spec)
+    elif spec.selector == "expert_choice":
+        biased_scores_TE = take_tokens(bias_choice(choices_TE, scores_TE, None, spec), token_mask_T, spec)
         expert_ids_TK = select(biased_scores_TE, None, None, spec)
     elif spec.selector == "group_top_k":
         expert_ids_TK = select_by_quota(bias_choice(choices_TE, scores_TE, None, spec), spec)

@@ -115,6 +115,23 @@ def select_by_quota(ranked_TE: Tensor, spec: RouterSpec) -> Tensor:
     return _fillable(ids_TK.gather(-1, order_TK), ranked_TE)
 
 
+def take_tokens(ranked_TE: Tensor, token_mask_T: Tensor | None, spec: RouterSpec) -> Tensor:
+    """Each expert takes the C valid tokens that rank best for it, ties to the lower token. [SEL-30 .. SEL-34]
+
+    Returns:
+        scores_for_choice_TE: -inf where the expert did not take the token.
+    """
+    T = ranked_TE.shape[0]
+    most = spec.takes(T if token_mask_T is None else token_mask_T.sum())
+    if token_mask_T is not None:
+        ranked_TE = ranked_TE.masked_fill(~token_mask_T[:, None], NEG_INF)
+    # Signed zeros tie in a sort of torch.
+    order_TE = torch.sort(ranked_TE, dim=0, descending=True, stable=True).indices
+    places_TE = torch.arange(T, device=ranked_TE.device)[:, None].expand_as(order_TE)
+    rank_TE = torch.empty_like(order_TE).scatter_(0, order_TE, places_TE)
+    return ranked_TE.masked_fill(rank_TE >= most, NEG_INF)
+
+
 def _fillable(expert_ids_TK: Tensor, scores_for_choice_TE: Tensor) -> Tensor:
     # moe_ref refuses a token with fewer than K choices; to refuse here would read the device. The slot stays unused.
     chosen_TK = scores_for_choice_TE.gather(-1, expert_ids_TK)

@@ -12,12 +12,12 @@ import numpy as np
 from conformance.core.judge import Judge
 from conformance.core.rounding import close
 from conformance.identify.box import Box, Question
-from conformance.router.bounds import weight_error
+from conformance.router.bounds import best_T, choice_error, weight_error
 from conformance.router.case import RouterCase
 from conformance.router.observation import Observation
 from conformance.router.verdicts import selection_differs, weights_differ
 from moe_ref import RouterSpec
-from moe_ref.routing import bias_choice, limit_groups, scale_logits, score, top_k
+from moe_ref.routing import bias_choice, limit_groups, limit_quotas, scale_logits, score, top_k
 
 MOST_GROUP_SCORE_K = 4
 AT_FIRST = 6
@@ -57,13 +57,22 @@ def groupings(num_experts: int, num_chosen: int) -> Iterator[dict[str, Any]]:
                 yield {"num_expert_groups": G, "num_limited_groups": L, "group_score_k": k}
 
 
+def quotas(num_experts: int, num_chosen: int) -> Iterator[dict[str, Any]]:
+    """Every way to take the same number of experts from each of some groups."""
+    for G in range(2, num_chosen + 1):
+        if num_chosen % G == 0 and num_experts % G == 0:
+            yield {"selector": "group_top_k", "quota_groups": G}
+
+
 def chosen(spec: RouterSpec, logits_TC: np.ndarray, bias_E: np.ndarray | None) -> np.ndarray:
-    """(T, K) the choice of a spec with selector top_k or sparsemixer, ascending; ties go to the lower id."""
+    """(T, K) the choice of a spec that ranks each token alone, ascending; ties go to the lower id."""
     scaled_TE = scale_logits(logits_TC[:, : spec.num_choices], spec)
     scores_TE = score(scaled_TE, spec) if spec.select_by == "score" else None
     choice_TE = bias_choice(scaled_TE, scores_TE, np.zeros(1) if bias_E is None else bias_E, spec)
     if spec.num_expert_groups is not None:
         choice_TE = limit_groups(choice_TE, spec)[0]
+    if spec.quota_groups is not None:
+        choice_TE = limit_quotas(choice_TE, spec)
     return np.sort(top_k(choice_TE, spec.top_k), axis=-1)
 
 
@@ -99,13 +108,27 @@ class Holder:
             wanted_TK = chosen(spec, question.logits_TC, question.bias_E if guess.bias_used else None)
         different_T = (np.sort(wanted_TK) != np.sort(question.expert_ids_TK)).any(axis=-1)
         tokens = np.flatnonzero(different_T)
-        if not (bounds and len(tokens)) or spec.selector not in ("top_k", "sparsemixer"):
+        if not (bounds and len(tokens)) or spec.selector not in ("top_k", "group_top_k", "sparsemixer"):
             return tokens.tolist()
+        if spec.selector == "group_top_k":
+            return tokens[self._other_quotas_T(guess, question.tokens(tokens))].tolist()
         # The ids of sparsemixer are those of the best logits.
         plain = RouterSpec(num_experts=spec.num_choices, top_k=spec.top_k, select_by="logit")
         alike = guess if spec.selector == "top_k" else Guess(spec=plain)
         some = self._seen(alike, question.tokens(tokens), shared=False)
         return [int(tokens[t]) for t in selection_differs(self.judge, some)]
+
+    def _other_quotas_T(self, guess: Guess, question: Question) -> np.ndarray:
+        """(T,) whether some group does not give its best, near ties forgiven."""
+        case, spec = guess.case(question, self.box.dtype), guess.spec
+        G, P = spec.quota_groups or 1, spec.num_experts // (spec.quota_groups or 1)
+        ids_TK, T = np.sort(question.expert_ids_TK, axis=-1), len(question.expert_ids_TK)
+        as_many_T = ((ids_TK // P).reshape(T, G, -1) == np.arange(G)[:, None]).all(axis=(1, 2))
+        scaled_TE = case.reference.scaled_logits_TE[:, : spec.num_choices]
+        choice_TE = bias_choice(scaled_TE, case.reference.scores_TE, np.zeros(1), spec)
+        error_TE = choice_error(case, self.judge.subject.compute_dtype)
+        blocks = (each.reshape(T * G, -1) for each in (ids_TK % P, choice_TE, error_TE))
+        return ~(as_many_T & best_T(*blocks).reshape(T, G).all(axis=-1))
 
     def other_weights(self, guess: Guess, question: Question) -> list[int]:
         """Tokens whose weights are not those that the guess gives to their experts."""
@@ -155,7 +178,7 @@ class Holder:
 
     def missing(self, guess: Guess, question: Question, tokens: list[int]) -> int:
         """How many experts of these tokens the guess does not choose."""
-        if not tokens or guess.spec.selector != "top_k":
+        if not tokens or guess.spec.selector not in ("top_k", "group_top_k"):
             return len(tokens)
         some = question.tokens(np.array(tokens))
         wanted_TK = chosen(guess.spec, some.logits_TC, some.bias_E if guess.bias_used else None)

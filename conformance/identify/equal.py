@@ -76,6 +76,11 @@ def _no_scores(spec: RouterSpec, biased: bool) -> dict[str, Any]:
     return {"weights_from": "scores"} if spec.score_over == "selected" else {}
 
 
+def _all_quotas(spec: RouterSpec, biased: bool) -> dict[str, Any]:
+    all_chosen = spec.top_k == spec.num_experts or spec.quota_groups == 1
+    return {"selector": "top_k", "quota_groups": None} if spec.selector == "group_top_k" and all_chosen else {}
+
+
 def _enough_groups(spec: RouterSpec, biased: bool) -> dict[str, Any]:
     enough = (spec.num_limited_groups or 0) >= spec.top_k and spec.group_score_k == 1 and spec.mask_fill == -np.inf
     return WITHOUT_GROUPS if enough else {}
@@ -138,6 +143,7 @@ RULES = (
     Rule(sentence="without route_norm nothing of the norm is read", change=_no_norm),
     Rule(sentence="with norm_eps 0 both forms of the norm divide by the norm", change=_no_eps),
     Rule(sentence="where all groups are kept none is dropped", change=_all_groups),
+    Rule(sentence="a quota of one group, or of all experts, leaves nothing else to choose", change=_all_quotas),
     Rule(
         sentence="scores without a bias are above 0, so an expert of a dropped group, filled with 0, is never chosen",
         change=_fill,
@@ -218,7 +224,10 @@ def alternatives(spec: RouterSpec) -> Iterator[RouterSpec]:
         {"weight_on": "input"},
     ]
     groups = [g for g in (2, 4, 8) if spec.num_choices % g == 0]
-    if spec.num_expert_groups is None:
+    if spec.selector == "group_top_k":
+        changes.append({"selector": "top_k", "quota_groups": None})
+    elif spec.num_expert_groups is None:
+        changes += [{"selector": "group_top_k", "quota_groups": g} for g in groups if spec.selector == "top_k"]
         changes += [
             {"num_expert_groups": g, "num_limited_groups": g // 2, "group_score_k": k} for g in groups for k in (1, 2)
         ]

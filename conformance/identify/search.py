@@ -14,7 +14,7 @@ import numpy as np
 from conformance.core.judge import Judge
 from conformance.core.subject import Subject, Unsupported
 from conformance.identify.box import Box, Question
-from conformance.identify.choice import Guess, Holder, chosen, groupings, prefiltered
+from conformance.identify.choice import Guess, Holder, chosen, groupings, prefiltered, quotas
 from conformance.identify.equal import alternatives, normal
 from conformance.identify.law import FITS, Data, Law, laws, near_numbers
 from conformance.identify.near import nearest
@@ -125,6 +125,11 @@ class _Search:
         sizes |= {"num_scored_shared_experts": num_shared, "learned_scale": box.learned_scale}
         self._ask_for_weights()
         selector = self._selector(num_choices)
+        if selector == "top_k" and self._reads_batch():
+            self.notes.append(
+                "a token's experts depend on the others of its batch, as with selectors sinkhorn and expert_choice, "
+                "which are not asked for"
+            )
         mixed = self._sparsemixer(sizes) if selector == "top_k" and self._constant_weights() else None
         if mixed is not None:
             guesses = [mixed]
@@ -186,6 +191,14 @@ class _Search:
         T, K = same.expert_ids_TK.shape
         in_turn = (np.arange(T * K) % self.box.handed.num_experts).reshape(T, K)
         return "round_robin" if (np.sort(in_turn) == np.sort(same.expert_ids_TK)).all() else "random"
+
+    def _reads_batch(self) -> bool:
+        """Whether the first tokens of a batch have other experts without the rest."""
+        first = self.law_data[0]
+        some = self.ask(first.logits_TC[:3], plain=True)
+        if some is None or len(some.expert_ids_TK) != 3:
+            return False
+        return bool((np.sort(some.expert_ids_TK) != np.sort(first.expert_ids_TK[:3])).any())
 
     def _constant_weights(self) -> bool:
         """Whether the weights of a token are alike though its logits are not."""
@@ -286,7 +299,14 @@ class _Search:
             for groups in groupings(sizes["num_experts"], sizes["top_k"])
             for fill in ((-np.inf, 0.0) if base.spec.select_by == "logit" else (-np.inf,))
         ]
-        return self.holder.best(prefiltered(guesses, hard), free)
+        shared_out = [
+            Guess(spec=base.spec.replace(**shares), bias_used=False)
+            for base in self._ungrouped(shapes, sizes)
+            for shares in quotas(sizes["num_experts"], sizes["top_k"])
+        ]
+        # Of a router that fits nothing, what is published is nearer than quotas, which are rare.
+        exact = [guess for guess in shared_out if not any(self.holder.other_choice(guess, each) for each in free)]
+        return [*self.holder.best(prefiltered(guesses, hard), free), *exact]
 
     def _biased(self, left: list[Guess]) -> list[Guess]:
         """The guesses again, with what a bias alone shows: whether it counts, and what dropped experts are given."""
@@ -457,7 +477,7 @@ def _answer(guess: Guess, logits_TC: np.ndarray, bias_E: np.ndarray | None, box:
     T, E = len(logits_TC), spec.num_choices
     inputs = box.inputs(T, 0)
     ids_TK = np.zeros((T, spec.top_k), dtype=np.int64)
-    if spec.selector == "top_k":
+    if spec.selector in ("top_k", "group_top_k"):
         ids_TK = chosen(spec, logits_TC, bias_E if guess.bias_used else None)
     question = Question(
         logits_TC=logits_TC, bias_E=bias_E, inputs=inputs, expert_ids_TK=ids_TK,

@@ -13,7 +13,14 @@ from conformance.layer import balls_constant
 from conformance.layer.balls import LIBRARY, Ball, FeedForwardBall, exact, feed_forward, feed_forward_backward, narrower
 from conformance.layer.balls_latent import LatentBall, compress, compress_backward, expand, expand_backward
 from conformance.layer.case import LayerCase
-from conformance.router.bounds import ROUNDINGS, choice_error, unlimited_choice, weight_error, weight_floor
+from conformance.router.bounds import (
+    ROUNDINGS,
+    choice_error,
+    taken_clearly_T,
+    unlimited_choice,
+    weight_error,
+    weight_floor,
+)
 from conformance.router.case import RouterCase
 from moe_ref import UNUSED, LayerParams
 from moe_ref.experts import identity_slots, sigmoid
@@ -307,7 +314,7 @@ def stable_T(case: LayerCase, dtype: str) -> np.ndarray:
     A token for which it is not is not judged: with other experts its whole output is another.
     """
     spec, router = case.spec.router, case.router_case
-    if spec.selector != "top_k" or case.num_tokens == 0:
+    if spec.selector not in ("top_k", "expert_choice") or case.num_tokens == 0:
         return np.ones(case.num_tokens, dtype=bool)
     trace = router.reference
     assert trace.scores_for_choice_TE is not None  # top_k ranks them
@@ -316,6 +323,8 @@ def stable_T(case: LayerCase, dtype: str) -> np.ndarray:
     from_logits_T1 = 2 * spec.logit_scale * radius_T1(case, gate(case, dtype))
     from_logits_TE = from_logits_T1 * slope_TE
     error_TE = choice_error(router, dtype) + from_logits_TE
+    if spec.selector == "expert_choice":
+        return taken_clearly_T(router, error_TE) | ~case.valid_T
     chosen_TE = np.zeros(error_TE.shape, dtype=bool)
     np.put_along_axis(chosen_TE, np.maximum(trace.expert_ids_TK, 0), True, axis=-1)
     choice_TE = trace.scores_for_choice_TE

@@ -77,6 +77,8 @@ ROUTERS = (
     RouterSpec(num_experts=5, top_k=2, **SIGMOID, **NORM, norm_eps=1e-20, selector="round_robin"),
     RouterSpec(num_experts=3, top_k=3, **SIGMOID, **NORM, norm_eps=0.1, **KINDS),
     RouterSpec(num_experts=3, top_k=2, **SOFTMAX, **KINDS, weight_on="input"),
+    RouterSpec(num_experts=4, top_k=4, **SOFTMAX, selector="expert_choice", take_factor=0.75),
+    RouterSpec(num_experts=3, top_k=3, **SIGMOID, **NORM, selector="expert_choice", take_rounding="floor"),
 )
 EXPERTS = (
     ExpertSpec(dim=5, hidden_dim=7),
@@ -209,7 +211,7 @@ def _thin() -> list[LayerSpec]:
     return [
         gpt_oss,
         deepseek.replace(shared=SharedSpec(hidden_dim=2 * deepseek.experts.hidden_dim)),  # in two slots of a fused form
-        qwen2.replace(experts=qwen2.experts.replace(**SITU, linear_beta=0.75)),
+        qwen2.replace(router=ROUTERS[23], experts=qwen2.experts.replace(**SITU, linear_beta=0.75)),
         LayerSpec(router=ROUTERS[6], experts=ExpertSpec(dim=5, hidden_dim=7), latent=LatentSpec(dim=7)),
         LayerSpec(router=ROUTERS[4], experts=ExpertSpec(dim=5, hidden_dim=7, activation="gelu", bias=True)),
         LayerSpec(router=ROUTERS[10].replace(**KINDS),

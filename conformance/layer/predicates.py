@@ -16,7 +16,7 @@ PARTS = ("EXP-2", "EXP-3", "EXP-4", "EXP-5", "EXP-11", "CMB-2", "CMB-3", "CMB-5"
 """Where one of these fails on the same case, the layer fails too, and is not the one to blame."""
 WHOLE = ("LAY-2", "LAY-8", "LAY-9", "LAY-10", "LAY-11", "LAY-12", "LAY-13", "LAT-1", "LAT-2", "LAT-3", "NUL-1")
 """What the output of a layer is; each layer has one of them."""
-GRADIENTS = ("BWD-2", "BWD-3", "BWD-4", "BWD-5", "BWD-8", "BWD-10", "LAT-4", "NUL-2")
+GRADIENTS = ("BWD-2", "BWD-3", "BWD-4", "BWD-5", "BWD-8", "BWD-10", "BWD-18", "BWD-19", "LAT-4", "NUL-2")
 """What its gradients are."""
 POISON = (np.nan, 1e30, np.nan)
 """What rows hold that nobody reads, in calls one after the other."""
@@ -32,6 +32,21 @@ SHARED = ("shared_w_up_SDF", "shared_w_gate_SDF", "shared_w_down_SFD", "shared_t
 def by_token(spec: LayerSpec) -> bool:
     """Selectors that look at the token alone, not at its place or at the batch."""
     return spec.router.selector != "round_robin" and not spec.router.reads_batch
+
+
+def chosen_alone(spec: LayerSpec) -> bool:
+    """Routers whose choice for a token does not depend on which other tokens are padding."""
+    return not spec.router.reads_batch
+
+
+def takes_tokens(spec: LayerSpec) -> bool:
+    """Experts that take the tokens of a batch."""
+    return spec.router.selector == "expert_choice"
+
+
+def tokens_choose(spec: LayerSpec) -> bool:
+    """Experts that tokens choose, of which a capacity may be asked."""
+    return not takes_tokens(spec)
 
 
 def sees_tokens(spec: LayerSpec) -> bool:

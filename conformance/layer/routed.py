@@ -43,9 +43,9 @@ def layer_of(router: RouterSpec) -> LayerSpec:
     return LayerSpec(router=router, experts=ExpertSpec(dim=dim, hidden_dim=24), shared=shared)
 
 
-ROUTED_SPECS = [layer_of(router) for router in SPECS if router.selector not in ("random", "sinkhorn")]
-"""Of each router but the random one, whose choice nobody can foresee, and sinkhorn's: here logits of all kinds are one
-batch."""
+ROUTED_SPECS = [layer_of(router) for router in SPECS if router.selector != "random" and not router.reads_batch]
+"""Of each router but the random one, whose choice nobody can foresee, and those that read the whole batch: here logits
+of all kinds are one."""
 THIN_ROUTED_SPECS = [layer_of(tiny("deepseek_v3"))]
 """For subjects that compile; those have a `route`, as a rule, whose logits are any."""
 

@@ -113,15 +113,33 @@ def sinkhorn_error(case: RouterCase, dtype: str) -> np.ndarray:
 
 
 def unlimited_choice(case: RouterCase) -> np.ndarray:
-    """Choice scores before any group is dropped, (T, E)."""
+    """Choice scores before any group is dropped, and before experts take tokens, (T, E)."""
     spec, trace = case.spec, case.reference
-    if spec.num_expert_groups is None:
+    if spec.num_expert_groups is None and spec.selector != "expert_choice":
         assert trace.scores_for_choice_TE is not None
         return trace.scores_for_choice_TE
     ranked_TE = trace.scaled_logits_TE[:, : spec.num_choices] if spec.select_by == "logit" else trace.scores_TE
     assert ranked_TE is not None
     bias_E = 0 if case.expert_bias_E is None else case.expert_bias_E
-    return np.where(np.isneginf(case.logits_TE[:, : spec.num_choices]), -np.inf, ranked_TE + bias_E)
+    never_TE = np.isneginf(case.logits_TE[:, : spec.num_choices])
+    if spec.selector == "expert_choice":
+        never_TE |= ~case.valid_T[:, None]
+    return np.where(never_TE, -np.inf, ranked_TE + bias_E)
+
+
+def taken(case: RouterCase, expert_ids_TK: np.ndarray) -> np.ndarray:
+    """(T, E) whether each expert is among a token's ids."""
+    return (expert_ids_TK[:, :, None] == np.arange(case.spec.num_experts)).any(axis=1)
+
+
+def taken_clearly_T(case: RouterCase, error_TE: np.ndarray) -> np.ndarray:
+    """(T,) whether each expert takes the token, or leaves it, for all choice scores within the error."""
+    choice_TE, taken_TE = unlimited_choice(case), taken(case, case.reference.expert_ids_TK)
+    low_TE, high_TE = choice_TE - error_TE, choice_TE + error_TE
+    worst_in_E = np.where(taken_TE, low_TE, np.inf).min(axis=0, initial=np.inf)
+    best_out_E = np.where(taken_TE, -np.inf, high_TE).max(axis=0, initial=-np.inf)
+    doubtful_TE = np.where(taken_TE, low_TE <= best_out_E, high_TE >= worst_in_E)
+    return ~doubtful_TE.any(axis=-1)
 
 
 def best_T(expert_ids_TK: np.ndarray, choice_TE: np.ndarray, error_TE: np.ndarray) -> np.ndarray:

@@ -124,6 +124,15 @@ def _pool() -> list[RouterSpec]:
         RouterSpec(num_experts=E, top_k=K, selector="group_top_k", quota_groups=2, route_norm=norm)
         for E, K, norm in ((8, 2, False), (12, 6, False), (8, 4, True), (6, 6, True))
     ]
+    found += [
+        RouterSpec(num_experts=E, top_k=E, selector="expert_choice", **fields)
+        for E, fields in (
+            (4, {}),
+            (6, {"take_factor": 2.0, "take_rounding": "floor"}),
+            (8, {"score_func": "sigmoid", "take_factor": 1.5, "take_rounding": "round", "route_norm": True}),
+            (3, {"select_by": "logit", "take_factor": 0.5, "take_least": 3}),
+        )
+    ]
     for family in FAMILIES:
         spec = tiny(family)
         found.append(spec)

@@ -50,7 +50,20 @@ FIELDS: dict[str, tuple] = {
     "logit_softcap": (None, 1.5),
     "group_score_k": (2, 1, 3),
     "mask_fill": (-np.inf, 0.0),
-    "selector": ("top_k", "group_top_k", "table", "given", "round_robin", "random", "sparsemixer", "sinkhorn"),
+    "selector": (
+        "top_k",
+        "group_top_k",
+        "table",
+        "given",
+        "round_robin",
+        "random",
+        "sparsemixer",
+        "sinkhorn",
+        "expert_choice",
+    ),
+    "take_factor": (1.0, 2.0),
+    "take_rounding": ("ceil", "floor", "round"),
+    "take_least": (0, 3),
     "quota_groups": (None, 2),
     "select_by": ("score", "logit"),
     "weights_from": ("scores", "masked_scores"),
@@ -84,6 +97,7 @@ TOKENS = {"one": 1, "few": 7, "some": 33, "many": 130}
 TOP_K = {"one": 1, "two": 2, "nine": 9}
 
 GROUPED = tuple(name for name in SHAPES if name != "none")
+CHOSEN = tuple(name for name in FIELDS["selector"] if name != "expert_choice")
 IMPLIES: tuple[tuple[str, tuple, str, tuple], ...] = (
     ("score_over", ("selected",), "score_func", ("softmax",)),
     ("score_over", ("selected",), "select_by", ("logit",)),
@@ -91,7 +105,7 @@ IMPLIES: tuple[tuple[str, tuple, str, tuple], ...] = (
         "score_over",
         ("selected",),
         "selector",
-        ("top_k", "group_top_k", "table", "given", "round_robin", "random", "sinkhorn"),
+        ("top_k", "group_top_k", "table", "given", "round_robin", "random", "sinkhorn", "expert_choice"),
     ),
     ("selector", ("sparsemixer", "sinkhorn"), "select_by", ("logit",)),
     ("selector", ("sparsemixer",), "score_func", ("softmax",)),
@@ -103,6 +117,11 @@ IMPLIES: tuple[tuple[str, tuple, str, tuple], ...] = (
     ("selector", ("group_top_k",), "experts", ("few", "many")),
     ("selector", ("group_top_k",), "top_k", ("two", "all")),
     ("selector", ("group_top_k",), "num_null_experts", (0,)),
+    ("selector", ("expert_choice",), "top_k", ("all",)),
+    ("selector", ("expert_choice",), "num_null_experts", (0,)),
+    ("selector", CHOSEN, "take_factor", (1.0,)),
+    ("selector", CHOSEN, "take_rounding", ("ceil",)),
+    ("selector", CHOSEN, "take_least", (0,)),
     ("groups", GROUPED, "selector", ("top_k",)),
     ("groups", GROUPED, "num_null_experts", (0,)),
     ("num_constant_experts", (1,), "num_null_experts", (1, 3)),

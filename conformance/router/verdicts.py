@@ -14,6 +14,7 @@ from conformance.router.bounds import (
     known_factor,
     score_error,
     score_floor,
+    taken,
     unlimited_choice,
     weight_error,
     weight_floor,
@@ -41,6 +42,22 @@ def selection_differs(judge: Judge, seen: Observation) -> list[int]:
     ]
     judge.near_ties(len(tokens) - len(unexplained))
     return unexplained
+
+
+def not_the_best_E(judge: Judge, seen: Observation) -> list[int]:
+    """Experts that take tokens that no choice scores within the rounding error make the best; the others are near ties.
+
+    How many they take is not looked at.
+    """
+    case = seen.case
+    choice_TE, error_TE = unlimited_choice(case), choice_error(case, judge.subject.compute_dtype)
+    taken_TE = taken(case, seen.expert_ids_TK)
+    other_E = (taken_TE != taken(case, case.reference.expert_ids_TK)).any(axis=0)
+    worst_in_E = np.where(taken_TE, choice_TE + error_TE, np.inf).min(axis=0, initial=np.inf)
+    best_out_E = np.where(taken_TE, -np.inf, choice_TE - error_TE).max(axis=0, initial=-np.inf)
+    wrong_E = other_E & (worst_in_E < best_out_E)
+    judge.near_ties(int((other_E & ~wrong_E).sum()))
+    return np.flatnonzero(wrong_E).tolist()
 
 
 def groups_used(seen: Observation, token) -> set[int]:

@@ -52,10 +52,13 @@ def _score(router: RouterSpec) -> str:
     by = " by logit" if router.select_by == "logit" and router.score_over == "all" else ""
     table = " by a table" if router.selector == "table" else ""
     more = f", logits x {router.logit_scale:.4g}" if router.logit_scale != 1 else ""
+    more += f", capped at {router.logit_softcap:g}" if router.logit_softcap is not None else ""
     return f"{router.score_func}{over}{by}{table}{more}"
 
 
 def _groups(router: RouterSpec) -> str:
+    if router.quota_groups is not None:
+        return f"{router.top_k // router.quota_groups} of each of {router.quota_groups}"
     if router.num_expert_groups is None:
         return "-"
     if router.num_expert_groups == 1:

@@ -18,7 +18,15 @@ from conformance.core.rounding import EPSILON
 from conformance.layer import bounds as layer_bounds
 from conformance.layer.case import LayerCase
 from conformance.layer.verdicts import radius_of_experts, sums_ball
-from conformance.router.bounds import ROUNDINGS, choice_error, score_error, score_floor, weight_error, weight_floor
+from conformance.router.bounds import (
+    ROUNDINGS,
+    choice_error,
+    score_error,
+    score_floor,
+    taken_clearly_T,
+    weight_error,
+    weight_floor,
+)
 from conformance.router.case import RouterCase
 from conformance.sharded.case import ShardedCase
 from conformance.sharded.verdicts import radii_of_gradients, radius_of_outputs
@@ -210,6 +218,8 @@ def hold_clear(case: RouterCase) -> bool:
     spec = case.spec
     if spec.selector == "random":
         raise Unclear("its choice is random")
+    if spec.selector == "expert_choice" and not taken_clearly_T(case, choice_error(case, DTYPE)).all():
+        raise Unclear("its choice hangs on rounding")
     if spec.selector != "top_k" or case.num_tokens == 0:
         return False
     trace, error_TE = case.reference, choice_error(case, DTYPE)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from moe_ref.specs.base import Spec, SpecWithForms
 from moe_ref.specs.checks import integer, number, one_axis, one_of, require
-from moe_ref.specs.router import SCORE_FUNCS
+from moe_ref.specs.router import SCORE_FUNCS, RouterSpec
 
 BALANCE_FORMS: dict[str, dict[str, Any]] = {
     # arXiv:2101.03961, equations 4 to 6; with K > 1 as in arXiv:2501.11873, so that balance is 1 for every K.
@@ -269,3 +269,16 @@ class CapacitySpec(Spec):
         """The fields that differ from their default, JSON-ready; `from_dict` reads it back."""
         found = super().to_dict()
         return found if self.then is None else found | {"then": self.then.to_dict()}
+
+
+def check_capacity(router: RouterSpec, capacity: CapacitySpec | None) -> None:
+    """A capacity is of experts that are chosen; those that choose take as many tokens as they say.
+
+    Raises:
+        ValueError: there is one, and the selector is expert_choice.
+    """
+    require(
+        capacity is None or router.selector != "expert_choice",
+        f"capacity is {capacity}, but selector is 'expert_choice', whose experts take take_factor * tokens / "
+        "num_experts each; it is None",
+    )

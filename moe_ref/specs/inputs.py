@@ -21,6 +21,7 @@ READS: dict[str, dict[str, bool]] = {
     "group_top_k": NOISE,
     "sparsemixer": NOISE,
     "sinkhorn": NOISE,
+    "expert_choice": NOISE,
     "table": {"token_ids_T": True, "table_VK": True},
     "given": {"given_ids_TK": True, "given_weights_TK": False},
     "round_robin": {"first_token": False},

@@ -147,6 +147,11 @@ class ShardLayout(Spec):
         """The layout fits the layer: what is split is split evenly, and groups lie where groups_per_node says."""
         router = spec.router if isinstance(spec, LayerSpec) else spec
         integer("expert", self.expert, 1, router.num_experts, why="num_experts")
+        require(
+            router.selector != "expert_choice" or self.num_token_shards == 1,
+            f"selector is 'expert_choice' over {self.num_token_shards} token shards; an expert takes tokens of a whole "
+            "batch, and a rank sees its own shard alone",
+        )
         _divides("expert", self.expert, "num_experts", router.num_experts)
         if self.placement is not None:
             require(

@@ -6,6 +6,7 @@ lists only what a model has. Families with their published sizes are in `familie
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -17,12 +18,16 @@ from moe_ref.specs.readers import hf
 
 SCORE_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus")
 ROUTER_DTYPES = ("float32", "float64", "bfloat16", "float16")
-SELECTORS = ("top_k", "group_top_k", "table", "given", "round_robin", "random", "sparsemixer", "sinkhorn")
+SELECTORS = ("top_k", "group_top_k", "table", "given", "round_robin", "random", "sparsemixer", "sinkhorn",
+             "expert_choice")  # fmt: skip
 WITHOUT_GROUPS: dict[str, Any] = {
     "num_expert_groups": None, "num_limited_groups": None, "group_score_k": 2, "mask_fill": -np.inf,
     "weights_from": "scores",
 }  # fmt: skip
 """What the fields of groups are where a router has none."""
+WITHOUT_TAKING: dict[str, Any] = {"take_factor": 1.0, "take_rounding": "ceil", "take_least": 0}
+"""What the fields of selector expert_choice are with another selector."""
+TAKE_ROUNDINGS = ("ceil", "floor", "round")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +77,21 @@ class RouterSpec(Spec):
     selector: str = "top_k"
     """top_k; group_top_k (Pangu Pro); table (by token id), given (replay), round_robin, random (load tests),
     sparsemixer (phimoe); sinkhorn, of training (Megatron): logits evened over the whole batch, so that a token's
-    experts depend on the others."""
+    experts depend on the others; expert_choice (arXiv:2202.09368): each expert takes the tokens of the batch that score
+    best for it, so that a token has any number of experts, 0 and all included. top_k is then num_experts: a token has a
+    slot for each expert that may take it, and those that did not leave theirs unused."""
     quota_groups: int | None = None
     """Groups of consecutive experts, of which each gives its top_k / quota_groups best choices; only with selector
     group_top_k, the mixture of grouped experts of arXiv:2505.21411 (xtuner, lmdeploy: router_n_groups). Scores and
     weights are those of all experts."""
+    take_factor: float = 1.0
+    """With selector expert_choice each expert takes num_tokens * take_factor / num_experts tokens: how many experts a
+    token has in the mean (the paper's capacity factor c). It is the decimal number that is written, as a capacity's."""
+    take_rounding: str = "ceil"
+    """How that number is rounded: ceil; floor (google-deepmind/simply#8); or round, to the nearest, halves to even
+    (ExpertsChooseMaskedRouter of flaxformer)."""
+    take_least: int = 0
+    """Each expert takes at least so many (flaxformer's min_expert_capacity: 4), but never more than there are."""
     select_by: str = "score"
     """What is ranked and what expert_bias is added to: score or logit."""
     mixer_eps: float = 0.01
@@ -149,6 +164,7 @@ class RouterSpec(Spec):
         integer("top_k", self.top_k, 1, self.num_choices, why="num_experts + num_null_experts")
         self._check_groups()
         self._check_quotas()
+        self._check_taking()
         self._check_combinations()
 
     def _check_groups(self):
@@ -194,6 +210,30 @@ class RouterSpec(Spec):
         require(
             self.num_null_experts == 0,
             f"num_null_experts is {self.num_null_experts}; with selector 'group_top_k' it is 0",
+        )
+
+    def _check_taking(self):
+        if self.selector != "expert_choice":
+            for field, identity in WITHOUT_TAKING.items():
+                value = getattr(self, field)
+                why = f"{field} is {value!r}, but selector is {self.selector!r}; it goes with 'expert_choice'"
+                require(value == identity, why)
+            return
+        number("take_factor", self.take_factor, above=0.0)
+        # So that its product with a number of tokens is a number that int64 holds.
+        parts = Fraction(str(float(self.take_factor))).denominator
+        require(parts <= 10**6, f"take_factor is {self.take_factor!r}; it has at most 6 decimals")
+        one_of("take_rounding", self.take_rounding, TAKE_ROUNDINGS)
+        integer("take_least", self.take_least, 0)
+        E = self.num_experts
+        require(
+            self.num_null_experts == 0,
+            f"num_null_experts is {self.num_null_experts}; with selector 'expert_choice' it is 0",
+        )
+        require(
+            self.top_k == E,
+            f"top_k is {self.top_k} with selector 'expert_choice'; it is num_experts ({E}), as any of them may take a "
+            "token: how many do in the mean is take_factor",
         )
 
     def _check_combinations(self):
@@ -272,7 +312,33 @@ class RouterSpec(Spec):
 
         Over ranks each one takes its own tokens for the batch.
         """
-        return self.selector == "sinkhorn"
+        return self.selector in ("sinkhorn", "expert_choice")
+
+    @property
+    def fills_slots(self) -> bool:
+        """Whether a token that is no padding has an expert in each of its slots."""
+        return self.selector not in ("given", "expert_choice")
+
+    def takes(self, num_tokens: Any) -> Any:
+        """C: how many of so many tokens, padding left out, each expert takes with selector expert_choice. [SEL-31]
+
+        Args:
+            num_tokens: an int, or an array of int64 of any framework; so is what is returned.
+        """
+        over, under = Fraction(str(float(self.take_factor))).as_integer_ratio()
+        under *= self.num_experts
+        whole = num_tokens * over // under
+        rest = num_tokens * over - whole * under
+        up = {
+            "ceil": rest > 0,
+            "floor": rest < 0,
+            "round": (2 * rest > under) | ((2 * rest == under) & (whole % 2 == 1)),
+        }[self.take_rounding]
+        wanted = whole + 1 * up
+        # In operators that integers and arrays have alike.
+        wanted = wanted + (wanted < self.take_least) * (self.take_least - wanted)
+        # A token is taken once.
+        return wanted - (wanted > num_tokens) * (wanted - num_tokens)
 
     def at_evaluation(self) -> Self:
         """The same router without what is of training alone: sinkhorn gives way to the best logits."""
@@ -298,7 +364,7 @@ class RouterSpec(Spec):
             with_weights or self.selector != "sparsemixer",
             "selector is 'sparsemixer', whose weights depend on how it chose; replay it with recorded weights",
         )
-        return self.replace(selector="given", quota_groups=None, **WITHOUT_GROUPS)
+        return self.replace(selector="given", quota_groups=None, **WITHOUT_TAKING, **WITHOUT_GROUPS)
 
     @classmethod
     def from_hf(cls, config: Any, *, ignore: Iterable[str] = ()) -> Self:

@@ -173,16 +173,24 @@ OTHERS = (
     {"selector": "sparsemixer", "select_by": "logit", "mixer_eps": 0.04},
     {"num_expert_groups": 4, "num_limited_groups": 2, "select_by": "logit", "mask_fill": 0.0, "group_score_k": 1},
     {"num_expert_groups": 2, "num_limited_groups": 1, "group_score_k": 3, "score_func": "sqrtsoftplus"},
+    {"top_k": 4, "selector": "group_top_k", "quota_groups": 2, "route_norm": True},
 )
 
 
 @pytest.mark.parametrize("fields", OTHERS, ids=lambda fields: "-".join(fields))
 def test_a_spec_that_no_family_has_is_found(fields):
-    spec = RouterSpec(num_experts=8, top_k=3, **fields)
+    spec = RouterSpec(**{"num_experts": 8, "top_k": 3} | fields)
     found = identify(Reference(), spec)
     takes = found.box.takes_bias and found.guess.bias_used
     assert found.fits
     assert normal(found.spec, takes)[0] == normal(spec, takes)[0]
+
+
+def test_a_choice_that_reads_the_batch_is_noted():
+    spec = RouterSpec(num_experts=8, top_k=3, selector="sinkhorn", select_by="logit")
+    found = identify(Reference(), spec)
+    assert not found.fits
+    assert any("depend on the others of its batch" in note for note in found.notes)
 
 
 def test_of_the_handed_spec_the_sizes_alone_are_read():

@@ -31,6 +31,7 @@ OWN_LOGITS = "a layer makes its logits itself, in float32"
 WIDE = "the routers of layers are of float32"
 NO_NOISE = "a layer is given no noise"
 NOT_EVENED = "no router of a layer evens the batch"
+FEW_TAKEN = "the experts of layers that take tokens have none at least, and no padding"
 UNUSED_SLOT = "a slot of no expert adds nothing, whatever its id and weight"
 SILENT = {
     "ties-fall-as-they-come": TIES,
@@ -76,6 +77,14 @@ SILENT = {
     "sinkhorn-evens-padding-too": NOT_EVENED,
     "sinkhorn-is-not-evened": NOT_EVENED,
     "sinkhorn-stops-after-one-round": NOT_EVENED,
+    "the-least-number-is-forgotten": FEW_TAKEN,
+    "each-token-has-one-expert-in-the-mean": SMALL,
+    "padding-is-counted": FEW_TAKEN,
+    "padding-has-a-place": FEW_TAKEN,
+    "of-equal-tokens-the-last-is-taken": TIES,
+    "a-logit-of-minus-infinity-is-taken": MASKED,
+    "takers-are-listed-by-id": ORDER,
+    "each-expert-has-its-own-slot": ORDER,
     "random-follows-the-logits": "what is drawn at random cannot be foreseen",
     "seed-ignored": "what is drawn at random cannot be foreseen",
 }

@@ -49,6 +49,7 @@ SPECS = {
     "given, selected": SELECTED | {"selector": "given"},
     "round robin": SIGMOID | {"selector": "round_robin"},
     "sparsemixer": {"selector": "sparsemixer", "select_by": "logit", "mixer_eps": 0.3},
+    "expert choice": NORM | {"top_k": 8, "selector": "expert_choice", "take_factor": 2.0},
 }
 # One for each function that has a slope of its own.
 SLOPES = (

@@ -89,6 +89,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
                                "route_scale": 8.0},
     "sparsemixer": {"selector": "sparsemixer", "select_by": "logit", "mixer_eps": 0.4},
     "sinkhorn": {"selector": "sinkhorn", "select_by": "logit"},
+    "expert_choice": {"top_k": 8, "selector": "expert_choice", "take_factor": 2.0, "take_rounding": "floor",
+                      "take_least": 1, "route_norm": True},
     "group_top_k": {"top_k": 4, "selector": "group_top_k", "quota_groups": 2, "route_norm": True},
     "table": {"selector": "table"},
     "given": SIGMOID_NORM | {"selector": "given"},

@@ -89,6 +89,11 @@ NEMOTRON = BASE | AUTO | {
 }  # fmt: skip
 
 
+def without_act(config: dict) -> dict[str, Any]:
+    """The config of a model type whose files name no activation."""
+    return {key: value for key, value in config.items() if key != "hidden_act"}
+
+
 def sizes(num_experts: int, top_k: int, **fields) -> dict[str, Any]:
     return {"num_experts": num_experts, "top_k": top_k, **fields}
 
@@ -340,6 +345,34 @@ PUBLISHED: list[tuple[str, dict, dict, int, int | None, int]] = [
         "num_hidden_layers": 28,
         "moe_z_loss_coeff": 1e-5, "moe_aux_loss_coeff": 1e-3, "moe_intermediate_size": 1664}, "vision_config": {},
         "image_token_index": 9}, sizes(64, 6, **SELECTED), 1664, 3328, 28),
+    ("Intern-S1-Pro", {"model_type": "interns1_pro", "vision_config": {}, "text_config": QWEN3 | {
+        "model_type": "interns1_pro_text", "hidden_size": 4096, "intermediate_size": 12288, "num_experts": 512,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 1536, "num_hidden_layers": 94, "router_n_groups": 8,
+        "fope_init_factor": 0.5, "fope_sep_head": True}},
+     sizes(512, 8, selector="group_top_k", quota_groups=8, **NORM), 1536, None, 94),
+    ("Grok-1", without_act(BASE) | AUTO | {"model_type": "grok-1", "attn_output_multiplier": 0.0884,
+        "hidden_size": 6144, "embedding_multiplier_scale": 78.38, "intermediate_size": 32768, "max_attn_value": 30.0,
+        "num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 64, "output_multiplier_scale": 0.577,
+        "output_router_logits": False, "router_aux_loss_coef": 0.001}, sizes(8, 2), 32768, None, 64),
+    ("Arctic", BASE | AUTO | {"model_type": "arctic", "enable_expert_tensor_parallelism": False, "enc_index": [0],
+        "hidden_size": 7168, "intermediate_size": 4864, "max_sequence_length": 4096, "moe_eval_capacity_factor": 1,
+        "moe_layer_frequency": 1, "moe_min_capacity": 0, "moe_token_dropping": True, "moe_train_capacity_factor": 1,
+        "num_experts_per_tok": 2, "num_hidden_layers": 35, "num_local_experts": 128, "parallel_attn_mlp_res": True,
+        "quantization": None, "router_aux_loss_coef": 0.001, "use_residual": True}, sizes(128, 2, **NORM),
+        4864, None, 35),
+    ("Hunyuan-Large", BASE | AUTO | {"model_type": "hunyuan", "cla_share_factor": 2, "hidden_size": 6400,
+        "im_end_id": 6, "intermediate_size": 18304, "moe_topk": 1, "num_experts": 16, "num_hidden_layers": 64,
+        "num_shared_expert": 1, "pretraining_tp": 1, "use_cla": True, "use_mixed_mlp_moe": True,
+        "use_qk_norm": True}, sizes(16, 1), 18304,
+        18304, 64),
+    ("Qwen2-57B-A14B", QWEN3 | {"model_type": "qwen2_moe", "hidden_size": 3584, "moe_intermediate_size": 2560,
+        "norm_topk_prob": False, "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 28,
+        "shared_expert_intermediate_size": 20480}, sizes(64, 8), 2560, 20480, 28),
+    ("Ling-lite", BASE | AUTO | {"model_type": "bailing_moe", "embedding_dropout": 0.1, "first_k_dense_replace": 0,
+        "hidden_size": 2048, "intermediate_size": 5632, "moe_intermediate_size": 1408, "multi_gate": False,
+        "norm_head": True, "norm_softmax": False, "norm_topk_prob": True, "num_experts": 64, "num_experts_per_tok": 6,
+        "num_hidden_layers": 28, "num_shared_experts": 2, "use_bias": False, "use_qkv_bias": False},
+     sizes(64, 6, **NORM), 1408, 2816, 28),
     ("cohere2-moe", BASE | {"model_type": "cohere2_moe", "hidden_size": 8192, "intermediate_size": 4096,
     "layer_norm_eps": 1e-5,
         "logit_scale": 0.0625, "num_experts": 128, "num_experts_per_tok": 8, "num_shared_experts": 2,

@@ -19,7 +19,8 @@ GIVEN = {
 
 def spec(selector):
     quotas = 2 if selector == "group_top_k" else None
-    return RouterSpec(num_experts=4, top_k=K, selector=selector, select_by="logit", quota_groups=quotas)
+    top_k = 4 if selector == "expert_choice" else K
+    return RouterSpec(num_experts=4, top_k=top_k, selector=selector, select_by="logit", quota_groups=quotas)
 
 
 def test_the_table_has_every_selector_and_every_field():

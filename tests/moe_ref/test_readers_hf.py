@@ -259,6 +259,9 @@ def test_the_weights_of_a_latent_are_read_and_written_under_published_names():
             "moe_layer_start_index": [1, 1], "moe_layer_end_index": [27, 27], "vision_config": {}, "im_patch_id": 7,
             "moe_norm_min": 1e-12}, "two kinds of tokens", FAMILIES["ernie4_5_vl_moe"].router),
         ({"model_type": "axk1"}, "a norm follows", FAMILIES["axk1"].router),
+        ({"architectures": ["Grok1ForCausalLM"], "model_type": "git", "residual_moe": True, "num_local_experts": 8,
+          "num_experts_per_tok": 2, "router_logit_softcapping": 30.0, "num_hidden_layers": 64, "hidden_size": 8192,
+          "moe_intermediate_size": 16384, "intermediate_size": 32768}, "square root of 2", preset("grok_2")),
     ],
     ids=lambda value: str(value)[:20],
 )  # fmt: skip
@@ -266,6 +269,16 @@ def test_a_layer_that_no_spec_describes_says_why_and_its_router_is_read(config, 
     with pytest.raises(ValueError, match=f"no LayerSpec describes .*{why}"):
         LayerSpec.from_hf(config)
     assert RouterSpec.from_hf(config) == router
+
+
+@pytest.mark.parametrize("groups", [-1, 0, None])
+def test_no_quotas_are_read_where_there_are_no_groups_of_the_router(groups):
+    inner = FILES["Intern-S1-Pro"]["text_config"] | {"router_n_groups": groups}
+    assert RouterSpec.from_hf(inner).selector == "top_k"
+    with pytest.raises(ValueError, match="router_n_groups is 7, which does not divide num_experts"):
+        RouterSpec.from_hf(inner | {"router_n_groups": 7})
+    with pytest.raises(ValueError, match="'router_n_groups' is no key that a config of qwen3_moe"):
+        RouterSpec.from_hf(inner | {"model_type": "qwen3_moe", "router_n_groups": 8}, ignore=["fope_sep_head"])
 
 
 def test_unknown_keys_can_be_passed_over_by_name():
@@ -334,7 +347,8 @@ PRESETS = {
     "Jamba-v0.1": "jamba", "dbrx-instruct": "dbrx", "dots.llm1.inst": "dots1", "LongCat-Flash-Chat": "longcat_flash",
     "Ling-mini-2.0": "ling_mini_2", "Ring-1T": "ling_1t", "Trinity-Mini": "afmoe", "Trinity-Large": "trinity_large",
     "Step-3.5-Flash": "step3p7", "LFM2-8B-A1B": "lfm2_moe", "K-EXAONE-236B-A23B": "exaone_moe",
-    "Kimi-Linear-48B-A3B": "kimi_linear", "Hy3": "hy_v3", "aria": "aria",
+    "Kimi-Linear-48B-A3B": "kimi_linear", "Hy3": "hy_v3", "aria": "aria", "Intern-S1-Pro": "intern_s1_pro",
+    "Grok-1": "grok_1", "Arctic": "arctic", "Hunyuan-Large": "hunyuan_large",
 }  # fmt: skip
 """Published config -> preset."""
 

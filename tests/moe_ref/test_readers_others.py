@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moe_ref import ExpertSpec, LayerSpec, RouterSpec, SharedSpec
+from moe_ref import ExpertSpec, LatentSpec, LayerSpec, RouterSpec, SharedSpec
 from moe_ref.specs.families import preset
 from moe_ref.specs.readers import maxtext
 
@@ -108,6 +108,11 @@ def test_megatron_scores_a_group_by_k_over_l_best():
     assert LayerSpec.from_megatron(config).router.group_score_k == 3
 
 
+def test_megatron_has_experts_of_a_latent_width():
+    spec = LayerSpec.from_megatron(MEGATRON | {"moe_latent_size": 64})
+    assert spec == V3.replace(latent=LatentSpec(dim=64))
+
+
 def test_megatron_gpt_oss():
     config = {"num_moe_experts": 32, "moe_router_topk": 4, "hidden_size": 2880, "moe_ffn_hidden_size": 2880,
               "gated_linear_unit": True, "activation_func": "quick_gelu", "glu_linear_offset": 1.0,
@@ -126,7 +131,8 @@ def test_megatron_gpt_oss():
         ({"moe_ruoter_topk": 3}, "'moe_ruoter_topk' is no key .*did you mean moe_router_topk"),
         ({"num_experts": 4}, "num_moe_experts is 256, but num_experts is 4"),
         ({"moe_router_load_balancing_type": "base"}, "moe_router_load_balancing_type is 'base'"),
-        ({"moe_latent_size": 64}, "moe_latent_size is 64"),
+        ({"moe_latent_size": 64, "add_bias_linear": True}, "moe_latent_size is 64 with add_bias_linear"),
+        ({"moe_latent_size": -64}, "moe_latent_size is -64; it is an integer at least 1"),
         ({"moe_expert_capacity_factor": 1.25}, "moe_expert_capacity_factor is 1.25"),
         ({"moe_router_topk": 300}, "moe_router_topk is 300; it is an integer between 1 and 256"),
         ({"moe_router_num_groups": None}, "moe_router_group_topk is 4, but moe_router_num_groups is None"),

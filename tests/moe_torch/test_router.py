@@ -44,6 +44,7 @@ SPECS = [
         PLAIN | SELECTED | {"selector": "given"},
         PLAIN | {"selector": "round_robin"},
         PLAIN | {"selector": "sparsemixer", "select_by": "logit", "mixer_eps": 0.2},
+        PLAIN | NORMED | {"selector": "expert_choice", "top_k": PLAIN["num_experts"], "take_factor": 3.0},
         GROUPS | NORMED,
         GROUPS | NORMED | {"group_score_k": 1, "top_k": 9},
         GROUPS | {"group_score_k": 4, "score_func": "sqrtsoftplus"},

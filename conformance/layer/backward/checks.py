@@ -5,6 +5,7 @@ Legend: T tokens, E experts.
 
 import numpy as np
 
+from conformance.core.check import given
 from conformance.core.holding import hold
 from conformance.core.show import spec_fields
 from conformance.layer import bounds
@@ -21,8 +22,11 @@ from conformance.layer.predicates import (
     SHARED,
     WHOLE,
     by_token,
+    chosen_alone,
     poisoned,
     takes_ids,
+    takes_tokens,
+    tokens_choose,
     unaligned,
     unlimited,
     unlimited_and_unmasked,
@@ -39,7 +43,7 @@ from conformance.layer.verdicts import (
     hold_unchanged,
     wanted_gradients,
 )
-from moe_ref import CapacitySpec, LayerSpec
+from moe_ref import UNUSED, CapacitySpec, LayerSpec
 
 FORWARD = (*PARTS, *WHOLE, "BWD-1")
 
@@ -60,6 +64,7 @@ def the_backward_pass_runs_and_returns_a_gradient_for_each_parameter(judge, case
     "BWD-2",
     large=1,
     method="layer_gradients",
+    spec=tokens_choose,
     after=(*FORWARD, "BWD-3", "BWD-5", "BWD-10"),
     unless=(ROUTER_IS_WRONG,),
 )
@@ -87,7 +92,7 @@ def the_biases_of_an_expert_get_the_gradients_of_its_rows(judge, case):
     "BWD-5",
     large=1,
     method="layer_gradients",
-    spec=lambda s: not has_constant_weights(s),
+    spec=lambda s: tokens_choose(s) and not has_constant_weights(s),
     after=FORWARD,
     unless=(ROUTER_IS_WRONG,),
 )
@@ -132,6 +137,7 @@ def a_constant_weight_sends_no_gradient_to_the_gate(judge, case):
     "BWD-9",
     large=4,
     method="layer_gradients",
+    spec=chosen_alone,
     inputs=("token_mask_T",),
     tokens=(7,),
     after=("BWD-1",),
@@ -187,6 +193,7 @@ def hold_all_gradients(judge, case, title):
     "BWD-13",
     large=3,
     method="layer_gradients",
+    spec=tokens_choose,
     inputs=("capacity",),
     tokens=(7, 17),
     after=(*FORWARD, "LAY-19", "BWD-1"),
@@ -199,7 +206,7 @@ def a_dropped_slot_sends_no_gradient(judge, case):
     hold_all_gradients(judge, case, title)
 
 
-@requires("BWD-14", method="layer_gradients", tokens=(7,), after=("BWD-1", "LAY-18"), few=True)
+@requires("BWD-14", method="layer_gradients", spec=tokens_choose, tokens=(7,), after=("BWD-1", "LAY-18"), few=True)
 def a_capacity_that_nothing_exceeds_changes_no_gradient(judge, case):
     first, second = (gradients_of_subject(judge, case) for _ in range(2))
     limited = gradients_of_subject(judge, case.with_inputs(capacity=CapacitySpec(slots=2**20)))
@@ -242,3 +249,41 @@ def the_backward_pass_changes_no_array_that_it_is_given(judge, case):
 )
 def aligned_rows_change_no_gradient(judge, case):
     hold_all_gradients(judge, case, f"not with {spec_fields(case.inputs['align'])}")
+
+
+def taken_by_nobody_T(case) -> np.ndarray:
+    """(T,) tokens that are no padding and that no expert took."""
+    return case.valid_T & (case.reference.expert_ids_TK == UNUSED).all(axis=-1)
+
+
+@requires(
+    "BWD-18",
+    method="layer_gradients",
+    spec=takes_tokens,
+    inputs=("token_mask_T",),
+    tokens=(7,),
+    after=(*FORWARD, "BWD-3", "BWD-10", "BWD-19"),
+    unless=(ROUTER_IS_WRONG,),
+)
+def a_slot_that_no_expert_took_sends_no_gradient(judge, case):
+    hold_all_gradients(judge, case, "not with experts that take tokens")
+
+
+@requires(
+    "BWD-19",
+    method="layer_gradients",
+    spec=takes_tokens,
+    tokens=(7,),
+    after=("BWD-1",),
+    given=(
+        CHOICE_IS_CLEAR,
+        given("judged where no expert took some token", lambda c: bool(taken_by_nobody_T(c).any())),
+    ),
+)
+def a_token_that_no_expert_took_adds_to_no_gradient_of_routed_experts(judge, case):
+    unread = np.where(taken_by_nobody_T(case)[:, None], 0, case.d_output_TD)
+    wanted = gradients_of_subject(judge, case.with_(d_output_TD=unread))
+    found, balls = gradients_of_subject(judge, case), bounds.gradients(case, *dtypes(judge))
+    for name in (each for each in (*ROUTER, *MATRICES, *BIASES) if each in wanted_gradients(case)):
+        title = "it depends on the loss of a token that no expert took"
+        hold_parameter(title, name, found[name], wanted[name], 2 * balls[name].radius)

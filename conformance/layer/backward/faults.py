@@ -4,11 +4,14 @@ Legend: T tokens, K top_k, D model dim, F expert hidden dim, E experts, N used s
 S shared experts.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from conformance.core.fault import replaces, surrounds
 from conformance.layer.faulty import with_router
 from conformance.layer.predicates import MATRICES
+from moe_ref import UNUSED, moe_layer
 from moe_ref.backward.layer import (
     activation_slope,
     combine_backward,
@@ -330,3 +333,33 @@ def gradients_return_to_the_next_token(d_slot_inputs_TKD, x_TD, weights_TK, spec
     """The gradients of the rows return to their tokens one place too far."""
     d_x_TD, d_weights_TK = weigh_inputs_backward(d_slot_inputs_TKD, x_TD, weights_TK, spec)
     return np.roll(d_x_TD, 1, axis=0), d_weights_TK
+
+
+@replaces("route_backward", breaks="BWD-18")
+def an_unused_slot_is_the_last_expert(routing, spec, learned_scale, *rest, **more):
+    """In the backward pass of experts that take tokens, -1 is an index: the last expert is in the norm once more."""
+    if spec.selector == "expert_choice":
+        ids_TK = np.where(routing.expert_ids_TK == UNUSED, spec.num_experts - 1, routing.expert_ids_TK)
+        routing = replace(routing, expert_ids_TK=ids_TK)
+    return route_backward(routing, spec, learned_scale, *rest, **more)
+
+
+@replaces("route_backward", breaks="BWD-18")
+def taking_is_no_constant(routing, spec, learned_scale, d_weights_TK, *rest, **more):
+    """The gradient passes straight through the taking of tokens, to the experts that left them too."""
+    d_logits_TE, d_scale = route_backward(routing, spec, learned_scale, d_weights_TK, *rest, **more)
+    if spec.selector == "expert_choice":
+        d_logits_TE = d_logits_TE + 0.1 * d_weights_TK.sum(axis=1, keepdims=True)
+    return d_logits_TE, d_scale
+
+
+@surrounds(breaks="BWD-19")
+def a_token_of_nobody_trains_the_gate(run, memory, x_TD, params, spec, d_output_TD, **inputs):
+    """Tokens that no expert took pull the gate towards them."""
+    found = run(x_TD, params, spec, d_output_TD, **inputs)
+    if spec.router.selector != "expert_choice" or not len(x_TD) or inputs.get("token_mask_T") is not None:
+        return found
+    ids_TK = moe_layer(x_TD, params, spec).expert_ids_TK
+    nobody_T = (ids_TK == UNUSED).all(axis=-1)
+    pull_D = (x_TD[nobody_T] * (d_output_TD[nobody_T] ** 2).sum(axis=-1, keepdims=True)).sum(axis=0)
+    return found | {"gate_ED": found["gate_ED"] - pull_D.astype(found["gate_ED"].dtype)}

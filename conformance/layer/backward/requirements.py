@@ -29,4 +29,8 @@ chapter(
     ("BWD-16", MUST, "The backward pass changes no array that it is given."),
     ("BWD-17", MUST, "Rows aligned to a multiple change no gradient: that of a padding row is 0, and no bias gets any "
                   "of it.", "AI-Hypercomputer/maxtext#3699"),
+    ("BWD-18", MUST, "Under expert_choice the choice is a constant: gradients are those of the slots that experts "
+                  "took, and an unused slot sends none."),
+    ("BWD-19", MUST, "Under expert_choice a token that no expert took adds nothing to the gradients of the gate and "
+                  "of the routed experts."),
 )  # fmt: skip

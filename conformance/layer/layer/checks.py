@@ -21,11 +21,13 @@ from conformance.layer.predicates import (
     POISON,
     WHOLE,
     by_token,
+    chosen_alone,
     plainly_routed,
     poisoned,
     routed_alone,
     sees_tokens,
     takes_ids,
+    tokens_choose,
     unaligned,
     unlimited,
     unlimited_and_unmasked,
@@ -144,7 +146,7 @@ def the_output_of_padding_is_0(judge, case):
         hold(f"padding that holds {poison:g} has an output", found_TD, nothing, rows=~case.valid_T)
 
 
-@requires("LAY-7", large=3, method="layer", inputs=("token_mask_T",), tokens=(7,), after=("LAY-1",))
+@requires("LAY-7", large=3, method="layer", spec=chosen_alone, inputs=("token_mask_T",), tokens=(7,), after=("LAY-1",))
 def padding_changes_no_other_token(judge, case):
     plain_TD = output_of_subject(judge, unmasked(case))
     clear_T = judged_T(judge, case) & case.valid_T
@@ -289,7 +291,7 @@ def a_layer_routes_as_its_router_says(judge, case):
 NOTHING_EXCEEDS = (CapacitySpec(slots=2**20), CapacitySpec(factor=1024.0))
 
 
-@requires("LAY-18", method="layer", tokens=(7,), after=("LAY-1", "LAY-16"), few=True)
+@requires("LAY-18", method="layer", spec=tokens_choose, tokens=(7,), after=("LAY-1", "LAY-16"), few=True)
 def a_capacity_that_nothing_exceeds_changes_nothing(judge, case):
     plain_TD = output_of_subject(judge, case)
     for capacity in NOTHING_EXCEEDS[: 1 if judge.subject.compiles else None]:
@@ -301,6 +303,7 @@ def a_capacity_that_nothing_exceeds_changes_nothing(judge, case):
     "LAY-19",
     large=3,
     method="layer",
+    spec=tokens_choose,
     inputs=("capacity",),
     tokens=(7, 17),
     after=PARTS,

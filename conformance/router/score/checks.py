@@ -119,7 +119,7 @@ def sqrtsoftplus_scores(judge, case):
 
 @requires(
     "SCR-4",
-    spec=lambda spec: spec.score_over == "selected" and spec.selector != "given",
+    spec=lambda spec: spec.score_over == "selected" and spec.fills_slots,
     logits=MODERATE,
     after=("WGT-8",),
     unless=(NORM_OR_SCALE_IS_WRONG,),
@@ -267,7 +267,7 @@ def a_choice_from_low_precision_logits_is_explained(judge, case):
 
 @requires(
     "SCR-11",
-    spec=lambda s: s.rounds and s.has_scores and s.selector != "given",
+    spec=lambda s: s.rounds and s.has_scores and s.fills_slots,
     logits=(*MODERATE, "close"),
     bias=("none",),
 )

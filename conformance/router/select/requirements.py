@@ -32,4 +32,15 @@ chapter(
     ("SEL-19", MUST, "sinkhorn selects the largest entries of each row of exp(logits), whose rows and columns are "
                   "scaled until experts share the whole batch evenly."),
     ("SEL-20", MUST, "Padding tokens take no part in the batch that sinkhorn evens."),
+    ("SEL-30", MUST, "Under expert_choice each expert takes the tokens of the whole batch that rank best for it, by "
+                  "scores of each token over the experts.", "deepspeedai/DeepSpeed#7986"),
+    ("SEL-31", MUST, "Under expert_choice each expert takes take_factor * tokens / num_experts tokens, rounded as "
+                  "take_rounding says, take_least of them at least and all at most.", "google-deepmind/simply#8"),
+    ("SEL-32", MUST, "Under expert_choice padding is never taken, and is not among the tokens whose number decides how "
+                  "many are."),
+    ("SEL-33", SHOULD, "Under expert_choice the lower of two tokens with equal choice scores is taken."),
+    ("SEL-34", MUST, "Under expert_choice an expert never takes a token whose logit for it is -inf; it rather takes "
+                  "fewer."),
+    ("SEL-35", SHOULD, "Under expert_choice the experts that took a token are in descending choice score, equal ones "
+                  "by lower id, and unused slots (-1) follow.", "deepseek-ai/DeepEP#595"),
 )  # fmt: skip

@@ -5,7 +5,15 @@ import numpy as np
 from conformance.core.check import given
 from conformance.core.judge import accuse
 from conformance.core.rounding import EPSILON, TINY, close, coarse
-from conformance.router.bounds import ROUNDINGS, coarseness, expected_weights, score_floor, smallest, weight_error
+from conformance.router.bounds import (
+    ROUNDINGS,
+    coarseness,
+    expected_weights,
+    score_floor,
+    smallest,
+    taken,
+    weight_error,
+)
 from conformance.router.case import RouterCase
 from conformance.router.draw import BIASES, LOGITS
 from conformance.router.kind import requires
@@ -20,7 +28,7 @@ from conformance.router.predicates import (
     weighs_wrong_with,
     without_bias,
 )
-from conformance.router.verdicts import hold_weights, selection_differs, unused, weights_differ
+from conformance.router.verdicts import hold_weights, not_the_best_E, selection_differs, unused, weights_differ
 from moe_ref.routing import gather
 
 
@@ -31,7 +39,8 @@ def plain(spec) -> bool:
         and spec.num_null_experts == 0
         and spec.num_scored_shared_experts == 0
         and spec.weights_from == "scores"
-        and spec.selector not in ("given", "sparsemixer")
+        and spec.selector != "sparsemixer"
+        and spec.fills_slots
     )
 
 
@@ -205,7 +214,7 @@ def weights_of_given_ids_are_finite_where_scores_underflow(judge, case):
     hold_finite(judge, case, underflow=True)
 
 
-@requires("WGT-11", spec=lambda s: s.selector == "given", bias=("none",), logits=MODERATE)
+@requires("WGT-11", spec=lambda s: not s.fills_slots, bias=("none",), logits=MODERATE)
 def an_unused_slot_weighs_nothing(judge, case):
     seen = observe(judge, case)
     for t in np.flatnonzero((unused(seen.expert_ids_TK) & (seen.weights_TK != 0)).any(axis=-1)):
@@ -287,7 +296,7 @@ def plainer(case: RouterCase) -> RouterCase:
 
 
 OF_THE_CHOICE = ("RUN-3", "GRP-2", "SEL-3", "SEL-11", "SEL-2", "SEL-4", "GRP-1", "GRP-3", "GRP-6", "SEL-9", "SEL-14",
-                 "SEL-15", "SEL-16")  # fmt: skip
+                 "SEL-15", "SEL-16", "SEL-30", "SEL-31", "SEL-34")  # fmt: skip
 OF_THE_WEIGHTS = tuple(f"WGT-{number}" for number in (8, 2, 3, 4, 5, 6, 7, 9, 11, 12, 13, 14))
 
 
@@ -308,6 +317,10 @@ def everything_combines(judge, case):
         wrong = selection_differs(judge, seen)
     elif spec.selector in ("table", "given", "round_robin"):
         wrong = np.flatnonzero((seen.expert_ids_TK != case.reference.expert_ids_TK).any(axis=-1) & case.valid_T)
+    elif spec.selector == "expert_choice":
+        experts = not_the_best_E(judge, seen)
+        other_TE = taken(case, seen.expert_ids_TK) != taken(case, case.reference.expert_ids_TK)
+        wrong = np.flatnonzero(other_TE[:, experts].any(axis=-1))
     for t in wrong:
         accuse(
             "another selection",

@@ -195,6 +195,8 @@ def _model_type(values: Fields) -> str | None:
     architectures = values.get("architectures") or []
     if name == "bailing_moe" and any("V2" in each for each in architectures):  # Ling 2.0, under the name of Ling
         return "bailing_moe_v2"
+    if name == "git" and "Grok1ForCausalLM" in architectures:  # the file of Grok-2 says so
+        return "grok_2"
     if name:
         return name
     plain = {each.replace("_", ""): each for each in BY_MODEL_TYPE}

@@ -12,7 +12,7 @@ ROUTING_WORDS = (
 WORDS = (
     # tokens, tokenizer, generation
     "token", "vocab", "beam", "penalty", "return_", "output_", "ngram", "words_ids", "suppress", "template",
-    "generation",
+    "generation", "_start_id", "_end_id", "_newline_id",
     "label", "prompt", "stop_", "sampling", "logits", "max_len", "max_model", "max_seq", "seq_len", "seq_length",
     "length",
     "context", "num_codes", "codebook", "reward", "classif",

@@ -136,6 +136,34 @@ def _cohere2_moe(config: Config, router: Fields, kind: str) -> None:
         router |= SELECTED | {"route_norm": False}  # which a softmax over the selected has anyway
 
 
+def _quotas(config: Config, router: Fields, kind: str) -> None:
+    """router_n_groups says how many groups each give their share; -1, 0 and null: there are none."""
+    groups = router.pop("quota_groups")
+    if groups not in (None, -1, 0):
+        router |= {"selector": "group_top_k", "quota_groups": groups}
+
+
+def _capped(config: Config, router: Fields, kind: str) -> None:
+    """A cap of 0 is none."""
+    key = "router_logit_softcapping"
+    router["logit_softcap"] = config.get(key, config.defaults.get(key, 0.0), field="logit_softcap") or None
+
+
+def _normed_if_several(config: Config, router: Fields, kind: str) -> None:
+    """Weights are normed where there is more than one; a single one is its score."""
+    router["route_norm"] = router["top_k"] > 1
+
+
+def _arctic(config: Config, depth: int) -> list[str | None]:
+    step = config.get("moe_layer_frequency", 2) or 2
+    return ["moe" if (i + 1) % step == 0 else None for i in range(depth)]
+
+
+def _grok_2(config: Config) -> str:
+    dense = config.get("residual_moe", False)
+    return "a dense branch is added, and the sum divided by the square root of 2 (residual_moe)" if dense else ""
+
+
 def _laguna(config: Config, router: Fields, kind: str) -> None:
     router["logit_softcap"] = config.get("moe_router_logit_softcapping", 0.0, field="logit_softcap") or None
 
@@ -352,6 +380,26 @@ ROWS = (
     row("step3_text step3_vl", STEP | {"route_norm": "norm_expert_weight"}, shared=Shared(width="share_expert_dim"),
         layers=listed("moe_layers_enum", lambda config, depth: [None, *["moe"] * (depth - 1)]), activation="",
         defaults={"norm_expert_weight": True}, family="qwen3_moe", source="https://huggingface.co/stepfun-ai/step3"),
+    # Its class norms and takes the share of each of router_n_groups groups; so do vLLM and SGLang.
+    row("interns1_pro_text interns1_pro", SIZES | NORM | {"quota_groups": "router_n_groups"}, adjust=_quotas,
+        layers=steps, family="qwen3_moe", defaults={"router_n_groups": -1, "norm_topk_prob": True},
+        source="https://huggingface.co/internlm/Intern-S1-Pro"),
+    # As xai-org/grok-1 computes it: no norm and no cap, which ports of it have.
+    row("grok-1 grok_1", SIZES, adjust=_capped, activation="", experts={"activation": "gelu_tanh"}, **NARROW,
+        family="olmoe", source="https://github.com/xai-org/grok-1"),
+    row("grok_2", LOCAL, adjust=_capped, activation="", experts={"activation": "gelu_tanh"}, cannot=_grok_2,
+        defaults={"router_logit_softcapping": 30.0}, family="olmoe", irrelevant=("residual_moe",),
+        source="https://huggingface.co/xai-org/grok-2"),
+    # Beside it a dense branch works on another input, which is no part of the layer.
+    row("arctic", LOCAL, adjust=_normed_if_several, layers=_arctic, **NARROW, family="mixtral", irrelevant=(
+            "moe_train_capacity_factor", "moe_eval_capacity_factor", "moe_min_capacity", "moe_token_dropping",
+            "enable_expert_tensor_parallelism", "use_residual", "parallel_attn_mlp_res", "enc_index"),
+        source="https://huggingface.co/Snowflake/snowflake-arctic-instruct"),
+    row("hunyuan", {"num_experts": "num_experts", "top_k": "moe_topk"}, adjust=_normed_if_several, shared=Shared(),
+        **NARROW, also={"num_experts_per_tok": "moe_topk"}, only={
+            "num_shared_expert": (1,), "use_mixed_mlp_moe": (True,), "moe_layer_num_skipped": (0,),
+            "moe_drop_tokens": (False,)}, family="hunyuan_v1_moe", irrelevant=("moe_random_routing_dropped_token",),
+        source="https://huggingface.co/tencent/Tencent-Hunyuan-Large"),
 )  # fmt: skip
 
 BY_MODEL_TYPE: dict[str, Row] = {name: each for each in ROWS for name in each.model_types}

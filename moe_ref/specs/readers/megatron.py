@@ -9,7 +9,7 @@ import ast
 from collections.abc import Iterable
 from typing import Any
 
-from moe_ref.specs.checks import nearest, require
+from moe_ref.specs.checks import integer, nearest, require
 from moe_ref.specs.names import dtype_named
 from moe_ref.specs.readers.config import Config, Irrelevant, load
 from moe_ref.specs.readers.hf_row import Fields
@@ -34,7 +34,7 @@ ACTIVATIONS: dict[str, Fields] = {
     "quick_gelu": {"activation": "silu", "alpha": 1.702},
 }  # fmt: skip
 FIXED = {
-    "moe_latent_size": (None,), "moe_expert_capacity_factor": (None,), "moe_router_topk_limited_devices": (None,),
+    "moe_expert_capacity_factor": (None,), "moe_router_topk_limited_devices": (None,),
     "moe_enable_routing_replay": (False,), "moe_router_force_load_balancing": (False,), "moe_n_hash_layers": (0, None),
     "moe_pad_expert_input_to_capacity": (False,), "use_te_activation_func": (False,), "openai_gelu": (False,),
 }  # fmt: skip
@@ -88,6 +88,12 @@ def read(config: Any, *, ignore: Iterable[str] = ()) -> tuple[Fields, Config]:
     require(bool(width) or not gate, "moe_shared_expert_gate is True, but moe_shared_expert_intermediate_size is none")
     if width:
         fields["shared"] = {"hidden_dim": width, "gate": "sigmoid" if gate else "none"}
+    latent = found.get("moe_latent_size", None)
+    if latent:
+        integer("moe_latent_size", latent, 1)  # here, since the `dim` of an error would be hidden_size
+        has_bias = fields["experts"]["bias"]
+        require(not has_bias, f"moe_latent_size is {latent} with add_bias_linear; no LatentSpec has biases")
+        fields["latent"] = {"dim": latent}
     _layers(found)
     about_layers = {key for key in values if any(word in key for word in ROUTING_WORDS)}
     others = Irrelevant(values.keys() - about_layers)  # a config of Megatron is about the whole training
