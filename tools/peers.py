@@ -2,6 +2,7 @@
 
 python -m tools.peers                                # every peer that is not there yet
 .peers/maxtext/bin/moe-conformance run maxtext       # then judged from its own environment
+.peers/megatron/bin/moe-conformance run megatron
 """
 
 import shutil

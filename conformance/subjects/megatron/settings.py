@@ -167,7 +167,8 @@ def layer_entries(spec: LayerSpec, *, expert_bias: bool = False) -> dict[str, An
         raise ValueError(
             f"gate_bias is {spec.gate_bias} and experts.bias {spec.experts.bias}; Megatron's add_bias_linear is both"
         )
-    found["moe_apply_probs_on_input"] = spec.router.weight_on == "input"
+    if spec.router.weight_on == "input":
+        found["moe_apply_probs_on_input"] = True
     return found | _shared(spec)
 
 
