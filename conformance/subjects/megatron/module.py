@@ -1,7 +1,7 @@
 """conformance, subject megatron: its modules TopKRouter and MoELayer, built without a trainer, on a CPU.
 
-megatron-core asks for a GPU in a few places of its MoE layer. What stands in for one is all here (`_Stream` and the
-lines below it): a device that is the CPU, streams that do nothing, no GEMM of Transformer Engine, and split sizes that
+megatron-core asks for a GPU in a few places of its MoE layer. What stands in for one is all here (`_Stream`,
+`SUBSTITUTES`): a device that is the CPU, streams that do nothing, no GEMM of Transformer Engine, and split sizes that
 are handed to a collective as NumPy arrays, as they are for tensors of a GPU. `torch.compile` leaves functions as they
 are.
 """
@@ -58,18 +58,16 @@ with warnings.catch_warnings():
     TransformerConfig = _load("megatron.core.transformer.transformer_config").TransformerConfig
     ProcessGroupCollection = _load("megatron.core.process_groups_config").ProcessGroupCollection
 
-NEEDED = {
-    "current_device": lambda: "cpu",
-    "Stream": _Stream,
-    "current_stream": lambda device=None: None,
-    "stream": lambda stream: contextlib.nullcontext(),
-}
-"""Of torch.cuda."""
-for _name, _substitute in NEEDED.items():
-    setattr(torch.cuda, _name, _substitute)
-if not hasattr(moe_utils, "te_general_gemm"):
-    moe_utils.te_general_gemm = None
-token_dispatcher.maybe_move_tensor_to_cpu = _as_on_a_gpu
+SUBSTITUTES: tuple[tuple[Any, str, Any], ...] = (
+    (torch.cuda, "current_device", lambda: "cpu"),
+    (torch.cuda, "Stream", _Stream),
+    (torch.cuda, "current_stream", lambda device=None: None),
+    (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
+    (token_dispatcher, "maybe_move_tensor_to_cpu", _as_on_a_gpu),
+    (moe_utils, "te_general_gemm", getattr(moe_utils, "te_general_gemm", None)),
+)
+for _module, _name, _substitute in SUBSTITUTES:
+    setattr(_module, _name, _substitute)
 
 ACTIVATIONS = {
     "silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu, "relu": torch.nn.functional.relu,
@@ -258,12 +256,12 @@ def to_canonical(by_path: dict[str, np.ndarray], params: LayerParams, first: int
 
 def routed_ids(probs_TE: torch.Tensor, map_TE: torch.Tensor, top_k: int) -> tuple[np.ndarray, np.ndarray]:
     """(T, K) ids in ascending order and their weights, from its dense arrays; -1 where a token has fewer experts."""
-    probs_TE, chosen_TE = to_numpy(probs_TE.detach()), to_numpy(map_TE)
+    dense_TE, chosen_TE = to_numpy(probs_TE.detach()), to_numpy(map_TE)
     order_TE = np.argsort(~chosen_TE, axis=-1, kind="stable")
     K = max(top_k, int(chosen_TE.sum(axis=-1).max(initial=0)))
     ids_TK = order_TE[:, :K]
     used_TK = np.take_along_axis(chosen_TE, ids_TK, axis=-1)
-    weights_TK = np.take_along_axis(probs_TE, ids_TK, axis=-1)
+    weights_TK = np.take_along_axis(dense_TE, ids_TK, axis=-1)
     return np.where(used_TK, ids_TK, -1), np.where(used_TK, weights_TK, 0)
 
 
