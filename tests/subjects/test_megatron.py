@@ -14,6 +14,7 @@ from moe_ref import (
     LayerParams,
     LayerSpec,
     RouterSpec,
+    ShardLayout,
     SharedSpec,
     apply_capacity,
     moe_layer,
@@ -112,6 +113,10 @@ def test_its_real_layer_agrees_with_the_reference(name):
     x_TD = rng.normal(size=(T, spec.experts.dim)).astype(np.float32)
     wanted = moe_layer(x_TD, params, spec)
     np.testing.assert_allclose(subject.layer(x_TD, params, spec), wanted.output_TD, rtol=1e-4, atol=1e-5)
+    if spec.experts.bias:  # docs/findings/megatron-expert-biases-have-no-backward.md
+        with pytest.raises(RuntimeError, match="modified inplace"):
+            subject.layer_gradients(x_TD, params, spec, np.ones_like(x_TD))
+        return
     found = subject.layer_gradients(x_TD, params, spec, np.ones_like(x_TD))
     assert {name: value.shape for name, value in found.items()} == {
         name: np.shape(x_TD if name == "x_TD" else getattr(params, name)) for name in found
@@ -137,3 +142,18 @@ def test_a_router_of_logits_takes_minus_infinity_as_it_is():
     found = Megatron().route(logits_TE, RouterSpec(num_experts=4, top_k=3, **SIGMOIDS), None)
     assert np.isfinite(found.weights_TK).all()
     assert sorted(found.expert_ids_TK[0].tolist()) == [0, 2, 3]
+
+
+@pytest.mark.parametrize("dispatcher", ["Alltoall", "Allgather"])
+def test_its_layer_over_two_ranks_is_that_of_one(dispatcher):
+    pytest.importorskip("megatron", reason="megatron is not installed here: make peers")
+    from conformance.subjects.megatron import sharded
+
+    subject, spec = getattr(sharded, f"Megatron{dispatcher}")(), LAYERS["deepseek"]
+    layout = ShardLayout(expert=2, strategy=subject.strategy)
+    assert subject.supports_layer(spec, layout) is None
+    params = LayerParams.init(spec, 0).astype(np.float32)
+    x_TD = np.random.default_rng(0).normal(size=(T, spec.experts.dim)).astype(np.float32)
+    found = subject.sharded_layer(np.split(x_TD, 2), params, spec, layout)
+    wanted_TD = moe_layer(x_TD, params, spec).output_TD
+    np.testing.assert_allclose(np.concatenate(found), wanted_TD, rtol=1e-4, atol=1e-5)

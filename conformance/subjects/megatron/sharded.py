@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from conformance.core.subject import Unsupported
+from conformance.core.subject import Subject, Unsupported
 from conformance.subjects.megatron.layer import called
 from conformance.subjects.megatron.module import (
     ProcessGroupCollection,
@@ -35,10 +35,11 @@ PRELOAD = ("conformance.subjects.megatron.sharded",)
 """megatron-core takes seconds to import: once, and not on every rank."""
 
 
-class MegatronAlltoall(Megatron):
+class MegatronAlltoall(Subject):
     """The alltoall dispatcher over as many processes as the layout has ranks, on the axes data and expert."""
 
     name = "megatron-alltoall"
+    version = Megatron.version
     dispatcher: ClassVar[str] = "alltoall"
     strategy: ClassVar[str] = "all_to_all"
 
