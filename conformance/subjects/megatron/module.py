@@ -293,11 +293,11 @@ def replaying(router: Any, given_TK: np.ndarray | None):
 
 
 MOST_ROUNDS = 1000
-"""Where `sinkhorn` ends, it does within a few hundred rounds."""
+"""Most calls of `sinkhorn` end within a hundred rounds; others go on for more than 100,000."""
 
 
 class Rounds(TorchFunctionMode):
-    """Counts the rounds of its `sinkhorn`, each of which takes one mean, and ends a loop that would not end."""
+    """Counts the rounds of its `sinkhorn`, each of which takes one mean, and ends a loop that goes on and on."""
 
     def __init__(self):
         super().__init__()

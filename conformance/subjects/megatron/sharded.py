@@ -78,18 +78,22 @@ class MegatronAlltoall(Subject):
     def sharded_layer(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x_by_shard, params, spec, layout, *, given_ids_by_shard=None
     ) -> list[np.ndarray]:
-        self._hold_equal(x_by_shard)
+        self._hold(x_by_shard, params, spec, given_ids_by_shard)
         call = layer_on_rank, x_by_shard, params, spec, layout, self.dispatcher, given_ids_by_shard
         return self.ranks.run(layout.num_ranks, *call)
 
     def sharded_gradients(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x_by_shard, params, spec, layout, d_output_by_shard, *, given_ids_by_shard=None
     ) -> list[dict[str, np.ndarray]]:
-        self._hold_equal(x_by_shard)
+        self._hold(x_by_shard, params, spec, given_ids_by_shard)
         call = gradients_on_rank, x_by_shard, params, spec, layout, self.dispatcher, given_ids_by_shard
         return self.ranks.run(layout.num_ranks, *call, d_output_by_shard)
 
-    def _hold_equal(self, x_by_shard: list[np.ndarray]) -> None:
+    def _hold(self, x_by_shard: list[np.ndarray], params: LayerParams, spec: LayerSpec, given: Any) -> None:
+        """What the ranks would refuse is refused here, where that is no error of a rank."""
+        entries_of(spec, expert_bias=params.expert_bias_E is not None)
+        if given is not None and any((np.asarray(ids_TK) < 0).any() for ids_TK in given):
+            raise Unsupported("Megatron's replay has an expert in each slot")
         if self.equal_shards and len({len(x_TD) for x_TD in x_by_shard}) > 1:
             raise Unsupported("Megatron's allgather dispatcher gathers as many tokens of each rank")
 
