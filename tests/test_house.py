@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("moe_ref", "moe_jax", "moe_torch", "conformance")
-FRAMEWORKS = {"jax", "torch", "transformers", "torchtitan", "flax", "tokamax", "triton", "maxtext"}
+FRAMEWORKS = {"jax", "torch", "transformers", "torchtitan", "flax", "tokamax", "triton", "maxtext", "megatron"}
 FLOORS = {
     # Each may import what stands before it, in the room; what has one number may not import each other.
     "moe_ref": {"moe_ref.specs": 0, "moe_ref": 1, "moe_ref.strategies": 1, "moe_ref.backward": 2},

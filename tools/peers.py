@@ -2,6 +2,7 @@
 
 python -m tools.peers                                # every peer that is not there yet
 .peers/maxtext/bin/moe-conformance run maxtext       # then judged from its own environment
+.peers/megatron/bin/moe-conformance run megatron
 """
 
 import shutil
@@ -28,6 +29,7 @@ class Peer:
 
 PEERS = (
     Peer(name="maxtext", pythons=("3.12", "3.13"), requirements=ROOT / "benchmarks" / "maxtext-requirements.txt"),
+    Peer(name="megatron", pythons=("3.11", "3.12"), requirements=ROOT / "benchmarks" / "megatron-requirements.txt"),
 )  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def _variants() -> list[dict]:
         softmax | {"selector": "random"},
         sigmoid | {"select_by": "logit", "router_dtype": "bfloat16"},
         softmax | norm | {"router_dtype": "float16"},
-        sigmoid | norm | {"router_dtype": "float64"},
+        sigmoid | norm | {"norm_eps": 1e-20, "router_dtype": "float64"},
         sigmoid | {"select_by": "logit", "selector": "sinkhorn"},
         softmax | {"select_by": "logit", "selector": "sinkhorn"},
     ]

@@ -102,7 +102,7 @@ def _breaks(judge: Judge, told: Told, requirement: str) -> bool:
     near_ties = judge.ledger[requirement].near_ties
     try:
         return not judge.holds(requirement, case)
-    except ValueError:  # the case is none that this requirement is about
+    except (ValueError, KeyError):  # the case is none that this requirement is about, or lacks an input of its
         return False
     finally:
         judge.ledger[requirement].near_ties = near_ties

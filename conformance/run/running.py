@@ -21,7 +21,10 @@ WANTED = {name: name.partition("-")[0] for name in BUILT_IN if name != "referenc
 """The package that a built-in subject needs."""
 
 
-HOW = {"maxtext": "it has an environment of its own, of Python 3.12, which `make peers` builds (docs/maxtext.md)"}
+HOW = {
+    name: f"it has an environment of its own, of Python {python}, which `make peers` builds (docs/{name}.md)"
+    for name, python in (("maxtext", "3.12"), ("megatron", "3.11"))
+}
 """Of packages that no extra of ours installs: what is needed."""
 
 

@@ -11,9 +11,9 @@ from conformance.core.usage import UsageError
 from conformance.run.deviations import Deviation, read
 from moe_ref.specs.checks import nearest
 
-DEFAULT = ("reference", "jax", "torch", "transformers", "torchtitan", "maxtext")
+DEFAULT = ("reference", "jax", "torch", "transformers", "torchtitan", "maxtext", "megatron")
 """What `run` judges when nothing is named."""
-STARTED_FIRST = ("torchtitan", "transformers", "torch", "reference", "jax", "maxtext")
+STARTED_FIRST = ("torchtitan", "transformers", "megatron", "torch", "reference", "jax", "maxtext")
 """Of several subjects: the quickest, so that a table is there soon."""
 BUILT_IN = {
     "reference": "conformance.subjects.reference:Reference",
@@ -31,6 +31,9 @@ BUILT_IN = {
     "maxtext-dense": "conformance.subjects.maxtext.subject:MaxtextDense",
     "maxtext-layouts": "conformance.subjects.maxtext.sharded:MaxtextLayouts",
     "maxtext-bfloat16": "conformance.subjects.maxtext.subject:MaxtextBfloat16",
+    "megatron": "conformance.subjects.megatron.subject:Megatron",
+    "megatron-alltoall": "conformance.subjects.megatron.sharded:MegatronAlltoall",
+    "megatron-allgather": "conformance.subjects.megatron.sharded:MegatronAllgather",
 }
 ENTRY_POINTS = "moe_conformance.subjects"
 """Packages that ship their own subject register it in this group, and its name works like a built-in one."""

@@ -81,6 +81,19 @@ def judge_of(name: str) -> Judge:
     return Judge(FAULTS[name].kind.faulty(FAULTS[name]))
 
 
+class NoTokens(Reference):
+    """Zero tokens are an error, and with a capacity 1 is added to every output."""
+
+    def layer(self, x_TD, params, spec, *, capacity=None):
+        assert len(x_TD), "no tokens"
+        return super().layer(x_TD, params, spec) + (capacity is not None)
+
+
+def test_a_case_that_lacks_an_input_of_another_requirement_breaks_it_not(quiet):
+    records = records_of(Judge(NoTokens()), "LAY-3", "LAY-19")
+    assert [(record["id"], record["status"]) for record in records] == [("LAY-3", "NEW"), ("LAY-19", "NEW")]
+
+
 def test_what_one_fault_breaks_is_one_page(quiet):
     records = records_of(judge_of("the-bias-never-moves"), "LOD-19", "LOD-22", "LOD-23")
     report = assemble([{"name": "x"}], records, {}, complete=True)["requirements"]

@@ -1,0 +1,1 @@
+"""conformance, the subjects of megatron-core."""
