@@ -8,6 +8,7 @@ from layer_agreement import FLOAT32, assert_near, params_of, tokens
 from torchtitan_rank_functions import MICRO_BATCHES, STEPS, train_on_rank
 
 from conformance.core.subject import Unsupported
+from conformance.subjects.ranks import RankError
 from conformance.subjects.torchtitan.sharded import TorchtitanLayouts, TorchtitanSpmdLayouts
 from moe_ref import BiasUpdateSpec, ExpertSpec, LayerSpec, RouterSpec, SharedSpec, layer_backward, moe_layer
 from moe_ref.balance import bias_update
@@ -85,6 +86,7 @@ def test_the_default_backend_adds_the_down_bias_of_gpt_oss_once_for_each_tensor_
     subject, params = TorchtitanSpmdLayouts(), params_without_logit_bias(GPT_OSS)
     x_TD, _ = tokens(5, GPT_OSS.experts.dim)
     once_TD = moe_layer(x_TD, params, GPT_OSS).output_TD
+    assert params.b_down_ED is not None
     twice_TD = moe_layer(x_TD, replace(params, b_down_ED=2 * params.b_down_ED), GPT_OSS).output_TD
     assert_near(subject.sharded_layer([x_TD], params, GPT_OSS, ShardLayout())[0], once_TD, FLOAT32)
     for output_TD in subject.sharded_layer([x_TD], params, GPT_OSS, ShardLayout(tensor=2)):
@@ -105,6 +107,7 @@ def test_the_hook_moves_the_bias_by_the_counts_of_all_ranks_step_by_step(axes):
         layout.num_ranks, train_on_rank, by_shard(x_TD, sizes), params, SPEC, layout, UPDATE
     )
     bias_E = params.expert_bias_E
+    assert bias_E is not None
     for step in range(STEPS):
         ids_TK = moe_layer(x_TD, replace(params, expert_bias_E=bias_E), SPEC).routing.expert_ids_TK
         counts_E = MICRO_BATCHES * np.bincount(ids_TK.ravel(), minlength=SPEC.router.num_experts)
@@ -113,7 +116,22 @@ def test_the_hook_moves_the_bias_by_the_counts_of_all_ranks_step_by_step(axes):
             np.testing.assert_allclose(biases[step], bias_E, atol=1e-6)
 
 
+@pytest.mark.parametrize(("num_shards", "num_experts"), [(2, 8), (4, 8), (3, 8), (11, 8)])
+def test_counts_of_any_number_of_shards_move_the_bias_by_their_sum(num_shards, num_experts):
+    counts_SE = np.random.default_rng(num_shards).integers(0, 9, (num_shards, num_experts))
+    bias_E = np.linspace(-1, 1, num_experts)
+    found_E = TorchtitanLayouts().bias_update(counts_SE, UPDATE, bias_E)
+    np.testing.assert_allclose(found_E, bias_update(counts_SE.sum(axis=0), UPDATE, bias_E), atol=1e-6)
+
+
 # what it does not do
+
+
+def test_experts_that_the_ranks_do_not_divide_are_refused():
+    spec = SPEC.replace(router=RouterSpec(num_experts=6, top_k=2, score_func="sigmoid"))
+    x_by_shard = [tokens(2, SPEC.experts.dim)[0]] * 4
+    with pytest.raises(RankError, match="shape '\\[4, -1\\]' is invalid for input of size 6"):
+        TorchtitanLayouts().sharded_layer(x_by_shard, params_of(spec), spec, ShardLayout(expert=4))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ gpt-oss where the spec has their form.
 from dataclasses import asdict
 from functools import lru_cache
 from types import MethodType
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -113,9 +114,10 @@ def layer_config(spec: LayerSpec):
     from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 
     router, D = own_router(spec), spec.experts.dim
-    sizes = {"dim": D, "hidden_dim": spec.experts.hidden_dim, "num_experts": router.num_experts}
+    sizes: dict[str, Any] = {"dim": D, "hidden_dim": spec.experts.hidden_dim, "num_experts": router.num_experts}
     if is_gpt_oss(spec.experts):
-        experts = GptOssGroupedExperts.Config(**sizes, swiglu_limit=spec.experts.clamp)
+        limit: Any = spec.experts.clamp  # which is_gpt_oss has seen
+        experts = GptOssGroupedExperts.Config(**sizes, swiglu_limit=limit)
     else:
         experts = moe.GroupedExperts.Config(**sizes)
     dispatcher = LocalTokenDispatcher.Config(num_experts=router.num_experts, top_k=router.top_k)

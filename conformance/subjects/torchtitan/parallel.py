@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,9 @@ from conformance.subjects.torchtitan.balance import Block
 from conformance.subjects.torchtitan.layer import forward_in_float32, is_gpt_oss, layer_config
 from moe_ref import LayerParams, LayerSpec
 
-DTENSOR, SPMD = "partial_dtensor", "spmd_types"
+Backend = Literal["partial_dtensor", "spmd_types"]
+DTENSOR: Backend = "partial_dtensor"
+SPMD: Backend = "spmd_types"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ class OneBlock(nn.Module):
 
 
 @lru_cache(maxsize=64)
-def parallel_layer(spec: LayerSpec, data: int, fsdp: int, expert: int, tensor: int, backend: str) -> ParallelLayer:
+def parallel_layer(spec: LayerSpec, data: int, fsdp: int, expert: int, tensor: int, backend: Backend) -> ParallelLayer:
     """The layer with untrained weights; its experts compute in float32."""
     import spmd_types as spmd
     from torchtitan.distributed.utils import set_spmd_backend
@@ -86,13 +88,9 @@ def parallel_layer(spec: LayerSpec, data: int, fsdp: int, expert: int, tensor: i
     config.routed_experts.token_dispatcher = AllToAllTokenDispatcher.Config(
         num_experts=spec.router.num_experts, top_k=spec.router.top_k
     )
-    plain = {"w1_EFD": spmd.S(1), "w2_EDF": spmd.S(2), "w3_EFD": spmd.S(1)}
-    set_moe_sharding_config(
-        config,
-        enable_ep=dims.ep_enabled,
-        enable_sp=True,
-        expert_param_layout=_GPT_OSS_EXPERTS_PARAM_LAYOUT if is_gpt_oss(spec.experts) else plain,
-    )
+    plain: dict[str, Any] = {"w1_EFD": spmd.S(1), "w2_EDF": spmd.S(2), "w3_EFD": spmd.S(1)}
+    layout: dict[str, Any] = _GPT_OSS_EXPERTS_PARAM_LAYOUT if is_gpt_oss(spec.experts) else plain
+    set_moe_sharding_config(config, enable_ep=dims.ep_enabled, enable_sp=True, expert_param_layout=layout)
     moe = config.build().eval()
     with torch.no_grad():
         for parameter in moe.parameters():
@@ -110,7 +108,7 @@ def parallel_layer(spec: LayerSpec, data: int, fsdp: int, expert: int, tensor: i
 
 
 @lru_cache(maxsize=64)
-def parallel_dims(data: int, fsdp: int, expert: int, tensor: int, backend: str):
+def parallel_dims(data: int, fsdp: int, expert: int, tensor: int, backend: Backend):
     """The meshes; process groups are never freed, so that each is made once."""
     from torchtitan.distributed import parallel_dims as module
 

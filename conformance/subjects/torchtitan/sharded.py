@@ -20,7 +20,7 @@ from conformance.subjects.torch.arrays import to_numpy, to_torch
 from conformance.subjects.torchtitan.arrays import canonical
 from conformance.subjects.torchtitan.balance import TorchtitanBalance, optimizer_with_hook
 from conformance.subjects.torchtitan.layer import GRANULE, check_bias, own_router, why_not_layer
-from conformance.subjects.torchtitan.parallel import DTENSOR, SPMD, ParallelLayer, local, parallel_layer, whole
+from conformance.subjects.torchtitan.parallel import DTENSOR, SPMD, Backend, ParallelLayer, local, parallel_layer, whole
 from conformance.subjects.torchtitan.router import TorchtitanRouter, no_autocast_warning
 from moe_ref import BiasUpdateSpec, ExpertSpec, LayerParams, LayerSpec, RouterSpec
 from moe_ref.specs.layout import ShardLayout
@@ -40,7 +40,7 @@ class TorchtitanLayouts(TorchtitanBalance):
     """torchtitan's layer over as many processes as the layout has ranks, and the hook of its optimizer over them."""
 
     name = "torchtitan-layouts"
-    backend = DTENSOR
+    backend: Backend = DTENSOR
 
     def __init__(self):
         self.version = version("torchtitan")
@@ -85,13 +85,15 @@ class TorchtitanLayouts(TorchtitanBalance):
         return self.ranks.run(layout.num_ranks, plan_on_rank, expert_ids_by_shard, layout, spec)[:: layout.tensor]
 
     def bias_update(self, counts_SE: np.ndarray, update: BiasUpdateSpec, expert_bias_E: np.ndarray) -> np.ndarray:
-        """One step of the optimizer on as many ranks as there are counts; where there is room, on tensor ranks too."""
-        (S, E), axes = counts_SE.shape, {"fsdp": len(counts_SE)}
-        if S > MOST_RANKS:
-            raise Unsupported(f"torchtitan's hook is run on {MOST_RANKS} ranks at most")
-        if E % S == 0:
-            axes = {"expert": S // 2, "tensor": 2} if S > 2 and S % 2 == 0 else {"expert": S}
-        return self.ranks.run(S, bias_on_rank, counts_SE, update, expert_bias_E, ShardLayout(**axes))[0]
+        """One step of the optimizer on as many ranks as there are counts, or MOST_RANKS with some of them each.
+
+        They are expert ranks, and tensor ranks too, where these divide the experts.
+        """
+        S, E = min(len(counts_SE), MOST_RANKS), counts_SE.shape[1]
+        layout = ShardLayout(fsdp=S) if E % S else ShardLayout(expert=S)
+        if S > 2 and S % 2 == E % S == 0:
+            layout = ShardLayout(expert=S // 2, tensor=2)
+        return self.ranks.run(S, bias_on_rank, counts_SE, update, expert_bias_E, layout)[0]
 
     # They name their inputs (none further), which is how a subject says what it takes.
     def sharded_layer(self, x_by_shard, params, spec, layout):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -107,7 +109,7 @@ class TorchtitanSpmdLayouts(TorchtitanLayouts):
     """The same in its default backend, spmd_types: forward passes over data and tensor ranks."""
 
     name = "torchtitan-spmd-layouts"
-    backend = SPMD
+    backend: Backend = SPMD
 
     def supports_layer(self, spec: LayerSpec, layout: ShardLayout | None = None) -> str | None:
         why = super().supports_layer(spec, layout)
@@ -128,7 +130,9 @@ class TorchtitanSpmdLayouts(TorchtitanLayouts):
 # On a rank.
 
 
-def layer_on_rank(x_by_shard, params: LayerParams, spec: LayerSpec, layout: ShardLayout, backend: str) -> np.ndarray:
+def layer_on_rank(
+    x_by_shard, params: LayerParams, spec: LayerSpec, layout: ShardLayout, backend: Backend
+) -> np.ndarray:
     """The output of this rank's tokens."""
     layer = loaded(params, spec, layout, backend)
     with torch.no_grad(), no_autocast_warning(), layer.meshes():
@@ -156,18 +160,19 @@ def gradients_on_rank(
 def bias_on_rank(
     counts_SE: np.ndarray, update: BiasUpdateSpec, expert_bias_E: np.ndarray, layout: ShardLayout
 ) -> np.ndarray:
-    """The bias after a step for which this rank counted its row."""
+    """The bias after a step for which this rank counted its rows, one after the other."""
     router = RouterSpec(num_experts=len(expert_bias_E), top_k=1)
     spec = LayerSpec(router=router, experts=ExpertSpec(dim=8, hidden_dim=8))
     layer = parallel_layer(spec, layout.data, layout.fsdp, layout.expert, layout.tensor, DTENSOR)
     layer.moe.load_balance_coeff = update.rate
     local(layer.moe.expert_bias_E).copy_(to_torch(expert_bias_E))
-    local(layer.moe.tokens_per_expert_E).copy_(to_torch(counts_SE[dist.get_rank()]))
+    for counts_E in to_torch(counts_SE[dist.get_rank() :: dist.get_world_size()]):
+        local(layer.moe.tokens_per_expert_E).add_(counts_E)
     optimizer_with_hook(layer.model, layer.dims).step()
     return to_numpy(local(layer.moe.expert_bias_E).clone())
 
 
-def loaded(params: LayerParams, spec: LayerSpec, layout: ShardLayout, backend: str) -> ParallelLayer:
+def loaded(params: LayerParams, spec: LayerSpec, layout: ShardLayout, backend: Backend) -> ParallelLayer:
     """This rank's layer with its part of the parameters."""
     layer = parallel_layer(spec, layout.data, layout.fsdp, layout.expert, layout.tensor, backend)
     layer.load_params(params)
