@@ -1,5 +1,7 @@
 """Tests: the layers of JAX, PyTorch and torchtitan are called rightly, so that what they return is theirs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from layer_agreement import (
@@ -18,7 +20,7 @@ from layer_agreement import (
     tokens,
 )
 
-from conformance.core.subject import capabilities
+from conformance.core.subject import Unsupported, capabilities
 from moe_ref import LayerSpec, RouterInputs, RouterSpec, moe_layer
 from moe_ref.permute import dispatch, permute
 from moe_ref.specs.families import tiny
@@ -149,6 +151,18 @@ def test_a_layer_that_torchtitan_cannot_express_gets_a_sentence(torchtitan):
     assert why(experts=TITAN.experts.replace(hidden_dim=6)).startswith("experts.hidden_dim is 6; torchtitan's grouped")
     assert "is summed" in why(shared=SHARED.replace(combine="average"))
     assert why(router=tiny("gpt_oss")) == "torchtitan's router has score_over all, not selected"
+
+
+def test_torchtitans_gpt_oss_computes_in_float32_and_in_bfloat16_refuses_float32_tokens(torchtitan):
+    form = {"alpha": 1.702, "up_offset": 1.0, "clamp": 0.75, "bias": True}
+    spec = LayerSpec(router=tiny("gpt_oss"), experts=TITAN.experts.replace(**form), gate_bias=True)
+    if torchtitan.expert_dtype == "bfloat16":
+        assert "experts of gpt-oss return bfloat16" in torchtitan.supports_layer(spec)
+        return
+    assert torchtitan.supports_layer(spec) is None
+    assert_layer_agrees(torchtitan, spec, replace(params_of(spec), expert_bias_E=None), FLOAT32)
+    with pytest.raises(Unsupported, match="balancing bias to scores, not to logits"):
+        torchtitan.layer(tokens()[0], params_of(spec), spec)
 
 
 def test_what_each_subject_can_do(own, torchtitan):

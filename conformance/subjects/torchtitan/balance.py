@@ -44,13 +44,17 @@ class TorchtitanBalance(Subject):
 
 
 class Block(nn.Module):
-    """What its hook looks for in a transformer block."""
+    """What its hook and its FSDP look for in a transformer block."""
 
     moe_enabled = True
 
     def __init__(self, moe: nn.Module):
         super().__init__()
         self.moe = moe
+
+    def forward(self, x_1TD: torch.Tensor) -> torch.Tensor:
+        """The MoE alone."""
+        return self.moe(x_1TD)
 
 
 @lru_cache(maxsize=64)
@@ -63,12 +67,12 @@ def _trained(num_experts: int):
     return moe, optimizer_with_hook(model)
 
 
-def optimizer_with_hook(model: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer of a model part, with a rate of 0, whose steps run the hook on one rank."""
+def optimizer_with_hook(model: nn.Module, dims=None) -> torch.optim.Optimizer:
+    """An optimizer of a model part, with a rate of 0, whose steps run the hook: on the ranks of dims, or on one."""
     from torchtitan.components.optimizer.optimizer import register_moe_load_balancing_hook
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    register_moe_load_balancing_hook(optimizer, [model], _one_rank())  # pyright: ignore[reportArgumentType]
+    register_moe_load_balancing_hook(optimizer, [model], dims or _one_rank())  # pyright: ignore[reportArgumentType]
     return optimizer
 
 

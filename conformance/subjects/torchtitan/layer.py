@@ -1,31 +1,36 @@
 """conformance, subject torchtitan: the MoE layer of pytorch/torchtitan, as it is, outside of any mesh.
 
-It is built from its own Config, without a trainer, and keeps its gate.
+It is built from its own Config, without a trainer, and keeps its gate. Experts are GroupedExperts, or those of its
+gpt-oss where the spec has their form.
 """
 
 from dataclasses import asdict
 from functools import lru_cache
 from types import MethodType
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
-from conformance.core.subject import Subject
+from conformance.core.subject import Subject, Unsupported
 from conformance.subjects.torch.arrays import to_numpy, to_torch
-from conformance.subjects.torchtitan.arrays import PARAMETERS, load_params, to_native, turned
+from conformance.subjects.torchtitan.arrays import canonical, load_params
 from conformance.subjects.torchtitan.router import no_autocast_warning, router_config
-from moe_ref import ExpertSpec, LayerParams, LayerSpec, ShardLayout
+from moe_ref import ExpertSpec, LayerParams, LayerSpec, RouterSpec, ShardLayout
 
 GRANULE = {"bfloat16": 8, "float32": 4}
 """Rows of a grouped matmul are a multiple of 16 bytes."""
+PLAIN = {"alpha": 1.0, "up_offset": 0.0, "clamp": None, "bias": False}
+GPT_OSS = {"alpha": 1.702, "up_offset": 1.0, "bias": True}
+"""Of gpt-oss; its clamp is free."""
 
 
 class TorchtitanLayer(Subject):
     """MoE of torchtitan.models.common.moe; the experts compute in `expert_dtype`."""
 
     def supports_layer(self, spec: LayerSpec, layout: ShardLayout | None = None) -> str | None:
-        return self.supports(spec.router, layout) or why_not_layer(spec, GRANULE[self.expert_dtype])
+        return self.supports(own_router(spec), layout) or why_not_layer(spec, GRANULE[self.expert_dtype])
 
     def layer(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec) -> np.ndarray:
         moe = loaded(spec, params, self.expert_dtype)
@@ -43,9 +48,7 @@ class TorchtitanLayer(Subject):
         d_x_TD, *gradients = torch.autograd.grad(output_TD, [tokens_TD, *trained.values()], to_torch(d_output_TD))
         found = {"x_TD": to_numpy(d_x_TD)}
         for path, gradient in zip(trained, gradients, strict=True):
-            field = PARAMETERS[path]
-            native = to_native(field, params)
-            found[field] = turned(field, to_numpy(gradient).reshape(native.shape))
+            found |= canonical(path, to_numpy(gradient), params)
         return found
 
     def experts(
@@ -75,10 +78,12 @@ def why_not_layer(spec: LayerSpec, granule: int) -> str | None:
     experts, shared = spec.experts, spec.shared
     if spec.latent is not None:
         return "torchtitan's experts see the tokens, and no latent"
-    for name in ("gated", "activation", "alpha", "up_offset", "clamp", "bias"):
-        value, allowed = getattr(experts, name), ExpertSpec.__dataclass_fields__[name].default
-        if value != allowed:
-            return f"torchtitan's experts have {name} {allowed}, not {value}"
+    if is_gpt_oss(experts) and granule == GRANULE["bfloat16"]:
+        return "torchtitan's experts of gpt-oss return bfloat16, which its sum of float32 tokens refuses"
+    form = {"gated": True, "activation": "silu", "clamp_at": "before"} | ({} if is_gpt_oss(experts) else PLAIN)
+    for name, allowed in form.items():
+        if getattr(experts, name) != allowed:
+            return f"torchtitan's experts have {name} {allowed}, not {getattr(experts, name)}"
     for name in ("dim", "hidden_dim"):
         size = getattr(experts, name)
         if size % granule:
@@ -88,15 +93,33 @@ def why_not_layer(spec: LayerSpec, granule: int) -> str | None:
     return None
 
 
+def is_gpt_oss(experts: ExpertSpec) -> bool:
+    """Whether experts have the form of gpt-oss."""
+    return experts.clamp is not None and all(getattr(experts, name) == value for name, value in GPT_OSS.items())
+
+
+def own_router(spec: LayerSpec) -> RouterSpec:
+    """The router as torchtitan has it: a softmax over the selected logits is one over all, divided by their sum."""
+    if not (is_gpt_oss(spec.experts) and spec.router.score_over == "selected"):
+        return spec.router
+    return spec.router.replace(score_over="all", select_by="score", route_norm=True, norm_eps=1e-20)
+
+
 def layer_config(spec: LayerSpec):
     """The Config of a whole layer."""
     from torchtitan.models.common import feed_forward as shared_experts
     from torchtitan.models.common import moe
     from torchtitan.models.common.linear import Linear
     from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
+    from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 
-    router, D, width = spec.router, spec.experts.dim, spec.experts.hidden_dim
-    experts = moe.GroupedExperts.Config(dim=D, hidden_dim=width, num_experts=router.num_experts)
+    router, D = own_router(spec), spec.experts.dim
+    sizes: dict[str, Any] = {"dim": D, "hidden_dim": spec.experts.hidden_dim, "num_experts": router.num_experts}
+    if is_gpt_oss(spec.experts):
+        limit: Any = spec.experts.clamp  # which is_gpt_oss has seen
+        experts = GptOssGroupedExperts.Config(**sizes, swiglu_limit=limit)
+    else:
+        experts = moe.GroupedExperts.Config(**sizes)
     dispatcher = LocalTokenDispatcher.Config(num_experts=router.num_experts, top_k=router.top_k)
     shared = None
     if spec.shared is not None:
@@ -131,17 +154,24 @@ def build_layer(spec: LayerSpec, expert_dtype: str):
 
 
 def forward_in_float32(experts, x_RD, num_tokens_per_expert_E):
-    """What GroupedExperts.forward computes, without its casts."""
-    ends_E = torch.cumsum(num_tokens_per_expert_E, dim=0, dtype=torch.int32)
-
-    def project(rows, w_EOI):
-        return experts._grouped_mm(A=rows, B_t=w_EOI.transpose(-2, -1), offs=ends_E)
-
-    return project(F.silu(project(x_RD, experts.w1_EFD)) * project(x_RD, experts.w3_EFD), experts.w2_EDF)
+    """The forward pass of its experts, whose casts to bfloat16 are none."""
+    with mock.patch.object(torch.Tensor, "bfloat16", lambda tensor: tensor):
+        return type(experts).forward(experts, x_RD, num_tokens_per_expert_E)
 
 
 def loaded(spec: LayerSpec, params: LayerParams, expert_dtype: str):
     """The layer of a spec with these parameters."""
+    check_bias(spec, params)
     layer = build_layer(spec, expert_dtype)
     load_params(layer, params)
     return layer
+
+
+def check_bias(spec: LayerSpec, params: LayerParams) -> None:
+    """Its balancing bias is added to scores, whatever they are.
+
+    Raises:
+        Unsupported: the spec adds it to logits.
+    """
+    if params.expert_bias_E is not None and own_router(spec).select_by != spec.router.select_by:
+        raise Unsupported("torchtitan adds the balancing bias to scores, not to logits")

@@ -38,7 +38,8 @@ class TorchtitanRouter(Subject):
 
     def route(self, logits_TE: np.ndarray, spec: RouterSpec, expert_bias_E: np.ndarray | None) -> Routing:
         tokens_TE = to_torch(logits_TE)
-        router = build_for_logits(tuple((name, getattr(spec, name)) for name in (*FREE, "selector")))
+        fields = tuple((name, getattr(spec, name)) for name in (*FREE, "selector"))
+        router = build_for_logits(fields, tokens_TE.dtype)
         bias_E = None if expert_bias_E is None else to_torch(expert_bias_E)
         with torch.no_grad(), no_autocast_warning():
             weights_1TK, ids_1TK, scores_1TE = router(tokens_TE[None], bias_E)
@@ -89,10 +90,10 @@ def why_not(values: dict) -> str | None:
 
 
 @lru_cache(maxsize=512)
-def build_for_logits(fields: tuple):
-    """A router that takes logits: its gate is an identity."""
+def build_for_logits(fields: tuple, dtype: torch.dtype):
+    """A router that takes logits: its gate is an identity. Its parameters have the dtype of the logits."""
     values = dict(fields)
-    router = build(values, values["num_experts"])
+    router = build(values, values["num_experts"]).to(dtype)
     give_identity_gate(router, "gate.weight")
     return router
 

@@ -1,178 +1,233 @@
-"""conformance, subject torchtitan-layouts: the MoE of pytorch/torchtitan with its AllToAllTokenDispatcher, on gloo.
+"""conformance, subject torchtitan-layouts: the MoE of pytorch/torchtitan by its own `parallelize` and FSDP2, on gloo.
 
-No trainer and no mesh of its own: each rank builds the layer, keeps its slice of the experts' weights, and the
-dispatcher is told the mesh (`wire_meshes`). Experts compute in float32 by the seam of `subjects.torchtitan`: what is
-judged is the dispatcher, not their cast to bfloat16. Gradients of what every rank has are summed here, where the
-trainer would.
+Layouts of data, fsdp, expert and tensor ranks, as `parallel` makes them. Experts compute in float32: what is judged is
+who gets which rows and gradients, not their cast to bfloat16. Each tensor rank has a part of the sequence: it is padded
+with zeros to a multiple, cut before the layer and put together after it, as a trainer's other layers would.
 """
 
 from functools import lru_cache
-from types import MethodType
+from importlib.metadata import version
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from conformance.core.subject import Unsupported
 from conformance.subjects.ranks import Ranks, shared
 from conformance.subjects.torch.arrays import to_numpy, to_torch
-from conformance.subjects.torchtitan.arrays import PARAMETERS, to_native, turned
-from conformance.subjects.torchtitan.layer import GRANULE, forward_in_float32, layer_config, why_not_layer
-from conformance.subjects.torchtitan.router import no_autocast_warning
-from conformance.subjects.torchtitan.subject import Torchtitan
-from moe_ref import LayerParams, LayerSpec
+from conformance.subjects.torchtitan.arrays import canonical
+from conformance.subjects.torchtitan.balance import TorchtitanBalance, optimizer_with_hook
+from conformance.subjects.torchtitan.layer import GRANULE, check_bias, own_router, why_not_layer
+from conformance.subjects.torchtitan.parallel import DTENSOR, SPMD, Backend, ParallelLayer, local, parallel_layer, whole
+from conformance.subjects.torchtitan.router import TorchtitanRouter, no_autocast_warning
+from moe_ref import BiasUpdateSpec, ExpertSpec, LayerParams, LayerSpec, RouterSpec
 from moe_ref.specs.layout import ShardLayout
 
 PRELOAD = (
     "conformance.subjects.torchtitan.sharded",
-    "torchtitan.distributed.utils",
+    "torchtitan.components.optimizer.optimizer",
+    "torchtitan.distributed.fsdp",
     "torchtitan.models.common.feed_forward",
-    "torchtitan.models.common.moe",
+    "torchtitan.models.gpt_oss.sharding",
 )
 """torchtitan takes seconds to import: once, and not on every rank."""
-EXPERTS = "routed_experts.inner_experts."
+MOST_RANKS = 8
 
 
-class TorchtitanLayouts(Torchtitan):
-    """torchtitan's layer over as many processes as the layout has ranks, on the axes expert and data."""
+class TorchtitanLayouts(TorchtitanBalance):
+    """torchtitan's layer over as many processes as the layout has ranks, and the hook of its optimizer over them."""
 
     name = "torchtitan-layouts"
-    expert_dtype = "float32"
+    backend: Backend = DTENSOR
+
+    def __init__(self):
+        self.version = version("torchtitan")
 
     @property
     def ranks(self) -> Ranks:
         """The pool, which starts with the first call."""
         return shared(*PRELOAD)
 
-    def supports_layer(self, spec, layout=None):
+    def supports_layer(self, spec: LayerSpec, layout: ShardLayout | None = None) -> str | None:
         # Given ids reach the dispatcher alone.
-        given = spec.router.selector == "given"
-        router = spec.router.replace(selector="top_k") if given else spec.router
-        why = Torchtitan.supports(self, router) or why_not_layer(spec, GRANULE[self.expert_dtype])
+        router, granule = own_router(spec), GRANULE["float32"]
+        router = router.replace(selector="top_k") if router.selector == "given" else router
+        why = TorchtitanRouter().supports(router) or why_not_layer(spec, granule)
         if why is not None or layout is None:
             return why
         if spec.router.selector == "round_robin":
             return "torchtitan numbers the tokens of each rank from 0"
-        if layout.strategy != "all_to_all":
+        if layout.strategy != "all_to_all" and (layout.expert > 1 or layout.facts.shares_tokens):
             return f"torchtitan's AllToAllTokenDispatcher is all_to_all, not {layout.strategy}"
-        for field in ("fsdp", "tensor", "num_token_chunks", "num_emb_chunks"):
+        if layout.buffer_factor is not None:
+            return "torchtitan's AllToAllTokenDispatcher has no buffer of fixed size"
+        for field in ("num_token_chunks", "num_emb_chunks"):
             if getattr(layout, field) != 1:
-                return f"the dispatcher is judged without {field}, which is {getattr(layout, field)}"
+                return f"torchtitan's layer has no {field}, which is {getattr(layout, field)}"
         if layout.placement is not None:
             return "torchtitan's experts are placed in their order"
+        if layout.tensor > 1 and spec.shared is not None and spec.shared.gate != "none":
+            return "torchtitan shards a shared gate in its Qwen3.5 alone, which imports fla"
+        if layout.expert == 1 and spec.experts.hidden_dim % (layout.tensor * granule):
+            return f"a tensor rank's part of hidden_dim is no multiple of {granule}, which its grouped matmul takes"
+        if layout.expert > 1 and router.num_experts % (layout.expert * layout.tensor):
+            return "torchtitan has the experts on all tensor ranks too, which do not divide them"
         return None
 
     def dispatch(self, expert_ids_by_shard, layout, spec):
         E = spec.router.num_experts
         if any(((ids < 0) | (ids >= E)).any() for ids in expert_ids_by_shard):
             raise Unsupported("torchtitan's dispatcher has no unused slots and no null experts")
-        return self.ranks.run(layout.num_ranks, plan_on_rank, expert_ids_by_shard, layout, spec)
+        if layout.expert > 1 and layout.tensor > 1:
+            raise Unsupported("torchtitan's tensor ranks dispatch tokens of their own, to experts on all of them")
+        return self.ranks.run(layout.num_ranks, plan_on_rank, expert_ids_by_shard, layout, spec)[:: layout.tensor]
+
+    def bias_update(self, counts_SE: np.ndarray, update: BiasUpdateSpec, expert_bias_E: np.ndarray) -> np.ndarray:
+        """One step of the optimizer on as many ranks as there are counts, or MOST_RANKS with some of them each.
+
+        They are expert ranks, and tensor ranks too, where these divide the experts.
+        """
+        S, E = min(len(counts_SE), MOST_RANKS), counts_SE.shape[1]
+        layout = ShardLayout(fsdp=S) if E % S else ShardLayout(expert=S)
+        if S > 2 and S % 2 == E % S == 0:
+            layout = ShardLayout(expert=S // 2, tensor=2)
+        return self.ranks.run(S, bias_on_rank, counts_SE, update, expert_bias_E, layout)[0]
 
     # They name their inputs (none further), which is how a subject says what it takes.
     def sharded_layer(self, x_by_shard, params, spec, layout):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.ranks.run(layout.num_ranks, layer_on_rank, x_by_shard, params, spec, layout)
+        check_bias(spec, params)
+        return self.ranks.run(layout.num_ranks, layer_on_rank, x_by_shard, params, spec, layout, self.backend)
 
     def sharded_gradients(self, x_by_shard, params, spec, layout, d_output_by_shard):  # pyright: ignore[reportIncompatibleMethodOverride]
+        check_bias(spec, params)
         return self.ranks.run(layout.num_ranks, gradients_on_rank, x_by_shard, params, spec, layout, d_output_by_shard)
+
+
+class TorchtitanSpmdLayouts(TorchtitanLayouts):
+    """The same in its default backend, spmd_types: forward passes over data and tensor ranks."""
+
+    name = "torchtitan-spmd-layouts"
+    backend: Backend = SPMD
+
+    def supports_layer(self, spec: LayerSpec, layout: ShardLayout | None = None) -> str | None:
+        why = super().supports_layer(spec, layout)
+        if why is not None or layout is None or layout.expert == layout.fsdp == 1:
+            return why
+        return "torchtitan's spmd_types needs an all_to_all that gloo has not got, and a later torch for FSDP2"
+
+    def dispatch(self, expert_ids_by_shard, layout, spec):
+        raise Unsupported("torchtitan's spmd_types dispatches by an all_to_all that gloo has not got")
+
+    def sharded_gradients(self, x_by_shard, params, spec, layout, d_output_by_shard):  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise Unsupported("torchtitan's spmd_types leaves sums of gradients to an FSDP2 of a later torch than 2.13")
+
+    def bias_update(self, counts_SE: np.ndarray, update: BiasUpdateSpec, expert_bias_E: np.ndarray) -> np.ndarray:
+        raise Unsupported("torchtitan's hook is run with partial_dtensor")
 
 
 # On a rank.
 
 
-def layer_on_rank(x_by_shard, params, spec, layout) -> np.ndarray:
+def layer_on_rank(
+    x_by_shard, params: LayerParams, spec: LayerSpec, layout: ShardLayout, backend: Backend
+) -> np.ndarray:
     """The output of this rank's tokens."""
-    x_TD = to_torch(x_by_shard[dist.get_rank()])
-    with torch.no_grad(), no_autocast_warning():
-        return to_numpy(parallel_layer(params, spec, layout)(x_TD[None])[0])
+    layer = loaded(params, spec, layout, backend)
+    with torch.no_grad(), no_autocast_warning(), layer.meshes():
+        output_TD = local(layer.model(own_tokens(x_by_shard, layout)[None]))[0]
+        return to_numpy(whole_sequence(output_TD, layer)[: num_tokens(x_by_shard, layout)])
 
 
-def gradients_on_rank(x_by_shard, params, spec, layout, d_output_by_shard) -> dict[str, np.ndarray]:
-    """The gradients of this rank's tokens, and of all parameters, summed as each needs it."""
-    moe = parallel_layer(params, spec, layout)
-    x_TD = to_torch(x_by_shard[dist.get_rank()]).requires_grad_()
-    with no_autocast_warning():
-        output_TD = moe(x_TD[None])[0]
-    trained = dict(moe.named_parameters())
-    d_x_TD, *gradients = torch.autograd.grad(
-        output_TD, [x_TD, *trained.values()], to_torch(d_output_by_shard[dist.get_rank()])
-    )
-    found = {"x_TD": to_numpy(d_x_TD)}
-    for path, gradient in zip(trained, gradients, strict=True):
-        field = PARAMETERS[path]
-        native_shape = to_native(field, params).shape
-        whole = whole_gradient(gradient, path.startswith(EXPERTS), layout)
-        found[field] = turned(field, to_numpy(whole).reshape(native_shape))
+def gradients_on_rank(
+    x_by_shard, params: LayerParams, spec: LayerSpec, layout: ShardLayout, d_output_by_shard
+) -> dict[str, np.ndarray]:
+    """The gradients of this rank's tokens, and of all parameters, as its FSDP sums them."""
+    layer = loaded(params, spec, layout, DTENSOR)
+    x_TD = own_tokens(x_by_shard, layout).requires_grad_()
+    with no_autocast_warning(), layer.meshes():
+        output_TD = local(layer.model(x_TD[None]))[0]
+        output_TD.backward(own_tokens(d_output_by_shard, layout))
+    assert x_TD.grad is not None
+    found = {"x_TD": to_numpy(whole_sequence(x_TD.grad, layer)[: num_tokens(x_by_shard, layout)])}
+    for path, parameter in layer.moe.named_parameters():
+        found |= canonical(path, to_numpy(whole(parameter.grad)), params)
+        parameter.grad = None
     return found
 
 
-def whole_gradient(gradient: torch.Tensor, is_of_experts: bool, layout: ShardLayout) -> torch.Tensor:
-    """The sum over all ranks that have the parameter; those of experts put side by side."""
-    whole = gradient.contiguous()
-    if is_of_experts:
-        first = layout.coordinates(dist.get_rank())[2] * len(gradient)
-        whole = gradient.new_zeros(len(gradient) * layout.expert, *gradient.shape[1:])
-        whole[first : first + len(gradient)] = gradient
-    dist.all_reduce(whole)
-    return whole
+def bias_on_rank(
+    counts_SE: np.ndarray, update: BiasUpdateSpec, expert_bias_E: np.ndarray, layout: ShardLayout
+) -> np.ndarray:
+    """The bias after a step for which this rank counted its rows, one after the other."""
+    router = RouterSpec(num_experts=len(expert_bias_E), top_k=1)
+    spec = LayerSpec(router=router, experts=ExpertSpec(dim=8, hidden_dim=8))
+    layer = parallel_layer(spec, layout.data, layout.fsdp, layout.expert, layout.tensor, DTENSOR)
+    layer.moe.load_balance_coeff = update.rate
+    local(layer.moe.expert_bias_E).copy_(to_torch(expert_bias_E))
+    for counts_E in to_torch(counts_SE[dist.get_rank() :: dist.get_world_size()]):
+        local(layer.moe.tokens_per_expert_E).add_(counts_E)
+    optimizer_with_hook(layer.model, layer.dims).step()
+    return to_numpy(local(layer.moe.expert_bias_E).clone())
 
 
-def parallel_layer(params: LayerParams, spec: LayerSpec, layout: ShardLayout):
-    """This rank's layer, in eager mode."""
-    moe = build_layer(spec, layout.data, layout.expert)
-    e, per_rank = layout.coordinates(dist.get_rank())[2], spec.router.num_experts // layout.expert
-    with torch.no_grad():
-        for path, parameter in moe.named_parameters():
-            values = to_torch(to_native(PARAMETERS[path], params))
-            if path.startswith(EXPERTS):
-                values = values[e * per_rank : (e + 1) * per_rank]
-            parameter.copy_(values.reshape(parameter.shape))
-        bias_E = params.expert_bias_E
-        moe.expert_bias_E.copy_(torch.zeros(len(moe.expert_bias_E)) if bias_E is None else to_torch(bias_E))
-    return moe
+def loaded(params: LayerParams, spec: LayerSpec, layout: ShardLayout, backend: Backend) -> ParallelLayer:
+    """This rank's layer with its part of the parameters."""
+    layer = parallel_layer(spec, layout.data, layout.fsdp, layout.expert, layout.tensor, backend)
+    layer.load_params(params)
+    forget_other_routers(spec.router)
+    return layer
 
 
-@lru_cache(maxsize=64)
-def build_layer(spec: LayerSpec, data: int, expert: int):
-    """The layer with untrained weights, its experts a slice of all, its dispatcher wired to the expert axis."""
-    from torchtitan.distributed.utils import set_spmd_backend
-    from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
+@lru_cache(maxsize=1)
+def forget_other_routers(router: RouterSpec) -> None:
+    """A DTensor's topk has the shape of the first k that it was called with; no run of torchtitan has two.
 
-    set_spmd_backend("default")  # the shipped default looks for the trainer's mesh
-    config = layer_config(spec)
-    config.routed_experts.token_dispatcher = AllToAllTokenDispatcher.Config(
-        num_experts=spec.router.num_experts, top_k=spec.router.top_k
-    )
-    moe = config.build().eval()
-    experts = moe.routed_experts.inner_experts
-    for name, weight in list(experts.named_parameters()):
-        setattr(experts, name, nn.Parameter(torch.empty(len(weight) // expert, *weight.shape[1:])))
-    experts.forward = MethodType(forward_in_float32, experts)
-    # Without expert parallelism it dispatches locally.
-    moe.routed_experts.token_dispatcher.wire_meshes(ep_mesh=mesh_of(data, expert)["expert"] if expert > 1 else None)
-    return moe
+    See docs/findings/torch-dtensor-topk-shape.md.
+    """
+    _clear_sharding_prop_cache()
 
 
-@lru_cache(maxsize=16)
-def mesh_of(data: int, expert: int) -> DeviceMesh:
-    """The mesh; process groups are never freed, so that each is made once."""
-    return init_device_mesh("cpu", (data, expert), mesh_dim_names=("data", "expert"))
+def num_tokens(values_by_shard, layout: ShardLayout) -> int:
+    """Tokens of this rank's shard, without padding."""
+    return len(values_by_shard[layout.shard_of(dist.get_rank())])
+
+
+def own_tokens(values_by_shard, layout: ShardLayout) -> torch.Tensor:
+    """This rank's part of the sequence of its shard, of equal parts; several tensor ranks have one token at least."""
+    rank = dist.get_rank()
+    values_TD = to_torch(values_by_shard[layout.shard_of(rank)])
+    if layout.tensor == 1:
+        return values_TD.clone()
+    own_T = max(1, -(-len(values_TD) // layout.tensor))
+    padded_TD = values_TD.new_zeros(own_T * layout.tensor, values_TD.shape[1])
+    padded_TD[: len(values_TD)] = values_TD
+    return padded_TD.chunk(layout.tensor)[layout.coordinates(rank)[3]].clone()
+
+
+def whole_sequence(values_TD: torch.Tensor, layer: ParallelLayer) -> torch.Tensor:
+    """The parts of all tensor ranks, one after the other."""
+    if not layer.dims.tp_enabled:
+        return values_TD
+    return DTensor.from_local(values_TD, layer.dims.get_mesh("tp"), [Shard(0)], run_check=False).full_tensor()
 
 
 def plan_on_rank(expert_ids_by_shard, layout: ShardLayout, spec: LayerSpec) -> dict[str, np.ndarray]:
     """What the dispatcher says that it exchanged, and the rows that it returned; a token is (source, its number)."""
     router = spec.router.replace(selector="top_k")
-    dispatcher = build_layer(spec.replace(router=router), layout.data, layout.expert).routed_experts.token_dispatcher
+    axes = layout.data, layout.fsdp, layout.expert, layout.tensor
+    dispatcher = parallel_layer(spec.replace(router=router), *axes, DTENSOR).moe.routed_experts.token_dispatcher
     E, S, e = router.num_experts, layout.expert, layout.coordinates(dist.get_rank())[2]
-    ids_TK = to_torch(np.asarray(expert_ids_by_shard[dist.get_rank()], np.int64))
+    shard = layout.shard_of(dist.get_rank())
+    ids_TK = to_torch(np.asarray(expert_ids_by_shard[shard], np.int64))
     x_T2 = torch.stack([torch.full((len(ids_TK),), float(e)), torch.arange(len(ids_TK)).float()], dim=1)
     counts_E = torch.bincount(ids_TK.flatten(), minlength=E)
     rows_R2, sizes_e, metadata = dispatcher.dispatch(x_T2, torch.ones(ids_TK.shape), ids_TK, counts_E)
     alone = {"input_splits": [len(rows_R2)], "output_splits": [len(rows_R2)]}
     splits = vars(metadata) if S > 1 else alone
     # A token has an expert in one slot at most, so its expert tells the slot.
-    first_shard = dist.get_rank() - e
+    first_shard = shard - e
     experts_R = np.repeat(e * (E // S) + np.arange(E // S), to_numpy(sizes_e))
     order = []
     for (source, token), expert in zip(to_numpy(rows_R2).astype(int).tolist(), experts_R.tolist(), strict=True):

@@ -14,7 +14,7 @@ class Torchtitan(TorchtitanRouter, TorchtitanLayer, TorchtitanBalance, Torchtita
     """torchtitan on one rank; the experts compute in bfloat16."""
 
     name = "torchtitan"
-    # Not bfloat16: it raises its gate to float32 by autocast, which CPU builds of torch do not offer.
+    # Not bfloat16 besides: see below.
     logit_dtypes = ("float32",)
     expert_dtype = "bfloat16"
 
@@ -28,3 +28,13 @@ class TorchtitanFloat32(Torchtitan):
 
     name = "torchtitan-float32"
     expert_dtype = "float32"
+
+
+class TorchtitanBfloat16(TorchtitanRouter):
+    """The router of a bfloat16 model on a CPU, whose autocast does not raise its gate to float32, as others do."""
+
+    name = "torchtitan-bfloat16"
+    logit_dtypes = ("float32", "bfloat16")
+
+    def __init__(self):
+        self.version = version("torchtitan")
