@@ -280,7 +280,7 @@ def test_one_graph_holds_the_whole_route(spec):
 
 
 def test_sinkhorn_is_one_operator_of_a_graph():
-    seen, spec = [], RouterSpec(num_experts=8, top_k=2, score_func="sigmoid", selector="sinkhorn")
+    seen, spec = [], RouterSpec(num_experts=8, top_k=2, selector="sinkhorn", select_by="logit")
 
     def count(graph, _):
         seen.append([node.target for node in graph.graph.nodes])
