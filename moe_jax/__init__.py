@@ -19,6 +19,7 @@ from moe_jax.parallel.layer import (
     place,
     shard,
     sharded_sparse_matmul,
+    token_axes,
     unplace,
     use_cpu_devices,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "sharded_sparse_matmul",
     "slot_table",
     "sparse_matmul",
+    "token_axes",
     "tokens_per_expert",
     "total_of",
     "unpermute",

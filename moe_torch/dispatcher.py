@@ -143,7 +143,8 @@ class LocalTokenDispatcher(TokenDispatcher):
     def dispatch_aligned(self, x_TD: Tensor, aligned: AlignedRows, weights_TK: Tensor | None = None) -> Tensor:
         """As `dispatch`, and zeros in the rows that are no slot."""
         if not len(x_TD):
-            return x_TD.new_zeros(len(aligned.slot_of_row_A), x_TD.shape[1])
+            # Zeros of this graph: over ranks the backward pass of a rank without rows is waited for.
+            return torch.nn.functional.pad(x_TD, (0, 0, 0, len(aligned.slot_of_row_A)))
         rows_AD = _DispatchAligned.apply(x_TD, aligned.slot_of_row_A, aligned.row_of_slot_N, aligned.has_expert_TK)
         if weights_TK is None:
             return rows_AD

@@ -130,11 +130,11 @@ def run_experts(
     dispatcher: LocalTokenDispatcher,
     x_TD: Tensor,
     permutation: Permutation,
-    weights_TK: Tensor,
+    weights_TK: Tensor | None,
     *,
     on_input: bool,
 ) -> Tensor:
-    """dispatch, experts and combine of the slots whose experts are here."""
+    """dispatch, experts and combine of the slots whose experts are here; without weights a token has one slot."""
     if dispatcher.align is not None and not transformed():
         aligned = dispatcher.align_rows(permutation, dispatcher.align)
         rows_AD = dispatcher.dispatch_aligned(x_TD, aligned, weights_TK if on_input else None)

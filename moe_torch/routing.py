@@ -295,8 +295,7 @@ def route(
             group_scores_TG, group_ids_TL = limit_groups(biased_scores_TE, spec)
         expert_ids_TK = select(biased_scores_TE, group_scores_TG, group_ids_TL, spec)
     elif spec.selector == "sinkhorn":
-        reads_host = not (torch.compiler.is_compiling() or transformed())
-        evened_E = sinkhorn(choices_TE, token_mask_T, reads_host=reads_host)
+        evened_E = sinkhorn(choices_TE, token_mask_T)
         biased_scores_TE = choices_TE.detach() + evened_E
         expert_ids_TK = select(biased_scores_TE, None, None, spec)
     elif spec.selector == "expert_choice":

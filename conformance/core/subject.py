@@ -5,7 +5,7 @@ comes out; a framework lives inside the subject alone.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Unpack, get_args, get_origin
@@ -194,6 +194,18 @@ class Subject:
 
         Returns:
             (T, D) output, and (E,) integers, the slots of each routed expert.
+        """
+        raise NotImplementedError
+
+    def upcycled_layer(self, x_TD: np.ndarray, dense: Mapping[str, np.ndarray], spec: LayerSpec) -> np.ndarray:
+        """Optional: the layer whose experts are copies or parts of a dense feed-forward, before any training.
+
+        Args:
+            dense: the weights by their names in `FeedForward`, of G times the width of an expert, with G a divisor of
+                num_experts and top_k. The rows of the gate are the subject's own; no expert_bias is given.
+
+        Returns:
+            (T, D) output.
         """
         raise NotImplementedError
 
@@ -406,7 +418,7 @@ class Subject:
 
 METHODS = (
     "route", "gate", "configure", "permute", "align", "experts", "combine", "layer", "layer_gradients",
-    "place_slots", "home", "fused_layer",
+    "place_slots", "home", "fused_layer", "upcycled_layer",
     "dispatch", "sharded_layer", "sharded_gradients",
     "load", "balance_loss", "z_loss", "bias_update", "quantile_update", "capacity", "record", "replay",
     "train",

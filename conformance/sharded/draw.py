@@ -115,7 +115,19 @@ BOUNDED_RINGS: tuple[dict[str, Any], ...] = (
     {"fsdp": 2, "expert": 2, "buffer_factor": 0.5},
     {"expert": 2, "tensor": 2, "buffer_factor": 0.75},
 )
-"""Rings of experts with room for less than all rows, one for each layer."""
+RETURNED_ROWS: tuple[dict[str, Any], ...] = (
+    {"expert": 4},
+    {"expert": 2, "tensor": 2},
+    {"expert": 8},
+    {"data": 2, "expert": 2, "num_token_chunks": 2},
+    {"fsdp": 2, "expert": 4},
+    {},
+    {"expert": 2},
+)
+FEW_MESHES = {"ring_of_experts": BOUNDED_RINGS, "replicated_ragged": RETURNED_ROWS}
+"""Layouts of which each layer gets one, in turn: rings of experts with room for less than all rows, and rows that come
+back to every rank."""
+EVERY_MESH = tuple(strategy for strategy in STRATEGIES if strategy != "replicated_ragged")
 
 
 def meshes() -> list[dict]:
@@ -129,16 +141,18 @@ def meshes() -> list[dict]:
 def every_setting(specs: tuple[LayerSpec, ...]) -> tuple[Setting, ...]:
     """Layers on meshes with strategies, each with some of the options that a layout has; plain ones first."""
     rng, found, every_mesh, seen = np.random.default_rng(0), [], meshes(), set()
-    for spec, strategy in product(specs, STRATEGIES):
+    for spec, strategy in product(specs, EVERY_MESH):
         for place, number in enumerate(rng.permutation(len(every_mesh))):
             mesh = every_mesh[number]
             plain = _valid(spec, ShardLayout(**mesh, strategy=strategy))
             if plain is not None and (place < MESHES_EACH or number not in seen):
                 found += [plain, _with_options(plain, rng)]
                 seen.add(number)
-    for number, spec in enumerate(specs):
-        ring = ShardLayout(**BOUNDED_RINGS[number % len(BOUNDED_RINGS)], strategy="ring_of_experts")
-        found += [setting for setting in [_valid(spec, ring)] if setting is not None]
+    for (strategy, few), (number, spec) in product(FEW_MESHES.items(), enumerate(specs)):
+        mesh = few[number % len(few)]
+        if spec in DISPATCH_SPECS:  # its plan is that of one exchange
+            mesh = mesh | {"num_token_chunks": 1}
+        found += [setting for setting in [_valid(spec, ShardLayout(**mesh, strategy=strategy))] if setting is not None]
     return tuple(sorted(dict.fromkeys(found), key=lambda setting: setting.layout.num_ranks))
 
 

@@ -1,6 +1,6 @@
 """conformance, subject: the reference itself, in a dtype of your choice. The judge never accuses it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any, Unpack
@@ -34,6 +34,8 @@ from moe_ref.fused import fused_layer
 from moe_ref.permute import permute, unpermute
 from moe_ref.routing import scale_logits
 from moe_ref.sharded import sharded_layer
+from moe_ref.specs import upcycle
+from moe_ref.specs.params import FeedForward
 
 
 class Reference(Subject):
@@ -107,6 +109,10 @@ class Reference(Subject):
         self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Unpack[LayerInputs]
     ) -> tuple[np.ndarray, np.ndarray]:
         return fused_layer(x_TD, params, spec, dtype=self.compute_dtype, **RouterInputs.keywords(inputs))
+
+    def upcycled_layer(self, x_TD: np.ndarray, dense: Mapping[str, np.ndarray], spec: LayerSpec) -> np.ndarray:
+        params = upcycle.upcycle(FeedForward(**dense), spec, gate_std=1.0)
+        return moe_ref.moe_layer(x_TD, params, spec, dtype=self.compute_dtype).output_TD
 
     def layer_gradients(
         self,

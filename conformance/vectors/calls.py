@@ -76,7 +76,7 @@ def call_of(method: str, arguments: tuple, inputs: Mapping[str, Any]) -> Call:
 WHOLE = {
     "gate": "logits_TE", "experts": "output_RD", "combine": "output_TD", "layer": "output_TD", "replay": "output_TD",
     "load": "tokens_per_expert_E", "bias_update": "expert_bias_E", "dispatch": "ranks", "sharded_layer": "outputs",
-    "sharded_gradients": "ranks", "train": "states",
+    "sharded_gradients": "ranks", "train": "states", "upcycled_layer": "output_TD",
 }  # fmt: skip
 """The name of what a method returns, where that is one array, or a list of one thing for each rank or event."""
 

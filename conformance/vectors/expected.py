@@ -36,6 +36,8 @@ from conformance.training.case import MARGIN, TrainingCase
 from conformance.vectors.calls import Call, by_name, made
 from conformance.vectors.container import packed, settled
 from moe_ref import LayerParams, gate
+from moe_ref.specs.params import FeedForward
+from moe_ref.specs.upcycle import upcycle
 
 GRID = 3
 """Bits of a tolerance below which a value has none."""
@@ -272,6 +274,13 @@ def _fused_layer(arguments: dict[str, Any]) -> Radii:
     return {"0": 2 * radii["output_TD"]}, tied  # the slots of shared experts are rounded as routed ones are
 
 
+def _upcycled_layer(arguments: dict[str, Any]) -> Radii:
+    dense, spec = FeedForward(**arguments["dense"]), arguments["spec"]
+    case = layer_case({"x_TD": arguments["x_TD"], "params": upcycle(dense, spec, gate_std=1.0), "spec": spec})
+    # The output is the dense one whatever the rows of the gate are; the factor on the down projection is rounded.
+    return {"output_TD": 2 * layer_bounds.layer(case, DTYPE, DTYPE).output_TD.radius}, False
+
+
 def _layer_gradients(arguments: dict[str, Any]) -> Radii:
     case = _clear(layer_case(arguments))
     balls = layer_bounds.gradients(case, DTYPE, DTYPE)
@@ -417,5 +426,6 @@ RADII: dict[str, Callable[[dict[str, Any]], Radii]] = {
     "replay": _replay, "experts": _experts, "combine": _combine, "sharded_layer": _sharded_layer,
     "sharded_gradients": _sharded_gradients, "balance_loss": _balance_loss, "z_loss": _z_loss,
     "bias_update": _bias_update, "capacity": _capacity, "train": _train, "fused_layer": _fused_layer,
+    "upcycled_layer": _upcycled_layer,
 }  # fmt: skip
 """Methods that return floats; the others return integers alone."""

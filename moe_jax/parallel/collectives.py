@@ -9,6 +9,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from moe_jax.arrays import column, take
 
@@ -113,3 +115,19 @@ def vary(array: jax.Array, axes: Iterable[str]) -> jax.Array:
     """The array as one that varies over these mesh axes too; its gradient is the sum over those that are new."""
     missing = tuple(sorted(set(axes) - jax.typeof(array).mat.varying))
     return lax.pcast(array, missing, to="varying") if missing else array
+
+
+_same_on_ranks = Primitive("same_on_ranks")
+_same_on_ranks.def_abstract_eval(
+    lambda array, *, axis_name: array.update(manual_axis_type=array.mat.update(varying=array.mat.varying - {axis_name}))
+)
+mlir.register_lowering(_same_on_ranks, lambda _, array, *, axis_name: [array])
+
+
+def same_on_ranks(array: jax.Array, axis_name: str) -> jax.Array:
+    """The array as one that does not vary over a mesh axis: every rank has computed the same. It has no gradient.
+
+    JAX knows that of its own collectives alone, and the ragged all-to-all is none of those; a sum or a gather would
+    send once more what every rank has.
+    """
+    return _same_on_ranks.bind(array, axis_name=axis_name) if axis_name in jax.typeof(array).mat.varying else array

@@ -10,7 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.parallel.collectives import vary
-from moe_jax.parallel.strategies import Alone, Blocks, Exchange, Replicated, Ring, Runs, ShardMetadata
+from moe_jax.parallel.strategies import (
+    Alone,
+    Blocks,
+    Exchange,
+    Replicated,
+    ReplicatedRagged,
+    Ring,
+    Runs,
+    ShardMetadata,
+    aligned,
+)
+from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.layout import AXES, ShardLayout
 from moe_ref.specs.router import RouterSpec
 
@@ -19,6 +30,7 @@ EXCHANGES: dict[str, Exchange] = {
     "ragged_all_to_all": Runs(),
     "ring_of_experts": Ring(),
     "replicated": Replicated(),
+    "replicated_ragged": ReplicatedRagged(),
 }
 """The strategies that moe_jax has."""
 
@@ -36,13 +48,17 @@ def exchange_of(layout: ShardLayout) -> Exchange:
     return EXCHANGES[layout.strategy] if several else Alone(EXCHANGES[layout.strategy])
 
 
-def plan(expert_ids_TK: jax.Array, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
+def plan(
+    expert_ids_TK: jax.Array, layout: ShardLayout, router: RouterSpec, align: AlignSpec | None = None
+) -> ShardMetadata:
     """Where the slots of a shard go, and what arrives from all others; `layout` is that of the mesh.
 
     Args:
         expert_ids_TK: (T, K) ids of this shard; the experts of a token are distinct.
+        align: the experts of this rank see their rows padded up to a multiple; what travels is not padded.
     """
-    return exchange_of(layout).plan(_places(expert_ids_TK, layout, router), layout, router)
+    found = exchange_of(layout).plan(_places(expert_ids_TK, layout, router), layout, router)
+    return found if align is None else aligned(found, align)
 
 
 def dispatch(

@@ -33,6 +33,7 @@ from moe_jax.parallel.stages import (
     token_axes,
 )
 from moe_jax.sparse_matmul import RouteOutput, check_tokens
+from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import LayerSpec
 from moe_ref.specs.layout import AXES, ShardLayout
@@ -63,6 +64,7 @@ def sharded_sparse_matmul(
     *,
     token_mask_T: jax.Array | None = None,
     inputs: RouterInputs = NO_INPUTS,
+    align: AlignSpec | None = None,
     buffer_fill: float | jax.Array = 0.0,
     split_stages: bool = False,
     precision: lax.PrecisionLike = None,
@@ -77,6 +79,7 @@ def sharded_sparse_matmul(
         mesh: of `make_mesh`.
         token_mask_T: (T,) bools, as in `sparse_matmul`.
         inputs: as in `moe_jax.route`, of all tokens. Each shard draws from a key of its own.
+        align: as in `sparse_matmul`, of the rows of a rank's own experts; what travels is not padded.
         buffer_fill: what buffer rows that nobody sent start with. Nothing depends on it.
         split_stages: each stage under a shard_map of its own, instead of all in one.
         precision, implementation: as in `grouped_matmul`.
@@ -86,7 +89,7 @@ def sharded_sparse_matmul(
     """
     check_tokens(x_TD, spec)
     check_layout(layout, spec, mesh, len(x_TD))
-    stages = Stages(spec, layout, precision=precision, implementation=implementation)
+    stages = Stages(spec, layout, align=align, precision=precision, implementation=implementation)
     inputs.check(spec.router, len(x_TD))
     mask_T = None if token_mask_T is None else jnp.asarray(token_mask_T)
     arrays = (jnp.asarray(x_TD), params, mask_T, inputs, jnp.asarray(buffer_fill))

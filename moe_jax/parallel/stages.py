@@ -25,6 +25,7 @@ from moe_jax.parallel import exchange
 from moe_jax.parallel.collectives import vary
 from moe_jax.parallel.strategies import ShardMetadata
 from moe_jax.sparse_matmul import RouteOutput, activate, gmm_down, gmm_up, route_tokens
+from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.inputs import BY_TOKEN, RouterInputs
 from moe_ref.specs.layer import LayerSpec
 from moe_ref.specs.layout import AXES, ShardLayout
@@ -112,10 +113,14 @@ def stage_specs(params: LayerParams, spec: LayerSpec, layout: ShardLayout) -> di
 
 
 class Stages:
-    """The stages of one rank; inside shard_map. Options are those of `grouped_matmul`."""
+    """The stages of one rank; inside shard_map. Options are those of `grouped_matmul`.
 
-    def __init__(self, spec: LayerSpec, layout: ShardLayout, **options):
-        self.spec, self.layout, self.options = spec, layout, options
+    Args:
+        align: the experts of a rank see their rows padded up to a multiple; None: as they are.
+    """
+
+    def __init__(self, spec: LayerSpec, layout: ShardLayout, *, align: AlignSpec | None = None, **options):
+        self.spec, self.layout, self.align, self.options = spec, layout, align, options
 
     def route(
         self, x_TD: jax.Array, params: LayerParams, token_mask_T: jax.Array | None, inputs: RouterInputs
@@ -151,7 +156,7 @@ class Stages:
 
     def plan(self, expert_ids_TK: jax.Array) -> ShardMetadata:
         """Where rows go; `RouteOutput` is not asked again, so that counts do not depend on chunks."""
-        return exchange.plan(expert_ids_TK, self.layout, self.spec.router)
+        return exchange.plan(expert_ids_TK, self.layout, self.spec.router, self.align)
 
     def dispatch(
         self, x_TD: jax.Array, decided: RouteOutput, metadata: ShardMetadata, buffer_fill: jax.Array, *, chunk: int = 0

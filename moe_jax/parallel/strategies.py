@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax.align import AlignedMetadata, align_rows
 from moe_jax.arrays import take
-from moe_jax.parallel.collectives import ragged_all_to_all, vary
+from moe_jax.parallel.collectives import ragged_all_to_all, same_on_ranks, vary
 from moe_jax.permute import RouteMetadata
 from moe_jax.permute import dispatch as local_dispatch
 from moe_jax.permute import permute as local_permute
 from moe_jax.permute import unpermute as local_unpermute
+from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.router import RouterSpec
 
@@ -45,6 +47,19 @@ class SentMetadata(RouteMetadata):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+class AlignedRows(AlignedMetadata):
+    """What arrived as aligned rows of local experts; a rank that is full has no tail to point the other slots to."""
+
+    sent_TK: jax.Array
+
+    @property
+    def has_expert_TK(self) -> jax.Array:
+        """(T, K) bools: whether each slot has a row here."""
+        return self.sent_TK
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class ShardMetadata:
     """One rank's part in an exchange: all that moving rows needs, there and back."""
 
@@ -61,6 +76,12 @@ class ShardMetadata:
     """(S,) int32: where in the buffer of each rank the rows from this one begin."""
     overflow_1: jax.Array
     """(1,) int32: rows that this rank had no room for."""
+
+
+def aligned(metadata: ShardMetadata, align: AlignSpec) -> ShardMetadata:
+    """The same exchange, with the rows of each local expert rounded up to the multiple where the experts are."""
+    rows = metadata.rows
+    return replace(metadata, rows=AlignedRows(**vars(align_rows(rows, align)), sent_TK=rows.has_expert_TK))
 
 
 class Exchange:
@@ -213,7 +234,7 @@ class Runs(_OfSlots):
     def send(self, sent_RD: jax.Array, metadata: ShardMetadata, fill: jax.Array) -> jax.Array:
         return ragged_all_to_all(
             sent_RD,
-            jnp.full((metadata.rows.slot_of_row_R.size, sent_RD.shape[1]), fill),
+            jnp.full((metadata.rows.row_of_slot_TK.size, sent_RD.shape[1]), fill),
             metadata.input_offsets_S,
             metadata.send_sizes_S,
             metadata.output_offsets_S,
@@ -278,6 +299,67 @@ class Replicated(Exchange):
         self, rows_RD: jax.Array, weights_TK: jax.Array | None, metadata: ShardMetadata, fill: jax.Array
     ) -> jax.Array:
         return lax.psum(local_unpermute(rows_RD, metadata.rows, weights_TK), "expert")
+
+
+class ReplicatedRagged(Replicated):
+    """replicated_ragged: every rank has the tokens; each sends its rows to all, and all sum those of every token."""
+
+    def plan(self, places_TK: jax.Array, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
+        """The rows of a rank come to lie behind those of the ranks before it: all rows, sorted by place."""
+        places_TK, me = vary(places_TK, ("expert",)), lax.axis_index("expert")
+        home = local_permute(places_TK, router.num_experts)
+        sizes_S = home.group_sizes_E.reshape(layout.expert, -1).sum(axis=1, dtype=jnp.int32)
+        return replace(
+            _plan_here(places_TK, layout, router),
+            slots=home,
+            send_sizes_S=jnp.full_like(sizes_S, sizes_S[me]),
+            recv_sizes_S=sizes_S,
+            output_offsets_S=jnp.full_like(sizes_S, _starts(sizes_S)[me]),
+        )
+
+    def unpermute(
+        self, rows_RD: jax.Array, weights_TK: jax.Array | None, metadata: ShardMetadata, fill: jax.Array
+    ) -> jax.Array:
+        return _sum_of_all_rows(rows_RD, weights_TK, metadata, fill)
+
+
+@jax.custom_vjp
+def _sum_of_all_rows(rows_RD, weights_TK, metadata: ShardMetadata, fill):
+    """What every rank makes of the rows of all ranks, which is the same on each."""
+    assert metadata.slots is not None
+    back_ND = ragged_all_to_all(
+        _unpadded(rows_RD, metadata, metadata.slots),
+        jnp.full((metadata.slots.slot_of_row_R.size, rows_RD.shape[1]), fill),
+        metadata.input_offsets_S,
+        metadata.send_sizes_S,
+        metadata.output_offsets_S,
+        metadata.recv_sizes_S,
+        axis_name="expert",
+    )
+    return same_on_ranks(local_unpermute(back_ND, metadata.slots, weights_TK), "expert")
+
+
+def _sum_of_all_rows_forward(rows_RD, weights_TK, metadata: ShardMetadata, fill):
+    return _sum_of_all_rows(rows_RD, weights_TK, metadata, fill), (rows_RD, weights_TK, metadata.rows)
+
+
+def _sum_of_all_rows_backward(residuals, d_output_TD):
+    """Every rank has the gradient of every token: nothing is sent for that of its own rows, and of their weights."""
+    rows_RD, weights_TK, metadata = residuals
+    _, pull = jax.vjp(lambda rows_RD, weights_TK: local_unpermute(rows_RD, metadata, weights_TK), rows_RD, weights_TK)
+    return *pull(vary(d_output_TD, ("expert",))), None, None
+
+
+def _unpadded(rows_RD, metadata: ShardMetadata, home: RouteMetadata):
+    """The rows of this rank without gaps: aligned ones have some."""
+    if not isinstance(metadata.rows, AlignedRows):
+        return rows_RD
+    N = home.slot_of_row_R.size
+    place_N = jnp.minimum(metadata.output_offsets_S[0] + lax.iota(jnp.int32, N), N - 1)
+    return take(rows_RD, take(metadata.rows.row_of_slot_TK.reshape(-1), take(home.slot_of_row_R, place_N)))
+
+
+_sum_of_all_rows.defvjp(_sum_of_all_rows_forward, _sum_of_all_rows_backward)
 
 
 class Alone(Replicated):
@@ -348,7 +430,7 @@ def _weighed(rows_RD, weights_TK, metadata: RouteMetadata):
     """Each row times the weight of its slot; rows of no slot stay as they are."""
     if weights_TK is None:
         return rows_RD
-    weight_R = take(weights_TK.reshape(-1), metadata.slot_of_row_R)
+    weight_R = take(weights_TK.reshape(-1), jnp.maximum(metadata.slot_of_row_R, 0))
     return rows_RD * jnp.where(metadata.has_expert_R, weight_R, 1)[:, None]
 
 

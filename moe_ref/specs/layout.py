@@ -67,6 +67,11 @@ STRATEGY_FACTS: dict[str, StrategyFacts] = {
         by_node=True,
         partial_sums="node",
     ),
+    "replicated_ragged": StrategyFacts(
+        summary="The rank group shares its tokens, nothing is sent, and what the experts of a rank return goes to all, "
+        "by a ragged all-to-all.",
+        shares_tokens=True,
+    ),
 }
 """The strategies by name, and the one list of them that needs no algorithm. `moe_ref.strategies` has those."""
 

@@ -8,6 +8,7 @@ from moe_ref.strategies.base import Strategy
 from moe_ref.strategies.node_dedup import NODE_DEDUP
 from moe_ref.strategies.ragged_all_to_all import RAGGED_ALL_TO_ALL
 from moe_ref.strategies.replicated import REPLICATED
+from moe_ref.strategies.replicated_ragged import REPLICATED_RAGGED
 from moe_ref.strategies.ring_of_experts import RING_OF_EXPERTS
 
 STRATEGIES: dict[str, Strategy] = {
@@ -18,6 +19,7 @@ STRATEGIES: dict[str, Strategy] = {
         RING_OF_EXPERTS,
         REPLICATED,
         NODE_DEDUP,
+        REPLICATED_RAGGED,
     )
 }
 """Every strategy by name; in the order of `specs.layout.STRATEGY_FACTS`."""

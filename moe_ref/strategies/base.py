@@ -38,7 +38,8 @@ class Exchange:
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlan(Exchange):
-    """What one rank sends, receives and works on. The exchange of node_dedup here is its second, inside a node."""
+    """What one rank sends, receives and works on. The exchange of node_dedup here is its second, inside a node; that of
+    replicated_ragged is of the rows that come back."""
 
     group: int
     """The rank group: d * fsdp + f."""
@@ -49,7 +50,8 @@ class RankPlan(Exchange):
     order_R2: np.ndarray
     """(source, slot) of each row that it works on, sorted by its experts. A replicated row has itself as source."""
     arrival_R: np.ndarray
-    """Where each of these rows lies in what it received: a row, or a token with ring_of_experts and replicated."""
+    """Where each of these rows lies in what it received: a row, or a token with ring_of_experts and what is
+    replicated."""
     group_sizes_e: np.ndarray
     """Rows of each of its experts, in the order of their places."""
     dropped_slots_N: np.ndarray

@@ -8,7 +8,6 @@ Legend: S ranks of a rank group.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.router import RouterSpec
 from moe_ref.strategies.base import Demand, Links, RankPlan, Strategy
 from moe_ref.strategies.ring import gathered, reduced
-from moe_ref.strategies.rows import exchange, pairs, pick_by_expert, rank_plan
+from moe_ref.strategies.rows import exchange, one_copy, pick_by_expert, rank_plan
 
 
 class RingOfExperts(Strategy):
@@ -35,14 +34,12 @@ class RingOfExperts(Strategy):
         lost = [row for order, _, _ in picked for row in order[room:]] if room is not None else []
         plans = []
         for e in ranks:
-            # The same tokens go to every rank: there is one copy to send, and it begins at 0 for each.
-            begins_S = np.zeros(layout.expert, np.int64)
-            sent = replace(exchanges[e], sends_N2=pairs(tokens[e]), input_offsets_S=begins_S)
             order, arrival, sizes = picked[e]
             kept_e = np.diff(np.minimum(np.cumsum(sizes), len(order) if room is None else room), prepend=0)
             plans.append(
                 rank_plan(
-                    sent, group, e, len(ids_by_source[e]), order[:room], arrival[:room], kept_e.tolist(),
+                    one_copy(exchanges[e], tokens[e]), group, e, len(ids_by_source[e]), order[:room], arrival[:room],
+                    kept_e.tolist(),
                     dropped=sorted(slot for source, slot in lost if source == e),
                     overflow=len(order) - len(order[:room]), room=room,
                 )

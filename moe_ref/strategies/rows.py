@@ -11,6 +11,7 @@ Legend: T tokens, K top_k, e experts on this rank, S ranks of a rank group, N ro
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -55,6 +56,11 @@ def exchange(wanted: list[list[list[Row]]], room: int | None) -> tuple[list[Exch
         for s in ranks
     ]
     return parts, received
+
+
+def one_copy(part: Exchange, rows: list[Row]) -> Exchange:
+    """The part of a rank that sends the same rows to every rank: there is one copy, and it begins at 0 for each."""
+    return replace(part, sends_N2=pairs(rows), input_offsets_S=np.zeros_like(part.input_offsets_S))
 
 
 def sort_by_expert(

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.layout import even_pieces
 from moe_ref.specs.router import RouterSpec
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation, TokenDispatcher
@@ -60,6 +61,7 @@ class ParallelTokenDispatcher(TokenDispatcher):
         shared: ranks that have the same tokens as this one, and parts of the same experts.
         placement: placement[i] is the expert at place i; None: expert i.
         num_token_chunks: exchanges that the tokens are divided over.
+        align: the experts of this rank see their rows padded up to a multiple; what travels is not padded.
     """
 
     parallel: Parallel | None = None
@@ -74,7 +76,9 @@ class ParallelTokenDispatcher(TokenDispatcher):
         shared: Shared = NOT_SHARED,
         placement: Sequence[int] | None = None,
         num_token_chunks: int = 1,
+        align: AlignSpec | None = None,
     ):
+        self.align = align
         self.num_experts = num_experts
         self.num_choices = num_choices
         self.group = group
@@ -88,7 +92,7 @@ class ParallelTokenDispatcher(TokenDispatcher):
             self.expert_of_place = [*placement, *range(num_experts, num_choices)]
 
     @classmethod
-    def of(cls, router: RouterSpec, parallel: Parallel) -> Self:
+    def of(cls, router: RouterSpec, parallel: Parallel, align: AlignSpec | None = None) -> Self:
         """The dispatcher of this rank, for a layout that fits the router."""
         layout, groups = parallel.layout, parallel.groups
         axes = ("expert", "tensor") if layout.facts.shares_tokens else ("tensor",)
@@ -99,6 +103,7 @@ class ParallelTokenDispatcher(TokenDispatcher):
             shared=Shared(tuple(groups[axis] for axis in axes if axis in groups)),
             placement=layout.placement,
             num_token_chunks=layout.num_token_chunks,
+            align=align,
             **cls.further_groups(parallel),
         )
         dispatcher.parallel = parallel
@@ -222,16 +227,20 @@ class AllToAllTokenDispatcher(ParallelTokenDispatcher):
             rows_RD = pending.wait()
             if chunk + 1 < len(plans):
                 pending = self.dispatch(xs[chunk + 1], plans[chunk + 1], inputs[chunk + 1])
-            rows_RD = run_on_arrival(experts, rows_RD, plan.arrived)
+            rows_RD = run_on_arrival(experts, rows_RD, plan.arrived, self.align)
             outputs.append(self.combine(rows_RD, plan, None if on_input else weights[chunk]))
         return outputs
 
 
-def run_on_arrival(experts: GroupedExperts, rows_RD: Tensor, arrived: Permutation) -> Tensor:
+def run_on_arrival(
+    experts: GroupedExperts, rows_RD: Tensor, arrived: Permutation, align: AlignSpec | None = None
+) -> Tensor:
     """The experts' outputs in the order in which the rows arrived."""
+    local = LocalTokenDispatcher(experts.num_experts, align=align)
+    if align is not None:
+        return run_experts(experts, local, rows_RD, arrived, None, on_input=False)
     if not moves_rows(experts, rows_RD):
         return experts.sum_of_slots(rows_RD, arrived, None)
-    local = LocalTokenDispatcher(experts.num_experts)
     return local.unpermute(experts(local.dispatch(rows_RD, arrived), arrived.tokens_per_expert_E), arrived).squeeze(1)
 
 
@@ -244,7 +253,7 @@ class ReplicatedTokenDispatcher(ParallelTokenDispatcher):
 
     def __init__(self, num_experts: int, num_choices: int, group: dist.ProcessGroup | None, **options):
         super().__init__(num_experts, num_choices, group, **options)
-        self.own = LocalTokenDispatcher(self.experts_per_rank)
+        self.own = LocalTokenDispatcher(self.experts_per_rank, align=self.align)
 
     def permute_places(self, places_TK: Tensor) -> Permutation:
         """Its own experts are numbered from 0; slots of others are unused."""

@@ -56,7 +56,7 @@ class NodeDedupTokenDispatcher(ParallelTokenDispatcher):
         super().__init__(num_experts, num_choices, group, **options)
         self.across = across
         self.experts_per_node = self.experts_per_rank * inside.size()
-        self.inside = AllToAllTokenDispatcher(self.experts_per_node, self.experts_per_node, inside)
+        self.inside = AllToAllTokenDispatcher(self.experts_per_node, self.experts_per_node, inside, align=self.align)
 
     @classmethod
     def further_groups(cls, parallel: Parallel) -> dict[str, dist.ProcessGroup]:

@@ -84,7 +84,6 @@ def parallelize(moe: MoE, mesh: DeviceMesh, layout: ShardLayout, **fully_shard_o
             value and bound.
     """
     require(isinstance(moe.dispatcher, LocalTokenDispatcher), "the layer is parallel already")
-    require(moe.dispatcher.align is None, f"align is {moe.dispatcher.align}; over ranks it is None")
     require(not moe.batch_invariant, "batch_invariant is True; over ranks it is False")
     why_not = unsupported(layout)
     require(why_not is None, str(why_not))
@@ -97,7 +96,7 @@ def parallelize(moe: MoE, mesh: DeviceMesh, layout: ShardLayout, **fully_shard_o
     parallel = Parallel(mesh=mesh, layout=layout, groups=groups)
     # One rank on the expert axis has nothing to exchange.
     dispatcher = DISPATCHERS[layout.strategy] if "expert" in groups else ReplicatedTokenDispatcher
-    moe.dispatcher = dispatcher.of(moe.spec.router, parallel)
+    moe.dispatcher = dispatcher.of(moe.spec.router, parallel, moe.dispatcher.align)
     divide(moe, parallel)
     if "fsdp" in groups:
         _shard_fully(moe, parallel, fully_shard_options)

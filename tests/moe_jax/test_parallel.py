@@ -23,6 +23,7 @@ from moe_ref.backward.layer import layer_backward
 from moe_ref.backward.sharded import sharded_backward
 from moe_ref.layer import moe_layer
 from moe_ref.sharded import sharded_layer
+from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import ExpertSpec, LatentSpec, LayerSpec, SharedSpec
 from moe_ref.specs.layout import ShardLayout
@@ -83,6 +84,11 @@ CASES = {
     "replicated, fsdp, tensor parallel, uneven chunks of tokens": (
         LLAMA,
         ShardLayout(fsdp=2, expert=2, tensor=2, strategy="replicated", num_token_chunks=2),
+        5,
+    ),
+    "replicated, and rows come back by a ragged all_to_all, tensor parallel": (
+        DEEPSEEK,
+        ShardLayout(expert=4, tensor=2, strategy="replicated_ragged", placement=PLACEMENT, num_token_chunks=2),
         5,
     ),
     # K = E: each rank has as many rows as it ever can, and no tail.
@@ -174,6 +180,19 @@ def check_whole(spec, layout, x_TD, params, d_output_TD, mask_T, fill=0.0, **opt
 def test_output_and_gradients_are_those_of_one_rank_on_every_device(name):
     spec, layout, tokens = CASES[name]
     check_whole(spec, layout, *case(spec, layout, tokens))
+
+
+ALIGNED = AlignSpec(multiple=8, idle_blocks=1)
+
+
+@pytest.mark.parametrize("name", [
+    "ragged_all_to_all, data parallel", "ring_of_experts, every expert of every token",
+    "replicated, and rows come back by a ragged all_to_all, tensor parallel",
+])  # fmt: skip
+def test_aligned_rows_of_each_rank_change_neither_output_nor_gradient(name):
+    spec, layout, tokens = CASES[name]
+    align = AlignSpec(multiple=1) if spec is EVERY else ALIGNED  # a rank that is full has no row to spare then
+    check_whole(spec, layout, *case(spec, layout, tokens, seed=3, crowded=[0]), np.nan, align=align)
 
 
 @pytest.mark.parametrize("fill", POISONS)

@@ -14,6 +14,7 @@ from moe_jax.parallel.stages import BY_RANK, HIDDEN, ROWS, P, Stages, param_spec
 from moe_ref.backward.layer import layer_backward
 from moe_ref.dispatch import plan as reference_plan
 from moe_ref.layer import moe_layer
+from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.inputs import NO_INPUTS
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
 from moe_ref.specs.layout import ShardLayout
@@ -118,9 +119,22 @@ def test_sizes_and_offsets_are_those_of_the_reference(strategy):
         np.testing.assert_array_equal(getattr(found, name), np.concatenate([getattr(p, name) for p in expected]))
     sizes = np.concatenate([p.group_sizes_e for p in expected])
     np.testing.assert_array_equal(found.rows.group_sizes_E, sizes)
-    if strategy in ("ragged_all_to_all", "ring_of_experts"):  # the others have blocks, or nothing
+    if strategy in ("ragged_all_to_all", "ring_of_experts", "replicated_ragged"):  # the others have blocks, or nothing
         for name in ("input_offsets_S", "output_offsets_S"):
             np.testing.assert_array_equal(getattr(found, name), np.concatenate([getattr(p, name) for p in expected]))
+
+
+@pytest.mark.parametrize("strategy", EXCHANGES)
+def test_aligned_rows_of_a_rank_are_multiples_that_hold_its_rows(strategy):
+    layout, align = ShardLayout(expert=4, strategy=strategy), AlignSpec(multiple=4, idle_blocks=1)
+    stages = split(Stages(DEEPSEEK, layout, align=align), LayerParams.init(DEEPSEEK), make_mesh(layout))
+    ids_TK = np.argsort(np.random.default_rng(7).random((8, 8)), axis=-1)[:, :3].astype(np.int32)
+    ids_TK[ids_TK == 5] = -1
+    found = jax.jit(stages("plan"))(ids_TK).rows
+    counts_E = np.bincount(ids_TK[ids_TK >= 0], minlength=8)
+    np.testing.assert_array_equal(found.group_sizes_E, np.maximum(-(-counts_E // 4), 1) * 4)
+    assert found.slot_of_row_R.size % (4 * 4) == 0
+    assert (np.asarray(found.slot_of_row_R) >= 0).sum() == counts_E.sum()
 
 
 @pytest.mark.parametrize("strategy", EXCHANGES)

@@ -227,6 +227,19 @@ def test_a_full_buffer_of_the_ring_keeps_the_rows_of_the_first_experts():
     assert (first.send_sizes_S.tolist(), second.send_sizes_S.tolist()) == ([3, 3], [1, 1])
 
 
+def test_rows_of_a_replicated_batch_come_back_behind_those_of_the_ranks_before():
+    layout = ShardLayout(expert=2, strategy="replicated_ragged")
+    first, second = plan([np.array([[0, 3], [2, 1], [2, -1]])], layout, TWO)
+    # Rank 0 has experts 0 and 1: slots 0 and 3. Rank 1 has slots 2 and 4 of expert 2, and slot 1 of expert 3.
+    assert first.sends_N2.tolist() == first.order_R2.tolist() == [[0, 0], [0, 3]]
+    assert second.sends_N2.tolist() == second.order_R2.tolist() == [[1, 2], [1, 4], [1, 1]]
+    for each, sent, begin in ((first, 2, 0), (second, 3, 2)):
+        assert (each.send_sizes_S.tolist(), each.recv_sizes_S.tolist()) == ([sent, sent], [2, 3])
+        assert (each.input_offsets_S.tolist(), each.output_offsets_S.tolist()) == ([0, 0], [begin, begin])
+    # In each buffer: all rows by place, as one rank alone sorts them.
+    assert [buffer[:, 1].tolist() for buffer in delivered([first, second])] == [[0, 3, 2, 4, 1]] * 2
+
+
 def test_one_token_with_two_experts_on_a_far_node_crosses_once():
     layout = ShardLayout(expert=4, ranks_per_node=2, strategy="node_dedup")
     ids = [np.zeros((0, 2), int), np.array([[3, 2]]), np.zeros((0, 2), int), np.zeros((0, 2), int)]

@@ -79,6 +79,13 @@ def test_a_replicated_batch_sends_nothing_out_and_an_all_reduce_back():
     assert found.back.across == 2 * 3 * 6
 
 
+def test_rows_of_a_replicated_batch_go_to_every_rank():
+    layout = ShardLayout(expert=2, strategy="replicated_ragged", ranks_per_node=1)
+    found = exact_traffic(plan([np.array([[0, 3], [2, 1], [2, -1]])], layout, TWO), layout)
+    assert not found.out_SS.any()
+    assert found.back_SS.tolist() == [[2, 2], [3, 3]]
+
+
 def test_one_rank_sends_nothing():
     for strategy in STRATEGIES:
         layout = ShardLayout(strategy=strategy)

@@ -81,7 +81,8 @@ def test_every_rank_returns_the_output_of_its_shard():
     assert [len(output_TD) for output_TD in trace.outputs_by_rank] == [rank // 4 for rank in range(32)]
 
 
-NUM_PARTIALS = {"all_to_all": 1, "ragged_all_to_all": 1, "ring_of_experts": 4, "replicated": 4, "node_dedup": 2}
+NUM_PARTIALS = {"all_to_all": 1, "ragged_all_to_all": 1, "ring_of_experts": 4, "replicated": 4, "node_dedup": 2,
+                "replicated_ragged": 1}  # fmt: skip
 """Partial sums of a token, of every strategy, on four ranks of two nodes."""
 
 
@@ -99,6 +100,7 @@ def test_partial_sums_add_up_to_the_routed_output(strategy):
 @pytest.mark.parametrize(("strategy", "partials_of_slots"), [
     ("all_to_all", [[0, 0, 0], [0, 0, 0]]), ("ring_of_experts", [[0, 3, 1], [1, 2, 3]]),
     ("replicated", [[0, 3, 0], [1, 2, 0]]), ("node_dedup", [[0, 1, 0], [0, 1, 1]]),
+    ("replicated_ragged", [[0, 0, 0], [0, 0, 0]]),
 ])  # fmt: skip
 def test_a_slot_is_part_of_the_sum_of_its_expert_rank_or_node(strategy, partials_of_slots):
     """Two tokens, on ranks 1 and 3 of four; experts 1 and 7, 2 and 5; the last slot is an identity expert."""

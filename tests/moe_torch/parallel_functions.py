@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from conformance.subjects.torch.sharded import mesh_of, parallel_layer
 from moe_ref import LayerParams, LayerSpec
+from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.layout import ShardLayout
 from moe_torch import experts as experts_module
 from moe_torch.moe import MoE
@@ -45,9 +46,20 @@ def train(moe: MoE, x_TD: torch.Tensor, call: Callable | None = None) -> dict[st
     return {name: value.float().numpy() for name, value in found.items()}
 
 
+OPTIONS: dict[str, dict] = {"aligned": {"align": AlignSpec(multiple=8, idle_blocks=1)}}
+"""Of the layer, by the way in which it is trained."""
+
+
 def train_on_rank(params, spec: LayerSpec, layout: ShardLayout, x_by_shard, way: str) -> dict[str, np.ndarray]:
     """In one of several ways."""
-    moe = parallel_layer(params, spec, layout)
+    moe = parallel_layer(params, spec, layout, **OPTIONS.get(way, {}))
+    if way == "aligned":
+        seen: list = []
+        moe.experts.register_forward_hook(lambda _, given, out: seen.append(given[1]))
+        found = train(moe, own(x_by_shard, layout))
+        assert seen
+        assert all(bool((rows_E > 0).all()) and bool((rows_E % 8 == 0).all()) for rows_E in seen)
+        return found
     if way == "bfloat16":
         return train(moe.to(torch.bfloat16), own(x_by_shard, layout, torch.bfloat16))
     if way == "grouped":

@@ -147,6 +147,21 @@ def test_grouped_matmuls_give_the_same_on_replicated_tokens():
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "replicated"])
+def test_aligned_rows_of_each_rank_change_neither_output_nor_gradient(strategy):
+    layout, spec = EP4.replace(strategy=strategy), LAYERS["weight on the input"]
+    sizes = (11,) if layout.facts.shares_tokens else UNEVEN
+    assert_near(trained(spec, layout, sizes, "aligned"), trained(spec, layout, sizes), FLOAT32)
+
+
+def test_a_rank_without_rows_has_its_blocks_and_is_waited_for():
+    spec = LayerSpec(router=RouterSpec(num_experts=8, top_k=1, score_func="sigmoid"), experts=GPT_OSS)
+    params = replace(params_of(spec), expert_bias_E=np.where(np.arange(8) == 5, 9.0, 0.0).astype(np.float32))
+    x_by_shard = tokens(UNEVEN)
+    found = on_ranks(EP4, parallel_functions.train_on_rank, params, spec, EP4, x_by_shard, "aligned")
+    assert_near(found, on_ranks(EP4, parallel_functions.train_on_rank, params, spec, EP4, x_by_shard, "eager"), FLOAT32)
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "replicated"])
 def test_bfloat16_rows_travel_and_return(strategy):
     layout = EP4.replace(strategy=strategy)
     sizes = (11,) if layout.facts.shares_tokens else UNEVEN

@@ -280,6 +280,25 @@ def test_one_graph_holds_the_whole_route(spec):
     assert_compiled_equals_eager(spec, "aot_eager", sizes=((33, False), (65, True)))
 
 
+def test_sinkhorn_is_one_operator_of_a_graph():
+    seen, spec = [], RouterSpec(num_experts=8, top_k=2, selector="sinkhorn", select_by="logit")
+
+    def count(graph, _):
+        seen.append([node.target for node in graph.graph.nodes])
+        return graph.forward
+
+    torch._dynamo.reset()
+    logits_TE, mask_T = torch.randn(40, 8, generator=torch.manual_seed(0)), torch.arange(40) % 5 > 0
+    with torch.no_grad():
+        found = torch.compile(route, fullgraph=True, backend=count)(logits_TE, spec, token_mask_T=mask_T)
+    (targets,) = seen
+    assert targets.count(torch.ops.moe_torch.even_experts.default) == 1
+    assert len(targets) < 60
+    wanted = route(logits_TE, spec, token_mask_T=mask_T)
+    np.testing.assert_array_equal(found.expert_ids_TK, wanted.expert_ids_TK)
+    torch.testing.assert_close(found.weights_TK, wanted.weights_TK, rtol=0, atol=0)
+
+
 def test_inductor_code_equals_eager():
     # One size and no backward pass: each costs seconds of C++ compiler.
     with torch.no_grad():

@@ -46,4 +46,6 @@ chapter(
     ("LAY-25", MUST, "Shared experts inside the routed slots, ids num_experts and on behind each token's own, with the "
                   "weight that cancels the factor on the routed output, give the output of the layer."),
     ("LAY-26", MUST, "Counts of a layer in that form are of its routed experts alone."),
+    ("LAY-27", MUST, "A layer made of a dense feed-forward, its experts copies or parts of it, returns what that does "
+                  "until it is trained, where a token's weights sum to a constant and it has each part as often."),
 )  # fmt: skip

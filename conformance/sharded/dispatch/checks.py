@@ -57,7 +57,18 @@ def what_a_sends_to_b_is_what_b_receives_from_a(judge, case):
     hold_matching(case, plans_of_subject(judge, case))
 
 
-@requires("DSP-4", method="dispatch", layout=unplaced, counts=FILLED, after=("DSP-1", "DSP-2", "DSP-3"))
+def returns_rows(layout: ShardLayout) -> bool:
+    """The rows of each rank come back to every rank."""
+    return layout.strategy == "replicated_ragged"
+
+
+@requires(
+    "DSP-4",
+    method="dispatch",
+    layout=lambda layout: unplaced(layout) and not returns_rows(layout),
+    counts=FILLED,
+    after=("DSP-1", "DSP-2", "DSP-3"),
+)
 def a_rank_sends_what_the_strategy_has_travel(judge, case):
     hold_exchanged_sizes(case, plans_of_subject(judge, case), case.plans)
 
@@ -188,3 +199,8 @@ def a_layout_that_does_not_divide_the_experts_is_refused(judge, case):
 @requires("DSP-17", method="dispatch", layout=of_the_ring, loads=CROWDED, after=("DSP-1",))
 def a_small_buffer_of_the_ring_keeps_the_first_rows(judge, case):
     hold_plan(case, plans_of_subject(judge, case), case.plans)
+
+
+@requires("DSP-18", method="dispatch", layout=returns_rows, counts=FILLED, after=("DSP-1", "DSP-2", "DSP-3"))
+def all_rows_of_a_rank_go_back_to_every_rank(judge, case):
+    hold_exchanged_sizes(case, plans_of_subject(judge, case), case.plans)

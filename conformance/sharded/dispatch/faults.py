@@ -7,6 +7,7 @@ import numpy as np
 
 from conformance.core.fault import replaces, surrounds
 from moe_ref.dispatch import checked_ids
+from moe_ref.specs.layout import even_pieces
 from moe_ref.strategies.rows import exchange, rows_for, sort_by_expert
 
 
@@ -330,3 +331,25 @@ def the_ring_admits_sources_in_rank_order(run, memory, ids_by_shard, layout, spe
     received = run(ids_by_shard, layout.replace(strategy="ragged_all_to_all"), spec)
     names = ("order_R2", "group_sizes_e", "overflow")
     return [plan | {name: other[name] for name in names} for plan, other in zip(plans, received, strict=True)]
+
+
+@surrounds(breaks="DSP-18")
+def rows_come_back_in_even_pieces(run, memory, ids_by_shard, layout, spec):
+    """Ranks that share their tokens each get back the rows of a piece of them."""
+    plans = run(ids_by_shard, layout, spec)
+    if layout.strategy != "replicated_ragged":
+        return plans
+    pieces = [even_pieces(int(plan["send_sizes_S"][0]), layout.expert) for plan in plans]
+    for number, plan in enumerate(plans):
+        e, first = own_rank(layout, number), number - own_rank(layout, number)
+        plan["send_sizes_S"] = np.array(pieces[number])
+        plan["recv_sizes_S"] = np.array([pieces[first + source][e] for source in range(layout.expert)])
+    return plans
+
+
+@surrounds(breaks="DSP-18")
+def a_rank_does_not_send_to_itself(run, memory, ids_by_shard, layout, spec):
+    """Of the rows that come back those of the rank itself are missing."""
+    if layout.strategy != "replicated_ragged":
+        return run(ids_by_shard, layout, spec)
+    return a_rank_keeps_what_is_its_own(run, memory, ids_by_shard, layout, spec)

@@ -35,4 +35,6 @@ chapter(
     ("DSP-16", MUST, "A layout that does not divide the experts is refused.", "vllm-project/vllm-ascend#16384"),
     ("DSP-17", MUST, "ring_of_experts with a buffer that is too small keeps the first rows of a rank in (expert, rank, "
                   "token) order, experts by place."),
+    ("DSP-18", MUST, "replicated_ragged sends nothing to the experts; all that a rank's own experts return it sends to "
+                  "every rank, itself included."),
 )  # fmt: skip

@@ -106,6 +106,24 @@ def a_replicated_expert_is_summed_twice(run, memory, x_by_shard, params, spec, l
     return [rest + times * (whole_TD - rest) for whole_TD, rest in zip(found, without, strict=True)]
 
 
+@replaces("finish", breaks="LYT-2")
+def returned_rows_all_begin_at_0(shard, begun, ranks, params, spec, layout):
+    """Rows that come back to every rank are written over those of the ranks before."""
+    if layout.strategy == "replicated_ragged":
+        ranks = [list(chunks) for chunks in ranks]
+        for group in range(0, layout.num_ranks, layout.expert * layout.tensor):
+            of_group = range(group, group + layout.expert * layout.tensor, layout.tensor)
+            for index in range(layout.num_token_chunks):
+                rows = [ranks[rank][index].output_RD for rank in of_group]
+                buffer_ND = np.zeros((sum(map(len, rows)), *rows[0].shape[1:]), rows[0].dtype)
+                for own_RD in rows:
+                    buffer_ND[: len(own_RD)] = own_RD
+                read = np.split(buffer_ND, np.cumsum(list(map(len, rows)))[:-1])
+                for rank, read_RD in zip(of_group, read, strict=True):
+                    ranks[rank][index] = replace(ranks[rank][index], output_RD=read_RD)
+    return finish(shard, begun, ranks, params, spec, layout)
+
+
 @replaces("finish", breaks="LYT-31")
 def a_full_rank_lends_its_last_row(shard, begun, ranks, params, spec, layout):
     """Slots of other ranks' experts read the last row of the buffer, which belongs to nobody unless it is full."""

@@ -1,5 +1,6 @@
 """conformance, subject jax: the layer of moe_jax on one device, compiled."""
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import partial
 from typing import Unpack
@@ -18,6 +19,8 @@ from moe_jax.replicas import home, place_by_table
 from moe_jax.sparse_matmul import RouteMetadata, activate, gmm_down, gmm_up, permute, sparse_matmul, unpermute
 from moe_ref import AlignSpec, LayerParams, LayerSpec, ReplicaSpec, RoutingRecord
 from moe_ref.specs.fused import fuse_params
+from moe_ref.specs.params import FeedForward
+from moe_ref.specs.upcycle import upcycle
 
 _place = jax.jit(place_by_table, static_argnames="in_turn")
 _permute = jax.jit(permute, static_argnames="num_experts")
@@ -85,6 +88,10 @@ class JaxLayer(Subject):
         output_TD, decided = _fused(narrow(x_TD), router, experts, spec=spec, how=how)
         counts_E = permute(decided.expert_ids_TK, spec.router.num_experts).group_sizes_E
         return np.asarray(output_TD), np.asarray(counts_E)
+
+    def upcycled_layer(self, x_TD: np.ndarray, dense: Mapping[str, np.ndarray], spec: LayerSpec) -> np.ndarray:
+        """`sparse_matmul` with what `upcycle` makes."""
+        return self.layer(x_TD, upcycle(FeedForward(**dense), spec, gate_std=1.0), spec)
 
     def layer_gradients(
         self,

@@ -44,6 +44,8 @@ class MaxtextLayouts(Subject):
         self, expert_ids_by_shard: list[np.ndarray], layout: ShardLayout, spec: LayerSpec
     ) -> list[dict[str, Any]]:
         """Its own sizes, offsets and local order for each rank; rows are moved here as these say."""
+        if layout.strategy == "replicated_ragged":
+            return [plan for ids_TK in expert_ids_by_shard for plan in self._plans_of_shared(ids_TK, layout, spec)]
         if layout.strategy not in ("all_to_all", "ragged_all_to_all"):
             raise Unsupported(f"maxtext's {layout.strategy} has no plan that could be seen")
         plans = []
@@ -77,6 +79,27 @@ class MaxtextLayouts(Subject):
             plans.append({
                 "send_sizes_S": params[rank][1], "recv_sizes_S": params[rank][3], "group_sizes_e": sizes_e,
                 "order_R2": np.asarray(local[0])[: sizes_e.sum()], "overflow": max(0, wanted - rows),
+            })  # fmt: skip
+        return plans
+
+    def _plans_of_shared(self, ids_TK: np.ndarray, layout: ShardLayout, spec: LayerSpec) -> list[dict[str, Any]]:
+        """Where the batch is replicated over the expert axis; what is sent is sent back."""
+        S, E = layout.expert, spec.router.num_experts
+        order_N, counts_E = Maxtext().permute(ids_TK, E)
+        expert_N = jnp.repeat(jnp.arange(E), jnp.asarray(counts_E), total_repeat_length=len(order_N))
+        sizes_S = jnp.asarray(counts_E, jnp.int32).reshape(S, -1).sum(axis=1)
+        plans = []
+        for rank in range(S):
+            _, sent, _, received = _all_to_all(sizes_S, rank, S, is_batch_sharded=False, is_dispatch=False)
+            rows_N2 = jnp.stack([jnp.full(len(order_N), rank), jnp.asarray(order_N)], axis=-1)
+            local = moe.RoutedMoE.local_permute(
+                rows_N2, jnp.asarray(counts_E, jnp.int32)[None], E // S, rank, is_offset=True,
+                global_sorted_experts=expert_N, use_custom_sort_vjp=True,
+            )  # fmt: skip
+            sizes_e = np.asarray(local[2])
+            plans.append({
+                "send_sizes_S": np.asarray(sent), "recv_sizes_S": np.asarray(received), "group_sizes_e": sizes_e,
+                "order_R2": np.asarray(local[0])[: sizes_e.sum()], "overflow": 0,
             })  # fmt: skip
         return plans
 
@@ -120,7 +143,9 @@ def why_not_layout(spec: LayerSpec, layout: ShardLayout) -> str | None:
         return f"the mesh has {MOST_RANKS} devices"
     if layout.strategy == "node_dedup":
         return "maxtext does not send a token once to each node"
-    if layout.strategy == "replicated" and layout.num_rank_groups * layout.expert > layout.expert:
+    if layout.strategy == "replicated":
+        return "maxtext's ranks that share their tokens send their rows to each other, as replicated_ragged has it"
+    if layout.facts.shares_tokens and layout.num_rank_groups > 1:
         return "maxtext's ranks share their tokens where the whole batch is one sequence"
     if layout.placement is not None:
         return "maxtext's experts are placed in their order"

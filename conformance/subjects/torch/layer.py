@@ -1,5 +1,6 @@
 """conformance, subject torch: the layer of moe_torch on one rank, in eager mode."""
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Unpack
 
@@ -10,6 +11,8 @@ from conformance.core.inputs import LayerInputs, split_inputs
 from conformance.core.subject import Subject
 from conformance.subjects.torch.arrays import device, single, tensor, tensor_if_any, to_canonical, to_inputs, to_numpy
 from moe_ref import AlignSpec, CapacitySpec, LayerParams, LayerSpec, ReplicaSpec, RoutingRecord
+from moe_ref.specs.params import FeedForward
+from moe_ref.specs.upcycle import upcycle
 from moe_torch.balance import tokens_per_expert
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation
 from moe_torch.fused import FusedMoE
@@ -85,6 +88,10 @@ class TorchLayer(Subject):
             output_TD, routing = moe.forward_and_routing(single(x_TD), **_how(inputs))
         counts_E = tokens_per_expert(routing.expert_ids_TK, spec.router.num_experts)
         return to_numpy(output_TD), to_numpy(counts_E)
+
+    def upcycled_layer(self, x_TD: np.ndarray, dense: Mapping[str, np.ndarray], spec: LayerSpec) -> np.ndarray:
+        """The module, loaded with what `upcycle` makes."""
+        return self.layer(x_TD, upcycle(FeedForward(**dense), spec, gate_std=1.0), spec)
 
     def layer_gradients(
         self,

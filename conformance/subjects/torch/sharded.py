@@ -4,7 +4,7 @@ The first half runs here and needs the pool of ranks; the second half runs on a 
 """
 
 from functools import lru_cache
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -92,9 +92,9 @@ def gradients_on_rank(x_by_shard, params, spec, layout, d_output_by_shard, input
     return {"x_TD": x_TD.grad.numpy()} | to_canonical(by_name, params)
 
 
-def parallel_layer(params: LayerParams | None, spec: LayerSpec, layout: ShardLayout) -> MoE:
-    """This rank's part of a layer."""
-    moe = MoE(spec).eval()
+def parallel_layer(params: LayerParams | None, spec: LayerSpec, layout: ShardLayout, **options: Any) -> MoE:
+    """This rank's part of a layer; options are those of `MoE`."""
+    moe = MoE(spec, **options).eval()
     if params is not None:
         moe.load_params(params)
     return parallelize(moe, mesh_of(layout.data, layout.fsdp, layout.expert, layout.tensor), layout)
