@@ -23,7 +23,7 @@ class Transformers(TransformersRouter, TransformersLayer, TransformersBalance):
             raise ValueError(f"family is {family!r}{nearest(family, ROUTERS)}")
         self.family = family
         self.experts_implementation = experts_implementation or self.experts_implementation
-        if self.experts_implementation not in IMPLEMENTATIONS:
+        if self.experts_implementation not in ("", *IMPLEMENTATIONS):
             raise ValueError(
                 f"experts_implementation is {experts_implementation!r}; it is one of {', '.join(IMPLEMENTATIONS)}"
             )
