@@ -165,7 +165,6 @@ def _models() -> list[LayerSpec]:
         LayerSpec(router=tiny("cohere2_moe"), experts=plain, shared=SharedSpec(hidden_dim=16, combine="average")),
         LayerSpec(router=tiny("gemma4"), experts=gelu),
         LayerSpec(router=tiny("longcat_flash"), experts=plain),
-        LayerSpec(router=tiny("longcat_flash").replace(top_k=1), experts=plain),
         LayerSpec(router=tiny("step3p7"), experts=ExpertSpec(**dims, clamp=0.25, clamp_at="after"), shared=shared),
         LayerSpec(router=tiny("deepseek_v4_hash"), experts=ExpertSpec(**dims, clamp=0.75), shared=shared),
         LayerSpec(

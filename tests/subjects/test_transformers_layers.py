@@ -180,7 +180,9 @@ def test_what_grouped_mm_does_not_take_gets_a_sentence():
     # The kernel's own limit, not ours.
     with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
         torch.nn.functional.grouped_mm(torch.ones(4, 6), torch.ones(1, 6, 4), offs=torch.tensor([4], dtype=torch.int32))
-    with pytest.raises(ValueError, match="experts_implementation is 'fast'; it is one of eager, grouped_mm, batched_mm"):
+    with pytest.raises(
+        ValueError, match="experts_implementation is 'fast'; it is one of eager, grouped_mm, batched_mm"
+    ):
         Transformers("mixtral", "fast")
 
 
