@@ -1,10 +1,12 @@
 """Tests: each page of docs/findings shows what it says, where the package that it is about is installed.
 
 A page is named PACKAGE-what.md. Its first block of Python is a script for a CPU, of under 60 lines; its first block of
-text is what the script prints.
+text is what the script prints. The scripts of a package that takes long to import run one after the other in one
+process, each with names of its own.
 """
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -15,6 +17,19 @@ import pytest
 
 PAGES = sorted((Path(__file__).parents[1] / "docs" / "findings").glob("*-*.md"))
 MOST_LINES = 60
+TOGETHER = ("transformers",)
+"""Packages whose scripts set up nothing for their process, so that they share one."""
+RUN_EACH = """
+import contextlib, io, json, sys, traceback
+for name, code in json.load(sys.stdin).items():
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, name, "exec"), {"__name__": "__main__"})
+    except Exception:
+        printed.write(traceback.format_exc())
+    print(json.dumps([name, printed.getvalue()]), flush=True)
+"""
 
 
 def block_of(page: Path, language: str) -> str:
@@ -44,13 +59,28 @@ def test_a_finding_can_be_filed_as_it_stands(page):
     assert {"observed", "correct"} <= set(re.findall(r"\w+", block_of(page, "text")))
 
 
+@pytest.fixture(scope="module")
+def printed_together(tmp_path_factory) -> dict[str, str]:
+    """What the scripts of the packages of TOGETHER print, by the name of their page."""
+    codes = {page.name: block_of(page, "python") for page in PAGES if package_of(page) in TOGETHER}
+    done = run([sys.executable, "-c", RUN_EACH], tmp_path_factory.mktemp("findings"), json.dumps(codes))
+    return dict(json.loads(line) for line in done.stdout.splitlines())
+
+
+def run(command: list[str], folder: Path, given: str = "") -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command, cwd=folder, input=given, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_script_of_a_finding_prints_what_its_page_says(page, tmp_path):
+def test_the_script_of_a_finding_prints_what_its_page_says(page, tmp_path, request):
     if importlib.util.find_spec(package_of(page)) is None:
         pytest.skip(f"{package_of(page)} is not installed here")
-    done = subprocess.run(
-        [sys.executable, "-c", block_of(page, "python")], cwd=tmp_path, capture_output=True, text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == block_of(page, "text")
+    if package_of(page) in TOGETHER:
+        printed = request.getfixturevalue("printed_together")[page.name]
+    else:
+        printed = run([sys.executable, "-c", block_of(page, "python")], tmp_path).stdout
+    assert printed == block_of(page, "text")
