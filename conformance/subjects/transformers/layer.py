@@ -66,7 +66,8 @@ class TransformersLayer(Subject):
         self, rows_RD: np.ndarray, tokens_per_expert_E: np.ndarray, params: LayerParams, spec: LayerSpec
     ) -> np.ndarray:
         """The experts alone; rows that belong to nobody are not given to them, and come back as 0."""
-        block, module = self._loaded(params, spec, len(rows_RD), refused=True)
+        # Whose turn it is does not depend on the rows: what is refused is refused in every check of a case.
+        block, module = self._loaded(params, spec, None, refused=True)
         if block.interface == "none":
             raise Unsupported(f"the experts of {block.name} take no token that has a single expert")
         counts_E = np.asarray(tokens_per_expert_E)
@@ -78,7 +79,7 @@ class TransformersLayer(Subject):
         return outputs_RD
 
     def _loaded(
-        self, params: LayerParams, spec: LayerSpec, num_tokens: int, *, refused: bool = False
+        self, params: LayerParams, spec: LayerSpec, num_tokens: int | None, *, refused: bool = False
     ) -> tuple[RealBlock, torch.nn.Module]:
         """The block of a spec with these parameters; the number of tokens decides whose turn it is."""
         with_bias = params.expert_bias_E is not None

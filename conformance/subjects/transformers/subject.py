@@ -16,6 +16,8 @@ class Transformers(TransformersRouter, TransformersLayer, TransformersBalance):
 
     name = "transformers"
     logit_dtypes = ("float32", "bfloat16")
+    families = tuple(ROUTERS)
+    """Names of `--family` that have a class of their own here."""
 
     def __init__(self, family: str = "", experts_implementation: str = ""):
         family = family or self.family
