@@ -1,5 +1,7 @@
 """The subject transformers-layouts: blocks of transformers under their expert-parallel plans on gloo ranks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from layer_agreement import FLOAT32, assert_near, params_of, tokens
@@ -55,12 +57,23 @@ def test_every_rank_has_the_output_and_gradients_of_the_reference(name, implemen
 def test_eager_experts_of_gpt_oss_take_no_slot_of_another_rank():
     spec, subject = block_spec("gpt_oss"), TransformersLayouts("gpt_oss", "eager")
     layout, params = ShardLayout(expert=2, strategy="replicated"), params_of(spec, biased=False)
-    for num_tokens in range(3, 30):  # until it is the turn of the sum of partial outputs
-        x_TD = tokens(num_tokens, spec.experts.dim)[0]
-        if SHARED[turn(subject._asked([x_TD], params, spec), len(SHARED))] == "all_reduce":
-            break
+    # A number of tokens at which it is the turn of the sum of partial outputs.
+    batches = [tokens(num_tokens, spec.experts.dim)[0] for num_tokens in range(3, 30)]
+    x_TD = next(x for x in batches if SHARED[turn(subject._asked([x], params, spec), len(SHARED))] == "all_reduce")
     with pytest.raises(RankError, match="Class values must be smaller than num_classes"):
         subject.sharded_layer([x_TD], params, spec, layout)
+
+
+def test_eager_experts_without_a_token_miss_the_backward_pass_of_their_sum():
+    spec, subject = block_spec("mixtral"), TransformersLayouts("mixtral", "eager")
+    layout, params = ShardLayout(expert=2, strategy="replicated"), params_of(spec, biased=False)
+    first_ED = np.zeros_like(params.gate_ED)
+    first_ED[:3] = [[3.0], [2.0], [1.0]]  # experts of the first rank
+    params = replace(params, gate_ED=first_ED)
+    batches = [np.abs(tokens(num_tokens, spec.experts.dim)[0]) for num_tokens in range(3, 30)]
+    x_TD = next(x for x in batches if SHARED[turn(subject._asked([x], params, spec), len(SHARED))] == "all_reduce")
+    with pytest.raises(RankError, match="does not require grad"):
+        subject.sharded_gradients([x_TD], params, spec, layout, [x_TD])
 
 
 def test_a_plan_names_what_the_block_has():

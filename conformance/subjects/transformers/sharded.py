@@ -29,6 +29,8 @@ from moe_ref.specs.layout import ShardLayout
 PRELOAD = ("conformance.subjects.transformers.sharded", "transformers.distributed.expert_parallel")
 """transformers takes seconds to import: once, and not on every rank."""
 MOST_RANKS = 4
+PATIENCE = 15.0
+"""Seconds after which a rank hangs: layers are tiny, and backward passes of eager experts are known to (LYT-18)."""
 STRATEGIES = ("all_to_all", "replicated")
 """Ranks with tokens of their own (`ep_size > tp_size`), and ranks that share them (`ep_size == tp_size`)."""
 SHARED = ("auto", "all_reduce", "all_to_all")
@@ -68,12 +70,20 @@ class TransformersLayouts(Subject):
     # They name their inputs (none further), which is how a subject says what it takes.
     def sharded_layer(self, x_by_shard, params, spec, layout):  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.ranks.run(
-            layout.num_ranks, layer_on_rank, self._asked(x_by_shard, params, spec), x_by_shard, params, layout
+            layout.num_ranks,
+            layer_on_rank,
+            self._asked(x_by_shard, params, spec),
+            x_by_shard,
+            params,
+            layout,
+            timeout=PATIENCE,
         )
 
     def sharded_gradients(self, x_by_shard, params, spec, layout, d_output_by_shard):  # pyright: ignore[reportIncompatibleMethodOverride]
         asked = self._asked(x_by_shard, params, spec)
-        return self.ranks.run(layout.num_ranks, gradients_on_rank, asked, x_by_shard, params, layout, d_output_by_shard)
+        return self.ranks.run(
+            layout.num_ranks, gradients_on_rank, asked, x_by_shard, params, layout, d_output_by_shard, timeout=PATIENCE
+        )
 
     def _asked(self, x_by_shard, params: LayerParams, spec: LayerSpec) -> tuple:
         """What a rank finds the block by; the numbers of tokens decide whose turn it is."""

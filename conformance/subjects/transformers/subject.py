@@ -6,7 +6,7 @@ import torch
 
 from conformance.subjects.transformers.balance import TransformersBalance
 from conformance.subjects.transformers.families import ROUTERS
-from conformance.subjects.transformers.layer import IMPLEMENTATIONS, TransformersLayer
+from conformance.subjects.transformers.layer import GROUPED_MM, IMPLEMENTATIONS, TransformersLayer
 from conformance.subjects.transformers.router import TransformersRouter
 from moe_ref.specs.checks import nearest
 
@@ -33,8 +33,12 @@ class Transformers(TransformersRouter, TransformersLayer, TransformersBalance):
         torch.set_num_threads(1)  # a router call is too small to share
 
 
-class TransformersGroupedMm(Transformers):
-    """The same with experts on grouped matmuls, which is what a model uses unless it is told otherwise."""
+class TransformersGroupedMm(TransformersLayer):
+    """The blocks alone, with experts on grouped matmuls, which is what a model uses unless it is told otherwise."""
 
     name = "transformers-grouped-mm"
-    experts_implementation = "grouped_mm"
+    experts_implementation = GROUPED_MM
+
+    def __init__(self):
+        self.version = version("transformers")
+        torch.set_num_threads(1)  # as above
