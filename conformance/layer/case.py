@@ -168,6 +168,7 @@ LayerCase.TAGS = {name: _of_router(holds) for name, holds in RouterCase.TAGS.ite
     "gelu": lambda c: c.spec.experts.activation in ("gelu", "gelu_tanh"),
     "relu": lambda c: c.spec.experts.activation in ("relu", "relu2"),
     "square": lambda c: c.spec.experts.hidden_dim in (c.spec.routed_experts.dim, c.spec.routed_experts.dim / 2),
+    "unaligned": lambda c: any(n % 4 for n in (c.spec.routed_experts.dim, c.spec.experts.hidden_dim)),
     "shared": lambda c: c.spec.shared is not None,
     "shared_gate": lambda c: c.spec.shared is not None and c.spec.shared.gate == "sigmoid",
     "averaged": lambda c: c.spec.shared is not None and c.spec.shared.combine == "average",

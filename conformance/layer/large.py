@@ -39,7 +39,9 @@ def _settings() -> list[tuple[LayerSpec, int]]:
         experts = ExpertSpec(dim=D, hidden_dim=F, bias=i == 2)
         shared = SharedSpec(hidden_dim=F) if i == 3 else None
         found.append((LayerSpec(router=few, experts=experts, shared=shared), FEW))
-    return found
+    # More choices than a warp has lanes, most of them null, and a token has one.
+    single = RouterSpec(num_experts=24, top_k=1, num_null_experts=41, route_scale=6.0)
+    return [*found, (LayerSpec(router=single, experts=narrow), FEW)]
 
 
 LARGE: list[tuple[LayerSpec, int]] = _settings()

@@ -119,7 +119,10 @@ class Session:
             raise UsageError(f"examples is {examples!r}; it is an integer of at least 1")
         self.judges: dict[str, Judge] = {}
         for name in settings["subjects"]:
-            judge = Judge(subject_named(name, settings["device"]), declared(name, settings["deviations"]), only)
+            subject = subject_named(name, settings["device"])
+            if settings["family"] and settings["family"][0] in getattr(subject, "families", ()):
+                setattr(subject, "family", settings["family"][0])  # noqa: B010  (of several real routers, its own)
+            judge = Judge(subject, declared(name, settings["deviations"]), only)
             self.judges[judge.name] = judge
         self.seed, self.examples = settings["seed"], examples
 

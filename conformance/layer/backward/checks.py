@@ -141,6 +141,7 @@ def a_constant_weight_sends_no_gradient_to_the_gate(judge, case):
     inputs=("token_mask_T",),
     tokens=(7,),
     after=("BWD-1",),
+    simpler=((unmasked, ("BWD-1",)),),
     given=(CHOICE_IS_CLEAR,),
 )
 def padding_adds_nothing_to_any_gradient(judge, case):

@@ -146,7 +146,16 @@ def the_output_of_padding_is_0(judge, case):
         hold(f"padding that holds {poison:g} has an output", found_TD, nothing, rows=~case.valid_T)
 
 
-@requires("LAY-7", large=3, method="layer", spec=chosen_alone, inputs=("token_mask_T",), tokens=(7,), after=("LAY-1",))
+@requires(
+    "LAY-7",
+    large=3,
+    method="layer",
+    spec=chosen_alone,
+    inputs=("token_mask_T",),
+    tokens=(7,),
+    after=("LAY-1",),
+    simpler=((unmasked, ("LAY-1",)),),
+)
 def padding_changes_no_other_token(judge, case):
     plain_TD = output_of_subject(judge, unmasked(case))
     clear_T = judged_T(judge, case) & case.valid_T
@@ -328,7 +337,14 @@ def given_weights_are_taken_as_they_are(judge, case):
     hold_layer(judge, case, "not the given weights")
 
 
-@requires("LAY-21", method="layer", inputs=("token_mask_T",), tokens=(7,), after=("LAY-1",))
+@requires(
+    "LAY-21",
+    method="layer",
+    inputs=("token_mask_T",),
+    tokens=(7,),
+    after=("LAY-1",),
+    simpler=((unmasked, ("LAY-1",)),),
+)
 def a_layer_changes_no_array_that_it_is_given(judge, case):
     hold_unchanged(judge, unmasked(case), "layer", arguments_of(case))
     with suppress(NotRun):  # of a subject that takes no mask

@@ -18,6 +18,8 @@ from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, QuantileSpec, Rou
 
 SWITCH = BalanceSpec(per="sequence")
 """Of switch_transformers, for K = 1: a mean over the sequences of a batch, which are of one length."""
+CLAIMED = BalanceSpec()
+"""What `load_balancing_loss_func` says that it is: equations (4) to (6) of Switch Transformers, for any K."""
 
 
 class TransformersBalance(Subject):
@@ -31,8 +33,11 @@ class TransformersBalance(Subject):
         if isinstance(spec, CapacitySpec):
             wanted = CapacitySpec(slots=spec.slots or 0, scope="sequence")
             return None if spec == wanted else f"switch_transformers has {wanted}, for any number of slots"
-        if isinstance(spec, BalanceSpec) and spec.replace(coeff=1.0) not in (BalanceSpec.of("transformers"), SWITCH):
-            return "transformers has the loss 'transformers' in most families, and 'switch' of sequences in one"
+        forms = (BalanceSpec.of("transformers"), CLAIMED, SWITCH)
+        if isinstance(spec, BalanceSpec) and spec.replace(coeff=1.0) not in forms:
+            return (
+                "transformers has the loss 'transformers', which it says is 'switch', and 'switch' of sequences in one"
+            )
         return None
 
     def balance_loss(

@@ -85,14 +85,12 @@ class RealBlock:
     """Whether the config has a list with one clamp per layer."""
     extra: Callable[[LayerSpec, dict], dict] | None = None
     """Further config entries, from the spec and the entries so far."""
-    dim_is_even: bool = False
-    """Whether its config takes even token widths alone: it makes them the rotary dimension."""
     arguments: tuple = ()
     """What its constructor takes after the config."""
     interface: str = "usual"
     """How its experts are called: usual (tokens, ids, weights), sequences (the same, with an axis for the batch),
     padded (as many rows for each expert), or none: they fail where a token has one expert (longcat_flash)."""
-    implementations: tuple[str, ...] = ("eager", "grouped_mm")
+    implementations: tuple[str, ...] = ("eager", "grouped_mm", "batched_mm")
 
     @property
     def row(self) -> RealRouter:
@@ -108,7 +106,7 @@ class RealBlock:
             found.append(f"latent (none, not one of {spec.latent.dim})")
         elif spec.latent is not None and spec.latent.norm_eps is not None:
             found.append(f"latent.norm_eps (None, not {spec.latent.norm_eps})")
-        if self.dim_is_even and spec.experts.dim % 2:
+        if self.row.width_is_even and spec.experts.dim % 2:
             found.append(f"experts.dim (even, not {spec.experts.dim})")
         return found + self._expert_mismatches(spec.experts) + self._shared_mismatches(spec)
 
@@ -257,8 +255,8 @@ ROWS = (
         ("deepseek_v32", "DeepseekV32"), ("glm4_moe_lite", "Glm4MoeLite"), ("glm_moe_dsa", "GlmMoeDsa"),
         ("dots1", "Dots1"), ("solar_open", "SolarOpen"), ("glm4v_moe", "Glm4vMoeText"), ("kimi_linear", "KimiLinear"),
         ("bailing_hybrid", "BailingHybrid"))),
-    multiple("deepseek_ocr2", "DeepseekOcr2TextMoe", dim_is_even=True),
-    multiple("unlimited_ocr", "UnlimitedOcrTextMoe", dim_is_even=True),
+    multiple("deepseek_ocr2", "DeepseekOcr2TextMoe"),
+    multiple("unlimited_ocr", "UnlimitedOcrTextMoe"),
     multiple("exaone_moe", "ExaoneMoeSparseMoEBlock", "num_shared_experts"),
     multiple("hy_v3", "HYV3MoE", "num_shared_experts", bias="e_score_correction_bias"),
     multiple("afmoe", "AfmoeSparseMoeBlock", "num_shared_experts", router="router", bias="expert_bias"),

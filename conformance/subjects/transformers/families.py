@@ -46,6 +46,8 @@ class RealRouter:
     """Whether the logits are the product of tokens and gate alone."""
     hidden: str = "hidden_size"
     """Config name of the token width."""
+    width_is_even: bool = False
+    """Whether its config takes even token widths alone: it makes them the rotary dimension."""
     call: str = "usual"
     """How it is called and read; a method of `router.TransformersRouter`."""
 
@@ -66,6 +68,8 @@ class RealRouter:
             wanted, values = getattr(spec, name), self.has(name, default, spec)
             if wanted not in values:
                 found.append(f"{name} ({' or '.join(map(str, values))}, not {wanted})")
+        if self.width_is_even and spec.num_logits % 2:
+            found.append(f"num_experts (an even width of logits, not {spec.num_logits})")
         if spec.experts_per_group < self.least_per_group:
             found.append(f"experts per group (at least {self.least_per_group}, not {spec.experts_per_group})")
         return found
@@ -122,14 +126,15 @@ def deepseek_v3(name: str, prefix: str, free: dict, *fixed: dict, router: str = 
     return row(name, prefix, free, SIGMOID, EPS_20, *fixed, router=router, **usual | others)
 
 
-def deepseek_v2(name: str, prefix: str) -> RealRouter:
+def deepseek_v2(name: str, prefix: str, **others) -> RealRouter:
     """The line of DeepSeek-V2: softmax, groups by their best, filled with 0, weights read after the fill."""
 
     def method(values: dict) -> dict:
         return {"topk_method": "greedy" if values["num_expert_groups"] is None else "group_limited_greedy"}
 
     fixed = {"group_score_k": 1, "mask_fill": 0.0, "weights_from": "masked_scores"}
-    return row(name, prefix, ROUTED | GROUPS | SCALE, fixed, router="TopkRouter", ungrouped={}, extra=method)
+    return row(name, prefix, ROUTED | GROUPS | SCALE, fixed, router="TopkRouter", ungrouped={}, extra=method,
+               **others)  # fmt: skip
 
 
 def biased(name: str, prefix: str, free: dict, *fixed: dict, **others) -> RealRouter:
@@ -228,8 +233,8 @@ ROWS = (
     deepseek_v3("exaone_moe", "ExaoneMoe", SIZES | GROUPS | NORM | SCALE),
     deepseek_v3("kimi_linear", "KimiLinear", KIMI),
     deepseek_v3("bailing_hybrid", "BailingHybrid", KIMI),
-    deepseek_v2("deepseek_ocr2", "DeepseekOcr2Text"),
-    deepseek_v2("unlimited_ocr", "UnlimitedOcrText"),
+    deepseek_v2("deepseek_ocr2", "DeepseekOcr2Text", width_is_even=True),
+    deepseek_v2("unlimited_ocr", "UnlimitedOcrText", width_is_even=True),
     *(row(name, prefix, sizes | NORM) for name, prefix, sizes in (
         ("qwen3_moe", "Qwen3Moe", LOCAL), ("qwen2_moe", "Qwen2Moe", SIZES), ("qwen3_next", "Qwen3Next", SIZES),
         ("mellum", "Mellum", LOCAL), ("flex_olmo", "FlexOlmo", SIZES), ("qwen4_exp", "Qwen4ExpText", SIZES))),

@@ -6,7 +6,7 @@ computes what is data, in `blocks.py`.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import asdict
 from functools import lru_cache
 
@@ -17,10 +17,12 @@ from conformance.core.subject import Subject, Unsupported
 from conformance.subjects.torch.arrays import to_numpy, to_torch
 from conformance.subjects.transformers.arrays import load_params, prefix, to_canonical, to_native
 from conformance.subjects.transformers.blocks import BLOCKS, NO_BLOCK, RealBlock
+from conformance.subjects.transformers.router import turn
 from moe_ref import LayerParams, LayerSpec, ShardLayout
 
-IMPLEMENTATIONS = ("eager", "grouped_mm")
-"""The loop of the model file, and what the library swaps in."""
+GROUPED_MM = "grouped_mm"
+IMPLEMENTATIONS = ("eager", GROUPED_MM, "batched_mm")
+"""The loop of the model file, and what the library swaps in; a model has grouped_mm unless it is told otherwise."""
 
 
 class TransformersLayer(Subject):
@@ -29,8 +31,9 @@ class TransformersLayer(Subject):
     family: str = ""
     last_family: str = ""
     """The one that was called last."""
-    experts_implementation: str = "eager"
-    """One of IMPLEMENTATIONS."""
+    last_implementation: str = ""
+    experts_implementation: str = ""
+    """One of IMPLEMENTATIONS; empty: they take turns."""
 
     def supports_layer(self, spec: LayerSpec, layout: ShardLayout | None = None) -> str | None:
         if layout is not None:
@@ -38,14 +41,14 @@ class TransformersLayer(Subject):
         return find_block(spec, self.family, False, self.experts_implementation)[1] or None
 
     def layer(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec) -> np.ndarray:
-        module = self._loaded(params, spec)[1]
+        module = self._loaded(params, spec, len(x_TD))[1]
         with torch.no_grad():
             return to_numpy(run(module, to_torch(x_TD)))
 
     def layer_gradients(
         self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, d_output_TD: np.ndarray
     ) -> dict[str, np.ndarray]:
-        block, module = self._loaded(params, spec)
+        block, module = self._loaded(params, spec, len(x_TD))
         tokens_TD = to_torch(x_TD).requires_grad_()
         natives = to_native(block, params)
         weights = {path: module.get_parameter(path) for path in natives}
@@ -63,7 +66,8 @@ class TransformersLayer(Subject):
         self, rows_RD: np.ndarray, tokens_per_expert_E: np.ndarray, params: LayerParams, spec: LayerSpec
     ) -> np.ndarray:
         """The experts alone; rows that belong to nobody are not given to them, and come back as 0."""
-        block, module = self._loaded(params, spec)
+        # Whose turn it is does not depend on the rows: what is refused is refused in every check of a case.
+        block, module = self._loaded(params, spec, None, refused=True)
         if block.interface == "none":
             raise Unsupported(f"the experts of {block.name} take no token that has a single expert")
         counts_E = np.asarray(tokens_per_expert_E)
@@ -74,45 +78,60 @@ class TransformersLayer(Subject):
             outputs_RD[: counts_E.sum()] = to_numpy(call(module.get_submodule("experts"), rows, counts_E))
         return outputs_RD
 
-    def _loaded(self, params: LayerParams, spec: LayerSpec) -> tuple[RealBlock, torch.nn.Module]:
-        """The block of a spec with these parameters."""
+    def _loaded(
+        self, params: LayerParams, spec: LayerSpec, num_tokens: int | None, *, refused: bool = False
+    ) -> tuple[RealBlock, torch.nn.Module]:
+        """The block of a spec with these parameters; the number of tokens decides whose turn it is."""
         with_bias = params.expert_bias_E is not None
-        block, why = find_block(spec, self.family, with_bias, self.experts_implementation)
-        if block is None:
+        found, why = find_block(spec, self.family, with_bias, self.experts_implementation, num_tokens, refused=refused)
+        if found is None:
             raise Unsupported(why)
-        if block.interface == "none" and spec.router.top_k == 1:
-            # It takes the axis of the only slot away.
-            raise Unsupported(f"the layer of {block.name} takes no token that has a single expert")
+        block, self.last_implementation = found
         self.last_family = block.name
-        module = build_block(block, spec, self.experts_implementation).requires_grad_(False)
+        module = build_block(block, spec, self.last_implementation).requires_grad_(False)
         load_params(module, block, params)
         return block, module
 
 
 @lru_cache(maxsize=4096)
-def find_block(spec: LayerSpec, family: str, with_bias: bool, implementation: str) -> tuple[RealBlock | None, str]:
-    """The first block that computes the layer, or a sentence that says why none does."""
+def find_block(
+    spec: LayerSpec, family: str, with_bias: bool, implementation: str, key: Hashable = None, *, refused: bool = False
+) -> tuple[tuple[RealBlock, str] | None, str]:
+    """The block that computes the layer, and how its experts do, or a sentence that says why none does.
+
+    Where several blocks or implementations do, the spec and the key say whose turn it is, as for a router. With
+    `refused` it is that of grouped_mm too where this refuses the widths.
+    """
     if family in NO_BLOCK:
         return None, f"the layer of {family} is not judged: {NO_BLOCK[family]}"
     blocks = [BLOCKS[family]] if family else list(BLOCKS.values())
     missing = {block: block.mismatches(spec) for block in blocks}
     fitting = [block for block in blocks if not missing[block]]
-    runnable = [block for block in fitting if implementation in block.implementations]
-    if runnable and implementation == "grouped_mm":
-        # Its kernel wants strides of a multiple of 16 bytes (huggingface/transformers#48644).
-        for name, size in (("dim", spec.routed_experts.dim), ("hidden_dim", spec.experts.hidden_dim)):
-            if size % 4:
-                return None, f"experts.{name} is {size}; grouped_mm takes float32 rows of a multiple of 4"
-    for block in runnable:
-        if block.row.bias or not with_bias:
-            return block, ""
+    runnable = [(block, each) for block in fitting for each in block.implementations if implementation in ("", each)]
+    if not refused and is_unaligned(spec):
+        # What it refuses is told by EXP-1, and leaves the layers to the others.
+        if implementation == GROUPED_MM and runnable:
+            return (
+                None,
+                f"experts are {spec.routed_experts.dim} and {spec.experts.hidden_dim} wide; grouped_mm takes "
+                "float32 rows of a multiple of 4",
+            )
+        runnable = [(block, each) for block, each in runnable if each != GROUPED_MM]
+    able = [(block, each) for block, each in runnable if block.row.bias or not with_bias]
+    if able:
+        return able[turn((spec, key), len(able))], ""
     if runnable:
-        return None, f"{runnable[0].name} computes this layer, but without an expert bias"
+        return None, f"{runnable[0][0].name} computes this layer, but without an expert bias"
     if fitting:
         return None, f"{fitting[0].name} computes this layer, but its experts have no {implementation}"
     closest = min(blocks, key=lambda block: len(missing[block]))
     who = closest.name if family else f"no transformers block computes this; the nearest, {closest.name},"
     return None, f"{who} differs in {', '.join(missing[closest])}"
+
+
+def is_unaligned(spec: LayerSpec) -> bool:
+    """Whether grouped_mm refuses the widths: its kernel wants strides of 16 bytes (huggingface/transformers#48644)."""
+    return bool(spec.routed_experts.dim % 4 or spec.experts.hidden_dim % 4)
 
 
 @lru_cache(maxsize=256)

@@ -6,6 +6,8 @@ For each spec the router class that computes it is built from a small config, it
 """
 
 import importlib
+import zlib
+from collections.abc import Hashable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -165,18 +167,26 @@ class TransformersRouter(Subject):
 
 @lru_cache(maxsize=4096)
 def find(spec: RouterSpec, family: str, with_bias: bool) -> tuple[RealRouter | None, str]:
-    """The first router that computes the spec, or a sentence that says why none does."""
+    """The router that computes the spec, or a sentence that says why none does.
+
+    Where several do, the spec says whose turn it is: a run judges all of them, and a case that replays the same one.
+    """
     rows = [ROUTERS[family]] if family else list(ROUTERS.values())
     missing = {row: row.mismatches(spec) for row in rows}
     fitting = [row for row in rows if not missing[row]]
-    for row in fitting:
-        if row.bias or not with_bias:
-            return row, ""
+    able = [row for row in fitting if row.bias or not with_bias]
+    if able:
+        return able[turn(spec, len(able))], ""
     if fitting:
         return None, f"{fitting[0].name} computes this spec, but without an expert bias"
     closest = min(rows, key=lambda row: len(missing[row]))
     who = closest.name if family else f"no transformers router computes this; the nearest, {closest.name},"
     return None, f"{who} differs in {', '.join(missing[closest])}"
+
+
+def turn(of: Hashable, several: int) -> int:
+    """Which of several it is for this spec, or whatever else its repr tells apart; the same in every process."""
+    return zlib.crc32(repr(of).encode()) % several
 
 
 def find_config(fields: dict, family: str) -> tuple[RealRouter | None, str]:

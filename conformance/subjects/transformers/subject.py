@@ -6,7 +6,7 @@ import torch
 
 from conformance.subjects.transformers.balance import TransformersBalance
 from conformance.subjects.transformers.families import ROUTERS
-from conformance.subjects.transformers.layer import IMPLEMENTATIONS, TransformersLayer
+from conformance.subjects.transformers.layer import GROUPED_MM, IMPLEMENTATIONS, TransformersLayer
 from conformance.subjects.transformers.router import TransformersRouter
 from moe_ref.specs.checks import nearest
 
@@ -16,6 +16,8 @@ class Transformers(TransformersRouter, TransformersLayer, TransformersBalance):
 
     name = "transformers"
     logit_dtypes = ("float32", "bfloat16")
+    families = tuple(ROUTERS)
+    """Names of `--family` that have a class of their own here."""
 
     def __init__(self, family: str = "", experts_implementation: str = ""):
         family = family or self.family
@@ -23,7 +25,7 @@ class Transformers(TransformersRouter, TransformersLayer, TransformersBalance):
             raise ValueError(f"family is {family!r}{nearest(family, ROUTERS)}")
         self.family = family
         self.experts_implementation = experts_implementation or self.experts_implementation
-        if self.experts_implementation not in IMPLEMENTATIONS:
+        if self.experts_implementation not in ("", *IMPLEMENTATIONS):
             raise ValueError(
                 f"experts_implementation is {experts_implementation!r}; it is one of {', '.join(IMPLEMENTATIONS)}"
             )
@@ -31,8 +33,12 @@ class Transformers(TransformersRouter, TransformersLayer, TransformersBalance):
         torch.set_num_threads(1)  # a router call is too small to share
 
 
-class TransformersGroupedMm(Transformers):
-    """The same with experts on grouped matmuls, which is what a model uses unless it is told otherwise."""
+class TransformersGroupedMm(TransformersLayer):
+    """The blocks alone, with experts on grouped matmuls, which is what a model uses unless it is told otherwise."""
 
     name = "transformers-grouped-mm"
-    experts_implementation = "grouped_mm"
+    experts_implementation = GROUPED_MM
+
+    def __init__(self):
+        self.version = version("transformers")
+        torch.set_num_threads(1)  # as above
