@@ -22,7 +22,7 @@ from conformance.run.kinds import case_of_json, load_faults
 from conformance.run.report import failure_page, record, table
 from conformance.sharded.case import ShardedCase
 from conformance.sharded.check import ShardedCheck
-from conformance.sharded.draw import DISPATCH_SPECS, LAYOUT_SPECS, every_setting, make_case, meshes
+from conformance.sharded.draw import DISPATCH_SPECS, EVERY_MESH, LAYOUT_SPECS, every_setting, make_case, meshes
 from conformance.sharded.kind import SHARDED
 from conformance.sharded.verdicts import radii_of_gradients, radius_of_outputs, trace_on_layout
 from conformance.subjects.reference import Reference
@@ -164,7 +164,10 @@ def test_settings_have_every_mesh_strategy_and_tag():
     seen = {(s.layout.data, s.layout.fsdp, s.layout.expert, s.layout.tensor) for s in settings}
     assert seen == {tuple(mesh.values()) for mesh in meshes()}
     assert {s.layout.strategy for s in settings} == set(STRATEGIES)
-    tags = set().union(*(a_case(n, counts=("uneven", "some_empty")[n % 2]).tags for n in range(0, len(settings), 23)))
+    # A few of them, and of those that have few.
+    few = [n for n, setting in enumerate(settings) if setting.layout.strategy not in EVERY_MESH]
+    tried = [*range(0, len(settings), 23), *few[::5]]
+    tags = set().union(*(a_case(n, counts=("uneven", "some_empty")[n % 2]).tags for n in tried))
     assert tags >= ShardedCase.TAGS.keys() - LayerCase.TAGS.keys()
 
 

@@ -8,7 +8,17 @@ import pytest
 
 from conformance.run import running
 from conformance.subjects.maxtext.settings import settings_of
-from moe_ref import ExpertSpec, LayerParams, LayerSpec, RouterInputs, RouterSpec, SharedSpec, moe_layer, route
+from moe_ref import (
+    ExpertSpec,
+    LatentSpec,
+    LayerParams,
+    LayerSpec,
+    RouterInputs,
+    RouterSpec,
+    SharedSpec,
+    moe_layer,
+    route,
+)
 from moe_ref.specs.families import tiny
 
 PLAIN = ExpertSpec(dim=8, hidden_dim=16)
@@ -45,6 +55,7 @@ def test_the_settings_of_a_spec_are_read_back_as_that_spec(block):
         (LayerSpec(router=tiny("deepseek_v2"), experts=PLAIN), "mask_fill"),
         (LAYERS["mixtral"].replace(experts=ExpertSpec(dim=8, hidden_dim=16, clamp=1.0)), "experts.clamp is 1.0"),
         (LAYERS["deepseek"].replace(gate_bias=True), "gate_bias is True"),
+        (LAYERS["mixtral"].replace(latent=LatentSpec(dim=4)), "latent is given"),
         (LAYERS["mixtral"].replace(shared=SharedSpec(hidden_dim=16)), "have no shared experts"),
         (LAYERS["deepseek"].replace(experts=ExpertSpec(dim=8, hidden_dim=16, gated=False)), "have gated True"),
     ],

@@ -130,6 +130,8 @@ def settings_of(spec: LayerSpec, *, expert_bias: bool = False) -> tuple[Block, d
     Raises:
         ValueError: MaxText has no such layer; a sentence that says why.
     """
+    if spec.latent is not None:
+        raise ValueError("latent is given; MaxText's experts see the tokens")
     block = block_of(spec.router, expert_bias=expert_bias)
     values = {name: getattr(spec.router, name) for name in RouterSpec.__dataclass_fields__}
     found = block.entries(values) | _experts(spec.experts)
