@@ -262,7 +262,7 @@ def test_an_expired_declaration_fails(proposed):
     ("old", "new", "message"),
     [
         ("requirement =", "requirment =", "did you mean requirement"),
-        ('"SEL-3"', '"SEL-33"', "unknown requirement 'SEL-33' (did you mean SEL-3"),
+        ('"SEL-3"', '"SEL-333"', "unknown requirement 'SEL-333' (did you mean SEL-3"),
         ('"grouped"', '"groupd"', "unknown tag 'groupd' (did you mean grouped?)"),
         ("[[deviation]]", "[[deviations]]", "did you mean deviation?"),
         ('witness = "SEL-3', 'witness = "SEL-9', "No such file"),
