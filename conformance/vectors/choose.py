@@ -163,6 +163,13 @@ class Chooser:
                 kept.append(case)
             else:
                 in_part.append((trial, case))
+        more = iter(range(EACH * CANDIDATES, EACH * CANDIDATES + MOST_SEARCHED))
+        while not kept and (seed := next(more, None)) is not None:
+            case = kind_of(check.requirement).draw(self.judge, check, seed)
+            calls = calls_of(self.judge, self.recorder, check, case)
+            if self._is_whole(calls):
+                self._keep(Trial(requirement=check.requirement, seed=seed), check, case, calls)
+                kept.append(case)
         for trial, case in in_part[:wanted] if not kept else ():
             self._keep(trial, check, case, calls_of(self.judge, self.recorder, check, case))
         for fault in (each for each in self.faults.values() if each.requirement == check.requirement):
