@@ -138,7 +138,7 @@ class Uint8Ids(Closed):
     def supports(self, spec, layout=None):
         if spec.num_choices > 256:
             return "an id of 8 bits is at most 255"
-        return "unused slots have no unsigned id" if spec.selector == "given" else None
+        return None if spec.fills_slots else "unused slots have no unsigned id"
 
     def route(self, logits_TE, spec, expert_bias_E, *, learned_scale=None, token_ids_T=None, table_VK=None, seed=None):
         named = {"learned_scale": learned_scale, "token_ids_T": token_ids_T, "table_VK": table_VK, "seed": seed}
@@ -160,10 +160,10 @@ INNOCENT: dict[type[Subject], frozenset[str]] = {
     Reference: frozenset(),
     Float64: frozenset(),
     Closed: frozenset(),
-    Reordered: frozenset({"SEL-6"}),
-    Shuffled: frozenset({"SEL-6"}),
-    HighestIdWins: frozenset({"GRP-4", "SEL-5", "SEL-6"}),
-    NoisyRanking: frozenset({"SEL-6"}),
+    Reordered: frozenset({"SEL-6", "SEL-35"}),
+    Shuffled: frozenset({"SEL-6", "SEL-35"}),
+    HighestIdWins: frozenset({"GRP-4", "SEL-5", "SEL-6", "SEL-35"}),
+    NoisyRanking: frozenset({"SEL-6", "SEL-35"}),
     ScaledFirst: frozenset(),
     Int32Ids: frozenset(),
     Uint8Ids: frozenset(),
