@@ -45,12 +45,12 @@ def run_subjects(options) -> int:
     with tempfile.TemporaryDirectory(prefix="moe-conformance-") as folder:
         finished = _judge_all(installed, options, Path(folder))
         report = _report(finished, options)
-        for process in finished:
-            if process.error:
-                raise UsageError(process.error)
-            if process.code not in (0, 1):
-                print(f"\nsubject {process.name}: the run broke off, {status(process.code)}")
-                print(process.output[-4000:])
+        for judging in finished:
+            if judging.error:
+                raise UsageError(judging.error)
+            if judging.code not in (0, 1):
+                print(f"\nsubject {judging.name}: the run broke off, {status(judging.code)}")
+                print(judging.output[-4000:])
     _print_pages(report, (*FAILING, *(["advice"] if options.advice else [])))
     print(matrix(report))
     if options.report:
@@ -80,13 +80,12 @@ def _missing(name: str) -> str | None:
 def _judge_all(names: list[str], options, folder: Path) -> list[Judging]:
     """Judge the subjects, as many processes at once as there are cores, at most two; print each table as it is done."""
     at_once = options.processes or (1 if options.device else min(2, os.cpu_count() or 1))
-    each = at_once if len(options.stage) != 1 else 1
+    processes = at_once if len(options.stage) != 1 else 1
+    place = {name: number for number, name in enumerate(STARTED_FIRST)}
     judged = []
-    for number, name in enumerate(
-        sorted(names, key=lambda name: STARTED_FIRST.index(name) if name in STARTED_FIRST else -1)
-    ):
+    for number, name in enumerate(sorted(names, key=lambda name: place.get(name, -1))):
         (folder / str(number)).mkdir()
-        judged.append(Judging(name=name, folder=folder / str(number), options=options, processes=each))
+        judged.append(Judging(name=name, folder=folder / str(number), options=options, processes=processes))
     show, going = Progress(), list(judged)
     try:
         while going:
@@ -114,12 +113,12 @@ def _judge_all(names: list[str], options, folder: Path) -> list[Judging]:
     return sorted(judged, key=lambda judging: names.index(judging.name))
 
 
-def _complete(process: Judging) -> None:
+def _complete(judging: Judging) -> None:
     """Name what was not judged."""
-    if process.records:
-        subject = next(iter(process.records))[0]
-        for r in not_judged(subject, process.records.values()):
-            process.records[subject, r["id"]] = r
+    if judging.records:
+        subject = next(iter(judging.records))[0]
+        for r in not_judged(subject, judging.records.values()):
+            judging.records[subject, r["id"]] = r
 
 
 def _report(finished: list[Judging], options) -> dict:

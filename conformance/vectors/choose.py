@@ -156,24 +156,24 @@ class Chooser:
         in_part: list[tuple[Trial, Case]] = []
         while drawn and len(kept) < wanted:
             seed = max(drawn, key=lambda seed: len(facts_of(check, drawn[seed]) - self.facts))
-            trial, case = Trial(requirement=check.requirement, seed=seed), drawn.pop(seed)
-            calls = calls_of(self.judge, self.recorder, check, case)
-            if self._is_whole(calls):
-                self._keep(trial, check, case, calls)
-                kept.append(case)
-            else:
-                in_part.append((trial, case))
+            case = drawn.pop(seed)
+            if not self._keeps_whole(check, seed, case, kept):
+                in_part.append((Trial(requirement=check.requirement, seed=seed), case))
         more = iter(range(EACH * CANDIDATES, EACH * CANDIDATES + MOST_SEARCHED))
         while not kept and (seed := next(more, None)) is not None:
-            case = kind_of(check.requirement).draw(self.judge, check, seed)
-            calls = calls_of(self.judge, self.recorder, check, case)
-            if self._is_whole(calls):
-                self._keep(Trial(requirement=check.requirement, seed=seed), check, case, calls)
-                kept.append(case)
+            self._keeps_whole(check, seed, kind_of(check.requirement).draw(self.judge, check, seed), kept)
         for trial, case in in_part[:wanted] if not kept else ():
             self._keep(trial, check, case, calls_of(self.judge, self.recorder, check, case))
         for fault in (each for each in self.faults.values() if each.requirement == check.requirement):
             self._case_of(fault, check, kept)
+
+    def _keeps_whole(self, check: Check, seed: int, case: Case, kept: list[Case]) -> bool:
+        """Keep a case if all of its calls can be stored; whether it was."""
+        calls = calls_of(self.judge, self.recorder, check, case)
+        if whole := self._is_whole(calls):
+            self._keep(Trial(requirement=check.requirement, seed=seed), check, case, calls)
+            kept.append(case)
+        return whole
 
     def _case_of(self, fault: Fault, check: Check, kept: list[Case]) -> None:
         """A further case, where no kept one shows the fault."""
@@ -184,12 +184,8 @@ class Chooser:
         more = MOST_SEARCHED if kind.cost == 1 else MOST_SEARCHED_DEAR
         for seed in range(EACH * CANDIDATES, EACH * CANDIDATES + more):
             case = kind.draw(self.judge, check, seed)
-            if is_seen(judge, check, case):
-                calls = calls_of(self.judge, self.recorder, check, case)
-                if self._is_whole(calls):
-                    self._keep(Trial(requirement=check.requirement, seed=seed), check, case, calls)
-                    kept.append(case)
-                    return
+            if is_seen(judge, check, case) and self._keeps_whole(check, seed, case, kept):
+                return
         self.survivors.append(fault.name)
 
     def _family(self, name: str) -> None:

@@ -118,3 +118,8 @@ def assert_no_token_is_no_crash(subject, spec: LayerSpec, params: LayerParams):
         wanted = x_TD if name == "x_TD" else getattr(params, name)
         assert np.shape(gradient) == np.shape(wanted), name
         assert not np.any(gradient), name
+
+
+def by_shard(values: np.ndarray, tokens_per_shard: tuple[int, ...]) -> list[np.ndarray]:
+    """The rows of each shard."""
+    return np.split(values, np.cumsum(tokens_per_shard)[:-1])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from layer_agreement import FLOAT32, assert_near, params_of, tokens
+from layer_agreement import FLOAT32, assert_near, by_shard, params_of, tokens
 from torchtitan_rank_functions import MICRO_BATCHES, STEPS, train_on_rank
 
 from conformance.core.subject import Unsupported
@@ -39,10 +39,6 @@ LAYOUTS = {
     "gpt-oss, EP 2, TP 2": (GPT_OSS, ShardLayout(expert=2, tensor=2), (3, 4)),
     "gpt-oss, TP 2": (GPT_OSS, ShardLayout(tensor=2), (5,)),
 }
-
-
-def by_shard(values, tokens_per_shard) -> list[np.ndarray]:
-    return np.split(values, np.cumsum(tokens_per_shard)[:-1])
 
 
 def params_without_logit_bias(spec: LayerSpec):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from layer_agreement import FLOAT32, assert_near, params_of, tokens
+from layer_agreement import FLOAT32, assert_near, by_shard, params_of, tokens
 
 from moe_ref import layer_backward, moe_layer
 from moe_ref.specs.families import FAMILIES
@@ -27,10 +27,6 @@ LAYOUTS = [
     (ShardLayout(expert=2, strategy="replicated"), (6,)),
     (ShardLayout(expert=2, strategy="replicated"), (1,)),
 ]
-
-
-def by_shard(values: np.ndarray, tokens_per_shard: tuple[int, ...]) -> list[np.ndarray]:
-    return np.split(values, np.cumsum(tokens_per_shard)[:-1])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -5,9 +5,10 @@ which fields of RouterSpec it has under which config name (`free`), and which va
 others are the identity. Checked against maxtext 0.2.5.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from conformance.subjects.fitting import Row, first_that_fits
 from moe_ref import ExpertSpec, LayerSpec, RouterSpec
 
 SIZES = {"num_experts": "num_experts", "top_k": "num_experts_per_tok"}
@@ -16,54 +17,21 @@ NORM = {"route_norm": "norm_topk_prob"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Block:
+class Block(Row):
     """A way in which RoutedMoE routes, and the specs that it computes."""
 
-    name: str
-    config: dict[str, Any]
-    """Config entries that it always has."""
-    free: dict[str, str]
-    """Field of RouterSpec -> config name."""
-    fixed: dict[str, tuple] = field(default_factory=dict)
-    """Field of RouterSpec -> the values that it can have."""
-    expert_bias: bool = False
-    """Whether it has a balancing bias."""
     gate_bias: bool = False
     """Whether it can have a learned bias of the gate."""
     shared: bool = False
     """Whether its models have shared experts."""
 
-    def mismatches(self, spec: RouterSpec) -> list[str]:
-        """What it cannot do of this spec, as 'field (its values, not the wanted one)'; empty: it fits."""
-        inert, found = inert_fields(spec), []
-        for name, each in RouterSpec.__dataclass_fields__.items():
-            values, wanted = self.fixed.get(name, (each.default,)), getattr(spec, name)
-            if name in inert or (name in self.free and name not in self.fixed) or wanted in values:
-                continue
-            found.append(f"{name} ({' or '.join(map(str, values))}, not {wanted})")
-        return found
-
     def entries(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Config entries, from fields of RouterSpec."""
-        found = self.config | {config: values[name] for name, config in self.free.items() if name in values}
+        """Its entries, and those of no groups and of random routing."""
+        found = super().entries(values)
         for config in GROUPS.values():
             if found.get(config) is None:
                 found[config] = -1
         return found | ({"use_random_routing": True} if values.get("selector") == "random" else {})
-
-
-def inert_fields(spec: RouterSpec) -> set[str]:
-    """Fields that change nothing in this spec, so that no block needs to have them."""
-    inert = set() if spec.selector == "sparsemixer" else {"mixer_eps"}
-    if not spec.route_norm:
-        inert |= {"norm_form", "norm_eps", "norm_p"}
-    elif spec.norm_eps == 0:
-        inert.add("norm_form")
-    if spec.num_null_experts == 0:
-        inert.add("null_kind")
-    if spec.num_expert_groups in (None, spec.num_limited_groups):
-        inert |= {"group_score_k", "mask_fill", "weights_from"}
-    return inert
 
 
 ANY_SELECTOR = {"selector": ("top_k", "given", "random")}
@@ -114,14 +82,9 @@ def block_of(spec: RouterSpec, *, expert_bias: bool = False) -> Block:
     Raises:
         ValueError: there is none; the sentence says what the nearest one lacks.
     """
-    missed = []
-    for block in BLOCKS:
-        found = block.mismatches(spec)
-        if not found and (block.expert_bias or not expert_bias):
-            return block
-        missed.append((len(found), found or ["expert_bias (none)"], block.name))
-    _, found, name = min(missed, key=lambda each: each[0])
-    raise ValueError(f"the nearest block of MaxText, {name}, has another {', '.join(found[:3])}")
+    return first_that_fits(
+        BLOCKS, spec, expert_bias=expert_bias, no_bias="expert_bias (none)", called="block of MaxText"
+    )
 
 
 def settings_of(spec: LayerSpec, *, expert_bias: bool = False) -> tuple[Block, dict[str, Any]]:

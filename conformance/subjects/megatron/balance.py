@@ -13,7 +13,7 @@ import torch
 from conformance.core.subject import Subject, Unsupported
 from conformance.subjects.megatron.module import built_router, groups_of_one, map_of, moe_utils, router_of
 from conformance.subjects.megatron.settings import capacity_entries, router_entries
-from conformance.subjects.torch.arrays import single, to_numpy
+from conformance.subjects.torch.arrays import single, slices, to_numpy
 from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, QuantileSpec, RouterSpec
 
 LOSSES = {
@@ -189,12 +189,6 @@ def padding(token_mask_T: np.ndarray | None) -> torch.Tensor | None:
 def plain_sigmoids(num_experts: int) -> RouterSpec:
     """A router that counts."""
     return RouterSpec(num_experts=num_experts, top_k=1, score_func="sigmoid")
-
-
-def slices(lengths: tuple[int, ...] | None, num_tokens: int) -> list[slice]:
-    """Consecutive parts of the tokens; one without lengths."""
-    lengths = (num_tokens,) if lengths is None else tuple(lengths)
-    return [slice(end - length, end) for length, end in zip(lengths, np.cumsum(lengths).tolist(), strict=True)]
 
 
 def batch_of(

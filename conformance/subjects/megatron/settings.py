@@ -1,12 +1,12 @@
 """conformance, subject megatron: which entries of a TransformerConfig make Megatron-Core compute a spec, as data.
 
-A row says which fields of RouterSpec a way of routing has under which name of the config (`free`), and which values
-others can have (`fixed`); all others are the identity. Checked against megatron-core 0.16.1 without Transformer Engine.
+Rows are those of `fitting`. Checked against megatron-core 0.16.1 without Transformer Engine.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from conformance.subjects.fitting import Row, first_that_fits, inert_fields
 from moe_ref import CapacitySpec, ExpertSpec, LayerSpec, RouterSpec
 
 SIZES = {"num_experts": "num_moe_experts", "top_k": "moe_router_topk"}
@@ -17,59 +17,31 @@ CHOICE = {"selector": ("top_k", "given"), "router_dtype": tuple(DTYPES)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Way:
+class Way(Row):
     """A way in which TopKRouter routes, and the specs that it computes."""
 
-    name: str
-    config: dict[str, Any]
-    """Entries that it always has."""
-    free: dict[str, str]
-    """Field of RouterSpec -> name in the config."""
-    fixed: dict[str, tuple] = field(default_factory=dict)
-    """Field of RouterSpec -> the values that it can have."""
     one_slot: bool | None = None
     """Whether top_k is 1, or is not; None: either."""
-    expert_bias: bool = False
-    """Whether it can have a balancing bias."""
+
+    def inert(self, spec: RouterSpec) -> set[str]:
+        """group_score_k is of a sort of its own (`why_not_groups`); with another fill no dropped group is chosen."""
+        return inert_fields(spec) | {"group_score_k"} | ({"weights_from"} if spec.mask_fill != 0 else set())
 
     def mismatches(self, spec: RouterSpec) -> list[str]:
-        """What it cannot do of this spec, as 'field (its values, not the wanted one)'; empty: it fits."""
-        inert, found = inert_fields(spec), []
+        """Those of its fields, after the number of slots."""
+        found = super().mismatches(spec)
         if self.one_slot is not None and self.one_slot != (spec.top_k == 1):
-            found.append(f"top_k ({'1' if self.one_slot else 'more than 1'}, not {spec.top_k})")
-        for name, each in RouterSpec.__dataclass_fields__.items():
-            values, wanted = self.fixed.get(name, (each.default,)), getattr(spec, name)
-            if name in inert or (name in self.free and name not in self.fixed) or wanted in values:
-                continue
-            found.append(f"{name} ({' or '.join(map(str, values))}, not {wanted})")
+            found.insert(0, f"top_k ({'1' if self.one_slot else 'more than 1'}, not {spec.top_k})")
         return found
 
     def entries(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Entries of the config, from fields of RouterSpec."""
-        found = self.config | {config: values[name] for name, config in self.free.items() if name in values}
+        """Its entries, and those of the dtype and of replay."""
+        found = super().entries(values)
         found["moe_router_dtype"] = DTYPES[values.get("router_dtype", "float32")]
         found["moe_enable_routing_replay"] = values.get("selector") == "given"
         if found.get("moe_router_topk_scaling_factor") == 1:
             found["moe_router_topk_scaling_factor"] = None
         return found
-
-
-def inert_fields(spec: RouterSpec) -> set[str]:
-    """Fields that change nothing in this spec, so that no way needs to have them."""
-    inert = {"group_score_k"}  # of a sort of its own: `why_not_groups`
-    if spec.selector != "sparsemixer":
-        inert.add("mixer_eps")
-    if not spec.route_norm:
-        inert |= {"norm_form", "norm_eps", "norm_p"}
-    elif spec.norm_eps == 0:
-        inert.add("norm_form")
-    if spec.num_null_experts == 0:
-        inert.add("null_kind")
-    if spec.num_expert_groups in (None, spec.num_limited_groups) or spec.mask_fill != 0:
-        inert.add("weights_from")  # what is chosen is of no dropped group
-    if spec.num_expert_groups in (None, spec.num_limited_groups):
-        inert.add("mask_fill")
-    return inert
 
 
 ON_INPUT = {"weight_on": ("output", "input")}
@@ -120,14 +92,9 @@ def way_of(spec: RouterSpec, *, expert_bias: bool = False) -> Way:
     """
     if why := why_not_groups(spec):
         raise ValueError(why)
-    missed = []
-    for way in WAYS:
-        found = way.mismatches(spec)
-        if not found and (way.expert_bias or not expert_bias):
-            return way
-        missed.append((len(found), found or ["expert_bias (of normed sigmoids alone)"], way.name))
-    _, found, name = min(missed, key=lambda each: each[0])
-    raise ValueError(f"the nearest way of Megatron, {name}, has another {', '.join(found[:3])}")
+    return first_that_fits(
+        WAYS, spec, expert_bias=expert_bias, no_bias="expert_bias (of normed sigmoids alone)", called="way of Megatron"
+    )
 
 
 def why_not_groups(spec: RouterSpec) -> str | None:

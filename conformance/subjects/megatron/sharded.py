@@ -28,6 +28,7 @@ from conformance.subjects.megatron.settings import layer_entries, router_entries
 from conformance.subjects.megatron.subject import Megatron
 from conformance.subjects.ranks import Ranks, shared
 from conformance.subjects.torch.arrays import to_numpy, to_torch
+from conformance.subjects.torch.named_tokens import named_tokens, plan_of_rows
 from moe_ref import LayerParams, LayerSpec, RouterSpec
 from moe_ref.specs.layout import ShardLayout
 
@@ -195,25 +196,14 @@ def plan_on_rank(expert_ids_by_shard, layout: ShardLayout, spec: LayerSpec) -> d
     e, ids_TK = layout.coordinates(dist.get_rank())[2], np.asarray(own(expert_ids_by_shard), np.int64)
     dispatcher = dispatcher_of(E, K, layout.data, S)
     map_TE = map_of(ids_TK, E)
-    x_1T2 = torch.stack([torch.full((len(ids_TK),), float(e)), torch.arange(len(ids_TK)).float()], dim=1)[:, None]
     with torch.no_grad():
-        rows, probs = dispatcher.dispatch_preprocess(x_1T2, map_TE, map_TE.float())
+        rows, probs = dispatcher.dispatch_preprocess(named_tokens(len(ids_TK), e)[:, None], map_TE, map_TE.float())
         rows, probs = dispatcher.token_dispatch(rows, probs)
         rows_R2, sizes_e, _ = dispatcher.dispatch_postprocess(rows, probs)
-    sizes_e = to_numpy(sizes_e)
-    alone = np.array([len(rows_R2)])
-    # A token has an expert in one slot at most, so its expert tells the slot.
-    first_shard, experts_R = dist.get_rank() - e, np.repeat(e * (E // S) + np.arange(E // S), sizes_e)
-    order = []
-    for (source, token), expert in zip(to_numpy(rows_R2).astype(int).tolist(), experts_R.tolist(), strict=True):
-        slots_K = np.asarray(expert_ids_by_shard[first_shard + source][token]).tolist()
-        order.append((source, token * K + slots_K.index(expert)))
-    return {
-        "send_sizes_S": np.array(dispatcher.input_splits if S > 1 else alone, np.int64),
-        "recv_sizes_S": np.array(dispatcher.output_splits if S > 1 else alone, np.int64),
-        "group_sizes_e": sizes_e,
-        "order_R2": np.array(order, np.int64).reshape(-1, 2),
-    }
+    alone = [len(rows_R2)]
+    sends_S, recvs_S = (dispatcher.input_splits, dispatcher.output_splits) if S > 1 else (alone, alone)
+    sources = expert_ids_by_shard[dist.get_rank() - e :]
+    return plan_of_rows(rows_R2, sizes_e, sends_S, recvs_S, e=e, ids_by_source=sources)
 
 
 @lru_cache(maxsize=64)

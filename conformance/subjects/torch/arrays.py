@@ -1,5 +1,6 @@
 """conformance, what the subjects of PyTorch share: arrays, inputs and parameters between NumPy and torch."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -105,3 +106,9 @@ def to_canonical(by_name: dict[str, np.ndarray], params: LayerParams) -> dict[st
             value = np.swapaxes(value.reshape(shape[0], shape[2], shape[1]), 1, 2)
         found[field] = value.reshape(shape)
     return found
+
+
+def slices(lengths: Sequence[int] | None, num_tokens: int) -> list[slice]:
+    """Consecutive parts of the tokens; one without lengths."""
+    lengths = [num_tokens] if lengths is None else list(lengths)
+    return [slice(end - length, end) for length, end in zip(lengths, np.cumsum(lengths).tolist(), strict=True)]

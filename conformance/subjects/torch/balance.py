@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from conformance.core.subject import Subject
-from conformance.subjects.torch.arrays import tensor, tensor_if_any, to_numpy, to_torch, with_gradient
+from conformance.subjects.torch.arrays import slices, tensor, tensor_if_any, to_numpy, to_torch, with_gradient
 from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, QuantileSpec, RouterSpec
 from moe_torch.balance import bias_update, tokens_per_expert
 from moe_torch.capacity import KeptSlots, apply_capacity, capacities, slot_table
@@ -56,7 +56,7 @@ class TorchBalance(Subject):
                 sequence_of_T=sequence_of_T[own],
                 num_sequences=num_sequences,
             )
-            for own in _slices(tokens_per_shard, len(given_TE))
+            for own in slices(tokens_per_shard, len(given_TE))
         ]
         if balance.scope == "global":
             loss, _ = loss_of_sums(reduce(add, sums), balance)
@@ -83,7 +83,7 @@ class TorchBalance(Subject):
         given_TE, mask_T = to_torch(logits_TE).requires_grad_(), _mask(token_mask_T, len(logits_TE))
         if tokens_per_shard is None:
             return with_gradient(z_loss(given_TE, coeff=coeff, token_mask_T=tensor_if_any(token_mask_T)), given_TE)
-        sums = [z_sums(given_TE[own], token_mask_T=mask_T[own]) for own in _slices(tokens_per_shard, len(given_TE))]
+        sums = [z_sums(given_TE[own], token_mask_T=mask_T[own]) for own in slices(tokens_per_shard, len(given_TE))]
         return with_gradient(z_loss_of_sums(reduce(add, sums), coeff=coeff), given_TE)
 
     def bias_update(self, counts_SE: np.ndarray, update: BiasUpdateSpec, expert_bias_E: np.ndarray) -> np.ndarray:
@@ -103,7 +103,7 @@ class TorchBalance(Subject):
         """The totals of shards are added; those of an exact quantile of the pool are all needs."""
         bias_E, mask_T, K = to_torch(expert_bias_E), _mask(token_mask_T, len(logits_TE)), router.top_k
         needs_TE = needs(ranked(to_torch(logits_TE), router), bias_E, K)
-        shards = _slices(tokens_per_shard, len(needs_TE))
+        shards = slices(tokens_per_shard, len(needs_TE))
         if update.bins is None and update.over == "pool":
             return to_numpy(quantile_bias([needs_TE[own][mask_T[own]] for own in shards], update, bias_E, K))
         totals = [total_of(needs_TE[own], update, bias_E, K, mask_T[own]) for own in shards]
@@ -127,7 +127,7 @@ class TorchBalance(Subject):
         num_sequences, sequence_of_T = _sequences(sequence_lengths, len(ids_TK))
         while limit is not None:
             # Each limit on its own, because a shard is a rank for one scope and a part of the batch for another.
-            shards = _slices(tokens_per_shard if limit.scope == "rank" else None, len(ids_TK))
+            shards = slices(tokens_per_shard if limit.scope == "rank" else None, len(ids_TK))
             parts = [
                 apply_capacity(
                     ids_TK[own],
@@ -157,12 +157,6 @@ class TorchBalance(Subject):
             return found
         (d_given_TK,) = torch.autograd.grad(kept_TK, given_TK, to_torch(d_weights_TK))
         return found | {"d_weights_TK": to_numpy(d_given_TK)}
-
-
-def _slices(lengths, num_tokens: int) -> list[slice]:
-    """Consecutive parts of the tokens; one without lengths."""
-    lengths = [num_tokens] if lengths is None else list(lengths)
-    return [slice(end - length, end) for length, end in zip(lengths, np.cumsum(lengths).tolist(), strict=True)]
 
 
 def _sequences(lengths, num_tokens: int) -> tuple[int, torch.Tensor]:

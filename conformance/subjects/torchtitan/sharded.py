@@ -17,6 +17,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from conformance.core.subject import Unsupported
 from conformance.subjects.ranks import Ranks, shared
 from conformance.subjects.torch.arrays import to_numpy, to_torch
+from conformance.subjects.torch.named_tokens import named_tokens, plan_of_rows
 from conformance.subjects.torchtitan.arrays import canonical
 from conformance.subjects.torchtitan.balance import TorchtitanBalance, optimizer_with_hook
 from conformance.subjects.torchtitan.layer import GRANULE, check_bias, own_router, why_not_layer
@@ -218,24 +219,12 @@ def plan_on_rank(expert_ids_by_shard, layout: ShardLayout, spec: LayerSpec) -> d
     router = spec.router.replace(selector="top_k")
     axes = layout.data, layout.fsdp, layout.expert, layout.tensor
     dispatcher = parallel_layer(spec.replace(router=router), *axes, DTENSOR).moe.routed_experts.token_dispatcher
-    E, S, e = router.num_experts, layout.expert, layout.coordinates(dist.get_rank())[2]
+    S, e = layout.expert, layout.coordinates(dist.get_rank())[2]
     shard = layout.shard_of(dist.get_rank())
     ids_TK = to_torch(np.asarray(expert_ids_by_shard[shard], np.int64))
-    x_T2 = torch.stack([torch.full((len(ids_TK),), float(e)), torch.arange(len(ids_TK)).float()], dim=1)
-    counts_E = torch.bincount(ids_TK.flatten(), minlength=E)
+    counts_E = torch.bincount(ids_TK.flatten(), minlength=router.num_experts)
+    x_T2 = named_tokens(len(ids_TK), e)
     rows_R2, sizes_e, metadata = dispatcher.dispatch(x_T2, torch.ones(ids_TK.shape), ids_TK, counts_E)
-    alone = {"input_splits": [len(rows_R2)], "output_splits": [len(rows_R2)]}
-    splits = vars(metadata) if S > 1 else alone
-    # A token has an expert in one slot at most, so its expert tells the slot.
-    first_shard = shard - e
-    experts_R = np.repeat(e * (E // S) + np.arange(E // S), to_numpy(sizes_e))
-    order = []
-    for (source, token), expert in zip(to_numpy(rows_R2).astype(int).tolist(), experts_R.tolist(), strict=True):
-        slots_K = np.asarray(expert_ids_by_shard[first_shard + source][token]).tolist()
-        order.append((source, token * router.top_k + slots_K.index(expert)))
-    return {
-        "send_sizes_S": np.array(splits["input_splits"], np.int64),
-        "recv_sizes_S": np.array(splits["output_splits"], np.int64),
-        "group_sizes_e": to_numpy(sizes_e),
-        "order_R2": np.array(order, np.int64).reshape(-1, 2),
-    }
+    alone = [len(rows_R2)]
+    sends_S, recvs_S = (metadata.input_splits, metadata.output_splits) if S > 1 else (alone, alone)
+    return plan_of_rows(rows_R2, sizes_e, sends_S, recvs_S, e=e, ids_by_source=expert_ids_by_shard[shard - e :])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from conformance.subjects.fitting import inert_fields
 from moe_ref import RouterSpec
 from moe_ref.specs.readers.hf_rows import DEEPSEEK, ERNIE, GEMMA, GROUPS, KIMI, LOCAL, NORM, ROUTED, SCALE, SIZES
 
@@ -91,24 +92,6 @@ class RealRouter:
 
 
 DEFAULTS = {each.name: each.default for each in fields(RouterSpec)}
-
-
-def inert_fields(spec: RouterSpec) -> set[str]:
-    """Fields that change nothing in this spec, so that no class needs to have them."""
-    inert = set()
-    if spec.selector != "sparsemixer":
-        inert.add("mixer_eps")
-    if not spec.route_norm:
-        inert |= {"norm_form", "norm_eps", "norm_p"}
-    elif spec.norm_eps == 0:
-        inert.add("norm_form")  # w / (sum + 0) is w / max(sum, 0)
-    if spec.num_null_experts == 0:
-        inert.add("null_kind")
-    if spec.num_expert_groups is None:
-        inert |= {"group_score_k", "mask_fill", "weights_from"}
-    elif spec.num_expert_groups == spec.num_limited_groups:
-        inert |= {"group_score_k", "mask_fill", "weights_from"}  # no group is dropped
-    return inert
 
 
 def row(name: str, prefix: str, free: dict, *fixed: dict, router: str = "TopKRouter", module: str = "",
