@@ -213,18 +213,18 @@ class RouterSpec(Spec):
         )
 
     def _check_taking(self):
+        number("take_factor", self.take_factor, above=0.0)
+        one_of("take_rounding", self.take_rounding, TAKE_ROUNDINGS)
+        integer("take_least", self.take_least, 0)
         if self.selector != "expert_choice":
             for field, identity in WITHOUT_TAKING.items():
                 value = getattr(self, field)
                 why = f"{field} is {value!r}, but selector is {self.selector!r}; it goes with 'expert_choice'"
                 require(value == identity, why)
             return
-        number("take_factor", self.take_factor, above=0.0)
         # So that its product with a number of tokens is a number that int64 holds.
         parts = Fraction(str(float(self.take_factor))).denominator
         require(parts <= 10**6, f"take_factor is {self.take_factor!r}; it has at most 6 decimals")
-        one_of("take_rounding", self.take_rounding, TAKE_ROUNDINGS)
-        integer("take_least", self.take_least, 0)
         E = self.num_experts
         require(
             self.num_null_experts == 0,

@@ -160,7 +160,7 @@ INNOCENT: dict[type[Subject], frozenset[str]] = {
     Reference: frozenset(),
     Float64: frozenset(),
     Closed: frozenset(),
-    Reordered: frozenset({"SEL-6", "SEL-35"}),
+    Reordered: frozenset({"SEL-6"}),
     Shuffled: frozenset({"SEL-6", "SEL-35"}),
     HighestIdWins: frozenset({"GRP-4", "SEL-5", "SEL-6", "SEL-35"}),
     NoisyRanking: frozenset({"SEL-6", "SEL-35"}),
