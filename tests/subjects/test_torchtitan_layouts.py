@@ -138,6 +138,8 @@ def test_experts_that_the_ranks_do_not_divide_are_refused():
         (ShardLayout(placement=(1, 0, 2, 3, 4, 5, 6, 7)), "placed in their order"),
         (ShardLayout(expert=4, tensor=4), "which do not divide them"),
         (ShardLayout(tensor=4), "a tensor rank's part of hidden_dim"),
+        (ShardLayout(fsdp=11), "along a width, and FSDP2 evenly alone"),
+        (ShardLayout(fsdp=3, expert=4), "along a width, and FSDP2 evenly alone"),
     ],
 )
 def test_an_unsupported_layout_has_a_reason(layout, reason):
@@ -147,3 +149,8 @@ def test_an_unsupported_layout_has_a_reason(layout, reason):
 def test_unused_slots_are_unsupported():
     with pytest.raises(Unsupported, match="no unused slots"):
         TorchtitanLayouts().dispatch([np.array([[0, 1, -1]])], ShardLayout(), SPEC)
+
+
+def test_a_plan_of_another_strategy_is_refused_where_one_rank_is_alone():
+    with pytest.raises(Unsupported, match="not of ring_of_experts"):
+        TorchtitanLayouts().dispatch([np.zeros((1, 3), np.int64)], ShardLayout(strategy="ring_of_experts"), SPEC)

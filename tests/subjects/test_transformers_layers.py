@@ -17,7 +17,7 @@ from layer_agreement import (
 )
 
 from conformance.core.subject import Unsupported, capabilities
-from moe_ref import ExpertSpec, LatentSpec, LayerSpec, SharedSpec
+from moe_ref import ExpertSpec, LatentSpec, LayerSpec, RouterSpec, SharedSpec
 from moe_ref.specs.families import FAMILIES, tiny
 
 torch = pytest.importorskip("torch")
@@ -31,6 +31,7 @@ from conformance.subjects.transformers.blocks import (  # noqa: E402
     BLOCKS,
     NO_BLOCK,
 )
+from conformance.subjects.transformers.router import told, turn  # noqa: E402
 from conformance.subjects.transformers.subject import (  # noqa: E402
     Transformers,
     TransformersGroupedMm,
@@ -209,3 +210,12 @@ def test_blocks_and_implementations_take_turns_by_spec_and_number_of_tokens():
         found.add((subject.last_family, subject.last_implementation))
     assert len({family for family, _ in found}) > 3
     assert {implementation for _, implementation in found} == {"eager", "grouped_mm", "batched_mm"}
+
+
+def test_a_field_that_is_as_by_default_decides_no_turn():
+    router, experts = RouterSpec(num_experts=4, top_k=2), ExpertSpec(dim=8, hidden_dim=16)
+    spec = LayerSpec(router=router, experts=experts)
+    assert told((spec, (3, 5), "eager")) == (
+        {"router": {"num_experts": 4, "top_k": 2}, "experts": {"dim": 8, "hidden_dim": 16}}, (3, 5), "eager",
+    )  # fmt: skip
+    assert {turn((router, n), 3) for n in range(20)} == {0, 1, 2}

@@ -75,12 +75,18 @@ class TorchtitanLayouts(TorchtitanBalance):
             return f"a tensor rank's part of hidden_dim is no multiple of {granule}, which its grouped matmul takes"
         if layout.expert > 1 and router.num_experts % (layout.expert * layout.tensor):
             return "torchtitan has the experts on all tensor ranks too, which do not divide them"
+        beside, cut = (layout.expert * layout.tensor, 1) if layout.expert > 1 else (layout.data, layout.tensor)
+        widths = spec.experts.dim, spec.experts.hidden_dim // cut
+        if layout.fsdp * beside > router.num_experts and any(width % layout.fsdp for width in widths):
+            return "torchtitan cuts experts of which there are fewer than ranks along a width, and FSDP2 evenly alone"
         return None
 
     def dispatch(self, expert_ids_by_shard, layout, spec):
         E = spec.router.num_experts
         if any(((ids < 0) | (ids >= E)).any() for ids in expert_ids_by_shard):
             raise Unsupported("torchtitan's dispatcher has no unused slots and no null experts")
+        if layout.strategy != "all_to_all":  # alone a rank computes the same, and has another plan
+            raise Unsupported(f"torchtitan's plan is that of all_to_all, not of {layout.strategy}")
         if layout.expert > 1 and layout.tensor > 1:
             raise Unsupported("torchtitan's tensor ranks dispatch tokens of their own, to experts on all of them")
         return self.ranks.run(layout.num_ranks, plan_on_rank, expert_ids_by_shard, layout, spec)[:: layout.tensor]

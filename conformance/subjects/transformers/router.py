@@ -20,6 +20,7 @@ from conformance.subjects.identity_gate import give_identity_gate
 from conformance.subjects.torch.arrays import numpy_if_any, to_numpy, to_torch
 from conformance.subjects.transformers.families import DEFAULTS, ROUTERS, RealRouter
 from moe_ref import RouterSpec, ShardLayout
+from moe_ref.specs.base import Spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,8 +186,18 @@ def find(spec: RouterSpec, family: str, with_bias: bool) -> tuple[RealRouter | N
 
 
 def turn(of: Hashable, several: int) -> int:
-    """Which of several it is for this spec, or whatever else its repr tells apart; the same in every process."""
-    return zlib.crc32(repr(of).encode()) % several
+    """Which of several it is for this spec, or for a tuple with one; the same in every process.
+
+    A field that is as by default has no say, so that a further one of a spec leaves all turns as they are.
+    """
+    return zlib.crc32(repr(told(of)).encode()) % several
+
+
+def told(of: Any) -> Any:
+    """A spec as the fields that differ from their default, also inside a tuple."""
+    if isinstance(of, tuple):
+        return tuple(told(each) for each in of)
+    return of.to_dict() if isinstance(of, Spec) else of
 
 
 def find_config(fields: dict, family: str) -> tuple[RealRouter | None, str]:
