@@ -30,6 +30,8 @@ class MaxtextRouter(Subject):
         """Its gate is an identity; llama4's weights are the sigmoids that its `permute` makes of them."""
         if inputs.get("token_mask_T") is not None:
             raise Unsupported("maxtext's router has no padding mask")
+        if inputs.get("logit_factors_TE") is not None or inputs.get("logit_noise_TE") is not None:
+            raise Unsupported("maxtext's router takes no noise from outside")
         built = built_for_logits(spec, expert_bias_E is not None, tuple(self.entries.items()))
         leaves = {}
         if expert_bias_E is not None:
