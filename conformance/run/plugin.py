@@ -213,15 +213,20 @@ def pytest_runtest_protocol(item):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    file = item.config.getoption("--moe-watch")
-    if not file or not _in_suite(getattr(item, "module", None)):
+    """The record of a requirement is of its own test alone, whichever tests ran in this process before."""
+    if not _in_suite(getattr(item, "module", None)):
         return
+    from conformance.core.judge import Entry
     from conformance.run.watch import Watch
 
-    if not hasattr(item.config, "_moe_watch"):
-        item.config._moe_watch = Watch(file)
-    item.config._moe_watch.begin(item.name)
-    item.callspec.params["judge"].watch = item.config._moe_watch.enter
+    judge = item.callspec.params["judge"]
+    if requirement := getattr(item.obj, "requirement", None):
+        judge.ledger[requirement] = Entry()
+    if file := item.config.getoption("--moe-watch"):
+        if not hasattr(item.config, "_moe_watch"):
+            item.config._moe_watch = Watch(file)
+        item.config._moe_watch.begin(item.name)
+        judge.watch = item.config._moe_watch.enter
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,12 +7,19 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from conformance.core.check import CHECKS
+from conformance.core.judge import Entry, Judge
 from conformance.core.register import SPEC_VERSION, of_stage
-from conformance.run import kinds  # noqa: F401  (its chapters register)
+from conformance.run import (
+    kinds,  # noqa: F401  (its chapters register)
+    plugin,
+)
+from conformance.subjects.reference import Reference
+from conformance.suite import test_requirements
 
 ROUTERS = Path(__file__).with_name("routers.py")
 EXAMPLES = 60
@@ -137,6 +144,18 @@ def test_two_processes_find_what_one_finds(tmp_path):
         found.append({name: {**record, "seconds": 0} for name, record in records.items()})
     assert found[0] == found[1]
     assert any("first" in record.get("failure", {}) for record in found[0].values())
+
+
+def test_a_record_is_of_its_own_test_alone():
+    judge = Judge(Reference())
+    judge.ledger["SEL-1"].known[object()] = judge.ledger["SEL-2"].judged = 1  # as other tests leave it that blame these
+    test = SimpleNamespace(
+        module=test_requirements, obj=SimpleNamespace(requirement="SEL-1"),
+        callspec=SimpleNamespace(params={"judge": judge}), config=SimpleNamespace(getoption=lambda name: None),
+    )  # fmt: skip
+    plugin.pytest_runtest_setup(test)
+    assert judge.ledger["SEL-1"] == Entry()
+    assert judge.ledger["SEL-2"].judged == 1
 
 
 def test_what_is_found_once_is_told_though_the_subject_is_right_when_asked_again(tmp_path):
