@@ -120,7 +120,7 @@ def route_layer(
     logits_TE = gate(x_TD, own.gate_ED, own.gate_bias_E, dtype=dtype_of_router(spec.router, dtype))
     if event.records is not None:
         return replay(event.records[layer], logits_TE, spec.router, learned_scale=own.learned_scale, dtype=dtype)
-    bias_E = expert_bias_E if spec.router.selector == "top_k" else None
+    bias_E = expert_bias_E if spec.router.takes_bias else None
     return route(
         logits_TE,
         spec.router,

@@ -5,6 +5,7 @@ Legend: T tokens, E choices, K top_k, G groups, P experts per group, L groups ke
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe_ref.specs.ids import UNUSED
 from moe_ref.specs.router import RouterSpec
@@ -113,6 +114,18 @@ def select_by_quota(ranked_TE: Tensor, spec: RouterSpec) -> Tensor:
     ids_TK = (columns_TGQ + first_G1).flatten(1).sort(-1).values
     order_TK = torch.sort(ranked_TE.gather(-1, ids_TK), dim=-1, descending=True, stable=True).indices
     return _fillable(ids_TK.gather(-1, order_TK), ranked_TE)
+
+
+def select_varying(biased_scores_TE: Tensor, spec: RouterSpec) -> Tensor:
+    """Of the top_k best choices those above the threshold, or before which at most top_p is taken, are selected; the
+    slots after them are unused. [SEL-21, SEL-22]"""
+    ids_TK = top_k(biased_scores_TE, spec.top_k)
+    chosen_TK = biased_scores_TE.gather(-1, ids_TK)
+    if spec.selector == "threshold":
+        return torch.where(chosen_TK > spec.threshold, ids_TK, UNUSED)
+    share_TK = chosen_TK.clamp(min=0)  # scores of a softmax; -inf takes nothing
+    before_TK = F.pad(share_TK[:, :-1].cumsum(-1), (1, 0))
+    return torch.where((before_TK > spec.top_p) | (chosen_TK == NEG_INF), UNUSED, ids_TK)
 
 
 def _fillable(expert_ids_TK: Tensor, scores_for_choice_TE: Tensor) -> Tensor:

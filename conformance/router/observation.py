@@ -76,6 +76,7 @@ def well_formed(case: RouterCase, routing: Routing) -> Observation:
     ids_TK = ids_TK.astype(np.int64)
     nowhere_T = ~case.valid_T | np.isneginf(case.logits_TE).all(axis=-1)  # of a row of -inf nobody can be chosen
     may_be_unused_TK = nowhere_T[:, None] | (np.asarray(case.inputs.get("given_ids_TK", 0)) == UNUSED)
+    may_be_unused_TK = may_be_unused_TK | spec.varies  # how many are used is for SEL-21 and SEL-22
     unused_TK = may_be_unused_TK & (ids_TK == UNUSED)
     for t in np.flatnonzero((((ids_TK < 0) | (ids_TK >= spec.num_choices)) & ~unused_TK).any(axis=-1)):
         raise wrong("an expert id is out of range", f"ids in 0 .. {spec.num_choices - 1}", ids_TK[t].tolist(), t)

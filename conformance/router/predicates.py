@@ -32,8 +32,8 @@ def by_token(spec: RouterSpec) -> bool:
 
 def shows_scores(spec: RouterSpec) -> bool:
     """Specs whose weights show the scores, whichever groups are kept and whichever experts selected."""
-    # Given ids can leave slots unused: WGT-11.
-    return spec.has_scores and spec.weights_from == "scores" and spec.selector != "given"
+    # Given ids can leave slots unused, WGT-11, and so do selectors that vary, SEL-23.
+    return spec.has_scores and spec.weights_from == "scores" and spec.selector != "given" and not spec.varies
 
 
 # simpler neighbours

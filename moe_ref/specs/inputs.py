@@ -21,6 +21,8 @@ READS: dict[str, dict[str, bool]] = {
     "group_top_k": NOISE,
     "sparsemixer": NOISE,
     "sinkhorn": NOISE,
+    "threshold": NOISE,
+    "top_p": NOISE,
     "table": {"token_ids_T": True, "table_VK": True},
     "given": {"given_ids_TK": True, "given_weights_TK": False},
     "round_robin": {"first_token": False},
