@@ -254,6 +254,7 @@ def select(scores_for_choice_TE: jax.Array, spec: RouterSpec) -> jax.Array:
     if spec.selector == "threshold":
         unused_TK = ~(chosen_scores_TK > spec.threshold)
     if spec.selector == "top_p":
+        assert spec.top_p is not None
         share_TK = jnp.where(masked_TK, 0, chosen_scores_TK)
         before_TK = jnp.cumsum(share_TK, axis=-1)[:, :-1]
         unused_TK = masked_TK.at[:, 1:].max(before_TK > spec.top_p)

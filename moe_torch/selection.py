@@ -123,6 +123,7 @@ def select_varying(biased_scores_TE: Tensor, spec: RouterSpec) -> Tensor:
     chosen_TK = biased_scores_TE.gather(-1, ids_TK)
     if spec.selector == "threshold":
         return torch.where(chosen_TK > spec.threshold, ids_TK, UNUSED)
+    assert spec.top_p is not None
     share_TK = chosen_TK.clamp(min=0)  # scores of a softmax; -inf takes nothing
     before_TK = F.pad(share_TK[:, :-1].cumsum(-1), (1, 0))
     return torch.where((before_TK > spec.top_p) | (chosen_TK == NEG_INF), UNUSED, ids_TK)

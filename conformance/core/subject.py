@@ -25,6 +25,7 @@ from moe_ref import (
     RouterSpec,
     RoutingRecord,
     ShardLayout,
+    SparsitySpec,
     StackSpec,
 )
 
@@ -272,7 +273,9 @@ class Subject:
 
     # load, capacity and replay; the specs and the record are data types of moe_ref
 
-    def supports_load(self, spec: BalanceSpec | BiasUpdateSpec | CapacitySpec | QuantileSpec) -> str | None:
+    def supports_load(
+        self, spec: BalanceSpec | BiasUpdateSpec | CapacitySpec | QuantileSpec | SparsitySpec
+    ) -> str | None:
         """None, or a sentence that says why this rule cannot be run."""
         return None
 
@@ -343,6 +346,10 @@ class Subject:
         """
         raise NotImplementedError
 
+    def next_coefficient(self, coeff: float, counts_LE: np.ndarray, num_tokens: int, sparsity: SparsitySpec) -> float:
+        """Optional: the coefficient of an L1 loss after a step whose num_tokens tokens had these slots in L layers."""
+        raise NotImplementedError
+
     def capacity(
         self,
         expert_ids_TK: np.ndarray,
@@ -408,8 +415,8 @@ METHODS = (
     "route", "gate", "configure", "permute", "align", "experts", "combine", "layer", "layer_gradients",
     "place_slots", "home", "fused_layer",
     "dispatch", "sharded_layer", "sharded_gradients",
-    "load", "balance_loss", "z_loss", "bias_update", "quantile_update", "capacity", "record", "replay",
-    "train",
+    "load", "balance_loss", "z_loss", "bias_update", "quantile_update", "next_coefficient", "capacity", "record",
+    "replay", "train",
 )  # fmt: skip
 
 
