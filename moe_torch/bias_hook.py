@@ -63,9 +63,7 @@ class BiasHook:
         self.specs = {name: overrides.get(name, spec) for name in self.layers}
         for name, layer in self.layers.items():
             if self.specs[name] is not None and _bias(layer) is None:
-                raise ValueError(
-                    f"layer {name!r} has no expert_bias, as its selector takes none; override it by None"
-                )
+                raise ValueError(f"layer {name!r} has no expert_bias, as its selector takes none; override it by None")
         if group is None and dist.is_initialized() and dist.get_world_size() > 1:
             raise ValueError(
                 f"group is None, but there are {dist.get_world_size()} processes; name the ranks that see different "
