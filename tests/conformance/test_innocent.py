@@ -138,7 +138,7 @@ class Uint8Ids(Closed):
     def supports(self, spec, layout=None):
         if spec.num_choices > 256:
             return "an id of 8 bits is at most 255"
-        return "unused slots have no unsigned id" if spec.selector == "given" else None
+        return "unused slots have no unsigned id" if spec.selector == "given" or spec.varies else None
 
     def route(self, logits_TE, spec, expert_bias_E, *, learned_scale=None, token_ids_T=None, table_VK=None, seed=None):
         named = {"learned_scale": learned_scale, "token_ids_T": token_ids_T, "table_VK": table_VK, "seed": seed}
@@ -162,7 +162,7 @@ INNOCENT: dict[type[Subject], frozenset[str]] = {
     Closed: frozenset(),
     Reordered: frozenset({"SEL-6"}),
     Shuffled: frozenset({"SEL-6"}),
-    HighestIdWins: frozenset({"GRP-4", "SEL-5", "SEL-6"}),
+    HighestIdWins: frozenset({"GRP-4", "SEL-5", "SEL-6", "SEL-24"}),
     NoisyRanking: frozenset({"SEL-6"}),
     ScaledFirst: frozenset(),
     Int32Ids: frozenset(),
