@@ -77,10 +77,13 @@ ROUTERS = (
     RouterSpec(num_experts=5, top_k=2, **SIGMOID, **NORM, norm_eps=1e-20, selector="round_robin"),
     RouterSpec(num_experts=3, top_k=3, **SIGMOID, **NORM, norm_eps=0.1, **KINDS),
     RouterSpec(num_experts=3, top_k=2, **SOFTMAX, **KINDS, weight_on="input"),
+)
+VARYING_ROUTERS = (
     RouterSpec(num_experts=5, top_k=5, score_func="relu", selector="threshold"),
     RouterSpec(num_experts=6, top_k=3, **SIGMOID, **NORM, selector="threshold", threshold=0.5),
     RouterSpec(num_experts=6, top_k=4, **SOFTMAX, selector="top_p", top_p=0.6),
 )
+"""Under which tokens have different numbers of experts."""
 EXPERTS = (
     ExpertSpec(dim=5, hidden_dim=7),
     ExpertSpec(dim=5, hidden_dim=7, **GPT_OSS),
@@ -200,7 +203,11 @@ def _pool() -> list[LayerSpec]:
     ]
     # A shared expert has its own clamp, at the place of the routed ones', and their alpha and offset.
     found += [LayerSpec(router=ROUTERS[i % 2], experts=e, shared=SHARED[4]) for i, e in enumerate(FORMULAS)]
-    return list(dict.fromkeys(found + _models() + list(LATENTS) + _mixed()))
+    varying = [LayerSpec(router=router, experts=EXPERTS[0]) for router in VARYING_ROUTERS]
+    varying += [
+        LayerSpec(router=router, experts=EXPERTS[2], shared=SHARED[0], gate_bias=True) for router in VARYING_ROUTERS
+    ]
+    return list(dict.fromkeys(found + _models() + list(LATENTS) + _mixed() + varying))
 
 
 LAYER_SPECS: list[LayerSpec] = _pool()
