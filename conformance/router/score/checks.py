@@ -127,7 +127,8 @@ def sqrtsoftplus_scores(judge, case):
 )
 def relu_scores(judge, case):
     seen = observe(judge, case)
-    for t in sorted({*scores_differ(judge, seen), *weights_differ(judge, seen)}):
+    # In any order: which slot a weight belongs to is judged with the weights.
+    for t in sorted({*scores_differ(judge, seen), *weights_differ(judge, seen, in_any_order=True)}):
         accuse(
             "the scores are not max(logit, 0)",
             token=t,

@@ -26,6 +26,7 @@ from conformance.router.verdicts import (
     hold_selection,
     selection_differs,
     unused,
+    weights_differ,
 )
 from moe_ref import UNUSED
 
@@ -280,7 +281,9 @@ def choices_are_taken_until_their_sum_is_above_top_p(judge, case):
 @requires("SEL-23", spec=lambda s: s.varies, logits=MODERATE, bias=("none", "mixed"))
 def a_slot_left_unused_weighs_nothing(judge, case):
     seen = observe(judge, case)
-    for t in np.flatnonzero((unused(seen.expert_ids_TK) & (seen.weights_TK != 0)).any(axis=-1)):
+    weighs_T = (unused(seen.expert_ids_TK) & (seen.weights_TK != 0)).any(axis=-1)
+    # Right weights in the wrong slots are judged with the weights (WGT-8, WGT-17).
+    for t in set(weights_differ(judge, seen, in_any_order=True)) & set(np.flatnonzero(weighs_T).tolist()):
         accuse(
             "an unused slot has a weight",
             token=int(t),
