@@ -29,6 +29,7 @@ from moe_jax.replay import capture, replay_layer
 from moe_jax.replicas import home, place_slots, replicate
 from moe_jax.routing import RoutingTrace, gate, route
 from moe_jax.sparse_matmul import RouteOutput, activate, gmm_down, gmm_up, limit, route_tokens, sparse_matmul
+from moe_jax.sparsity import next_coefficient
 
 __all__ = [
     "AlignedMetadata",
@@ -62,6 +63,7 @@ __all__ = [
     "load_statistics",
     "loss_of_sums",
     "make_mesh",
+    "next_coefficient",
     "param_specs",
     "permute",
     "place",

@@ -102,7 +102,7 @@ def balance_sums(
         counts_UE=count((counted_TK + unit_of_T[:, None] * E).reshape(-1), U * E).reshape(U, E),
         scores_UE=scores_UE,
         tokens_U=own_TU.sum(axis=0, dtype=jnp.int32),
-        slots_per_token=slots,
+        slots_per_token=spec.target_top_k or slots,
     )
 
 
@@ -150,7 +150,7 @@ def _mean_of_shards(loss, has_tokens, axis_name):
 def balance_scores(logits_TE: jax.Array, spec: BalanceSpec) -> jax.Array:
     """Scores are a function of the logits, once: shares of their sum, or raw. [LOD-7]"""
     if not spec.scores_sum_to_1:
-        return score(logits_TE, RouterSpec(num_experts=1, top_k=1, score_func=spec.score_func))
+        return score(logits_TE, RouterSpec(num_experts=1, top_k=1, score_func=spec.score_func, selector="given"))
     # From logarithms, as a softmax of them: scores of very negative logits keep their ratios where their sum vanishes.
     logs_TE = _log_scores(logits_TE, spec.score_func)
     if spec.score_eps == 0:

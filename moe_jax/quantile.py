@@ -20,15 +20,19 @@ from moe_ref.specs.quantile import QuantileSpec
 from moe_ref.specs.router import RouterSpec
 
 
-def needs(ranked_TE: jax.Array, expert_bias_E: jax.Array, top_k: int) -> jax.Array:
+def needs(ranked_TE: jax.Array, expert_bias_E: jax.Array, router: RouterSpec) -> jax.Array:
     """(T, E) what each expert needs to win a token: the (K + 1)-th largest biased score, less its own. [LOD-40]
+
+    Of a router of selector threshold it is the threshold less its own. [LOD-50]
 
     Args:
         ranked_TE: (T, E) scores, or logits, without bias.
         expert_bias_E: (E,) the bias with which the tokens chose.
-        top_k: K, less than E.
+        router: static.
     """
-    cutoff_T1 = largest(ranked_TE + expert_bias_E, top_k + 1)[0][:, -1:]
+    if router.selector == "threshold":
+        return jax.lax.stop_gradient(router.threshold - ranked_TE)
+    cutoff_T1 = largest(ranked_TE + expert_bias_E, router.top_k + 1)[0][:, -1:]
     return jax.lax.stop_gradient(cutoff_T1 - ranked_TE)
 
 
@@ -66,7 +70,7 @@ def total_of(
     """
     update.check(router)
     expert_bias_E = jnp.asarray(expert_bias_E).astype(wide_dtype(jnp.asarray(expert_bias_E).dtype))
-    needs_TE = needs(ranked(logits_TE, router).astype(expert_bias_E.dtype), expert_bias_E, router.top_k)
+    needs_TE = needs(ranked(logits_TE, router).astype(expert_bias_E.dtype), expert_bias_E, router)
     valid_T = jnp.ones(len(needs_TE), bool) if token_mask_T is None else jnp.asarray(token_mask_T)
     if update.bins is not None:
         return sum_over(axis_name, _counts(needs_TE, valid_T, expert_bias_E, update.bins))
@@ -76,7 +80,7 @@ def total_of(
             "exact quantile of all scores of a step is quantile_bias"
         )
     has_tokens = valid_T.any()[None]
-    found_E = jnp.where(has_tokens, _smallest(needs_TE, valid_T, router.top_k), 0)
+    found_E = jnp.where(has_tokens, _smallest(needs_TE, valid_T, update.wins(router)), 0)
     return sum_over(axis_name, jnp.concatenate([found_E, has_tokens.astype(found_E.dtype)]))
 
 
@@ -87,7 +91,7 @@ def bias_of_total(total: jax.Array, update: QuantileSpec, expert_bias_E: jax.Arr
         total: the sum of what `total_of` returned for the micro-batches of the step.
         update: static.
         expert_bias_E: (E,) the bias before, with which all of them chose.
-        top_k: K, static.
+        top_k: K, static: `QuantileSpec.wins`.
     """
     bias_E = jnp.asarray(expert_bias_E)
     before_E, E = bias_E.astype(wide_dtype(bias_E.dtype)), len(bias_E)
@@ -119,13 +123,13 @@ def quantile_bias(
     """
     if update.bins is not None or update.over != "pool":
         total = total_of(logits_TE, router, update, expert_bias_E, token_mask_T)
-        return bias_of_total(total, update, expert_bias_E, router.top_k)
+        return bias_of_total(total, update, expert_bias_E, update.wins(router))
     update.check(router)
     bias_E = jnp.asarray(expert_bias_E)
     before_E = bias_E.astype(wide_dtype(bias_E.dtype))
-    needs_TE = needs(ranked(logits_TE, router).astype(before_E.dtype), before_E, router.top_k)
+    needs_TE = needs(ranked(logits_TE, router).astype(before_E.dtype), before_E, router)
     valid_T = jnp.ones(len(needs_TE), bool) if token_mask_T is None else jnp.asarray(token_mask_T)
-    found_E = _mixed(_smallest(needs_TE, valid_T, router.top_k), update, before_E)
+    found_E = _mixed(_smallest(needs_TE, valid_T, update.wins(router)), update, before_E)
     return jnp.where(valid_T.any(), found_E, before_E).astype(bias_E.dtype)
 
 

@@ -116,7 +116,7 @@ def route(
     choices_TE, shared_logits_TS = scaled_TE[:, :E], scaled_TE[:, E:]
     scores_TE = round_to(score(choices_TE, spec), spec.router_dtype) if spec.has_scores else None
     scores_for_choice_TE = group_scores_TG = group_ids_TL = None
-    if spec.selector in ("top_k", "group_top_k", "expert_choice"):
+    if spec.ranks and spec.selector != "sinkhorn":
         scores_for_choice_TE = bias_choice(choices_TE, scores_TE, bias_E, spec)
     if scores_for_choice_TE is not None and spec.selector == "expert_choice":
         scores_for_choice_TE = take_tokens(scores_for_choice_TE, None if token_mask_T is None else valid_T1, spec)
@@ -182,11 +182,13 @@ def scale_logits(logits_TE: jax.Array, spec: RouterSpec) -> jax.Array:
 
 
 def score(scaled_logits_TE: jax.Array, spec: RouterSpec) -> jax.Array:
-    """Scores are a function of the scaled logits alone; no bias enters them. [SCR-1, SCR-2, SCR-3]"""
+    """Scores are a function of the scaled logits alone; no bias enters them. [SCR-1, SCR-2, SCR-3, SCR-14]"""
     if spec.score_func == "softmax":
         return softmax(scaled_logits_TE)
     if spec.score_func == "sigmoid":
         return jax.nn.sigmoid(scaled_logits_TE)
+    if spec.score_func == "relu":
+        return jax.nn.relu(scaled_logits_TE)  # whose slope at 0 is 0
     # Two branches, each fed its own logits: sqrt has an infinite slope where softplus underflows, and exp overflows.
     small_TE = scaled_logits_TE < SMALL_LOGIT
     large_TE = jnp.sqrt(jax.nn.softplus(jnp.where(small_TE, 0, scaled_logits_TE)))
@@ -245,9 +247,22 @@ def limit_quotas(ranked_TE: jax.Array, spec: RouterSpec) -> jax.Array:
 
 
 def select(scores_for_choice_TE: jax.Array, spec: RouterSpec) -> jax.Array:
-    """Each token selects the top_k choices with the best choice scores. [SEL-1, SEL-2, SEL-3]"""
+    """Each token selects the top_k choices with the best choice scores. [SEL-1, SEL-2, SEL-3]
+
+    Under threshold it is those of them that are above it, under top_p those before which no more than that share is
+    taken; the slots after them are unused. [SEL-21, SEL-22]
+    """
     chosen_scores_TK, expert_ids_TK = top_k(scores_for_choice_TE, spec.top_k)
-    return jnp.where(jnp.isneginf(chosen_scores_TK), UNUSED, expert_ids_TK)
+    masked_TK = jnp.isneginf(chosen_scores_TK)
+    unused_TK = masked_TK
+    if spec.selector == "threshold":
+        unused_TK = ~(chosen_scores_TK > spec.threshold)
+    if spec.selector == "top_p":
+        assert spec.top_p is not None
+        share_TK = jnp.where(masked_TK, 0, chosen_scores_TK)
+        before_TK = jnp.cumsum(share_TK, axis=-1)[:, :-1]
+        unused_TK = masked_TK.at[:, 1:].max(before_TK > spec.top_p)
+    return jnp.where(unused_TK, UNUSED, expert_ids_TK)
 
 
 def choose(num_tokens: int, spec: RouterSpec, inputs: RouterInputs) -> jax.Array:
@@ -362,7 +377,7 @@ def _array(field: str, value, shape: tuple[int | None, ...], kind: str) -> jax.A
 def _bias(expert_bias_E, spec: RouterSpec, dtype):
     if expert_bias_E is None:
         return None
-    if spec.selector != "top_k":
+    if not spec.takes_bias:
         raise ValueError(f"expert_bias_E is given, but selector {spec.selector!r} takes none")
     return _array("expert_bias_E", expert_bias_E, (spec.num_choices,), "float").astype(dtype)
 

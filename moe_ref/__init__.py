@@ -28,6 +28,7 @@ from moe_ref.replay import capture, replay, replay_layer
 from moe_ref.replicas import home, home_gradients, place_slots, replicate
 from moe_ref.routing import RoutingTrace, gate, route
 from moe_ref.sharded import ShardedTrace, sharded_layer
+from moe_ref.sparsity import next_coefficient
 from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.balance import BALANCE_FORMS, SMEBU, BalanceSpec, BiasUpdateSpec, CapacitySpec
 from moe_ref.specs.ids import UNUSED
@@ -41,6 +42,7 @@ from moe_ref.specs.record import RoutingRecord, load_records, save_records
 from moe_ref.specs.replicas import ReplicaSpec
 from moe_ref.specs.router import RouterSpec
 from moe_ref.specs.served import records_from_served, served_array, served_base64, served_from_records
+from moe_ref.specs.sparsity import SparsitySpec
 from moe_ref.specs.training import Event, StackSpec
 from moe_ref.strategies import STRATEGIES
 from moe_ref.strategies.base import RankPlan
@@ -81,6 +83,7 @@ __all__ = [
     "ShardedGradients",
     "ShardedTrace",
     "SharedSpec",
+    "SparsitySpec",
     "StackSpec",
     "TrainingState",
     "WeightLayout",
@@ -105,6 +108,7 @@ __all__ = [
     "load_records",
     "load_statistics",
     "moe_layer",
+    "next_coefficient",
     "pad_rows",
     "params_from_hf",
     "params_to_hf",

@@ -157,7 +157,8 @@ def balance(
     counts_UE = np.array([tokens_per_expert(counted_ids_TK[own_T], E) for own_T in own_UT], np.float64).reshape(-1, E)
     counts_UE, counted_U = counts_so_far(counts_UE, tokens_U, spec)
 
-    slots_U1 = np.maximum(counted_U, 1)[:, None] * (slots if spec.counts_over == "slots" else 1)
+    per_token = spec.target_top_k or (slots if spec.counts_over == "slots" else 1)
+    slots_U1 = np.maximum(counted_U, 1)[:, None] * per_token
     fractions_UE = counts_UE.astype(dtype) / slots_U1
     mean_scores_UE = sums_UE / np.maximum(tokens_U, 1)[:, None]
     losses_U = float(E) ** spec.expert_power * (fractions_UE * mean_scores_UE).sum(axis=-1)
@@ -255,6 +256,8 @@ def log_scores(logits_TE: np.ndarray, spec: BalanceSpec) -> np.ndarray:
 
 def balance_scores(logits_TE: np.ndarray, spec: BalanceSpec) -> np.ndarray:
     """Scores are a function of the logits, once: shares of their sum, or raw. [LOD-7, LOD-10]"""
+    if spec.score_func == "relu":  # 0 has no logarithm
+        return np.maximum(logits_TE, 0)
     logs_TE = log_scores(logits_TE, spec)
     if not spec.scores_sum_to_1:
         return np.exp(logs_TE)

@@ -39,6 +39,18 @@ def needs(
     return cutoff_N1 - ranked_TE
 
 
+def needs_of(
+    ranked_TE: np.ndarray, router: RouterSpec, expert_bias_E: np.ndarray, token_mask_T: np.ndarray | None = None
+) -> np.ndarray:
+    """What each expert needs to win a token of this router: of a threshold, that less its own score. [LOD-40, LOD-50]
+
+    Arguments and result as in `needs`.
+    """
+    if router.selector != "threshold":
+        return needs(ranked_TE, expert_bias_E, router.top_k, token_mask_T)
+    return router.threshold - (ranked_TE if token_mask_T is None else ranked_TE[token_mask_T])
+
+
 def quantile_bias(
     needs_by_batch: Sequence[np.ndarray], update: QuantileSpec, expert_bias_E: np.ndarray, top_k: int
 ) -> np.ndarray:
@@ -119,8 +131,8 @@ def quantile_update(
     ranked_TE = ranked(scale_logits(logits_TE, router)[:, : router.num_choices], router)
     shard_of_T = part_of_tokens("tokens_per_shard", tokens_per_shard, len(logits_TE))
     shards = range(1 if tokens_per_shard is None else len(tokens_per_shard))
-    found = [needs(ranked_TE, bias_E, router.top_k, valid_T & (shard_of_T == shard)) for shard in shards]
-    return quantile_bias(found, update, bias_E, router.top_k).astype(dtype)
+    found = [needs_of(ranked_TE, router, bias_E, valid_T & (shard_of_T == shard)) for shard in shards]
+    return quantile_bias(found, update, bias_E, update.wins(router)).astype(dtype)
 
 
 def ranked(scaled_logits_TE: np.ndarray, router: RouterSpec) -> np.ndarray:

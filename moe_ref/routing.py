@@ -87,11 +87,13 @@ def scale_logits(logits_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
 
 
 def score(scaled_logits_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
-    """Scores are a function of the scaled logits alone; no bias enters them. [SCR-1, SCR-2, SCR-3]"""
+    """Scores are a function of the scaled logits alone; no bias enters them. [SCR-1, SCR-2, SCR-3, SCR-14]"""
     if spec.score_func == "softmax":
         return softmax(scaled_logits_TE)
     if spec.score_func == "sigmoid":
         return np.exp(-np.logaddexp(0, -scaled_logits_TE))
+    if spec.score_func == "relu":
+        return np.maximum(scaled_logits_TE, 0)
     return np.sqrt(np.logaddexp(0, scaled_logits_TE))
 
 
@@ -150,6 +152,25 @@ def select(scores_for_choice_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
     return expert_ids_TK
 
 
+def select_above(scores_for_choice_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
+    """Of the top_k best choices those above the threshold are selected, best first; none, where none is. [SEL-21]"""
+    expert_ids_TK = top_k(scores_for_choice_TE, spec.top_k)
+    above_TK = np.take_along_axis(scores_for_choice_TE, expert_ids_TK, axis=-1) > spec.threshold
+    return np.where(above_TK, expert_ids_TK, UNUSED)
+
+
+def select_share(scores_for_choice_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
+    """The best choices, each while those before it sum to at most top_p: at least one, at most top_k. [SEL-22]"""
+    some_T = np.asarray((scores_for_choice_TE > -np.inf).any(axis=-1))
+    entries("scores_for_choice_TE", scores_for_choice_TE, some_T, "an entry is above -inf")
+    expert_ids_TK = top_k(scores_for_choice_TE, spec.top_k)
+    chosen_TK = np.take_along_axis(scores_for_choice_TE, expert_ids_TK, axis=-1)
+    masked_TK = np.isneginf(chosen_TK)
+    share_TK = np.where(masked_TK, 0, chosen_TK)
+    before_TK = np.concatenate([np.zeros_like(share_TK[:, :1]), share_TK[:, :-1].cumsum(axis=-1)], axis=-1)
+    return np.where((before_TK <= spec.top_p) & ~masked_TK, expert_ids_TK, UNUSED)
+
+
 def limit_quotas(ranked_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
     """Each quota group keeps its top_k / quota_groups best, ties to the lower id; the others are -inf. [SEL-18]"""
     assert spec.quota_groups is not None
@@ -202,14 +223,12 @@ def sparsemixer(scaled_logits_TE: np.ndarray, spec: RouterSpec) -> tuple[np.ndar
 def choose(
     scores_for_choice_TE: np.ndarray | None, num_tokens: int, spec: RouterSpec, inputs: RouterInputs
 ) -> np.ndarray:
-    """Expert ids by the spec's selector; all but these four look at no score. [SEL-14 .. SEL-19]"""
+    """Expert ids by the spec's selector; all but those that rank look at no score. [SEL-14 .. SEL-35]"""
     T, K = num_tokens, spec.top_k
-    if spec.selector == "expert_choice":
-        assert scores_for_choice_TE is not None
-        return list_takers(scores_for_choice_TE, spec)
-    if spec.selector in ("top_k", "group_top_k", "sinkhorn"):
+    if spec.ranks:
         assert scores_for_choice_TE is not None  # they are what is ranked
-        return select(scores_for_choice_TE, spec)
+        own = {"expert_choice": list_takers, "threshold": select_above, "top_p": select_share}
+        return own.get(spec.selector, select)(scores_for_choice_TE, spec)
     if spec.selector == "table":
         table_VK = ids_array("table_VK", inputs.table_VK, (None, K), spec.num_choices)
         return table_VK[ids_array("token_ids_T", inputs.token_ids_T, (T,), len(table_VK))]
@@ -324,7 +343,7 @@ def route(
     choices_TE, shared_TS = scaled_logits_TE[:, :E], scaled_logits_TE[:, E:]
     if spec.has_scores:
         scores_TE = round_to(score(choices_TE, spec), spec.router_dtype)
-    if spec.selector in ("top_k", "group_top_k", "expert_choice"):
+    if spec.ranks and spec.selector != "sinkhorn":
         scores_for_choice_TE = bias_choice(choices_TE, scores_TE, expert_bias_E, spec)
     if scores_for_choice_TE is not None and spec.selector == "expert_choice":
         scores_for_choice_TE = take_tokens(scores_for_choice_TE, valid_T1, spec)
@@ -386,7 +405,7 @@ def _bias(expert_bias_E, spec: RouterSpec, dtype):
     if expert_bias_E is None:
         return np.zeros(spec.num_choices, dtype)
     # Elsewhere nothing is ranked, so a bias would be silently ignored.
-    require(spec.selector == "top_k", f"expert_bias_E is given, but selector {spec.selector!r} takes none")
+    require(spec.takes_bias, f"expert_bias_E is given, but selector {spec.selector!r} takes none")
     expert_bias_E = array("expert_bias_E", expert_bias_E, (spec.num_choices,)).astype(dtype)
     entries("expert_bias_E", expert_bias_E, np.isfinite(expert_bias_E), "entries are finite")
     return expert_bias_E

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from moe_ref.balance import balance_layers, bias_step, tokens_per_expert
-from moe_ref.quantile import needs, quantile_bias, ranked
+from moe_ref.quantile import needs_of, quantile_bias, ranked
 from moe_ref.replay import replay
 from moe_ref.rounding import dtype_of_router
 from moe_ref.routing import RoutingTrace, gate, route
@@ -120,7 +120,7 @@ def route_layer(
     logits_TE = gate(x_TD, own.gate_ED, own.gate_bias_E, dtype=dtype_of_router(spec.router, dtype))
     if event.records is not None:
         return replay(event.records[layer], logits_TE, spec.router, learned_scale=own.learned_scale, dtype=dtype)
-    bias_E = expert_bias_E if spec.router.selector == "top_k" else None
+    bias_E = expert_bias_E if spec.router.takes_bias else None
     return route(
         logits_TE,
         spec.router,
@@ -153,7 +153,7 @@ def observed(
     if event.kind != "train" or event.records is not None:
         return before.needs_by_layer
     return [
-        [*earlier, needs(ranked_of(choice, spec.router), bias_E, spec.router.top_k, event.token_mask_T)]
+        [*earlier, needs_of(ranked_of(choice, spec.router), spec.router, bias_E, event.token_mask_T)]
         if isinstance(update, QuantileSpec)
         else earlier
         for earlier, bias_E, choice, spec, update in zip(
@@ -173,7 +173,8 @@ def stepped(before: TrainingState, stack: StackSpec, dtype: DTypeLike) -> Traini
     for layer, update in enumerate(stack.updates):
         bias_E, last_E = before.bias_by_layer[layer], before.last_step_by_layer[layer]
         if isinstance(update, QuantileSpec):
-            bias_E = quantile_bias(before.needs_by_layer[layer], update, bias_E, stack.layers[layer].router.top_k)
+            wins = update.wins(stack.layers[layer].router)
+            bias_E = quantile_bias(before.needs_by_layer[layer], update, bias_E, wins)
         elif update is not None:
             last_E = bias_step(before.counts_by_layer[layer], update, last_E)
             bias_E = bias_E + last_E

@@ -27,6 +27,7 @@ from moe_torch.replay import capture, replay_layer
 from moe_torch.replicas import home, place_slots, replicate
 from moe_torch.router import Gate, NodeLimitedRouter
 from moe_torch.routing import Routing, route
+from moe_torch.sparsity import next_coefficient
 
 if TYPE_CHECKING:
     from moe_torch.parallel.parallelize import parallelize, sync_gradients
@@ -72,6 +73,7 @@ __all__ = [
     "home",
     "load_statistics",
     "loss_of_sums",
+    "next_coefficient",
     "parallelize",
     "place_slots",
     "quantile_bias",

@@ -63,9 +63,7 @@ class BiasHook:
         self.specs = {name: overrides.get(name, spec) for name in self.layers}
         for name, layer in self.layers.items():
             if self.specs[name] is not None and _bias(layer) is None:
-                raise ValueError(
-                    f"layer {name!r} has no expert_bias, as its selector is not 'top_k'; override it by None"
-                )
+                raise ValueError(f"layer {name!r} has no expert_bias, as its selector takes none; override it by None")
         if group is None and dist.is_initialized() and dist.get_world_size() > 1:
             raise ValueError(
                 f"group is None, but there are {dist.get_world_size()} processes; name the ranks that see different "
@@ -98,7 +96,7 @@ class BiasHook:
         for name, layer in self.layers.items():
             spec, bias_E = self.specs[name], _bias(layer)
             if isinstance(spec, QuantileSpec) and bias_E is not None:
-                bias_E.copy_(bias_of_total(layer.needs.total, spec, bias_E, layer.spec.router.top_k))
+                bias_E.copy_(bias_of_total(layer.needs.total, spec, bias_E, spec.wins(layer.spec.router)))
                 layer.needs.total.zero_()
             elif isinstance(spec, BiasUpdateSpec) and bias_E is not None:
                 step_E = bias_step(self.counts[name], spec, self.last_steps.get(name))

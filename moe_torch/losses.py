@@ -119,7 +119,8 @@ def balance_sums(
         counts_UE, tokens_U = count(keys_TK.flatten(), U * E).view(U, E), own_UT.sum(1)
         # A product, not index_add_, whose order differs from run to run on CUDA (NVIDIA/Megatron-LM#6967).
         scores_UE = own_UT.to(scores_TE.dtype) @ scores_TE
-    return BalanceSums(counts_UE=counts_UE, scores_UE=scores_UE, tokens_U=tokens_U, slots_per_token=slots)
+    per_token = spec.target_top_k or slots
+    return BalanceSums(counts_UE=counts_UE, scores_UE=scores_UE, tokens_U=tokens_U, slots_per_token=per_token)
 
 
 def loss_of_sums(
@@ -196,7 +197,7 @@ def _sum_over(group: dist.ProcessGroup | None, values: Tensor) -> Tensor:
 def balance_scores(logits_TE: Tensor, spec: BalanceSpec) -> Tensor:
     """Scores are a function of the logits, once: shares of their sum, or raw. [LOD-7]"""
     if not spec.scores_sum_to_1:
-        return score(logits_TE, RouterSpec(num_experts=1, top_k=1, score_func=spec.score_func))
+        return score(logits_TE, RouterSpec(num_experts=1, top_k=1, score_func=spec.score_func, selector="given"))
     # From logarithms, as a softmax of them: scores of very negative logits keep their ratios where their sum vanishes.
     logs_TE = _log_scores(logits_TE, spec.score_func)
     if spec.score_eps == 0:

@@ -18,15 +18,19 @@ from moe_torch.balance import add_counts
 from moe_torch.routing import Routing, scale_logits, score
 
 
-def needs(ranked_TE: Tensor, expert_bias_E: Tensor, top_k: int) -> Tensor:
+def needs(ranked_TE: Tensor, expert_bias_E: Tensor, router: RouterSpec) -> Tensor:
     """(T, E) what each expert needs to win a token: the (K + 1)-th largest biased score, less its own. [LOD-40]
+
+    Of a router of selector threshold it is the threshold less its own. [LOD-50]
 
     Args:
         ranked_TE: (T, E) scores, or logits, without bias.
         expert_bias_E: (E,) the bias with which the tokens chose.
-        top_k: K, less than E.
+        router: what they chose by.
     """
-    cutoff_T1 = (ranked_TE + expert_bias_E).topk(top_k + 1, dim=-1).values[:, -1:]
+    if router.selector == "threshold":
+        return router.threshold - ranked_TE
+    cutoff_T1 = (ranked_TE + expert_bias_E).topk(router.top_k + 1, dim=-1).values[:, -1:]
     return cutoff_T1 - ranked_TE
 
 
@@ -73,7 +77,7 @@ def bias_of_total(total: Tensor, update: QuantileSpec, expert_bias_E: Tensor, to
         total: the sum of what `total_of` returned, over micro-batches and ranks.
         update: the rule.
         expert_bias_E: (E,) the bias before, with which all of them chose.
-        top_k: K.
+        top_k: K: `QuantileSpec.wins`.
     """
     E, before_E = len(expert_bias_E), expert_bias_E.to(torch.promote_types(expert_bias_E.dtype, torch.float32))
     if update.bins is None:
@@ -140,7 +144,7 @@ class NeedCounts(nn.Module):
         self.update, self.router = update, router
         none_TE = torch.zeros(0, router.num_choices, device=device)
         zero_E = torch.zeros(router.num_choices, device=device)
-        self.register_buffer("total", total_of(none_TE, update, zero_E, router.top_k), persistent=False)
+        self.register_buffer("total", total_of(none_TE, update, zero_E, update.wins(router)), persistent=False)
 
     def _apply(self, fn, recurse=True):
         dtype = self.total.dtype
@@ -153,5 +157,6 @@ class NeedCounts(nn.Module):
         """Adds a pass to the total."""
         assert routing.logits_TE is not None
         ranked_TE = ranked(routing.logits_TE.detach(), self.router).to(expert_bias_E.dtype)
-        needs_TE = needs(ranked_TE, expert_bias_E, self.router.top_k)
-        add_counts(self.total, total_of(needs_TE, self.update, expert_bias_E, self.router.top_k, token_mask_T))
+        needs_TE = needs(ranked_TE, expert_bias_E, self.router)
+        wins = self.update.wins(self.router)
+        add_counts(self.total, total_of(needs_TE, self.update, expert_bias_E, wins, token_mask_T))

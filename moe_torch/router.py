@@ -49,7 +49,7 @@ class NodeLimitedRouter(OverRanks, nn.Module):
         self.gate = Gate(dim, spec.num_logits, bias=gate_bias, device=device, dtype=dtype)
         self.gate.least = dtype_of_router(spec, torch.float32)
         choices_E = torch.zeros(spec.num_choices, dtype=torch.float32, device=device)
-        self.register_buffer("expert_bias", choices_E if spec.selector == "top_k" else None)
+        self.register_buffer("expert_bias", choices_E if spec.takes_bias else None)
         # A global scale is kept as (1,): FSDP2 shards no scalar parameter.
         sizes = {"none": None, "per_expert": spec.num_choices, "global": 1}[spec.learned_scale]
         self.learned_scale = None if sizes is None else nn.Parameter(torch.ones(sizes, device=device, dtype=dtype))
@@ -92,7 +92,7 @@ class NodeLimitedRouter(OverRanks, nn.Module):
         scale = self.own("learned_scale")
         if scale is not None and spec.learned_scale == "global":
             scale = scale[0]
-        bias_E = self.expert_bias if spec.selector == "top_k" else None
+        bias_E = self.expert_bias if spec.takes_bias else None
         return route(
             self.gate(x_TD), spec, expert_bias_E=bias_E, learned_scale=scale, inputs=inputs, token_mask_T=token_mask_T
         )

@@ -23,7 +23,16 @@ from moe_torch.kernels.choice import for_router, say_once
 from moe_torch.kernels.router_ops import arguments_of, route_tokens
 from moe_torch.modes import host_reads_are_free, transformed
 from moe_torch.rounding import dtype_of_router, round_to
-from moe_torch.selection import NEG_INF, kept_experts, limit_groups, select, select_by_quota, take_tokens, top_k
+from moe_torch.selection import (
+    NEG_INF,
+    kept_experts,
+    limit_groups,
+    select,
+    select_by_quota,
+    select_varying,
+    take_tokens,
+    top_k,
+)
 from moe_torch.sinkhorn import sinkhorn
 
 
@@ -104,11 +113,13 @@ def scale_logits(logits_TE: Tensor, spec: RouterSpec) -> Tensor:
 
 
 def score(scaled_logits_TE: Tensor, spec: RouterSpec) -> Tensor:
-    """Scores are a function of the scaled logits alone; no bias enters them. [SCR-1, SCR-2, SCR-3]"""
+    """Scores are a function of the scaled logits alone; no bias enters them. [SCR-1, SCR-2, SCR-3, SCR-14]"""
     if spec.score_func == "softmax":
         return softmax(scaled_logits_TE)
     if spec.score_func == "sigmoid":
         return torch.sigmoid(scaled_logits_TE)
+    if spec.score_func == "relu":
+        return torch.relu(scaled_logits_TE)  # whose slope at 0 is 0
     # Past 40 softplus(z) is z to the last bit of float64; torch's default of 20 is not.
     softplus_TE = F.softplus(scaled_logits_TE, threshold=40)
     # The slope of sqrt at 0 is infinite; the slope of the score there is 0.
@@ -301,6 +312,10 @@ def route(
     elif spec.selector == "expert_choice":
         biased_scores_TE = take_tokens(bias_choice(choices_TE, scores_TE, None, spec), token_mask_T, spec)
         expert_ids_TK = select(biased_scores_TE, None, None, spec)
+    elif spec.varies:
+        bias_E = None if expert_bias_E is None else expert_bias_E.to(choices_TE.dtype)
+        biased_scores_TE = bias_choice(choices_TE, scores_TE, bias_E, spec)
+        expert_ids_TK = select_varying(biased_scores_TE, spec)
     elif spec.selector == "group_top_k":
         expert_ids_TK = select_by_quota(bias_choice(choices_TE, scores_TE, None, spec), spec)
     elif spec.selector == "sparsemixer":
@@ -400,7 +415,7 @@ def check_logits(
         shape_and_kind("learned_scale", learned_scale, scale_shape, "float")
     if expert_bias_E is not None:
         # Elsewhere nothing is ranked, so a bias would be silently ignored.
-        if spec.selector != "top_k":
+        if not spec.takes_bias:
             raise ValueError(f"expert_bias_E is given, but selector {spec.selector!r} takes none")
         shape_and_kind("expert_bias_E", expert_bias_E, (E,), "float")
     if token_mask_T is not None:

@@ -5,6 +5,7 @@ Legend: T tokens, E choices, K top_k, G groups, P experts per group, L groups ke
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe_ref.specs.ids import UNUSED
 from moe_ref.specs.router import RouterSpec
@@ -130,6 +131,19 @@ def take_tokens(ranked_TE: Tensor, token_mask_T: Tensor | None, spec: RouterSpec
     places_TE = torch.arange(T, device=ranked_TE.device)[:, None].expand_as(order_TE)
     rank_TE = torch.empty_like(order_TE).scatter_(0, order_TE, places_TE)
     return ranked_TE.masked_fill(rank_TE >= most, NEG_INF)
+
+
+def select_varying(biased_scores_TE: Tensor, spec: RouterSpec) -> Tensor:
+    """Of the top_k best choices those above the threshold, or before which at most top_p is taken, are selected; the
+    slots after them are unused. [SEL-21, SEL-22]"""
+    ids_TK = top_k(biased_scores_TE, spec.top_k)
+    chosen_TK = biased_scores_TE.gather(-1, ids_TK)
+    if spec.selector == "threshold":
+        return torch.where(chosen_TK > spec.threshold, ids_TK, UNUSED)
+    assert spec.top_p is not None
+    share_TK = chosen_TK.clamp(min=0)  # scores of a softmax; -inf takes nothing
+    before_TK = F.pad(share_TK[:, :-1].cumsum(-1), (1, 0))
+    return torch.where((before_TK > spec.top_p) | (chosen_TK == NEG_INF), UNUSED, ids_TK)
 
 
 def _fillable(expert_ids_TK: Tensor, scores_for_choice_TE: Tensor) -> Tensor:

@@ -69,15 +69,17 @@ def loss_radius(judge: Judge, case: BalanceCase) -> Loss:
     share_U = spec.coeff * float(E) ** spec.expert_power * trace.weights_U / np.maximum(trace.tokens_U, 1)
     pull_TE = (share_U[:, None] * trace.fractions_UE)[trace.unit_of_T]  # d loss / d score
     s_TE = trace.scores_TE
+    # A score is no steeper than itself, but for relu, whose slope is 1.
+    slope_TE = np.where(z_TE > 0, 1.0, 0.0) if spec.score_func == "relu" else s_TE
     loss = (pull_TE * s_TE * error_TE).sum() + terms * eps * abs(trace.loss) + TINY[dtype]
     # A gradient is a difference of a pull and a mean of pulls, either of which is rounded; slopes are at most 1.
     mean_T1 = (pull_TE * s_TE).sum(axis=-1, keepdims=True) if spec.scores_sum_to_1 else 0
     mean_error_T1 = (pull_TE * s_TE * error_TE).sum(axis=-1, keepdims=True) if spec.scores_sum_to_1 else 0
-    gradient_TE = s_TE * ((pull_TE + mean_T1) * (error_TE + terms * eps) + mean_error_T1)
+    gradient_TE = slope_TE * ((pull_TE + mean_T1) * (error_TE + terms * eps) + mean_error_T1)
     if case.router.scales_logits:
-        slope_TE = scale_logits_backward(np.ones_like(z_TE), z_TE, case.router)
+        scaling_TE = scale_logits_backward(np.ones_like(z_TE), z_TE, case.router)
         largest = SCALINGS * eps * case.router.logit_scale
-        gradient_TE = gradient_TE * np.abs(slope_TE) + s_TE * (pull_TE + mean_T1) * largest
+        gradient_TE = gradient_TE * np.abs(scaling_TE) + slope_TE * (pull_TE + mean_T1) * largest
     # A score that vanishes does so before it is pulled; its square root is of what has vanished.
     floor = np.sqrt(TINY[dtype]) if spec.score_func == "sqrtsoftplus" else TINY[dtype]
     floor_TE = TINY[dtype] + floor * (pull_TE + mean_T1)
@@ -123,7 +125,9 @@ def quantile_radius(judge: Judge, case: BalanceCase, wanted_E: np.ndarray) -> np
     assert isinstance(update, QuantileSpec)
     bias_E, router = case.expert_bias_E, case.router
     z_TE = np.where(case.valid_T[:, None], case.scaled_logits_TE, 0)
-    sizes = 1 + np.abs(bias_E).max() + (np.abs(z_TE).max(initial=0) if router.select_by == "logit" else 1)
+    unbounded = router.select_by == "logit" or router.score_func == "relu"
+    unbounded = router.select_by == "logit" or router.score_func == "relu"
+    sizes = 1 + np.abs(bias_E).max() + (np.abs(z_TE).max(initial=0) if unbounded else 1)
     # A score is off by roundings of itself, and by those of its logit times its slope.
     radius = ROUNDINGS * EPSILON[judge.subject.compute_dtype] * sizes
     if router.scales_logits or router.score_func == "softmax":

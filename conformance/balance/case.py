@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from conformance.core.case import Case, plain, rounder
-from conformance.core.subject import Subject
+from conformance.core.subject import LoadRule, Subject
 from moe_ref import (
     UNUSED,
     BalanceSpec,
@@ -19,6 +19,7 @@ from moe_ref import (
     CapacitySpec,
     QuantileSpec,
     RouterSpec,
+    SparsitySpec,
     apply_capacity,
     balance,
     balance_loss_backward,
@@ -31,7 +32,7 @@ from moe_ref.routing import scale_logits
 
 RULES = {
     "load": None, "z_loss": None, "balance_loss": "balance", "bias_update": "update", "quantile_update": "quantile",
-    "capacity": "capacity",
+    "next_coefficient": "sparsity", "capacity": "capacity",
 }  # fmt: skip
 """Methods of a subject, and the field of a BatchSpec with the rule that each gets."""
 LENGTHS = ("sequence_lengths", "tokens_per_shard")
@@ -57,15 +58,16 @@ class BatchSpec:
     update: BiasUpdateSpec | None = None
     capacity: CapacitySpec | None = None
     quantile: QuantileSpec | None = None
+    sparsity: SparsitySpec | None = None
     router: RouterSpec | None = None
     """What the router does besides scoring; None: nothing."""
     coeff: float = 1.0
     """Of the z-loss."""
 
     @property
-    def rule(self) -> BalanceSpec | BiasUpdateSpec | CapacitySpec | QuantileSpec | None:
+    def rule(self) -> LoadRule | None:
         """The spec that a subject says it supports."""
-        return self.balance or self.update or self.capacity or self.quantile
+        return self.balance or self.update or self.capacity or self.quantile or self.sparsity
 
     @property
     def num_choices(self) -> int:
@@ -86,7 +88,7 @@ class BatchSpec:
         """Reads what `to_dict` wrote."""
         rules = {
             "balance": BalanceSpec, "update": BiasUpdateSpec, "capacity": CapacitySpec, "quantile": QuantileSpec,
-            "router": RouterSpec,
+            "sparsity": SparsitySpec, "router": RouterSpec,
         }  # fmt: skip
         return cls(**{name: rules[name].from_dict(v) if name in rules else v for name, v in values.items()})
 
@@ -157,6 +159,7 @@ class BalanceCase(Case):
             top_k=self.spec.top_k,
             num_null_experts=self.spec.num_null_experts,
             score_func=score_func,
+            selector="threshold" if score_func == "relu" else "top_k",  # relu ranks nothing
         )
 
     @property
@@ -266,6 +269,8 @@ BalanceCase.TAGS = {
     "tanh_rule": _has("update", rule="tanh"),
     "momentum": lambda c: c.spec.update is not None and c.spec.update.momentum > 0,
     "quantile": _has("quantile"),
+    "sparsity": _has("sparsity"),
+    "relu_scores": _has("balance", score_func="relu"),
     "quantile_of_bins": lambda c: c.spec.quantile is not None and c.spec.quantile.bins is not None,
     "quantile_of_batches": _has("quantile", over="batches"),
     "centred": _has("update", centred=True),

@@ -18,7 +18,17 @@ from conformance.core.chosen import pool_of
 from conformance.core.drawing import one_of
 from conformance.core.judge import Judge
 from conformance.core.kind import settings_of
-from moe_ref import BALANCE_FORMS, SMEBU, UNUSED, BalanceSpec, BiasUpdateSpec, CapacitySpec, QuantileSpec, RouterSpec
+from moe_ref import (
+    BALANCE_FORMS,
+    SMEBU,
+    UNUSED,
+    BalanceSpec,
+    BiasUpdateSpec,
+    CapacitySpec,
+    QuantileSpec,
+    RouterSpec,
+    SparsitySpec,
+)
 from moe_ref.specs.balance import RUNNING_SCOPES
 
 SIGMOID = {"score_func": "sigmoid", "norm_scores": True}
@@ -33,6 +43,7 @@ BALANCES = (
     BalanceSpec(expert_power=0, coeff=2.0),
     BalanceSpec(counted_slots=2, counts="unbiased"),
     BalanceSpec.of("megatron_global_aux", **SIGMOID, score_eps=1e-20),
+    BalanceSpec.of("remoe", target_top_k=1, scope="global", coeff=0.5),
 )
 UPDATES = (
     BiasUpdateSpec(),
@@ -97,8 +108,17 @@ QUANTILES = (
     (QuantileSpec(bins=16, keep=0.25), RouterSpec(num_experts=7, top_k=3, logit_scale=0.5)),
     (MEGATRON.replace(keep=0.75), RouterSpec(num_experts=7, top_k=3, select_by="logit")),
     (KIMI_K3, RouterSpec(num_experts=64, top_k=8, score_func="sigmoid")),
+    (
+        QuantileSpec.of("dynamic", target_top_k=2),
+        RouterSpec(num_experts=5, top_k=5, score_func="sigmoid", selector="threshold"),
+    ),
+    (
+        QuantileSpec(over="batches", centred=False, target_top_k=1),
+        RouterSpec(num_experts=7, top_k=3, select_by="logit", selector="threshold", threshold=0.25),
+    ),
 )
 """Quantile balancing, each with a router of a size; a pool, bins and batches first."""
+SPARSITIES = (SparsitySpec(target_top_k=1), SparsitySpec(target_top_k=2), SparsitySpec(target_top_k=3, factor=2.5))
 WIDE = {(33, 6): 257, (64, 8): 1025, (129, 9): 257, (257, 8): 257}
 """(E, K), and how many tokens a case of it has: past the tables, bytes and tiles of small sizes."""
 SIZES = ((5, 2), (7, 3), (5, 1), (8, 4))
@@ -128,6 +148,7 @@ def _pool() -> list[BatchSpec]:
         BatchSpec(num_experts=router.num_experts, top_k=router.top_k, quantile=rule, router=router)
         for rule, router in QUANTILES
     ]
+    found += [BatchSpec(num_experts=5, top_k=2, sparsity=rule) for rule in SPARSITIES]
     wide = [BatchSpec(num_experts=E, top_k=K) for E, K in WIDE]
     found += wide
     found += [replace(size, update=rule) for size, rule in zip(wide, UPDATES[:2], strict=False)]

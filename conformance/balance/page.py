@@ -4,10 +4,13 @@ from conformance.balance.bounds import wanted_loss, wanted_z_loss
 from conformance.balance.case import RULES, BalanceCase
 from conformance.balance.verdicts import (
     bias_of_subject,
+    coefficient_of_subject,
     counts_of_subject,
     kept_by_subject,
     loss_of_subject,
     quantile_of_subject,
+    tokens_of_counts,
+    wanted_coefficient,
     wanted_quantile,
     z_loss_of_subject,
 )
@@ -30,6 +33,8 @@ def rows_of_page(case: BalanceCase, token: int | None) -> list[tuple[str, str]]:
     rows = [("sizes", sizes), ("rule", rule)]
     if spec.update is not None:
         return [*rows, ("counts", _text(case.counts_SE)), ("bias", _text(case.expert_bias_E))]
+    if spec.sparsity is not None:
+        return [*rows, ("counts", _text(case.counts_SE)), ("tokens", str(tokens_of_counts(case)))]
     if spec.quantile is not None:
         rows += [("router", spec_fields(case.router)), ("bias", _text(case.expert_bias_E))]
     rows.append(("ids", _text(case.expert_ids_TK[:MOST_ROWS])))
@@ -67,6 +72,8 @@ def _of_subject(judge: Judge, case: BalanceCase, method: str) -> dict:
         return {"bias_E": bias_of_subject(judge, case)}
     if method == "quantile_update":
         return {"bias_E": quantile_of_subject(judge, case)}
+    if method == "next_coefficient":
+        return {"coeff": coefficient_of_subject(judge, case)}
     return vars(
         {"z_loss": z_loss_of_subject, "balance_loss": loss_of_subject, "capacity": kept_by_subject}[method](judge, case)
     )
@@ -84,6 +91,8 @@ def _of_reference(case: BalanceCase, method: str) -> dict:
         return {"counts_E": counts_E, "bias_E": bias_update(counts_E, case.rule("update"), case.expert_bias_E)}
     if method == "quantile_update":
         return {"bias_E": wanted_quantile(case)}
+    if method == "next_coefficient":
+        return {"coeff": wanted_coefficient(case)}
     if method == "balance_loss":
         return {name: getattr(case.balance_trace, name) for name in OF_A_LOSS} | vars(wanted_loss(case))
     gradient = {"d_weights_TK": case.capacity_gradient_TK}

@@ -23,7 +23,7 @@ from conformance.balance.case import BalanceCase
 from conformance.balance.draw import cut
 from conformance.core.holding import hold
 from conformance.core.judge import Judge, NotRun, Violation, accuse
-from moe_ref import UNUSED, quantile_update
+from moe_ref import UNUSED, next_coefficient, quantile_update
 
 
 def counts_of_subject(judge: Judge, case: BalanceCase) -> np.ndarray:
@@ -76,6 +76,30 @@ def quantile_of_subject(judge: Judge, case: BalanceCase) -> np.ndarray:
     if found.shape != case.expert_bias_E.shape:
         accuse("bias of another shape", expected=case.expert_bias_E.shape, received=found.shape)
     return found
+
+
+COEFF = 2.0**-27
+"""A coefficient before a step, about that with which ReMoE begins."""
+
+
+def tokens_of_counts(case: BalanceCase) -> int:
+    """How many tokens had the counts: they had about as many experts as they are to, more, fewer or just that."""
+    wanted = case.rule("sparsity").target_top_k * len(case.counts_SE)
+    return max(0, int(case.counts_SE.sum()) // wanted + int(case.rng().integers(-1, 2)))
+
+
+def coefficient_of_subject(judge: Judge, case: BalanceCase) -> float:
+    """The subject's coefficient after a step of that many tokens; the counts are those of its layers."""
+    given = (COEFF, case.counts_SE.copy(), tokens_of_counts(case), case.spec.sparsity)
+    found = np.asarray(judge.call(case, "next_coefficient", *given), dtype=np.float64)
+    if found.shape:
+        accuse("no number", expected="a coefficient", received=f"an array of {found.shape}")
+    return float(found)
+
+
+def wanted_coefficient(case: BalanceCase) -> float:
+    """The reference's coefficient after that step."""
+    return next_coefficient(COEFF, case.counts_SE, tokens_of_counts(case), case.rule("sparsity"))
 
 
 def wanted_quantile(case: BalanceCase) -> np.ndarray:

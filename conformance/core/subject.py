@@ -25,8 +25,12 @@ from moe_ref import (
     RouterSpec,
     RoutingRecord,
     ShardLayout,
+    SparsitySpec,
     StackSpec,
 )
+
+LoadRule = BalanceSpec | BiasUpdateSpec | CapacitySpec | QuantileSpec | SparsitySpec
+"""What a rule of the load is: how it is evened, limited or held sparse."""
 
 
 class Unsupported(Exception):
@@ -284,7 +288,7 @@ class Subject:
 
     # load, capacity and replay; the specs and the record are data types of moe_ref
 
-    def supports_load(self, spec: BalanceSpec | BiasUpdateSpec | CapacitySpec | QuantileSpec) -> str | None:
+    def supports_load(self, spec: LoadRule) -> str | None:
         """None, or a sentence that says why this rule cannot be run."""
         return None
 
@@ -355,6 +359,10 @@ class Subject:
         """
         raise NotImplementedError
 
+    def next_coefficient(self, coeff: float, counts_LE: np.ndarray, num_tokens: int, sparsity: SparsitySpec) -> float:
+        """Optional: the coefficient of an L1 loss after a step whose num_tokens tokens had these slots in L layers."""
+        raise NotImplementedError
+
     def capacity(
         self,
         expert_ids_TK: np.ndarray,
@@ -420,8 +428,8 @@ METHODS = (
     "route", "gate", "configure", "permute", "align", "experts", "combine", "layer", "layer_gradients",
     "place_slots", "home", "fused_layer", "upcycled_layer",
     "dispatch", "sharded_layer", "sharded_gradients",
-    "load", "balance_loss", "z_loss", "bias_update", "quantile_update", "capacity", "record", "replay",
-    "train",
+    "load", "balance_loss", "z_loss", "bias_update", "quantile_update", "next_coefficient", "capacity", "record",
+    "replay", "train",
 )  # fmt: skip
 
 

@@ -97,7 +97,7 @@ class Holder:
             bounds: whether a near tie is forgiven.
         """
         spec = guess.spec
-        if spec.selector in ("table", "given", "sinkhorn"):
+        if spec.selector in ("table", "given", "sinkhorn") or spec.varies:
             wanted_TK = guess.case(question, self.box.dtype).reference.expert_ids_TK
         elif spec.selector == "round_robin":
             T = len(question.logits_TC)

@@ -94,7 +94,7 @@ def _selected(spec: RouterSpec, biased: bool) -> dict[str, Any]:
 
 
 def _by_logit(spec: RouterSpec, biased: bool) -> dict[str, Any]:
-    if spec.select_by == "score" or not spec.has_scores or spec.reads_batch:
+    if spec.select_by == "score" or not spec.has_scores or spec.reads_batch or spec.varies:
         return {}
     ranks_alike = spec.selector != "top_k" or (not biased and _ranked_alike(spec))
     return {"select_by": "score"} if ranks_alike or spec.top_k == spec.num_choices else {}
@@ -111,7 +111,7 @@ def _eps_below_softmax(spec: RouterSpec, biased: bool) -> dict[str, Any]:
 
 
 def _eps_below_cap(spec: RouterSpec, biased: bool) -> dict[str, Any]:
-    if spec.logit_softcap is None or spec.score_func == "softmax" or not (spec.route_norm and spec.norm_eps):
+    if spec.logit_softcap is None or spec.score_func in ("softmax", "relu") or not (spec.route_norm and spec.norm_eps):
         return {}
     sigmoid = np.exp(-np.logaddexp(0, spec.logit_softcap))
     least = sigmoid if spec.score_func == "sigmoid" else sigmoid**0.5  # sqrt(softplus(z)) is above sqrt(sigmoid(z))
@@ -126,6 +126,8 @@ def _one_weight(spec: RouterSpec, biased: bool) -> dict[str, Any]:
 def _norm_of_one(spec: RouterSpec, biased: bool) -> dict[str, Any]:
     constant = spec.top_k == 1 and spec.route_norm and spec.norm_eps == 0 and not spec.norm_with_shared
     if not (constant and spec.has_scores and not spec.num_scored_shared_experts) or spec.reads_batch:
+        return {}
+    if spec.varies or spec.score_func == "relu":  # it may weigh 0
         return {}
     if spec.selector != "top_k" or (not biased and _ranked_alike(spec)):
         return {"score_func": "softmax", "logit_scale": 1.0, "logit_softcap": None}

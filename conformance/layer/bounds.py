@@ -22,10 +22,12 @@ from conformance.router.bounds import (
     weight_floor,
 )
 from conformance.router.case import RouterCase
+from conformance.router.varying import settled_T
 from moe_ref import UNUSED, LayerParams
 from moe_ref.experts import identity_slots, sigmoid
+from moe_ref.routing import gather
 from moe_ref.specs.params import FeedForward
-from moe_ref.specs.router import RouterSpec
+from moe_ref.specs.router import VARYING, RouterSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +137,17 @@ def combine(slot_outputs_TKD: Ball, weights_TK: Ball, spec: RouterSpec) -> Ball:
 def relative_weight_error(case: LayerCase, logits_TE: Ball) -> np.ndarray:
     """(T, 1) relative error of a token's weights that comes from its logits."""
     # Where all logits move by at most 1, a weight changes by at most twice its own size: with its own, and the norm.
-    return 2 * case.spec.router.logit_scale * radius_T1(case, logits_TE)
+    return 2 * case.spec.router.logit_scale * radius_T1(case, logits_TE) * steepness_T1(case)
+
+
+def steepness_T1(case: LayerCase) -> np.ndarray:
+    """(T, 1) how much a token's weights change with one logit, in units of themselves: 1, but for relu 1 / score."""
+    routing = case.reference.routing
+    if case.spec.router.score_func != "relu":
+        return np.ones((case.num_tokens, 1))
+    assert routing.scores_TE is not None  # relu scores all
+    scores_TK = gather(routing.scores_TE, routing.expert_ids_TK)
+    return 1 / np.where(scores_TK > 0, scores_TK, 1).min(axis=-1, keepdims=True, initial=1)
 
 
 def radius_T1(case: LayerCase, logits_TE: Ball) -> np.ndarray:
@@ -267,7 +279,7 @@ def router_gradients(
         weights, d_weights = (_beside(a, b) for a, b in ((weights, ball.factors_TS), (d_weights, d_shared_weights_TS)))
     from_logits_T1 = relative_weight_error(case, ball.logits_TE) + LIBRARY * weights.unit
     relative = weights.radius / np.where(weights.centre == 0, 1, np.abs(weights.centre)) + from_logits_T1
-    terms = weights.largest * (d_weights.radius + 2 * relative * d_weights.largest)
+    terms = weights.largest * steepness_T1(case) * (d_weights.radius + 2 * relative * d_weights.largest)
     radius_T1 = spec.logit_scale * terms.sum(axis=-1, keepdims=True)
     if routing.weights_are_given:  # constants, of which nothing is a function
         terms, radius_T1 = 0 * terms, 0 * radius_T1
@@ -314,17 +326,19 @@ def stable_T(case: LayerCase, dtype: str) -> np.ndarray:
     A token for which it is not is not judged: with other experts its whole output is another.
     """
     spec, router = case.spec.router, case.router_case
-    if spec.selector not in ("top_k", "expert_choice") or case.num_tokens == 0:
+    if spec.selector not in ("top_k", "expert_choice", *VARYING) or case.num_tokens == 0:
         return np.ones(case.num_tokens, dtype=bool)
     trace = router.reference
-    assert trace.scores_for_choice_TE is not None  # top_k ranks them
-    slope_TE = 1 if spec.select_by == "logit" else trace.scores_TE
+    assert trace.scores_for_choice_TE is not None  # they are what is ranked
+    slope_TE = 1 if spec.select_by == "logit" or spec.score_func == "relu" else trace.scores_TE
     assert slope_TE is not None  # without scores it is logits that are ranked
     from_logits_T1 = 2 * spec.logit_scale * radius_T1(case, gate(case, dtype))
     from_logits_TE = from_logits_T1 * slope_TE
     error_TE = choice_error(router, dtype) + from_logits_TE
     if spec.selector == "expert_choice":
         return taken_clearly_T(router, error_TE) | ~case.valid_T
+    if spec.varies:
+        return settled_T(router, error_TE) | ~case.valid_T
     chosen_TE = np.zeros(error_TE.shape, dtype=bool)
     np.put_along_axis(chosen_TE, np.maximum(trace.expert_ids_TK, 0), True, axis=-1)
     choice_TE = trace.scores_for_choice_TE

@@ -80,6 +80,12 @@ ROUTERS = (
     RouterSpec(num_experts=4, top_k=4, **SOFTMAX, selector="expert_choice", take_factor=0.75),
     RouterSpec(num_experts=3, top_k=3, **SIGMOID, **NORM, selector="expert_choice", take_rounding="floor"),
 )
+VARYING_ROUTERS = (
+    RouterSpec(num_experts=5, top_k=5, score_func="relu", selector="threshold"),
+    RouterSpec(num_experts=6, top_k=3, **SIGMOID, **NORM, selector="threshold", threshold=0.5),
+    RouterSpec(num_experts=6, top_k=4, **SOFTMAX, selector="top_p", top_p=0.6),
+)
+"""Under which tokens have different numbers of experts."""
 EXPERTS = (
     ExpertSpec(dim=5, hidden_dim=7),
     ExpertSpec(dim=5, hidden_dim=7, **GPT_OSS),
@@ -199,7 +205,11 @@ def _pool() -> list[LayerSpec]:
     ]
     # A shared expert has its own clamp, at the place of the routed ones', and their alpha and offset.
     found += [LayerSpec(router=ROUTERS[i % 2], experts=e, shared=SHARED[4]) for i, e in enumerate(FORMULAS)]
-    return list(dict.fromkeys(found + _models() + list(LATENTS) + _mixed()))
+    varying = [LayerSpec(router=router, experts=EXPERTS[0]) for router in VARYING_ROUTERS]
+    varying += [
+        LayerSpec(router=router, experts=EXPERTS[2], shared=SHARED[0], gate_bias=True) for router in VARYING_ROUTERS
+    ]
+    return list(dict.fromkeys(found + _models() + list(LATENTS) + _mixed() + varying))
 
 
 LAYER_SPECS: list[LayerSpec] = _pool()
@@ -234,7 +244,7 @@ def facts(spec: LayerSpec) -> frozenset:
     router, experts, shared = spec.router, spec.experts, spec.shared
     sizes = {"num_experts", "top_k", "num_limited_groups", "dim", "hidden_dim", "num_zero_experts"}
     numbers = {"route_scale", "output_scale", "norm_eps", "clamp", "alpha", "beta", "up_offset", "logit_scale"}
-    numbers |= {"linear_beta"}
+    numbers |= {"linear_beta", "threshold", "top_p"}
     found: set = {"gate_bias"} if spec.gate_bias else {"plain"}
     if spec.latent is not None:
         found |= {("latent", spec.latent.norm_eps is not None, what) for what in (shared is None, router.weight_on)}
@@ -279,7 +289,7 @@ def params_of_kind(spec: LayerSpec, bias: str, rng: np.random.Generator) -> Laye
     values["gate_ED"] = on_grid(1.5 * values["gate_ED"])
     if "learned_scale" in values:
         values["learned_scale"] = np.maximum(values["learned_scale"], 0.5)
-    if spec.router.selector == "top_k":
+    if spec.router.takes_bias:
         E = spec.router.num_choices
         crowd = np.where(np.arange(E) % max(1, E // spec.router.top_k) == 0, 8.0, 0.0)  # and the rest idle
         noise = rng.normal(0, 0.5, E)

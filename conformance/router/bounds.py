@@ -93,6 +93,9 @@ def choice_error(case: RouterCase, dtype: str) -> np.ndarray:
     else:
         assert trace.scores_TE is not None
         error_TE = trace.scores_TE * score_error(case, dtype) + score_floor(case, dtype)
+        if case.spec.score_func == "relu":  # a logit below 0 scores 0 exactly, as far as its own error does not lift it
+            z_TE, shift_TE = trace.scaled_logits_TE[:, : case.spec.num_choices], logit_error(case, dtype)
+            error_TE = np.where(z_TE + shift_TE > 0, error_TE + shift_TE, 0)
     E = case.spec.num_choices
     if ranked := coarse(dtype, "selection", E):
         sizes_TE = np.abs(np.nan_to_num(unlimited_choice(case), neginf=0.0))

@@ -167,6 +167,8 @@ RouterCase.TAGS = {
     "given": lambda c: c.spec.selector == "given",
     "random": lambda c: c.spec.selector == "random",
     "sparsemixer": lambda c: c.spec.selector == "sparsemixer",
+    "varying": lambda c: c.spec.varies,
+    "relu": lambda c: c.spec.score_func == "relu",
     "zero_tokens": lambda c: c.num_tokens == 0,
     "one_token": lambda c: c.num_tokens == 1,
     "padding": lambda c: "token_mask_T" in c.inputs,

@@ -85,6 +85,10 @@ def _variants() -> list[dict]:
         sigmoid | norm | {"norm_eps": 1e-20, "router_dtype": "float64"},
         sigmoid | {"select_by": "logit", "selector": "sinkhorn"},
         softmax | {"select_by": "logit", "selector": "sinkhorn"},
+        {"score_func": "relu", "selector": "threshold"},
+        sigmoid | norm | {"selector": "threshold", "threshold": 0.5},
+        softmax | {"selector": "top_p", "top_p": 0.5},
+        softmax | norm | {"selector": "top_p", "top_p": 0.8},
     ]
 
 
@@ -234,7 +238,7 @@ def spoiled(logits_TE: np.ndarray, kind: str, rng: np.random.Generator) -> np.nd
 
 def bias_of_kind(kind: str, spec: RouterSpec, rng: np.random.Generator) -> np.ndarray | None:
     """(E,) selection bias."""
-    if kind == "none" or spec.selector != "top_k":
+    if kind == "none" or not spec.takes_bias:
         return None
     E = spec.num_choices
     spread = {"mixed": (0, 0.5), "negative": (-2, 0.3), "positive": (2, 0.3), "strong": (0, 5)}

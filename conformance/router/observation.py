@@ -76,7 +76,7 @@ def well_formed(case: RouterCase, routing: Routing) -> Observation:
     ids_TK = ids_TK.astype(np.int64)
     nowhere_T = ~case.valid_T | np.isneginf(case.logits_TE).all(axis=-1)  # of a row of -inf nobody can be chosen
     may_be_unused_TK = nowhere_T[:, None] | (np.asarray(case.inputs.get("given_ids_TK", 0)) == UNUSED)
-    if spec.selector == "expert_choice":
+    if spec.selector == "expert_choice" or spec.varies:  # how many are used is for SEL-31, SEL-21 and SEL-22
         may_be_unused_TK = np.ones(shape, dtype=bool)
     unused_TK = may_be_unused_TK & (ids_TK == UNUSED)
     for t in np.flatnonzero((((ids_TK < 0) | (ids_TK >= spec.num_choices)) & ~unused_TK).any(axis=-1)):

@@ -16,6 +16,7 @@ from conformance.router.case import RouterCase
 from conformance.router.check import RouterCheck
 from conformance.router.draw import BIASES, LOGITS, SPECS, THIN_SPECS, make_case
 from moe_ref import RouterSpec
+from moe_ref.specs.router import SELECTORS
 
 
 class Setting(NamedTuple):
@@ -44,26 +45,18 @@ SHAPES: dict[str, dict[str, tuple[int, int, int]]] = {
 
 FIELDS: dict[str, tuple] = {
     "router_dtype": ("float32", "float64", "bfloat16", "float16"),
-    "score_func": ("softmax", "sigmoid", "sqrtsoftplus"),
+    "score_func": ("softmax", "sigmoid", "sqrtsoftplus", "relu"),
     "score_over": ("all", "selected"),
     "logit_scale": (1.0, 0.25),
     "logit_softcap": (None, 1.5),
     "group_score_k": (2, 1, 3),
     "mask_fill": (-np.inf, 0.0),
-    "selector": (
-        "top_k",
-        "group_top_k",
-        "table",
-        "given",
-        "round_robin",
-        "random",
-        "sparsemixer",
-        "sinkhorn",
-        "expert_choice",
-    ),
+    "selector": SELECTORS,
     "take_factor": (1.0, 2.0),
     "take_rounding": ("ceil", "floor", "round"),
     "take_least": (0, 3),
+    "threshold": (0.0, 0.5),
+    "top_p": (None, 0.5),
     "quota_groups": (None, 2),
     "select_by": ("score", "logit"),
     "weights_from": ("scores", "masked_scores"),
@@ -105,10 +98,15 @@ IMPLIES: tuple[tuple[str, tuple, str, tuple], ...] = (
         "score_over",
         ("selected",),
         "selector",
-        ("top_k", "group_top_k", "table", "given", "round_robin", "random", "sinkhorn", "expert_choice"),
+        ("top_k", "group_top_k", "table", "given", "round_robin", "random", "sinkhorn", "expert_choice", "threshold"),
     ),
     ("selector", ("sparsemixer", "sinkhorn"), "select_by", ("logit",)),
-    ("selector", ("sparsemixer",), "score_func", ("softmax",)),
+    ("selector", ("sparsemixer", "top_p"), "score_func", ("softmax",)),
+    ("selector", ("top_p",), "select_by", ("score",)),
+    ("selector", ("top_p",), "top_p", (0.5,)),
+    ("top_p", (0.5,), "selector", ("top_p",)),
+    ("threshold", (0.5,), "selector", ("threshold",)),
+    ("score_func", ("relu",), "selector", ("threshold", "given")),
     ("num_scored_shared_experts", (2,), "score_func", ("sigmoid", "sqrtsoftplus")),
     ("norm_with_shared", (True,), "num_scored_shared_experts", (2,)),
     ("quota_groups", (2,), "selector", ("group_top_k",)),
@@ -135,7 +133,7 @@ IMPLIES: tuple[tuple[str, tuple, str, tuple], ...] = (
     ("groups", ("each expert",), "top_k", ("one", "two", "all")),
     ("groups", ("pairs",), "group_score_k", (1, 2)),
     ("groups", ("pairs", "triples"), "top_k", ("one", "two", "all")),
-    ("bias", BIASES[1:], "selector", ("top_k",)),
+    ("bias", BIASES[1:], "selector", ("top_k", "threshold")),
 )
 """(part, values, another part, values): where the first has one of these values, the second has one of those.
 
@@ -201,7 +199,7 @@ def facts(setting: Setting) -> frozenset[Fact]:
     top_k = "all" if spec.top_k == most else "one" if spec.top_k == 1 else "two" if spec.top_k <= 8 else "nine"
     experts = "few" if spec.num_experts <= 16 else "some" if spec.num_experts <= 64 else "many"
     tokens = min(TOKENS, key=lambda name: (TOKENS[name] < setting.tokens, TOKENS[name]))
-    bias = setting.bias if spec.selector == "top_k" else "none"
+    bias = setting.bias if spec.takes_bias else "none"
     return frozenset(
         found
         | {("groups", groups), ("experts", experts), ("top_k", top_k), ("tokens", tokens)}

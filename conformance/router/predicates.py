@@ -32,7 +32,7 @@ def by_token(spec: RouterSpec) -> bool:
 
 def shows_scores(spec: RouterSpec) -> bool:
     """Specs whose weights show the scores, whichever groups are kept and whichever experts selected."""
-    # Unused slots: WGT-11.
+    # Unused slots: WGT-11, SEL-23.
     return spec.has_scores and spec.weights_from == "scores" and spec.fills_slots
 
 

@@ -21,6 +21,7 @@ from conformance.router.bounds import (
 )
 from conformance.router.case import RouterCase
 from conformance.router.observation import Observation, observe
+from conformance.router.varying import explained_T
 from moe_ref import UNUSED
 
 
@@ -32,6 +33,10 @@ def selection_differs(judge: Judge, seen: Observation) -> list[int]:
     if len(tokens) == 0:
         return []
     dtype = judge.subject.compute_dtype
+    if case.spec.varies:
+        unexplained = tokens[~explained_T(seen.expert_ids_TK, case, dtype)[tokens]].tolist()
+        judge.near_ties(len(tokens) - len(unexplained))
+        return unexplained
     choice_TE, error_TE = unlimited_choice(case), choice_error(case, dtype)
     if case.spec.num_expert_groups is None:
         doubtful = tokens[~best_T(seen.expert_ids_TK[tokens], choice_TE[tokens], error_TE[tokens])]
@@ -193,6 +198,9 @@ def differ(judge: Judge, seen: Observation, other: Observation, *, ids_alone: bo
     ).all(axis=-1)
     wrong = set() if ids_alone else set(np.flatnonzero(same_T & ~close_T).tolist())
     moved = np.flatnonzero(~same_T)
+    if len(moved) and seen.case.spec.varies:
+        near_tie_T = explained_T(ids_TK, seen.case, dtype) & explained_T(other_ids_TK, other.case, dtype)
+        return sorted(wrong | set(moved[~near_tie_T[moved]].tolist()))
     if len(moved) and seen.case.spec.selector not in ("top_k", "sinkhorn"):
         return sorted(wrong | set(moved.tolist()))
     if len(moved):

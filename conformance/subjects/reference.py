@@ -24,6 +24,7 @@ from moe_ref import (
     RouterSpec,
     RoutingRecord,
     ShardLayout,
+    SparsitySpec,
     StackSpec,
 )
 from moe_ref import experts as experts_room
@@ -247,6 +248,9 @@ class Reference(Subject):
     ) -> np.ndarray:
         cut: dict[str, Any] = {"token_mask_T": token_mask_T, "tokens_per_shard": tokens_per_shard}
         return moe_ref.quantile_update(logits_TE, router, update, expert_bias_E, dtype=self.compute_dtype, **cut)
+
+    def next_coefficient(self, coeff: float, counts_LE: np.ndarray, num_tokens: int, sparsity: SparsitySpec) -> float:
+        return moe_ref.next_coefficient(coeff, counts_LE, num_tokens, sparsity)
 
     def capacity(
         self,

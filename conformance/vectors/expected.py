@@ -28,6 +28,7 @@ from conformance.router.bounds import (
     weight_floor,
 )
 from conformance.router.case import RouterCase
+from conformance.router.varying import settled_T
 from conformance.sharded.case import ShardedCase
 from conformance.sharded.verdicts import radii_of_gradients, radius_of_outputs
 from conformance.subjects.reference import Reference
@@ -222,9 +223,13 @@ def hold_clear(case: RouterCase) -> bool:
         raise Unclear("its choice is random")
     if spec.selector == "expert_choice" and not taken_clearly_T(case, choice_error(case, DTYPE)).all():
         raise Unclear("its choice hangs on rounding")
-    if spec.selector != "top_k" or case.num_tokens == 0:
+    if not (spec.selector == "top_k" or spec.varies) or case.num_tokens == 0:
         return False
     trace, error_TE = case.reference, choice_error(case, DTYPE)
+    if spec.varies:
+        if not (settled_T(case, error_TE) | ~case.valid_T).all():
+            raise Unclear("its choice hangs on rounding")
+        return False
     choice_TE = trace.scores_for_choice_TE
     assert choice_TE is not None
     chosen_TE = np.zeros(error_TE.shape, dtype=bool)

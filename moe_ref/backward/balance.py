@@ -62,6 +62,8 @@ def balance_scores_backward(
 
     A score that is 0, of a padding token or of a logit of -inf, passes nothing.
     """
+    if spec.score_func == "relu":
+        return np.where(logits_TE > 0, d_scores_TE, 0)
     shares = spec.scores_sum_to_1
     d_logs_TE = softmax_backward(d_scores_TE, scores_TE) if shares else d_scores_TE * scores_TE
     return d_logs_TE * log_scores_slope(logits_TE, spec)

@@ -8,6 +8,7 @@ gradient. An unused slot, a padding token and a given weight pass none. Where a 
 * a logit of -inf gets gradient 0;
 * max(norm, norm_eps) passes the gradient to the norm where norm >= norm_eps;
 * a weight of 0 has slope 0 in its p-norm unless p is 1 (for p < 1 the slope would be infinite);
+* relu has slope 0 at 0;
 * a norm of 0 without norm_eps leaves weights 0, and gives gradient 0;
 * rounding to a narrow router_dtype has slope 1.
 
@@ -216,6 +217,8 @@ def score_backward(d_scores_TE: np.ndarray, scaled_logits_TE: np.ndarray, spec: 
         return softmax_backward(d_scores_TE, scores_TE)
     if spec.score_func == "sigmoid":
         return d_scores_TE * scores_TE * sigmoid(-scaled_logits_TE)
+    if spec.score_func == "relu":
+        return np.where(scaled_logits_TE > 0, d_scores_TE, 0)
     # The slope of sqrt(softplus) tends to 0 with the score; 0 / 0 is not asked for.
     zero_TE = scores_TE == 0
     return d_scores_TE * np.where(zero_TE, 0, sigmoid(scaled_logits_TE) / np.where(zero_TE, 1, 2 * scores_TE))

@@ -33,6 +33,9 @@ BALANCE_FORMS: dict[str, dict[str, Any]] = {
     "megatron_global_aux": {"counts": "unbiased", "scope": "running"},
     # What the release computes: no share unless all micro-batches are equally long, and padding moves it.
     "megatron_global_aux_0_16": {"counts": "unbiased", "scope": "running_mean"},
+    # arXiv:2412.14711, and apply_l1_reg of thu-ml/ReMoE: its L1 norm, each expert's part times f. target_top_k is its
+    # moe_router_topk; its coefficient adapts (`SparsitySpec`).
+    "remoe": {"score_func": "relu", "scope": "local"},
 }
 """Fields by which each published loss differs from the defaults, the coefficient aside.
 
@@ -58,7 +61,7 @@ class BalanceSpec(SpecWithForms):
     FORMS: ClassVar = BALANCE_FORMS
     coeff: float = 1.0
     score_func: str = "softmax"
-    """Of the logits, once, and never of biased scores: softmax, sigmoid, sqrtsoftplus."""
+    """Of the logits, once, and never of biased scores: softmax, sigmoid, sqrtsoftplus, relu."""
     norm_scores: bool = False
     """A token's scores are divided by their sum; a softmax has that already."""
     score_eps: float = 0.0
@@ -69,6 +72,9 @@ class BalanceSpec(SpecWithForms):
     """Only this many first slots of a token are counted (GShard: 1); None: all K."""
     counts_over: str = "slots"
     """What f is a share of: slots (T * K, or T * counted_slots) or tokens (T)."""
+    target_top_k: int | None = None
+    """How many experts a token is to have in the mean, of a router under which their number varies: f is a share of
+    T * target_top_k slots, so that it sums to 1 where they have it. None: of all its slots."""
     expert_power: int = 1
     """The power of E in front: 1; 0; or -1 for a plain mean over experts (GShard)."""
     per: str = "batch"
@@ -92,6 +98,10 @@ class BalanceSpec(SpecWithForms):
             not (self.norm_scores and self.score_func == "softmax"),
             "norm_scores is True with score_func 'softmax', which is a share already",
         )
+        require(
+            self.score_func != "relu" or not (self.norm_scores or self.counts == "unbiased"),
+            "score_func is 'relu', whose scores may all be 0; then norm_scores is False, and counts is 'routed'",
+        )
         number("score_eps", self.score_eps, low=0.0)
         require(
             self.norm_scores or self.score_eps == 0,
@@ -101,6 +111,11 @@ class BalanceSpec(SpecWithForms):
         if self.counted_slots is not None:
             integer("counted_slots", self.counted_slots, 1)
         one_of("counts_over", self.counts_over, ("slots", "tokens"))
+        if self.target_top_k is not None:
+            integer("target_top_k", self.target_top_k, 1)
+            for field, only in (("counts", "routed"), ("counted_slots", None), ("counts_over", "slots")):
+                value = getattr(self, field)
+                require(value == only, f"{field} is {value!r}, but with target_top_k it is {only!r}")
         integer("expert_power", self.expert_power, -1, 1)
         one_of("per", self.per, ("batch", "sequence"))
         one_of("scope", self.scope, BALANCE_SCOPES)

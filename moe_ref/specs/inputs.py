@@ -22,6 +22,8 @@ READS: dict[str, dict[str, bool]] = {
     "sparsemixer": NOISE,
     "sinkhorn": NOISE,
     "expert_choice": NOISE,
+    "threshold": NOISE,
+    "top_p": NOISE,
     "table": {"token_ids_T": True, "table_VK": True},
     "given": {"given_ids_TK": True, "given_weights_TK": False},
     "round_robin": {"first_token": False},

@@ -44,7 +44,7 @@ class LayerParams:
     gate_bias_E: np.ndarray | None = None
     """(num_logits,): learned, part of the logits."""
     expert_bias_E: np.ndarray | None = None
-    """(num_choices,): for the choice only. None is zeros; selectors other than top_k take none."""
+    """(num_choices,): for the choice only. None is zeros; selectors other than top_k and threshold take none."""
     learned_scale: np.ndarray | None = None
     """(num_choices,) per_expert, () global."""
 
@@ -147,7 +147,7 @@ def param_shapes(spec: LayerSpec) -> dict[str, tuple[int, ...] | None]:
     shapes |= {
         "gate_ED": (router.num_logits, D),
         "gate_bias_E": (router.num_logits,) if spec.gate_bias else None,
-        "expert_bias_E": (router.num_choices,) if router.selector == "top_k" else None,
+        "expert_bias_E": (router.num_choices,) if router.takes_bias else None,
         "learned_scale": scale_shapes[router.learned_scale],
         "w_up_EDF": (E, H, F),
         "w_down_EFD": (E, F, H),

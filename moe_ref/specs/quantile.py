@@ -15,6 +15,8 @@ QUANTILE_FORMS: dict[str, dict[str, Any]] = {
     # qb_dual_update of NVIDIA/Megatron-LM#5349: its beta is -expert_bias, and its router ranks logits (select_by
     # 'logit'); its moe_router_quantile_balancing_ema is `keep`.
     "megatron": {"over": "batches", "centred": False},
+    # kexue.fm/archives/11626, of selector 'threshold': its beta is threshold - expert_bias, its lambda `keep`.
+    "dynamic": {"centred": False, "keep": 0.9},
 }
 """Fields by which each published form differs from the defaults."""
 
@@ -25,7 +27,8 @@ class QuantileSpec(SpecWithForms):
 
     What expert e needs to win token t is cutoff_t - ranked_te: ranked_te is the score (or logit) without bias, and
     cutoff_t the (K + 1)-th largest of ranked_t + expert_bias. With a bias of the quantile K / E of what it needs, the
-    expert wins T * K / E of T tokens. The old bias enters through the cutoffs alone.
+    expert wins T * K / E of T tokens. The old bias enters through the cutoffs alone. Of a router of selector threshold
+    the cutoff is the threshold, and K is target_top_k.
 
     Raises:
         ValueError: a field is out of its range, or two fields contradict each other.
@@ -41,6 +44,8 @@ class QuantileSpec(SpecWithForms):
     is another number (Megatron)."""
     centred: bool = True
     """The mean over experts is subtracted; no choice depends on it."""
+    target_top_k: int | None = None
+    """How many experts a token is to have in the mean, of a router of selector threshold; None: its top_k."""
     keep: float = 0.0
     """The share of the bias before that stays: keep * before + (1 - keep) * quantile."""
 
@@ -48,6 +53,8 @@ class QuantileSpec(SpecWithForms):
         super().__post_init__()
         if self.bins is not None:
             integer("bins", self.bins, 1)
+        if self.target_top_k is not None:
+            integer("target_top_k", self.target_top_k, 1)
         one_of("over", self.over, ("pool", "batches"))
         require(isinstance(self.centred, bool), f"centred is {self.centred!r}; it is a bool")
         number("keep", self.keep, low=0.0)
@@ -63,7 +70,10 @@ class QuantileSpec(SpecWithForms):
         Raises:
             ValueError: it names the field of the router, and why.
         """
-        require(router.selector == "top_k", f"selector is {router.selector!r}; a quantile is of a ranking: 'top_k'")
+        require(
+            router.takes_bias,
+            f"selector is {router.selector!r}; a quantile is of a ranking: 'top_k', or of a 'threshold'",
+        )
         require(
             router.num_expert_groups is None,
             f"num_expert_groups is {router.num_expert_groups}; quantile balancing knows no groups",
@@ -71,6 +81,16 @@ class QuantileSpec(SpecWithForms):
         require(
             router.num_null_experts == 0,
             f"num_null_experts is {router.num_null_experts}; quantile balancing gives every choice the same share",
+        )
+        if router.selector == "threshold":
+            require(self.target_top_k is not None, "target_top_k is None; with selector 'threshold' it is a number")
+            integer("target_top_k", self.target_top_k, 1, router.num_experts - 1, why="num_experts - 1")
+            require(not self.centred, "centred is True; against a threshold the mean of the biases counts: it is False")
+            require(self.bins is None, f"bins is {self.bins} with selector 'threshold'; the quantile is exact: None")
+            return
+        require(
+            self.target_top_k is None,
+            f"target_top_k is {self.target_top_k}, but selector is 'top_k', under which all tokens have top_k",
         )
         require(
             router.top_k < router.num_experts,
@@ -82,3 +102,7 @@ class QuantileSpec(SpecWithForms):
             f"bins is {self.bins}, but what is ranked (score_func {router.score_func!r}, select_by "
             f"{router.select_by!r}) is not between 0 and 1",
         )
+
+    def wins(self, router: RouterSpec) -> int:
+        """K: of how many experts in the mean a token is to be won."""
+        return router.top_k if self.target_top_k is None else self.target_top_k

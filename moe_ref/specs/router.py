@@ -16,10 +16,12 @@ from moe_ref.specs.base import Spec, first_difference
 from moe_ref.specs.checks import integer, number, one_of, require
 from moe_ref.specs.readers import hf
 
-SCORE_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus")
+SCORE_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus", "relu")
 ROUTER_DTYPES = ("float32", "float64", "bfloat16", "float16")
 SELECTORS = ("top_k", "group_top_k", "table", "given", "round_robin", "random", "sparsemixer", "sinkhorn",
-             "expert_choice")  # fmt: skip
+             "expert_choice", "threshold", "top_p")  # fmt: skip
+VARYING = ("threshold", "top_p")
+"""Selectors under which tokens have different numbers of experts: at most top_k, the slots after them unused."""
 WITHOUT_GROUPS: dict[str, Any] = {
     "num_expert_groups": None, "num_limited_groups": None, "group_score_k": 2, "mask_fill": -np.inf,
     "weights_from": "scores",
@@ -55,7 +57,8 @@ class RouterSpec(Spec):
 
     # score
     score_func: str = "softmax"
-    """softmax, sigmoid or sqrtsoftplus, sqrt(log(1 + exp(z)))."""
+    """softmax, sigmoid, sqrtsoftplus, sqrt(log(1 + exp(z))), or relu, max(z, 0) (ReMoE, arXiv:2412.14711, with selector
+    'threshold' and a top_k of all experts)."""
     score_over: str = "all"
     """all: scored before the selection; selected: softmax over the selected logits alone (gpt-oss)."""
     logit_scale: float = 1.0
@@ -79,7 +82,15 @@ class RouterSpec(Spec):
     sparsemixer (phimoe); sinkhorn, of training (Megatron): logits evened over the whole batch, so that a token's
     experts depend on the others; expert_choice (arXiv:2202.09368): each expert takes the tokens of the batch that score
     best for it, so that a token has any number of experts, 0 and all included. top_k is then num_experts: a token has a
-    slot for each expert that may take it, and those that did not leave theirs unused."""
+    slot for each expert that may take it, and those that did not leave theirs unused. threshold and top_p: as many
+    experts as the token needs, at most top_k."""
+    threshold: float = 0.0
+    """What a choice score is to be above; only with selector threshold. With 0 and score_func relu that is ReMoE
+    (thu-ml/ReMoE, ReLURouter); with 0 and an expert_bias of -beta, the dynamic quantile balancing of
+    kexue.fm/archives/11626, which selects where score - beta > 0."""
+    top_p: float | None = None
+    """p: a token takes its best choices in turn while the scores of those before sum to at most p, so that the last one
+    takes the sum above p; only with selector top_p (arXiv:2403.07652, as ZhenweiAn/Dynamic_MoE computes it)."""
     quota_groups: int | None = None
     """Groups of consecutive experts, of which each gives its top_k / quota_groups best choices; only with selector
     group_top_k, the mixture of grouped experts of arXiv:2505.21411 (xtuner, lmdeploy: router_n_groups). Scores and
@@ -155,6 +166,7 @@ class RouterSpec(Spec):
             number(field, getattr(self, field), above=0.0)
         for field in ("norm_eps", "route_scale", "output_scale"):
             number(field, getattr(self, field), low=0.0)
+        number("threshold", self.threshold)
         if self.logit_softcap is not None:
             number("logit_softcap", self.logit_softcap, above=0.0)
         require(
@@ -165,6 +177,7 @@ class RouterSpec(Spec):
         self._check_groups()
         self._check_quotas()
         self._check_taking()
+        self._check_varying()
         self._check_combinations()
 
     def _check_groups(self):
@@ -236,6 +249,33 @@ class RouterSpec(Spec):
             "token: how many do in the mean is take_factor",
         )
 
+    def _check_varying(self):
+        number("threshold", self.threshold)
+        if self.top_p is not None:
+            number("top_p", self.top_p, above=0.0)
+        require(
+            self.threshold == 0 or self.selector == "threshold",
+            f"threshold is {self.threshold!r}, but selector is {self.selector!r}; it goes with 'threshold'",
+        )
+        require(
+            self.score_func != "relu" or self.selector in ("threshold", "given"),
+            f"score_func is 'relu' with selector {self.selector!r}; scores of 0 are not ranked: it is 'threshold', or "
+            "'given' to replay",
+        )
+        if self.selector != "top_p":
+            require(
+                self.top_p is None,
+                f"top_p is {self.top_p!r}, but selector is {self.selector!r}; it goes with 'top_p'",
+            )
+            return
+        require(self.top_p is not None, "top_p is None; with selector 'top_p' it is a number")
+        require((self.top_p or 0) < 1, f"top_p is {self.top_p!r}; it is less than 1, the sum of all scores")
+        for field, only in (("score_func", "softmax"), ("score_over", "all"), ("select_by", "score")):
+            require(
+                getattr(self, field) == only,
+                f"{field} is {getattr(self, field)!r}; with selector 'top_p', a share of probabilities, it is {only!r}",
+            )
+
     def _check_combinations(self):
         if self.score_over == "selected":
             require(
@@ -257,8 +297,8 @@ class RouterSpec(Spec):
             integer("top_k", self.top_k, 1, self.num_experts, why="num_experts; round_robin takes no null expert")
         if self.num_scored_shared_experts:
             require(
-                self.score_func != "softmax",
-                "num_scored_shared_experts needs a score_func of one logit alone, not 'softmax'",
+                self.score_func not in ("softmax", "relu"),
+                f"num_scored_shared_experts needs a score_func of one logit alone, above 0: not {self.score_func!r}",
             )
         for field in ("num_constant_experts", "num_zero_experts"):
             require(
@@ -307,6 +347,21 @@ class RouterSpec(Spec):
         return self.score_over == "all" and self.selector != "sparsemixer"
 
     @property
+    def ranks(self) -> bool:
+        """Whether choice scores decide, best first: scores or logits, with what the selector does to them."""
+        return self.selector in ("top_k", "group_top_k", "sinkhorn", "expert_choice", *VARYING)
+
+    @property
+    def takes_bias(self) -> bool:
+        """Whether an expert_bias is added to what is ranked."""
+        return self.selector in ("top_k", "threshold")
+
+    @property
+    def varies(self) -> bool:
+        """Whether the number of a token's experts depends on its logits."""
+        return self.selector in VARYING
+
+    @property
     def reads_batch(self) -> bool:
         """Whether the experts of a token depend on the other tokens: cut otherwise, a batch may choose others.
 
@@ -317,7 +372,7 @@ class RouterSpec(Spec):
     @property
     def fills_slots(self) -> bool:
         """Whether a token that is no padding has an expert in each of its slots."""
-        return self.selector not in ("given", "expert_choice")
+        return self.selector not in ("given", "expert_choice", *VARYING)
 
     def takes(self, num_tokens: Any) -> Any:
         """C: how many of so many tokens, padding left out, each expert takes with selector expert_choice. [SEL-31]
@@ -364,7 +419,9 @@ class RouterSpec(Spec):
             with_weights or self.selector != "sparsemixer",
             "selector is 'sparsemixer', whose weights depend on how it chose; replay it with recorded weights",
         )
-        return self.replace(selector="given", quota_groups=None, **WITHOUT_TAKING, **WITHOUT_GROUPS)
+        return self.replace(
+            selector="given", quota_groups=None, threshold=0.0, top_p=None, **WITHOUT_TAKING, **WITHOUT_GROUPS
+        )
 
     @classmethod
     def from_hf(cls, config: Any, *, ignore: Iterable[str] = ()) -> Self:

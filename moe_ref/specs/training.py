@@ -54,7 +54,7 @@ class StackSpec(Spec):
             if isinstance(update, QuantileSpec):
                 update.check(layer.router)
             require(
-                update is None or layer.router.selector == "top_k",
+                update is None or layer.router.takes_bias,
                 f"updates[{index}] is given, but selector {layer.router.selector!r} has no expert_bias",
             )
         dims = sorted({layer.experts.dim for layer in self.layers})

@@ -51,7 +51,7 @@ def any_setting(rng: np.random.Generator) -> Setting | None:
         spec = RouterSpec(num_experts=E, top_k=top_k, **groups, **fields)
     except ValueError:
         return None
-    bias = one_of(rng, PARTS["bias"]) if spec.selector == "top_k" else "none"
+    bias = one_of(rng, PARTS["bias"]) if spec.takes_bias else "none"
     return Setting(spec, one_of(rng, LOGITS), bias, one_of(rng, PARTS["dtype"]), one_of(rng, list(TOKENS.values())))
 
 

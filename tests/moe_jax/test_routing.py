@@ -44,6 +44,9 @@ SPECS = {
     "wide groups": GROUPS | NORM | {"num_experts": 256, "top_k": 4, "num_expert_groups": 8, "num_limited_groups": 4},
     "many": {"num_experts": 40, "top_k": 20},
     "quotas": NORM | {"num_experts": 8, "top_k": 4, "selector": "group_top_k", "quota_groups": 2},
+    "relu": {"num_experts": 8, "top_k": 8, "score_func": "relu", "selector": "threshold"},
+    "threshold": SIGMOID | NORM | {"top_k": 4, "selector": "threshold", "threshold": 0.5},
+    "top_p": NORM | {"top_k": 5, "selector": "top_p", "top_p": 0.7},
     "table": SIGMOID | NORM | {"selector": "table"},
     "given": SIGMOID | NORM | {"selector": "given"},
     "given, selected": SELECTED | {"selector": "given"},
@@ -55,7 +58,7 @@ SPECS = {
 SLOPES = (
     "softmax", "sigmoid, norm, scale", "sqrtsoftplus", "selected", "scaled, capped", "clamp", "norm of order 2",
     "norm of order one half", "per_expert", "global, shared in norm", "null, skip", "groups, masked scores",
-    "given", "given, selected", "sparsemixer",
+    "given", "given, selected", "sparsemixer", "relu", "top_p",
 )  # fmt: skip
 
 
@@ -71,7 +74,7 @@ def inputs_of(spec: RouterSpec, num_tokens: int, *, seed: int = 0) -> tuple[np.n
     if spec.selector in ("top_k", "sparsemixer") and spec.num_expert_groups is None and K < E:
         logits_TE[::5, 1] = -np.inf
     inputs: dict = {}
-    if spec.selector == "top_k":
+    if spec.takes_bias:
         inputs["expert_bias_E"] = rng.normal(size=E) * 0.3
     if spec.learned_scale != "none":
         inputs["learned_scale"] = rng.uniform(0.5, 2, size=E if spec.learned_scale == "per_expert" else ())

@@ -92,6 +92,10 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "expert_choice": {"top_k": 8, "selector": "expert_choice", "take_factor": 2.0, "take_rounding": "floor",
                       "take_least": 1, "route_norm": True},
     "group_top_k": {"top_k": 4, "selector": "group_top_k", "quota_groups": 2, "route_norm": True},
+    "relu": {"top_k": E, "score_func": "relu", "selector": "threshold", "route_scale": 1.5},
+    "relu_norm": {"score_func": "relu", "selector": "threshold", "route_norm": True, "norm_p": 2.0, "norm_eps": 0.1},
+    "threshold": SIGMOID_NORM | {"top_k": 5, "selector": "threshold", "threshold": 0.25},
+    "top_p": {"top_k": 5, "selector": "top_p", "top_p": 0.8, "route_norm": True},
     "table": {"selector": "table"},
     "given": SIGMOID_NORM | {"selector": "given"},
     "given_selected": {"selector": "given", "score_over": "selected", "select_by": "logit"},
@@ -109,7 +113,7 @@ def router_inputs(spec):
     """Keyword arguments of `route` beside the logits; choice biases are so mixed that a fill of 0 often wins."""
     rng = np.random.default_rng(11)
     inputs: dict[str, Any] = {}
-    if spec.selector == "top_k":
+    if spec.takes_bias:
         inputs["expert_bias_E"] = rng.standard_normal(spec.num_choices) - 0.5
     if spec.selector == "table":
         inputs |= {"token_ids_T": np.arange(T) % 2, "table_VK": np.array([[0, 3, 7], [5, 2, 1]])}

@@ -18,9 +18,12 @@ GIVEN = {
 
 
 def spec(selector):
-    quotas = 2 if selector == "group_top_k" else None
-    top_k = 4 if selector == "expert_choice" else K
-    return RouterSpec(num_experts=4, top_k=top_k, selector=selector, select_by="logit", quota_groups=quotas)
+    own = {
+        "group_top_k": {"quota_groups": 2},
+        "expert_choice": {"top_k": 4},
+        "top_p": {"top_p": 0.5, "select_by": "score"},
+    }.get(selector, {})
+    return RouterSpec(**{"num_experts": 4, "top_k": K, "selector": selector, "select_by": "logit"} | own)
 
 
 def test_the_table_has_every_selector_and_every_field():

@@ -84,6 +84,12 @@ def megatron_global_aux_0_16():
     return np.mean(losses)
 
 
+def remoe():
+    relu_BSE = np.maximum(LOGITS_BSE, 0)
+    counts_BE = one_hot(IDS_BSK).sum(axis=(1, 2))
+    return np.mean([megatron(relu_SE, counts_E, S) for relu_SE, counts_E in zip(relu_BSE, counts_BE, strict=True)])
+
+
 PUBLISHED = {
     "switch": switch,
     "gshard": gshard,
@@ -96,6 +102,7 @@ PUBLISHED = {
     "megatron_seq_aux": megatron_seq_aux,
     "megatron_global_aux": megatron_global_aux,
     "megatron_global_aux_0_16": megatron_global_aux_0_16,
+    "remoe": remoe,
 }
 
 
@@ -116,6 +123,7 @@ def test_no_two_published_losses_are_the_same():
 
 def test_the_forms_and_their_variants_change_every_field():
     variants = [BalanceSpec.of(form) for form in BALANCE_FORMS]
+    variants.append(BalanceSpec(target_top_k=2))
     variants.append(BalanceSpec(coeff=2.0, score_func="sigmoid", norm_scores=True, score_eps=1e-20))
     assert set().union(*(spec.to_dict() for spec in variants)) == {field.name for field in fields(BalanceSpec)}
 
@@ -126,7 +134,7 @@ def test_in_perfect_balance_the_loss_is_a_known_constant(form, top_k):
     logits_TE = np.zeros((E, E))
     ids_TK = (np.arange(E)[:, None] + np.arange(top_k)) % E
     spec = BalanceSpec.of(form, counts="routed", scope="global")
-    constant = {"gshard": 1 / E**2, "transformers": top_k, "maxtext": top_k}.get(form, 1)
+    constant = {"gshard": 1 / E**2, "transformers": top_k, "maxtext": top_k, "remoe": 0}.get(form, 1)
     np.testing.assert_allclose(balance_loss(logits_TE, ids_TK, spec), constant, rtol=1e-14)
 
 

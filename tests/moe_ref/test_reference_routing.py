@@ -229,6 +229,56 @@ def test_each_quota_group_gives_its_best_and_slots_are_in_order_of_all():
     np.testing.assert_allclose(trace.weights_TK[0], np.array([9, 8, 3, 3]) / 23, rtol=1e-12)
 
 
+def test_relu_gives_a_token_as_many_experts_as_logits_above_0():
+    remoe = spec(num_experts=4, top_k=4, score_func="relu", selector="threshold")
+    trace = route(np.array([[1.0, -1.0, 3.0, 0.0], [-1.0, -2.0, -0.5, -4.0], [1.0, 2.0, 2.0, 5.0]]), remoe)
+    assert trace.expert_ids_TK.tolist() == [[2, 0, -1, -1], [-1] * 4, [3, 1, 2, 0]]
+    assert trace.weights_TK.tolist() == [[3, 1, 0, 0], [0] * 4, [5, 2, 2, 1]]
+    few = route(np.array([[1.0, 2.0, 2.0, 5.0]]), remoe.replace(top_k=2))
+    assert few.expert_ids_TK.tolist() == [[3, 1]]
+
+
+def test_a_bias_moves_what_is_held_against_the_threshold_and_no_weight():
+    balanced = spec(num_experts=3, top_k=3, score_func="sigmoid", selector="threshold")
+    logits_TE, beta_E = np.array([[0.0, 0.0, 0.0], [9.0, -9.0, 0.0]]), np.array([0.4, 0.5, 0.6])
+    trace = route(logits_TE, balanced, expert_bias_E=-beta_E)
+    # Score 0.5 is above 0.4, and not above 0.5.
+    assert trace.expert_ids_TK.tolist() == [[0, -1, -1], [0, -1, -1]]
+    np.testing.assert_allclose(trace.weights_TK[:, 0], [0.5, 1 / (1 + np.exp(-9))], rtol=1e-12)
+
+
+def test_top_p_takes_the_choice_with_which_the_sum_is_above_p():
+    probabilities_TE = np.array([[0.5, 0.25, 0.125, 0.125], [0.75, 0.125, 0.0625, 0.0625], [0.25] * 4])
+    nucleus = spec(num_experts=4, top_k=3, selector="top_p", top_p=0.7)
+    trace = route(np.log(probabilities_TE), nucleus)
+    assert trace.expert_ids_TK.tolist() == [[0, 1, -1], [0, -1, -1], [0, 1, 2]]
+    np.testing.assert_allclose(trace.weights_TK, [[0.5, 0.25, 0], [0.75, 0, 0], [0.25, 0.25, 0.25]], rtol=1e-12)
+    # A sum of p itself is not above it.
+    exact = route(np.array([[0.0, 0.0, -np.inf, -np.inf]]), nucleus.replace(top_p=0.5))
+    assert exact.expert_ids_TK.tolist() == [[0, 1, -1]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"threshold": 0.5}, "threshold is 0.5, but selector is 'top_k'"),
+        ({"score_func": "relu"}, "score_func is 'relu' with selector 'top_k'"),
+        ({"top_p": 0.5}, "top_p is 0.5, but selector is 'top_k'"),
+        ({"selector": "top_p"}, "top_p is None"),
+        ({"selector": "top_p", "top_p": 1.0}, "top_p is 1.0; it is less than 1"),
+        (
+            {"selector": "top_p", "top_p": 0.5, "score_func": "sigmoid"},
+            "score_func is 'sigmoid'; with selector 'top_p'",
+        ),
+        ({"selector": "threshold", "num_expert_groups": 2, "num_limited_groups": 1}, "selector is 'threshold'"),
+        ({"selector": "threshold", "score_func": "relu", "num_scored_shared_experts": 1}, "above 0: not 'relu'"),
+    ],
+)
+def test_what_makes_no_number_of_experts_is_refused(fields, why):
+    with pytest.raises(ValueError, match=why):
+        spec(**fields)
+
+
 @pytest.mark.parametrize(
     ("fields", "why"),
     [

@@ -52,6 +52,9 @@ SPECS = [
         GROUPS | {"score_func": "sigmoid", "mask_fill": 0.0},
         GROUPS | SELECTED | {"num_limited_groups": 6},
         GROUPS | NORMED | {"num_expert_groups": 24, "num_limited_groups": 7, "group_score_k": 1},
+        PLAIN | {"top_k": 13, "score_func": "relu", "selector": "threshold"},
+        PLAIN | NORMED | {"selector": "threshold", "threshold": 0.5},
+        PLAIN | {"top_k": 6, "selector": "top_p", "top_p": 0.7, "route_norm": True},
     )
 ]
 ids_of = [",".join(f"{k}={v}" for k, v in spec.to_dict().items()) for spec in SPECS]
@@ -63,7 +66,7 @@ def inputs_of(spec: RouterSpec, T: int, seed: int) -> dict:
     rng = np.random.default_rng(seed)
     E, K = spec.num_choices, spec.top_k
     found = {"logits_TE": rng.normal(size=(T, spec.num_logits)) * 2}
-    if spec.selector == "top_k":
+    if spec.takes_bias:
         # Where dropped experts rank as 0, kept ones are below 0 too: some dropped ones are chosen.
         found["expert_bias_E"] = rng.normal(size=E) * 0.2 - (0.3 if spec.mask_fill == 0 else 0)
     if spec.learned_scale != "none":

@@ -106,7 +106,8 @@ SEVERAL_SHARDS = given("judged on several shards", lambda case: len(case.inputs.
 
 def all_slots(spec) -> bool:
     """All slots of the given choice are counted."""
-    return spec.balance.counts == "routed" and spec.balance.counted_slots is None
+    b = spec.balance
+    return b.counts == "routed" and b.counted_slots is None and b.target_top_k is None
 
 
 def one_batch(spec) -> bool:
@@ -143,7 +144,7 @@ def f_is_a_share_of_slots_or_of_tokens(judge, case):
     "LOD-9",
     method="balance_loss",
     ids=("own",),
-    spec=lambda s: not all_slots(s),
+    spec=lambda s: not all_slots(s) and s.balance.target_top_k is None,
     given=(ONE_PART, ONE_SEQUENCE),
     after=(*FORM, "LOD-6"),
 )

@@ -25,6 +25,11 @@ def hold_quantile(judge: Judge, case: BalanceCase, title: str) -> None:
         accuse(before, expected=shown(wanted_E), received=shown(found_E))
 
 
+def ranks(spec) -> bool:
+    """An exact quantile, of a router whose tokens all have top_k experts."""
+    return spec.quantile.bins is None and spec.router.selector == "top_k"
+
+
 def valid_alone(case: BalanceCase) -> BalanceCase:
     """The case of the valid tokens, without a mask."""
     return case.tokens(np.flatnonzero(case.valid_T)).with_inputs(token_mask_T=None)
@@ -35,12 +40,12 @@ def uncut(case: BalanceCase) -> BalanceCase:
     return case.with_inputs(tokens_per_shard=None)
 
 
-@quantiles("LOD-40", spec=lambda s: s.quantile.bins is None and not s.quantile.keep, logits=("normal", "large"))
+@quantiles("LOD-40", spec=lambda s: ranks(s) and not s.quantile.keep, logits=("normal", "large"))
 def the_bias_is_what_wins_a_share(judge, case):
     hold_quantile(judge, case, "not the quantile")
 
 
-@quantiles("LOD-41", spec=lambda s: s.quantile.keep > 0, after=("LOD-44",))
+@quantiles("LOD-41", spec=lambda s: s.quantile.keep > 0, after=("LOD-44", "LOD-50"))
 def a_share_of_the_bias_stays(judge, case):
     hold_quantile(judge, case, "not the mixture")
 

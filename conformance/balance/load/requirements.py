@@ -86,4 +86,12 @@ chapter(
                   "momentum of its step, and by momentum of its last move."),
     ("LOD-47", MUST, "A share step is rate * (wanted_share / experts that move - count / all counts), those of frozen "
                   "experts among all; these keep their bias, and so does every expert where nothing is counted."),
+    ("LOD-48", MUST, "With target_top_k f is a share of T * target_top_k slots, however many a token has, and a relu "
+                  "score is max(logit, 0), no share of a sum."),
+    ("LOD-49", MUST, "After a step the coefficient of an L1 loss is multiplied by factor where the slots of all layers "
+                  "are more than target_top_k for each token and layer, and divided by it otherwise, where they are "
+                  "as many too."),
+    ("LOD-50", MUST, "Of a router of selector threshold, quantile balancing sets the bias of each expert to the "
+                  "(floor(T * target_top_k / E) + 1)-th smallest, over the T tokens of the step, of the threshold less "
+                  "the expert's score without bias."),
 )  # fmt: skip

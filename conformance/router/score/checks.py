@@ -118,6 +118,26 @@ def sqrtsoftplus_scores(judge, case):
 
 
 @requires(
+    "SCR-14",
+    spec=lambda s: s.score_func == "relu" and s.selector != "given" and not s.scales_logits,
+    logits=MODERATE,
+    bias=("none",),
+    after=("SEL-11", "SEL-23"),
+    unless=(NORM_OR_SCALE_IS_WRONG,),
+)
+def relu_scores(judge, case):
+    seen = observe(judge, case)
+    # In any order: which slot a weight belongs to is judged with the weights.
+    for t in sorted({*scores_differ(judge, seen), *weights_differ(judge, seen, in_any_order=True)}):
+        accuse(
+            "the scores are not max(logit, 0)",
+            token=t,
+            expected=f"weights {expected_weights(case, seen.expert_ids_TK)[t].round(7).tolist()}",
+            received=f"weights {seen.weights_TK[t].round(7).tolist()}",
+        )
+
+
+@requires(
     "SCR-4",
     spec=lambda spec: spec.score_over == "selected" and spec.fills_slots,
     logits=MODERATE,

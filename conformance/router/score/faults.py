@@ -339,3 +339,20 @@ def noise_before_its_factors(logits_TE, inputs, valid_T1):
     if inputs.logit_noise_TE is None:
         return logits_TE
     return (logits_TE + inputs.logit_noise_TE) * inputs.logit_factors_TE
+
+
+@replaces("score", breaks="SCR-14")
+def relu_scores_are_shares(scaled_logits_TE, spec):
+    """relu scores are divided by their sum."""
+    scores_TE = score(scaled_logits_TE, spec)
+    if spec.score_func != "relu":
+        return scores_TE
+    sum_T1 = scores_TE.sum(axis=-1, keepdims=True)
+    return scores_TE / np.where(sum_T1 == 0, 1, sum_T1)
+
+
+@replaces("score", breaks="SCR-14")
+def relu_is_squared(scaled_logits_TE, spec):
+    """relu scores are squared, as the activation relu2 is."""
+    scores_TE = score(scaled_logits_TE, spec)
+    return scores_TE**2 if spec.score_func == "relu" else scores_TE

@@ -25,4 +25,5 @@ chapter(
     ("SCR-13", MUST, "Noise on the logits is what is given, factors and then a summand, before all else; choice and "
                   "weights are those of the noisy logits."),
     ("SCR-12", MUST, "With router_dtype float64 scores and weights have the accuracy of float64."),
+    ("SCR-14", MUST, "A relu score is max(logit, 0), of its own logit alone, and no share of a sum."),
 )  # fmt: skip

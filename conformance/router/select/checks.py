@@ -19,7 +19,16 @@ from conformance.router.predicates import (
     untied,
     without_bias,
 )
-from conformance.router.verdicts import differ, hold_few_groups, hold_renamed, hold_selection, selection_differs
+from conformance.router.verdicts import (
+    differ,
+    hold_few_groups,
+    hold_renamed,
+    hold_selection,
+    selection_differs,
+    unused,
+    weights_differ,
+)
+from moe_ref import UNUSED
 
 
 def ungrouped(spec) -> bool:
@@ -231,6 +240,74 @@ def random_selection_depends_on_the_seed_alone(judge, case):
 @requires("SEL-18", spec=lambda spec: spec.selector == "group_top_k", logits=MODERATE, bias=("none",))
 def each_group_gives_its_quota(judge, case):
     hold_ids(judge, case, "not the quota of each group")
+
+
+def hold_number(judge, case, title: str) -> None:
+    """As many experts are selected as the reference selects, the best ones, but for near ties."""
+    seen, choice_TE = observe(judge, case), case.reference.scores_for_choice_TE
+    for t in selection_differs(judge, seen):
+        both = (case.reference.expert_ids_TK[t], seen.expert_ids_TK[t])
+        wanted, found = (ids_K[ids_K != UNUSED] for ids_K in both)
+        accuse(
+            title,
+            token=t,
+            expected=f"experts {wanted.tolist()} with choice scores {choice_TE[t, wanted].round(6).tolist()}",
+            received=f"experts {found.tolist()} with choice scores {choice_TE[t, found].round(6).tolist()}",
+        )
+
+
+@requires(
+    "SEL-21",
+    spec=lambda s: s.selector == "threshold",
+    logits=(*MODERATE, "below_zero", "close", "one_hot"),
+    bias=("none", "mixed", "strong"),
+    after=("SEL-11",),
+)
+def what_is_above_the_threshold_is_selected(judge, case):
+    hold_number(judge, case, f"not the best choices above {case.spec.threshold:g}")
+
+
+@requires(
+    "SEL-22",
+    spec=lambda s: s.selector == "top_p",
+    logits=(*MODERATE, "below_zero", "close", "one_hot", "large"),
+    bias=("none",),
+    after=("SEL-11",),
+)
+def choices_are_taken_until_their_sum_is_above_top_p(judge, case):
+    hold_number(judge, case, f"not the best choices that reach {case.spec.top_p:g}")
+
+
+@requires("SEL-23", spec=lambda s: s.varies, logits=MODERATE, bias=("none", "mixed"))
+def a_slot_left_unused_weighs_nothing(judge, case):
+    seen = observe(judge, case)
+    weighs_T = (unused(seen.expert_ids_TK) & (seen.weights_TK != 0)).any(axis=-1)
+    # Right weights in the wrong slots are judged with the weights (WGT-8, WGT-17).
+    for t in set(weights_differ(judge, seen, in_any_order=True)) & set(np.flatnonzero(weighs_T).tolist()):
+        accuse(
+            "an unused slot has a weight",
+            token=int(t),
+            expected="0 where the id is -1",
+            received=f"ids {seen.expert_ids_TK[t].tolist()} weigh {seen.weights_TK[t].tolist()}",
+        )
+
+
+@requires("SEL-24", spec=lambda s: s.varies, logits=("separated", "normal", "tied"), bias=("none", "mixed"))
+def used_slots_come_first_and_descend(judge, case):
+    seen, choice_TE = observe(judge, case), case.reference.scores_for_choice_TE
+    error_TE = choice_error(case, judge.subject.compute_dtype)
+    for t, ids_K in enumerate(seen.expert_ids_TK):
+        used_K = ids_K != UNUSED
+        ids, choice, error = ids_K[used_K], choice_TE[t, ids_K[used_K]], error_TE[t, ids_K[used_K]]
+        rises = np.diff(choice) > error[1:] + error[:-1]
+        swapped = (np.diff(choice) == 0) & (np.diff(ids) < 0)
+        if (np.diff(used_K.astype(int)) > 0).any() or (rises | swapped).any():
+            accuse(
+                "slots are in another order",
+                token=t,
+                expected=str(case.reference.expert_ids_TK[t].tolist()),
+                received=str(ids_K.tolist()),
+            )
 
 
 def hold_evened(judge, case, title: str) -> None:

@@ -32,6 +32,14 @@ chapter(
     ("SEL-19", MUST, "sinkhorn selects the largest entries of each row of exp(logits), whose rows and columns are "
                   "scaled until experts share the whole batch evenly."),
     ("SEL-20", MUST, "Padding tokens take no part in the batch that sinkhorn evens."),
+    ("SEL-21", MUST, "threshold selects, of the top_k best choices, each whose choice score, expert_bias included, is "
+                  "above the threshold, and none that is equal to it or below: a token may have no expert.",
+                  "thu-ml/ReMoE"),
+    ("SEL-22", MUST, "top_p selects the best choices in turn, each while the scores of those before it sum to at most "
+                  "top_p: at least one, at most top_k."),
+    ("SEL-23", MUST, "A slot that threshold or top_p leave unused has the id -1 and the weight 0."),
+    ("SEL-24", SHOULD, "The slots that threshold and top_p use are in descending choice score, equal ones by lower "
+                    "id, and the unused ones come after them."),
     ("SEL-30", MUST, "Under expert_choice each expert takes the tokens of the whole batch that rank best for it, by "
                   "scores of each token over the experts.", "deepspeedai/DeepSpeed#7986"),
     ("SEL-31", MUST, "Under expert_choice each expert takes take_factor * tokens / num_experts tokens, rounded as "

@@ -296,7 +296,7 @@ def plainer(case: RouterCase) -> RouterCase:
 
 
 OF_THE_CHOICE = ("RUN-3", "GRP-2", "SEL-3", "SEL-11", "SEL-2", "SEL-4", "GRP-1", "GRP-3", "GRP-6", "SEL-9", "SEL-14",
-                 "SEL-15", "SEL-16", "SEL-30", "SEL-31", "SEL-34")  # fmt: skip
+                 "SEL-15", "SEL-16", "SEL-21", "SEL-22", "SEL-23", "SEL-30", "SEL-31", "SEL-34")  # fmt: skip
 OF_THE_WEIGHTS = tuple(f"WGT-{number}" for number in (8, 2, 3, 4, 5, 6, 7, 9, 11, 12, 13, 14))
 
 
@@ -305,7 +305,7 @@ OF_THE_WEIGHTS = tuple(f"WGT-{number}" for number in (8, 2, 3, 4, 5, 6, 7, 9, 11
     "WGT-17",
     logits=LOGITS,
     bias=BIASES,
-    after=(*SCORES, *OF_THE_CHOICE),
+    after=(*SCORES, "SCR-14", *OF_THE_CHOICE),
     simpler=((plainer, (*SCORES, *OF_THE_CHOICE, *OF_THE_WEIGHTS)),),
     sweeps=True,
     pairs=True,
@@ -313,7 +313,8 @@ OF_THE_WEIGHTS = tuple(f"WGT-{number}" for number in (8, 2, 3, 4, 5, 6, 7, 9, 11
 def everything_combines(judge, case):
     seen, spec = observe(judge, case), case.spec
     wrong = []
-    if spec.selector == "top_k" and not (case.expert_bias_E is not None and "masked_logits" in case.tags):
+    ranks_alone = spec.selector == "top_k" or spec.varies
+    if ranks_alone and not (case.expert_bias_E is not None and "masked_logits" in case.tags):
         wrong = selection_differs(judge, seen)
     elif spec.selector in ("table", "given", "round_robin"):
         wrong = np.flatnonzero((seen.expert_ids_TK != case.reference.expert_ids_TK).any(axis=-1) & case.valid_T)

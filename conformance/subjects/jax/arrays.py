@@ -30,7 +30,7 @@ def narrow_params(params: LayerParams) -> LayerParams:
 
 def with_bias(params: LayerParams, spec: LayerSpec) -> LayerParams:
     """No balancing bias is one of zeros: one program less to compile."""
-    if params.expert_bias_E is None and spec.router.selector == "top_k":
+    if params.expert_bias_E is None and spec.router.takes_bias:
         return replace(params, expert_bias_E=np.zeros(spec.router.num_choices))
     return params
 

@@ -18,7 +18,8 @@ from moe_jax.capacity import KeptSlots, apply_capacity, slot_table
 from moe_jax.losses import balance_loss, balance_sums, loss_of_sums, z_loss
 from moe_jax.quantile import bias_of_total, quantile_bias, total_of
 from moe_jax.routing import scale_logits
-from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, QuantileSpec, RouterSpec
+from moe_jax.sparsity import next_coefficient
+from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, QuantileSpec, RouterSpec, SparsitySpec
 from moe_ref.specs.balance import RUNNING_SCOPES
 
 AXIS = "shards"
@@ -88,6 +89,10 @@ class JaxBalance(Subject):
         rows_ST = narrow(shards_of(len(logits_TE), tokens_per_shard))
         return np.asarray(_quantile_of_shards(*given, rows_ST, router=router, update=update))
 
+    def next_coefficient(self, coeff: float, counts_LE: np.ndarray, num_tokens: int, sparsity: SparsitySpec) -> float:
+        """In float32, as a coefficient is kept."""
+        return float(_next_coefficient(np.float32(coeff), narrow(counts_LE), num_tokens, spec=sparsity))
+
     def capacity(
         self,
         expert_ids_TK: np.ndarray,
@@ -154,7 +159,10 @@ def _quantile_of_shards(logits_TE, expert_bias_E, token_mask_T, rows_ST, *, rout
 
     logits, valid = (take(values, rows_ST) for values in (logits_TE, token_mask_T))
     total = jax.vmap(of_shard, axis_name=AXIS)(logits, rows_ST >= 0, valid)[0]
-    return bias_of_total(total, update, expert_bias_E, router.top_k)
+    return bias_of_total(total, update, expert_bias_E, update.wins(router))
+
+
+_next_coefficient = jax.jit(next_coefficient, static_argnames="spec")
 
 
 @partial(jax.jit, static_argnames=("spec", "router", "num_sequences"))

@@ -32,7 +32,7 @@ class JaxRouter(Subject):
         self, logits_TE: np.ndarray, spec: RouterSpec, expert_bias_E: np.ndarray | None, **inputs: Unpack[RouteInputs]
     ) -> Routing:
         """Route on the default device; the seed becomes a key where the selector draws."""
-        if expert_bias_E is None and spec.selector == "top_k":
+        if expert_bias_E is None and spec.takes_bias:
             expert_bias_E = np.zeros(spec.num_choices, np.float32)  # one program less to compile
         own, rest = split_inputs(inputs, RouteInputs)
         found = _route(

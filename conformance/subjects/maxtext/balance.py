@@ -13,10 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from conformance.core.subject import Subject, Unsupported
+from conformance.core.subject import LoadRule, Subject, Unsupported
 from conformance.subjects.maxtext.layer import DEEPSEEK, MIXTRAL, built_layer, factor_of, sequences_of, why_not_capacity
 from conformance.subjects.maxtext.module import BIAS, FLOAT32, Built, moe, scope
-from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, ExpertSpec, LayerSpec, QuantileSpec, RouterSpec
+from moe_ref import (
+    BalanceSpec,
+    BiasUpdateSpec,
+    CapacitySpec,
+    ExpertSpec,
+    LayerSpec,
+    QuantileSpec,
+    RouterSpec,
+    SparsitySpec,
+)
 from moe_ref.specs.balance import RUNNING_SCOPES
 
 MEGATRON: dict[str, Any] = {"score_func": "sigmoid", "norm_scores": True, "score_eps": 1e-20, "counts": "unbiased"}
@@ -28,9 +37,11 @@ class MaxtextBalance(Subject):
 
     entries: ClassVar[dict[str, Any]] = FLOAT32
 
-    def supports_load(self, spec: BalanceSpec | BiasUpdateSpec | CapacitySpec | QuantileSpec) -> str | None:
+    def supports_load(self, spec: LoadRule) -> str | None:
         if isinstance(spec, QuantileSpec):
             return "maxtext has no quantile balancing"
+        if isinstance(spec, SparsitySpec):
+            return "maxtext has no routing whose numbers of experts vary"
         if isinstance(spec, CapacitySpec):
             return why_not_capacity(spec)
         if isinstance(spec, BiasUpdateSpec):

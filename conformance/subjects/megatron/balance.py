@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from conformance.core.subject import Subject, Unsupported
+from conformance.core.subject import LoadRule, Subject, Unsupported
 from conformance.subjects.megatron.module import built_router, groups_of_one, map_of, moe_utils, router_of
 from conformance.subjects.megatron.settings import capacity_entries, router_entries
 from conformance.subjects.torch.arrays import single, slices, to_numpy
-from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, QuantileSpec, RouterSpec
+from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, QuantileSpec, RouterSpec, SparsitySpec
 
 LOSSES = {
     "aux_loss": ("load_balancing_loss", "batch", ("local", "global")),
@@ -33,9 +33,11 @@ SIGMOIDS: dict[str, Any] = {"score_func": "sigmoid", "route_norm": True, "norm_e
 class MegatronBalance(Subject):
     """aux_loss, seq_aux_loss, global_aux_loss, the z-loss, expert_bias and capacities."""
 
-    def supports_load(self, spec: BalanceSpec | BiasUpdateSpec | CapacitySpec | QuantileSpec) -> str | None:
+    def supports_load(self, spec: LoadRule) -> str | None:
         if isinstance(spec, QuantileSpec):
             return "megatron-core 0.16.1 has no quantile balancing"
+        if isinstance(spec, SparsitySpec):
+            return "megatron-core has no routing whose numbers of experts vary"
         if isinstance(spec, CapacitySpec):
             capacity_entries(spec)  # a ValueError is the sentence
             return None

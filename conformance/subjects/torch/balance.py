@@ -13,12 +13,13 @@ import torch
 
 from conformance.core.subject import Subject
 from conformance.subjects.torch.arrays import slices, tensor, tensor_if_any, to_numpy, to_torch, with_gradient
-from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, QuantileSpec, RouterSpec
+from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, QuantileSpec, RouterSpec, SparsitySpec
 from moe_torch.balance import bias_update, tokens_per_expert
 from moe_torch.capacity import KeptSlots, apply_capacity, capacities, slot_table
 from moe_torch.losses import balance_sums, loss_of_sums, z_loss, z_loss_of_sums, z_sums
 from moe_torch.quantile import bias_of_total, needs, quantile_bias, ranked, total_of
 from moe_torch.routing import scale_logits
+from moe_torch.sparsity import next_coefficient
 
 
 class TorchBalance(Subject):
@@ -101,13 +102,17 @@ class TorchBalance(Subject):
         tokens_per_shard: tuple[int, ...] | None = None,
     ) -> np.ndarray:
         """The totals of shards are added; those of an exact quantile of the pool are all needs."""
-        bias_E, mask_T, K = to_torch(expert_bias_E), _mask(token_mask_T, len(logits_TE)), router.top_k
-        needs_TE = needs(ranked(to_torch(logits_TE), router), bias_E, K)
+        bias_E, mask_T, K = to_torch(expert_bias_E), _mask(token_mask_T, len(logits_TE)), update.wins(router)
+        needs_TE = needs(ranked(to_torch(logits_TE), router), bias_E, router)
         shards = slices(tokens_per_shard, len(needs_TE))
         if update.bins is None and update.over == "pool":
             return to_numpy(quantile_bias([needs_TE[own][mask_T[own]] for own in shards], update, bias_E, K))
         totals = [total_of(needs_TE[own], update, bias_E, K, mask_T[own]) for own in shards]
         return to_numpy(bias_of_total(reduce(add, totals), update, bias_E, K))
+
+    def next_coefficient(self, coeff: float, counts_LE: np.ndarray, num_tokens: int, sparsity: SparsitySpec) -> float:
+        """In float32, as a coefficient is kept."""
+        return float(next_coefficient(torch.tensor(coeff), to_torch(counts_LE), num_tokens, sparsity))
 
     def capacity(
         self,

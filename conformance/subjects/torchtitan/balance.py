@@ -11,16 +11,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from conformance.core.subject import Subject
+from conformance.core.subject import LoadRule, Subject
 from conformance.subjects.torch.arrays import to_numpy, to_torch
 from conformance.subjects.torchtitan.layer import build_layer
-from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, ExpertSpec, LayerSpec, QuantileSpec, RouterSpec
+from moe_ref import (
+    BiasUpdateSpec,
+    ExpertSpec,
+    LayerSpec,
+    QuantileSpec,
+    RouterSpec,
+)
 
 
 class TorchtitanBalance(Subject):
     """Its bias update; it has no balance loss and no capacity."""
 
-    def supports_load(self, spec: BalanceSpec | BiasUpdateSpec | CapacitySpec | QuantileSpec) -> str | None:
+    def supports_load(self, spec: LoadRule) -> str | None:
         if isinstance(spec, QuantileSpec):
             return "the hook of torchtitan that is judged moves every bias by the sign; its quantile balancing is not"
         if not isinstance(spec, BiasUpdateSpec):

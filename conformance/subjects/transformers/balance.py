@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from conformance.core.subject import Subject, Unsupported
+from conformance.core.subject import LoadRule, Subject, Unsupported
 from conformance.subjects.identity_gate import give_identity_gate
 from conformance.subjects.torch.arrays import to_torch, with_gradient
-from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, QuantileSpec, RouterSpec
+from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, QuantileSpec, RouterSpec, SparsitySpec
 
 SWITCH = BalanceSpec(per="sequence")
 """Of switch_transformers, for K = 1: a mean over the sequences of a batch, which are of one length."""
@@ -27,9 +27,11 @@ class TransformersBalance(Subject):
 
     family: str = ""
 
-    def supports_load(self, spec: BalanceSpec | BiasUpdateSpec | CapacitySpec | QuantileSpec) -> str | None:
+    def supports_load(self, spec: LoadRule) -> str | None:
         if isinstance(spec, (BiasUpdateSpec, QuantileSpec)):
             return "transformers updates no expert bias"
+        if isinstance(spec, SparsitySpec):
+            return "transformers has no routing whose numbers of experts vary"
         if isinstance(spec, CapacitySpec):
             wanted = CapacitySpec(slots=spec.slots or 0, scope="sequence")
             return None if spec == wanted else f"switch_transformers has {wanted}, for any number of slots"

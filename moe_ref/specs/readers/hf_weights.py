@@ -48,7 +48,7 @@ def params_from_hf(state_dict: Mapping[str, Any] | str | PathLike, config: Any, 
     values: dict[str, Any] = {"gate_ED": own.get(form.gate)}
     if spec.gate_bias:
         values["gate_bias_E"] = own.get(form.gate_bias)
-    if form.expert_bias and spec.router.selector == "top_k":
+    if form.expert_bias and spec.router.takes_bias:
         bias = own.get(form.expert_bias, optional=form.bias_is_optional)
         values["expert_bias_E"] = None if bias is None else bias.reshape(-1)
     elif form.expert_bias and own.has(form.expert_bias):
