@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import lru_cache, wraps
 from inspect import isfunction
 from typing import Any
 from unittest.mock import patch
@@ -125,6 +125,12 @@ def function_named(path: str) -> Callable:
 
 
 def _rooms() -> dict[str, Any]:
+    return _rooms_among(len(sys.modules))
+
+
+@lru_cache(maxsize=1)
+def _rooms_among(number_of_modules: int) -> dict[str, Any]:
+    # Every call of a faulty method asks; a process has thousands of modules.
     return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "moe_ref"}
 
 

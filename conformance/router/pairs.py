@@ -86,6 +86,7 @@ PARTS: dict[str, tuple] = FIELDS | {
     "tokens": ("one", "few", "some", "many"),
 }
 """Everything that a setting is chosen from."""
+CHOICES = [len(values) for values in PARTS.values()]
 TOKENS = {"one": 1, "few": 7, "some": 33, "many": 130}
 TOP_K = {"one": 1, "two": 2, "nine": 9}
 
@@ -147,7 +148,8 @@ ATTEMPTS, REPAIRS = 8, 30
 def setting_with(first: Fact, second: Fact, rng: np.random.Generator) -> Setting | None:
     """A setting that has both facts, the rest by chance; None where none is found."""
     for _ in range(ATTEMPTS):
-        chosen = {part: one_of(rng, values) for part, values in PARTS.items()}
+        places = rng.integers(CHOICES).tolist()
+        chosen = {part: values[place] for (part, values), place in zip(PARTS.items(), places, strict=True)}
         found = _repaired(chosen, dict((first, second)), rng)
         if found is not None and {first, second} <= facts(found):
             return found
@@ -158,10 +160,11 @@ def _repaired(chosen: dict[str, Any], fixed: dict[str, Any], rng: np.random.Gene
     """The setting after what is not fixed has given way to what is."""
     chosen |= fixed
     for _ in range(REPAIRS):
-        broken = [rule for rule in IMPLIES if chosen[rule[0]] in rule[1] and chosen[rule[2]] not in rule[3]]
-        if not broken:
+        for part, values, other, allowed in IMPLIES:
+            if chosen[part] in values and chosen[other] not in allowed:
+                break
+        else:
             return _setting(chosen)
-        part, values, other, allowed = broken[0]
         if other not in fixed:
             chosen[other] = one_of(rng, allowed)
         elif part not in fixed:

@@ -225,10 +225,11 @@ def _last_frame(output: str) -> str:
 
 
 def _command(name: str, options, folder: Path) -> list[str]:
-    """pytest on the suite, with nothing of the folder that it is called in."""
+    """pytest on the suite, with nothing of the folder that it is called in; a failure is a page, no `assert`."""
     (folder / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "-c", str(folder / "pytest.ini"), "--rootdir", str(folder)]
     command += ["--pyargs", "conformance.suite", "-p", "no:cacheprovider", "-p", "no:randomly", "-W", "ignore", "-q"]
+    command += ["--assert", "plain"]  # else pytest compiles every module of ours again
     command += ["--subject", name, "--moe-records", str(folder / "records.jsonl"), "--moe-watch", str(folder / "where")]
     if options.examples:
         command += ["--moe-examples", str(options.examples)]

@@ -154,10 +154,11 @@ def pytest_generate_tests(metafunc):
         from conformance.core.usage import UsageError
 
         judges = {}
-        try:
-            judges = _session(metafunc.config).judges
-        except (UsageError, ImportError) as error:
-            metafunc.config._moe_error = str(error)  # raised once, below, not for each file
+        if not hasattr(metafunc.config, "_moe_error"):
+            try:
+                judges = _session(metafunc.config).judges
+            except (UsageError, ImportError) as error:
+                metafunc.config._moe_error = str(error)  # raised once, below, not for each file
         metafunc.parametrize("judge", judges.values(), ids=judges.keys(), scope="session")
 
 

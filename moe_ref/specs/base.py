@@ -22,13 +22,14 @@ class Spec:
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
+            given = value = getattr(self, field.name)
             if isinstance(value, np.generic):  # a spec is plain data
                 value = value.item()
             if isinstance(value, int) and abs(value) > LARGEST and field.type in ("float", float, "float | None"):
                 with suppress(OverflowError):  # which its check then refuses
                     value = float(value)
-            object.__setattr__(self, field.name, value)
+            if value is not given:
+                object.__setattr__(self, field.name, value)
 
     @classmethod
     def from_dict(cls, values: dict) -> Self:

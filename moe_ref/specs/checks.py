@@ -3,12 +3,15 @@
 import re
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
+from math import isfinite
 from typing import Any
 
 import numpy as np
 
 LARGEST = 2**63 - 1
 """The largest integer that arrays hold."""
+NUMPY_KINDS = {"f": "float", "i": "int", "u": "int", "b": "bool"}
+"""NumPy's letter of a dtype -> its kind."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -45,26 +48,22 @@ def integer(field: str, value: Any, low: int, high: int | None = None, *, why: s
     is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if high is None and is_int and value > LARGEST:
         high = LARGEST
-    bound = f"at least {low}" if high is None else f"between {low} and {high}"
-    require(
-        is_int and bool(value >= low) and (high is None or bool(value <= high)),
-        f"{field} is {value!r}; it is an integer {bound}{why and f' ({why})'}",
-    )
+    if not (is_int and value >= low and (high is None or value <= high)):
+        bound = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"{field} is {value!r}; it is an integer {bound}{why and f' ({why})'}")
 
 
 def number(field: str, value: Any, *, low: float = -np.inf, above: float = -np.inf) -> None:
     """The value is a finite number, at least `low` and greater than `above`."""
     is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    bound = f" greater than {above}" if above > -np.inf else f" of at least {low}" if low > -np.inf else ""
-    require(
-        is_number and _fits_float64(value) and bool(value >= low) and bool(value > above),
-        f"{field} is {value!r}; it is a finite number{bound}",
-    )
+    if not (is_number and _fits_float64(value) and value >= low and value > above):
+        bound = f" greater than {above}" if above > -np.inf else f" of at least {low}" if low > -np.inf else ""
+        raise ValueError(f"{field} is {value!r}; it is a finite number{bound}")
 
 
 def _fits_float64(value: Any) -> bool:
     try:
-        return bool(np.isfinite(float(value)))
+        return isfinite(float(value))
     except OverflowError:  # an integer beyond all floats
         return False
 
@@ -86,7 +85,8 @@ def array(field: str, value: Any, shape: tuple[int | None, ...], *, kind: str = 
 def shape_and_kind(field: str, value: Any, shape: tuple[int | None, ...], kind: str) -> None:
     """`value`, an array of NumPy, JAX (traced too) or torch, has that shape (None matches any length) and kind."""
     found = value if hasattr(value, "dtype") else np.asarray(value)
-    require(kind_of(found.dtype) == kind, f"{field} has dtype {found.dtype}; it is {kind}")
+    if kind_of(found.dtype) != kind:
+        raise ValueError(f"{field} has dtype {found.dtype}; it is {kind}")
     matches = len(found.shape) == len(shape) and all(
         n is None or n == m for n, m in zip(shape, found.shape, strict=True)
     )
@@ -97,6 +97,8 @@ def shape_and_kind(field: str, value: Any, shape: tuple[int | None, ...], kind: 
 
 def kind_of(dtype: Any) -> str:
     """float, int or bool, of a dtype of any framework; other kinds have other names."""
+    if found := NUMPY_KINDS.get(getattr(dtype, "kind", "")):  # before the name, which NumPy makes anew each time
+        return found
     # torch's say torch.int64; ml_dtypes (bfloat16, float8) report kind 'V' but convert to float like any float.
     name = str(getattr(dtype, "name", dtype)).rpartition(".")[2]
     if name.startswith(("float", "bfloat")):

@@ -1,6 +1,12 @@
-"""tests of the judge: the command line and the pytest plugin as a user meets them, in processes of their own."""
+"""tests of the judge: the command line and the pytest plugin as a user meets them.
 
+What starts processes or has an exit status is a process here; what only reads and prints is called.
+"""
+
+import contextlib
+import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,11 +19,13 @@ import pytest
 
 from conformance.core.check import CHECKS
 from conformance.core.judge import Entry, Judge
-from conformance.core.register import SPEC_VERSION, of_stage
-from conformance.run import (
-    kinds,  # noqa: F401  (its chapters register)
-    plugin,
-)
+from conformance.core.register import MUST, REQUIREMENTS, SPEC_VERSION, of_stage
+from conformance.core.trial import accuse
+from conformance.core.usage import UsageError
+from conformance.router.kind import ROUTER
+from conformance.run import plugin
+from conformance.run.cli import main
+from conformance.run.subjects_by_name import subject_named
 from conformance.subjects.reference import Reference
 from conformance.suite import test_requirements
 
@@ -35,6 +43,18 @@ def moe(*arguments, cwd, code: int) -> str:
     return done.stdout + done.stderr
 
 
+def called(*arguments, cwd, code: int) -> str:
+    """The output of a command that ends with this exit status, without a process: for those that start none."""
+    printed = io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            status = main([*map(str, arguments)])
+        except SystemExit as ended:  # argparse
+            status = ended.code
+    assert status == code, printed.getvalue()
+    return printed.getvalue()
+
+
 def run(name: str, *options, cwd, code: int) -> str:
     return moe("run", f"{ROUTERS}:{name}", "--examples", EXAMPLES, *options, cwd=cwd, code=code)
 
@@ -47,27 +67,35 @@ def test_a_right_router_is_accused_of_nothing(tmp_path):
     assert "ok          SCR-3 " not in printed
 
 
-def test_a_wrong_router_is_accused_with_a_page_a_replay_and_reports(tmp_path):
+@pytest.fixture(scope="module")
+def accused(tmp_path_factory) -> tuple[Path, str]:
+    """A folder with all that a run writes of the wrong router, and what it prints."""
+    folder = tmp_path_factory.mktemp("accused")
     views = ("--html", "page.html", "--summary", "summary.md", "--badge", "badge.svg")
-    printed = run("MaskedZero", "--stage", "select", "--report", "out", *views, cwd=tmp_path, code=1)
-    assert (tmp_path / "page.html").read_text() == (tmp_path / "out" / "report.html").read_text()
-    assert "partial" in (tmp_path / "badge.svg").read_text()
-    assert "first failure is in stage **select**" in (tmp_path / "summary.md").read_text()
+    written = ("--report", "out", *views, "--propose-deviations", "known.toml")
+    return folder, run("MaskedZero", "--stage", "select", *written, cwd=folder, code=1)
+
+
+def test_a_wrong_router_is_accused_with_a_page_a_replay_and_reports(accused):
+    folder, printed = accused
+    assert (folder / "page.html").read_text() == (folder / "out" / "report.html").read_text()
+    assert "partial" in (folder / "badge.svg").read_text()
+    assert "first failure is in stage **select**" in (folder / "summary.md").read_text()
     assert "NEW         SEL-3" in printed
     assert "not judged  SCR-1 .. SCR-" in printed
     page = printed[printed.index("SEL-3 MUST") :]
     for part in ("expected", "received", "of dropped groups", "huggingface/transformers#45440", "looks like"):
         assert part in page
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report = json.loads((folder / "out" / "report.json").read_text())
     failure = next(r for r in report["requirements"] if r["id"] == "SEL-3")["failure"]
     assert not report["complete"]
     assert len(failure["case"]["logits_TE"]) == 1, "the smallest case has one token"
-    suites = ET.parse(tmp_path / "out" / "junit.xml").getroot()
+    suites = ET.parse(folder / "out" / "junit.xml").getroot()
     assert int(suites[0].attrib["failures"]) >= 1
-    assert "SEL-3 NEW" in (tmp_path / "out" / "report.md").read_text()
-    replayed = moe("replay", failure["replay"], "--subject", f"{ROUTERS}:MaskedZero", cwd=tmp_path, code=1)
+    assert "SEL-3 NEW" in (folder / "out" / "report.md").read_text()
+    replayed = called("replay", failure["replay"], "--subject", f"{ROUTERS}:MaskedZero", cwd=folder, code=1)
     assert "reference" in replayed
-    assert "holds SEL-3" in moe("replay", failure["replay"], "--subject", f"{ROUTERS}:Sigmoid", cwd=tmp_path, code=0)
+    assert "holds SEL-3" in called("replay", failure["replay"], "--subject", f"{ROUTERS}:Sigmoid", cwd=folder, code=0)
 
 
 def requirements_of(report: Path) -> dict[str, dict]:
@@ -76,7 +104,7 @@ def requirements_of(report: Path) -> dict[str, dict]:
 
 
 def test_the_version_is_that_of_the_package_and_of_the_specification(tmp_path):
-    printed = moe("--version", cwd=tmp_path, code=0)
+    printed = called("--version", cwd=tmp_path, code=0)
     assert printed.startswith("moe-conformance ")
     assert printed.strip().endswith(f"specification {SPEC_VERSION}")
 
@@ -136,7 +164,7 @@ def test_a_subject_that_hangs_or_dies_is_accused_by_its_case_and_the_rest_is_jud
 
 
 def test_two_processes_find_what_one_finds(tmp_path):
-    some = ("--stage", "run", "--stage", "groups", "--stage", "select", "--examples", 20)
+    some = ("--stage", "run", "--stage", "groups", "--stage", "select", "--examples", 4)
     found = []
     for processes in (1, 2):
         run("MaskedZero", *some, "--processes", processes, "--report", processes, cwd=tmp_path, code=1)
@@ -198,7 +226,7 @@ def test_constants_of_the_subjects_file_change_no_case(tmp_path):
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "router.py").write_text(ROUTERS.read_text() + RECORDING + constants)
-        few = ("--stage", "weights", "--examples", 30, "--report", "out")
+        few = ("--stage", "run", "--examples", 40, "--report", "out")
         moe("run", "router.py:Recording", *few, cwd=folder, code=0)
         drawn.append((folder / "drawn.txt").read_text())
         found = requirements_of(folder / "out")
@@ -218,9 +246,9 @@ def a_report(folder: Path, **statuses: str) -> Path:
 def test_two_reports_are_compared_requirement_by_requirement(tmp_path):
     before = a_report(tmp_path / "before", SEL_3="ok", SEL_4="ok", WGT_2="NEW")
     after = a_report(tmp_path / "after", SEL_3="NEW", WGT_2="NEW", WGT_3="ok")
-    printed = moe("compare", before, before / "report.json", cwd=tmp_path, code=0)
+    printed = called("compare", before, before / "report.json", cwd=tmp_path, code=0)
     assert printed == "3 verdicts before, 3 after, 0 differ\n"
-    lines = moe("compare", before, after, cwd=tmp_path, code=1).splitlines()
+    lines = called("compare", before, after, cwd=tmp_path, code=1).splitlines()
     assert [line.split() for line in lines[:-1]] == [
         ["router", "SEL-3", "ok", "->", "NEW"],
         ["router", "SEL-4", "ok", "->", "absent"],
@@ -231,21 +259,21 @@ def test_two_reports_are_compared_requirement_by_requirement(tmp_path):
 
 def test_what_is_no_report_is_a_usage_error(tmp_path):
     before = a_report(tmp_path / "before", SEL_3="ok")
-    assert "nowhere: No such file" in moe("compare", before, "nowhere", cwd=tmp_path, code=4)
+    assert "nowhere: No such file" in called("compare", before, "nowhere", cwd=tmp_path, code=4)
     (tmp_path / "other.json").write_text("[]")
-    assert "is none that `run --report` wrote" in moe("compare", before, "other.json", cwd=tmp_path, code=4)
+    assert "is none that `run --report` wrote" in called("compare", before, "other.json", cwd=tmp_path, code=4)
 
 
-@pytest.fixture(scope="module")
-def proposed(tmp_path_factory) -> Path:
-    """A folder with the proposed deviations of the wrong router, before anybody filled them in."""
-    folder = tmp_path_factory.mktemp("proposed")
-    run("MaskedZero", "--propose-deviations", "known.toml", cwd=folder, code=1)
-    return folder
+@pytest.fixture
+def proposed(accused) -> Path:
+    """The folder with the proposed deviations of the wrong router, before anybody filled them in."""
+    return accused[0]
 
 
 def test_a_proposal_is_refused_until_reason_and_link_are_filled_in(proposed):
-    assert "has no reason" in run("MaskedZero", "--deviations", "known.toml", cwd=proposed, code=4)
+    refused = ("run", f"{ROUTERS}:MaskedZero", "--deviations", "known.toml")
+    assert "has no reason" in moe(*refused, cwd=proposed, code=4)
+    assert "has no reason" in called(*refused, cwd=proposed, code=4)
 
 
 def filled_in(proposed: Path, name: str) -> str:
@@ -262,10 +290,11 @@ def filled_in(proposed: Path, name: str) -> str:
 
 def test_declared_failures_are_known_and_gone_ones_are_stale(proposed):
     file = filled_in(proposed, "filled.toml")
-    printed = run("MaskedZero", "--deviations", file, cwd=proposed, code=0)
+    printed = run("MaskedZero", "--stage", "select", "--deviations", file, cwd=proposed, code=0)
     assert "0 NEW" in printed
     assert "known       SEL-3" in printed
-    printed = run("Sigmoid", "--deviations", file, cwd=proposed, code=1)
+    # Its witness decides, no case that is drawn.
+    printed = run("Sigmoid", "--examples", 1, "--deviations", file, cwd=proposed, code=1)
     assert "STALE       SEL-3" in printed
     assert "no longer happens; delete the declaration" in printed
 
@@ -274,7 +303,8 @@ def test_an_expired_declaration_fails(proposed):
     file = filled_in(proposed, "expired.toml")
     text = (proposed / file).read_text().replace('kind = "bug"', 'until = 2020-01-31\nkind = "bug"')
     (proposed / file).write_text(text)
-    assert "ran out on 2020-01-31" in run("MaskedZero", "--deviations", file, cwd=proposed, code=1)
+    wrong = ("--subject", f"{ROUTERS}:MaskedZero", "--moe-deviations", file)
+    assert "ran out on 2020-01-31" in pytest_run(*wrong, "-k", "declared_deviation", cwd=proposed, code=1)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +320,7 @@ def test_an_expired_declaration_fails(proposed):
 def test_a_mistyped_declaration_is_a_usage_error_with_the_nearest_name(proposed, old, new, message):
     file = filled_in(proposed, "mistyped.toml")
     (proposed / file).write_text((proposed / file).read_text().replace(old, new))
-    assert message in run("MaskedZero", "--deviations", file, cwd=proposed, code=4)
+    assert message in called("run", f"{ROUTERS}:MaskedZero", "--deviations", file, cwd=proposed, code=4)
 
 
 def test_a_crash_is_a_violation_with_the_error_and_its_place(tmp_path):
@@ -309,7 +339,6 @@ def test_a_judgement_that_breaks_off_is_never_a_pass(tmp_path):
 @pytest.mark.parametrize(
     ("subject", "message"),
     [
-        ("jacks", "did you mean jax?"),
         ("nowhere.py:Router", "there is no file nowhere.py"),
         ("no_such_module:Router", "there is no module 'no_such_module'"),
         (f"{ROUTERS}:Sigmoidd", "did you mean Sigmoid?"),
@@ -317,17 +346,24 @@ def test_a_judgement_that_breaks_off_is_never_a_pass(tmp_path):
         (f"{ROUTERS}:Empty", "route() is enough to start"),
     ],
 )
-def test_a_subject_that_is_none_is_a_usage_error(subject, message, tmp_path):
-    assert message in moe("run", subject, cwd=tmp_path, code=4)
+def test_a_subject_that_is_none_is_a_usage_error(subject, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        subject_named(subject)
+
+
+def test_a_usage_error_is_one_of_the_run_wherever_it_is_found(tmp_path):
+    assert "did you mean jax?" in called("run", "jacks", cwd=tmp_path, code=4)  # before a process is started
+    assert "did you mean Sigmoid?" in moe("run", f"{ROUTERS}:Sigmoidd", cwd=tmp_path, code=4)  # in one
 
 
 def test_a_mistyped_command_or_stage_is_a_usage_error(tmp_path):
     assert "did you mean run?" in moe("rn", cwd=tmp_path, code=4)
-    assert "did you mean select?" in moe("run", "--stage", "selct", cwd=tmp_path, code=4)
+    assert "did you mean select?" in called("run", "--stage", "selct", cwd=tmp_path, code=4)
 
 
 def test_some_stages_alone_are_judged_and_the_others_are_a_line_each(tmp_path):
-    printed = moe("run", "reference", "--stage", "gate", "--stage", "mask", cwd=tmp_path, code=0)
+    some = ("--stage", "gate", "--stage", "mask", "--examples", 4)
+    printed = moe("run", "reference", *some, cwd=tmp_path, code=0)
     assert "ok          GAT-1 " in printed
     assert "ok          MSK-1 " in printed
     assert "not judged  SEL-1 .. " in printed
@@ -373,12 +409,20 @@ def test_an_unknown_key_of_the_host_is_a_usage_error(tmp_path):
 
 @pytest.mark.parametrize("kind", ["numpy", "torch", "jax"])
 def test_a_new_subject_has_25_lines_and_holds_what_it_supports(kind, tmp_path):
-    text = moe("new-subject", kind, cwd=tmp_path, code=0)
+    text = called("new-subject", kind, cwd=tmp_path, code=0)
     assert len([line for line in text.splitlines() if line.strip()]) <= 25
     (tmp_path / "router.py").write_text(text)
-    stages = () if kind == "numpy" else ("--stage", "weights")  # JAX compiles for most of a minute in all of them
-    printed = moe(
-        "run", "router.py:MyRouter", "--examples", 12 if kind == "numpy" else 4, *stages, cwd=tmp_path, code=0
-    )
+    # JAX compiles each operation anew for each size: a router of one size.
+    few = {"numpy": ("--stage", "select"), "jax": ("--stage", "weights", "--family", "qwen3_moe", "--tokens", 3)}
+    how = few.get(kind, ("--stage", "weights"))
+    printed = moe("run", "router.py:MyRouter", "--examples", 4, *how, cwd=tmp_path, code=0)
     assert "0 NEW" in printed
-    assert "ok          WGT-2" in printed
+    assert f"ok          {'SEL-1' if kind == 'numpy' else 'WGT-2'}" in printed
+
+
+def test_the_new_subject_of_numpy_holds_whatever_is_asked_of_a_router(tmp_path):
+    (tmp_path / "router.py").write_text(called("new-subject", "numpy", cwd=tmp_path, code=0))
+    judge = Judge(subject_named(f"{tmp_path}/router.py:MyRouter"))
+    must = [name for name in of_stage(*ROUTER.stages) if REQUIREMENTS[name].level == MUST]
+    assert accuse(judge, examples=12, ids=must) == {}
+    assert judge.ledger["WGT-2"].judged > 12
