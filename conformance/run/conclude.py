@@ -10,6 +10,7 @@ from conformance.core.fault import Fault
 from conformance.core.judge import Entry, Judge, Violation
 from conformance.core.register import MUST, REQUIREMENTS, stage_order
 from conformance.core.shrink import still_violated
+from conformance.core.trial import accuse
 from conformance.run.causes import shrunk_with_causes
 from conformance.run.deviations import write_case
 from conformance.run.report import SAME_CASE, SAME_FAULT, record
@@ -109,12 +110,12 @@ def _breaks(judge: Judge, told: Told, requirement: str) -> bool:
 
 
 def stale(judge: Judge) -> list[dict]:
-    """A record for each declared deviation whose witness no longer shows it, or whose date has passed."""
+    """A record for each declared deviation that no longer happens, or whose date has passed."""
     found = []
     for deviation in judge.deviations:
         if deviation.expired:
             title = f"the declaration ran out on {deviation.until}"
-        elif deviation.witness is None or still_happens(judge, deviation):
+        elif still_happens(judge, deviation):
             continue
         else:
             title = "no longer happens; delete the declaration"
@@ -132,7 +133,10 @@ def stale(judge: Judge) -> list[dict]:
 
 
 def still_happens(judge: Judge, deviation) -> bool:
-    """Whether the witness of a deviation still violates its requirement, inside the declared tags."""
-    undeclared = Judge(judge.subject)
-    violation = still_violated(undeclared, deviation.requirement, deviation.witness)
+    """Whether the witness of a deviation, or some configuration, still violates it inside the declared tags."""
+    undeclared, requirement = Judge(judge.subject), deviation.requirement
+    if deviation.witness is None:
+        violation = accuse(undeclared, ids=[requirement], examples=1).get(requirement)
+    else:
+        violation = still_violated(undeclared, requirement, deviation.witness)
     return violation is not None and deviation.covers(violation)

@@ -55,10 +55,10 @@ def filled(text: str, inputs: dict[str, str]) -> str:
     return INPUT.sub(lambda found: inputs[found[1]], text)
 
 
-def run_action(folder: Path, **given: str) -> subprocess.CompletedProcess[str]:
+def run_action(folder: Path, place: Path = ROOT, **given: str) -> subprocess.CompletedProcess[str]:
     """The shell of the steps, one after the other, until one fails; its inputs are those given, else the defaults."""
     inputs = {name: each.get("default", "") for name, each in ACTION["inputs"].items()} | given
-    runner = {"GITHUB_ACTION_PATH": str(ROOT), "GITHUB_STEP_SUMMARY": str(folder / "step.md")}
+    runner = {"GITHUB_ACTION_PATH": str(place), "GITHUB_STEP_SUMMARY": str(folder / "step.md")}
     for step in (step for step in STEPS if "run" in step):
         own = {name: filled(text, inputs) for name, text in step.get("env", {}).items()}
         done = shell(step["run"], folder, **runner, **own)
@@ -67,8 +67,27 @@ def run_action(folder: Path, **given: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
+def blocks(language: str) -> list[str]:
+    """The blocks of a language in the page about CI."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / "ci.md").read_text(), re.DOTALL)
+
+
+def steps_of_the_page() -> list[dict]:
+    return next(page["steps"] for page in map(yaml.safe_load, blocks("yaml")) if "steps" in page)
+
+
+def step_of_the_page() -> dict:
+    """The step of the page that uses the action."""
+    (step,) = (step for step in steps_of_the_page() if "moe-conformance" in step.get("uses", ""))
+    return step
+
+
 def test_the_action_judges_a_subject_and_leaves_summary_and_reports(host):
-    done = run_action(host, subject="tests/router_subject.py:MyRouter", args=FEW)
+    step = step_of_the_page()
+    place = host / step["uses"]
+    place.parent.mkdir(parents=True)
+    place.symlink_to(ROOT)
+    done = run_action(host, place, subject=step["with"]["subject"], args=FEW)
     assert done.returncode == 0, done.stdout + done.stderr
     files = {path.name for path in (host / ACTION["inputs"]["report"]["default"]).iterdir()}
     assert files == {"report.json", "report.html", "report.md", "junit.xml", "badge.svg"}
@@ -101,11 +120,6 @@ def test_the_hook_judges_a_subject_as_pre_commit_calls_it(host):
     assert HOOK["entry"].split()[0] in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 
 
-def blocks(language: str) -> list[str]:
-    """The blocks of a language in the page about CI."""
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / "ci.md").read_text(), re.DOTALL)
-
-
 def test_the_table_of_the_page_is_one_that_the_plugin_takes(host):
     from conformance.run.plugin import KEYS
 
@@ -120,7 +134,15 @@ def test_the_table_of_the_page_is_one_that_the_plugin_takes(host):
 
 def test_the_yaml_of_the_page_names_inputs_and_hooks_that_there_are():
     found = [yaml.safe_load(text) for text in blocks("yaml")]
-    (step,) = (s for page in found if "steps" in page for s in page["steps"] if "moe-conformance" in s.get("uses", ""))
-    assert step["with"].keys() <= ACTION["inputs"].keys()
+    assert step_of_the_page()["with"].keys() <= ACTION["inputs"].keys()
     (hook,) = (h for page in found if "repos" in page for repo in page["repos"] for h in repo["hooks"])
     assert hook["id"] == HOOK["id"]
+
+
+def test_no_address_of_the_page_is_one_that_there_is_not():
+    steps = steps_of_the_page()
+    checkout = next(number for number, step in enumerate(steps) if "checkout" in step.get("uses", ""))
+    assert checkout < steps.index(step_of_the_page()), "a path is there once it is checked out"
+    assert step_of_the_page()["uses"].startswith("./")
+    (repo,) = (repo for page in map(yaml.safe_load, blocks("yaml")) if "repos" in page for repo in page["repos"])
+    assert not re.match(r"\w+://|git@", repo["repo"])

@@ -191,3 +191,22 @@ def test_the_reference_is_judged_by_every_requirement_of_routing():
 def test_the_shoulds_that_are_not_kept_are_noticed(subject):
     ids = sorted(INNOCENT[subject])
     assert accuse(Judge(subject()), seed=0, ids=ids).keys() == set(ids)
+
+
+class UndefinedWithoutALogit(Closed):
+    """Weights of given ids are NaN where all their experts are masked: a softmax of no finite logit."""
+
+    @wraps(Reference.route)
+    def route(self, logits_TE, spec, expert_bias_E, **inputs):
+        found = super().route(logits_TE, spec, expert_bias_E, **inputs)
+        chosen_TK = np.take_along_axis(np.asarray(logits_TE), np.maximum(found.expert_ids_TK, 0), axis=-1)
+        masked_T1 = np.isneginf(np.where(found.expert_ids_TK == UNUSED, -np.inf, chosen_TK)).all(axis=-1, keepdims=True)
+        undefined_TK = masked_T1 & (found.expert_ids_TK != UNUSED) & (spec.score_over == "selected")
+        self.seen = getattr(self, "seen", 0) + int(undefined_TK.any())
+        return replace(found, weights_TK=np.where(undefined_TK, np.nan, found.weights_TK))
+
+
+def test_weights_of_masked_experts_alone_are_of_no_finite_logit():
+    subject = UndefinedWithoutALogit()
+    assert not accuse(Judge(subject), ids=["WGT-10"], examples=200)
+    assert subject.seen

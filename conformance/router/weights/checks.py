@@ -180,12 +180,17 @@ def the_learned_scale_multiplies_once_by_id(judge, case):
 
 # Twice "far": only there are all scores 0.
 def hold_finite(judge, case, *, underflow: bool) -> None:
-    """Weights are finite where the largest selected score is, or is not, a normal number of the dtype."""
+    """Weights are finite where the largest selected score is, or is not, a normal number of the dtype.
+
+    Of a token whose chosen experts are all masked nothing is said: none of its logits that count is finite.
+    """
     seen = observe(judge, case)
     tiny = max(smallest(case, judge.subject.compute_dtype), TINY["float32"])
     scores_TE = case.reference.scores_TE
     largest_T = np.ones(case.num_tokens) if scores_TE is None else gather(scores_TE, seen.expert_ids_TK).max(axis=-1)
-    wrong_T = ~np.isfinite(seen.weights_TK).all(axis=-1) & ((largest_T < tiny) == underflow)
+    masked_TK = np.isneginf(gather(case.reference.scaled_logits_TE, seen.expert_ids_TK))
+    finite_T = ~masked_TK.any(axis=-1) | ~(masked_TK | unused(seen.expert_ids_TK)).all(axis=-1)
+    wrong_T = ~np.isfinite(seen.weights_TK).all(axis=-1) & ((largest_T < tiny) == underflow) & finite_T
     for t in np.flatnonzero(wrong_T):
         accuse(
             "a weight is not finite", token=int(t), expected="finite weights", received=str(seen.weights_TK[t].tolist())

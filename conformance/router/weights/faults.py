@@ -341,6 +341,15 @@ def zero_times_its_logarithm(route, memory, logits_TE, spec, expert_bias_E, **in
     return trace if spec.null_kind == "skip" else replace(trace, weights_TK=weights_TK)
 
 
+@replaces("weigh", breaks="WGT-10", also=("score",))
+def selected_by_a_product(scaled_logits_TE, scores_TE, expert_ids_TK, spec):
+    """A softmax over the selected gathers by a product with one-hots, which is NaN where any expert is masked."""
+    if scores_TE is not None:
+        return weigh(scaled_logits_TE, scores_TE, expert_ids_TK, spec)
+    infinite_T1 = np.isinf(scaled_logits_TE).any(axis=-1, keepdims=True)
+    return np.where(infinite_T1, np.nan, weigh(scaled_logits_TE, scores_TE, expert_ids_TK, spec))
+
+
 @replaces("softmax", breaks="SCR-7", also=("run",))
 def exponentials_overflow(logits_TE):
     """The softmax does not subtract the largest logit first."""
