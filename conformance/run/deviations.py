@@ -6,6 +6,7 @@ declared one that is gone: its witness, a pinned case, is replayed first, so tha
 
 import datetime
 import json
+import re
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,6 +17,9 @@ from conformance.core.register import REQUIREMENTS
 from conformance.core.usage import UsageError
 from conformance.run.kinds import case_of_json, every_tag
 from moe_ref.specs.checks import nearest, one_of, require
+
+ROW = re.compile(r"\[[^][{}\"]*\]")
+"""A list of numbers in JSON."""
 
 REASONS = ("bug", "by-design", "numerics")
 
@@ -125,8 +129,12 @@ def case_id(requirement: str, case: Case) -> str:
 
 def write_case(folder: Path, requirement: str, case: Case, subject: str) -> Path:
     """Store a case so that it replays."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{case_id(requirement, case)}.json"
-    data = {"requirement": requirement, "subject": subject, "case": case.to_json()}
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    return write_case_data(folder / f"{case_id(requirement, case)}.json", requirement, case.to_json(), subject)
+
+
+def write_case_data(path: Path, requirement: str, case: dict, subject: str) -> Path:
+    """Store the JSON of a case so that it replays; a row of an array is a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"requirement": requirement, "subject": subject, "case": case}, indent=1)
+    path.write_text(ROW.sub(lambda row: re.sub(r"\s+", " ", row[0]).replace("[ ", "[").replace(" ]", "]"), text) + "\n")
     return path

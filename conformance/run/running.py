@@ -9,7 +9,7 @@ from pathlib import Path
 
 from conformance.core.chosen import chosen
 from conformance.core.usage import UsageError
-from conformance.run.deviations import read
+from conformance.run.deviations import read, write_case_data
 from conformance.run.judging import Judging, status
 from conformance.run.progress import Progress
 from conformance.run.report import FAILING, assemble, durations, fact, is_told_elsewhere, matrix, not_judged, table
@@ -178,9 +178,7 @@ def _propose(report: dict, file: Path) -> None:
                 'link = ""',
             ]
             if failure["replay"]:
-                witnesses.mkdir(parents=True, exist_ok=True)
-                data = {"requirement": r["id"], "subject": r["subject"], "case": failure["case"]}
-                (witnesses / f"{failure['replay']}.json").write_text(json.dumps(data, indent=1) + "\n")
+                write_case_data(witnesses / f"{failure['replay']}.json", r["id"], failure["case"], r["subject"])
                 lines.append(f'witness = "{failure["replay"]}"')
             lines.append("")
     file.write_text("\n".join(lines))

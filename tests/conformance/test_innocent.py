@@ -12,9 +12,10 @@ from conformance.core.register import REQUIREMENTS, stage_order
 from conformance.core.rounding import TINY
 from conformance.core.subject import Subject
 from conformance.core.trial import accuse
+from conformance.router.case import RouterCase
 from conformance.run import kinds  # noqa: F401  (its chapters register)
 from conformance.subjects.reference import Reference
-from moe_ref import UNUSED, routing
+from moe_ref import UNUSED, RouterSpec, routing
 from moe_ref.routing import normalise, scale_weights, weigh
 
 SEEDS = (0, 1)
@@ -202,11 +203,14 @@ class UndefinedWithoutALogit(Closed):
         chosen_TK = np.take_along_axis(np.asarray(logits_TE), np.maximum(found.expert_ids_TK, 0), axis=-1)
         masked_T1 = np.isneginf(np.where(found.expert_ids_TK == UNUSED, -np.inf, chosen_TK)).all(axis=-1, keepdims=True)
         undefined_TK = masked_T1 & (found.expert_ids_TK != UNUSED) & (spec.score_over == "selected")
-        self.seen = getattr(self, "seen", 0) + int(undefined_TK.any())
         return replace(found, weights_TK=np.where(undefined_TK, np.nan, found.weights_TK))
 
 
 def test_weights_of_masked_experts_alone_are_of_no_finite_logit():
-    subject = UndefinedWithoutALogit()
-    assert not accuse(Judge(subject), ids=["WGT-10"], examples=200)
-    assert subject.seen
+    spec = RouterSpec(num_experts=4, top_k=2, selector="given", score_over="selected", select_by="logit")
+    logits_TE, given_ids_TK = np.array([[-np.inf, -np.inf, 1.0, 0.0]]), np.array([[0, 1]])
+    case = RouterCase(spec=spec, logits_TE=logits_TE, inputs={"given_ids_TK": given_ids_TK})
+    judge, check = Judge(UndefinedWithoutALogit()), CHECKS["WGT-10"]
+    assert check.wants(case)
+    assert np.isnan(judge.subject.route(logits_TE, spec, None, given_ids_TK=given_ids_TK).weights_TK).all()
+    judge.run(check, case)
