@@ -8,12 +8,15 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, ClassVar, Self
+from functools import cached_property, wraps
+from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
 import numpy as np
 
 from conformance.core.subject import Subject
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 LARGE = 8.0
 """Larger numbers are hard to read."""
@@ -97,6 +100,24 @@ class Case(ABC):
     def digest(self) -> str:
         """Six hex digits that name the case."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:6]
+
+
+def found_once(function: Callable[P, R]) -> Callable[P, R]:
+    """What a function finds of a case and hashable arguments is kept with the case; nobody writes into it."""
+
+    @wraps(function)
+    def found(*arguments: P.args, **named: P.kwargs) -> R:
+        case, *others = arguments
+        kept = vars(case).setdefault("_found", {})
+        # A Precision is equal to the dtype without its coarse stages.
+        key = (function, *(getattr(each, "words", each) for each in others), *named.items())
+        if key not in kept:
+            kept[key] = function(*arguments, **named)
+            if isinstance(kept[key], np.ndarray):
+                kept[key].flags.writeable = False
+        return kept[key]
+
+    return found
 
 
 def plain(value):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from conformance.core.case import found_once
 from conformance.core.rounding import EPSILON
 from conformance.layer import balls_constant
 from conformance.layer.balls import LIBRARY, Ball, FeedForwardBall, exact, feed_forward, feed_forward_backward, narrower
@@ -48,6 +49,7 @@ class LayerBall:
     output_TD: Ball
 
 
+@found_once
 def layer(case: LayerCase, dtype: str, expert_dtype: str) -> LayerBall:
     """The bounds of `moe_ref.moe_layer`, for the reference's choice of experts.
 
@@ -199,6 +201,7 @@ def shared_factors(case: LayerCase, x_TD: Ball, shared_weights_TS: Ball) -> Ball
     return x_TD.made(factor_T1 * case.valid_T[:, None], relative * factor_T1)
 
 
+@found_once
 def gradients(case: LayerCase, dtype: str, expert_dtype: str) -> dict[str, Ball]:
     """The bounds of `moe_ref.layer_backward`: of x_TD, and of each parameter of the layer by name."""
     spec, params, trace = case.spec, case.params, case.reference
@@ -320,6 +323,7 @@ def _routed_name(name: str) -> str:
 # the choice of experts
 
 
+@found_once
 def stable_T(case: LayerCase, dtype: str) -> np.ndarray:
     """(T,) whether the choice of experts is the same for all choice scores within the error of a dtype.
 

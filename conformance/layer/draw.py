@@ -8,7 +8,7 @@ Legend: T tokens, D model dim, E choices, K top_k.
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -327,6 +327,12 @@ def make_case(
     spec: LayerSpec, check: LayerCheck, *, x: str, bias: str, tokens: int, seed: int, limits: int = 2**32
 ) -> LayerCase:
     """The case of these choices; `limits`: so many capacities may occur."""
+    return _kept(spec, check.inputs, x=x, bias=bias, tokens=tokens, seed=seed, limits=limits)
+
+
+def _case(
+    spec: LayerSpec, wanted: tuple[str, ...], *, x: str, bias: str, tokens: int, seed: int, limits: int = 2**32
+) -> LayerCase:
     rng = np.random.default_rng(seed)
     size = {"normal": 1.0, "large": 8.0, "small": 0.02}[x]
 
@@ -338,12 +344,12 @@ def make_case(
         params=params_of_kind(spec, bias, rng),
         x_TD=draw(tokens),
         d_output_TD=float32(rng.normal(size=(tokens, spec.experts.dim))),
-        inputs=inputs_of(spec.router, tokens, check.inputs, rng),
+        inputs=inputs_of(spec.router, tokens, wanted, rng),
         seed=seed,
     )
-    if "capacity" in check.inputs:
+    if "capacity" in wanted:
         case = case.with_inputs(**limits_of(seed % limits, tokens, rng))
-    if "align" in check.inputs:
+    if "align" in wanted:
         # One for a subject that compiles: every further one is a program, forward and backward.
         case = case.with_inputs(align=ALIGNS[seed % min(max(1, limits // 2), len(ALIGNS))])
     # Among hundreds of experts hardly a choice is clear in float16.
@@ -353,6 +359,10 @@ def make_case(
             break
         case = case.with_(x_TD=np.where(clear_T[:, None], case.x_TD, draw(tokens)))
     return case
+
+
+# Most requirements are tried on the same fixed cases: what the reference and the bounds say of one is found once.
+_kept = lru_cache(maxsize=2048)(_case)
 
 
 def pool(judge: Judge, check: LayerCheck) -> list[LayerSpec]:
@@ -410,4 +420,4 @@ def _large(judge: Judge, check: LayerCheck) -> Iterator[LayerCase]:
     for number, (spec, tokens) in enumerate(layers):
         if check.spec(spec) and judge.subject.supports_layer(spec) is None:
             bias = check.bias[number % len(check.bias)]
-            yield make_case(spec, check, x=check.x[0], bias=bias, tokens=tokens, seed=number)
+            yield _case(spec, check.inputs, x=check.x[0], bias=bias, tokens=tokens, seed=number)

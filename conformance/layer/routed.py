@@ -7,6 +7,7 @@ Legend: T tokens, D model dim, E columns of the logits, K top_k.
 """
 
 from dataclasses import fields, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,7 @@ def prescribes(spec: LayerSpec) -> bool:
     return spec.experts.dim >= spec.router.num_logits
 
 
+@lru_cache(maxsize=256)
 def make_case(spec: LayerSpec, seed: int) -> LayerCase:
     """The case of a seed: a bias of one kind, logits of all kinds."""
     rng, router = np.random.default_rng(seed), spec.router
@@ -90,7 +92,7 @@ def _logits(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> np.n
 
 def clear_T(case: LayerCase, dtype: str) -> np.ndarray:
     """(T,) whether neither the choice nor the weights of a token hang on rounding, of tiny scores or of a band."""
-    found_T, trace = stable_T(case, dtype), case.reference.routing
+    found_T, trace = stable_T(case, dtype).copy(), case.reference.routing
     if trace.scores_TE is not None:
         chosen_TK = gather(trace.scores_TE, trace.expert_ids_TK)
         # Weights of scores that nearly underflow have no relative accuracy.

@@ -86,7 +86,6 @@ PARTS: dict[str, tuple] = FIELDS | {
     "tokens": ("one", "few", "some", "many"),
 }
 """Everything that a setting is chosen from."""
-CHOICES = [len(values) for values in PARTS.values()]
 TOKENS = {"one": 1, "few": 7, "some": 33, "many": 130}
 TOP_K = {"one": 1, "two": 2, "nine": 9}
 
@@ -144,34 +143,63 @@ What a spec forbids is for RouterSpec to say; these find settings that it allows
 
 ATTEMPTS, REPAIRS = 8, 30
 
+Domains = dict[str, int]
+"""part -> the values that it can have, a bit for each of them."""
+
+
+def _bits(part: str, values: Sequence) -> int:
+    return sum(1 << i for i, value in enumerate(PARTS[part]) if value in values)
+
+
+EVERY: Domains = {part: _bits(part, values) for part, values in PARTS.items()}
+RULES = [(part, _bits(part, values), other, _bits(other, allowed)) for part, values, other, allowed in IMPLIES]
+"""IMPLIES, in bits."""
+
+
+def domains_with(first: Fact, second: Fact) -> Domains | None:
+    """What each part can be beside two facts, by IMPLIES alone; None where they exclude each other."""
+    domains = EVERY | {part: _bits(part, (value,)) for part, value in (first, second)}
+    before = None
+    while before != domains:
+        before = dict(domains)
+        for part, values, other, allowed in RULES:
+            if not domains[part] & ~values:
+                domains[other] &= allowed
+            if not domains[other] & allowed:
+                domains[part] &= ~values
+    return domains if all(domains.values()) else None
+
 
 def setting_with(first: Fact, second: Fact, rng: np.random.Generator) -> Setting | None:
     """A setting that has both facts, the rest by chance; None where none is found."""
+    domains = domains_with(first, second)
+    if domains is None:
+        return None
+    choices = {part: [i for i in range(domain.bit_length()) if domain >> i & 1] for part, domain in domains.items()}
+    numbers = [len(places) for places in choices.values()]
     for _ in range(ATTEMPTS):
-        places = rng.integers(CHOICES).tolist()
-        chosen = {part: values[place] for (part, values), place in zip(PARTS.items(), places, strict=True)}
-        found = _repaired(chosen, dict((first, second)), rng)
+        chosen = {part: places[n] for (part, places), n in zip(choices.items(), rng.integers(numbers), strict=True)}
+        if not _repaired(chosen, domains, rng):
+            continue
+        found = _setting({part: PARTS[part][place] for part, place in chosen.items()})
         if found is not None and {first, second} <= facts(found):
             return found
     return None
 
 
-def _repaired(chosen: dict[str, Any], fixed: dict[str, Any], rng: np.random.Generator) -> Setting | None:
-    """The setting after what is not fixed has given way to what is."""
-    chosen |= fixed
-    for _ in range(REPAIRS):
-        for part, values, other, allowed in IMPLIES:
-            if chosen[part] in values and chosen[other] not in allowed:
+def _repaired(chosen: dict[str, int], domains: Domains, rng: np.random.Generator) -> bool:
+    """Whether the setting keeps to IMPLIES, after what can be otherwise has given way."""
+    for number in range(REPAIRS):
+        for part, values, other, allowed in RULES:
+            if values >> chosen[part] & 1 and not allowed >> chosen[other] & 1:
                 break
         else:
-            return _setting(chosen)
-        if other not in fixed:
-            chosen[other] = one_of(rng, allowed)
-        elif part not in fixed:
-            chosen[part] = one_of(rng, [value for value in PARTS[part] if value not in values])
-        else:
-            return None
-    return None
+            return True
+        # What is implied gives way, or what implies it, in turn: else two rules about one part go on for ever.
+        ways = [(other, domains[other] & allowed), (part, domains[part] & ~values)]
+        changed, to = ways[number % 2] if ways[number % 2][1] else ways[1 - number % 2]
+        chosen[changed] = one_of(rng, [i for i in range(to.bit_length()) if to >> i & 1])
+    return False
 
 
 def _setting(chosen: dict[str, Any]) -> Setting | None:

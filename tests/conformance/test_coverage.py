@@ -13,7 +13,7 @@ from conformance.subjects.reference import Reference
 
 router = next(kind for kind in KINDS if kind.name == "router")
 # Given weights are those of a replay.
-accuse(Judge(Reference()), examples=40, ids=of_stage(*router.stages, "replay"))
+accuse(Judge(Reference()), examples=8, ids=of_stage(*router.stages, "replay"))
 """
 
 

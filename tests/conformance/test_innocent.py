@@ -173,19 +173,16 @@ INNOCENT: dict[type[Subject], frozenset[str]] = {
 """Each with the SHOULDs that it does not keep."""
 
 
-@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("subject", INNOCENT, ids=lambda subject: subject.__name__)
-def test_what_is_right_is_not_accused(subject, seed):
+def test_what_is_right_is_not_accused(subject):
     judge = Judge(subject())
-    accused = accuse(judge, seed=seed, examples=8, ids=ROUTING)
     assert INNOCENT[subject] <= SHOULD
-    assert accused.keys() <= INNOCENT[subject], {name: (str(v), v.expected, v.received) for name, v in accused.items()}
-
-
-def test_the_reference_is_judged_by_every_requirement_of_routing():
-    judge = Judge(Reference())
-    accuse(judge, seed=0, examples=10, ids=ROUTING)
-    assert [name for name in ROUTING if judge.ledger[name].judged == 0] == []
+    for seed in SEEDS:  # of the cases that are drawn; the fixed ones are tried once
+        accused = accuse(judge, seed=seed, examples=8, ids=ROUTING)
+        wrong = {name: (str(v), v.expected, v.received) for name, v in accused.items()}
+        assert accused.keys() <= INNOCENT[subject], wrong
+    if subject is Reference:
+        assert [name for name in ROUTING if judge.ledger[name].judged == 0] == []
 
 
 @pytest.mark.parametrize("subject", [Reordered, HighestIdWins], ids=lambda subject: subject.__name__)

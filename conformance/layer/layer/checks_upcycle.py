@@ -53,5 +53,5 @@ def an_upcycled_layer_is_the_dense_feed_forward(judge, case):
     made = upcycle(dense, spec, gate_std=1.0)
     radius_TD = 2 * radius_of_output(judge, case.with_(params=made, inputs={}))
     given = {name: value for name, value in vars(dense).items() if value is not None}
-    found_TD = array_of(judge.call(case, "upcycled_layer", case.x_TD, given, spec), case.x_TD.shape)
+    found_TD = array_of(judge.call(case, "upcycled_layer", case.x_TD.copy(), given, spec), case.x_TD.shape)
     hold(f"not the dense feed-forward whose {G} parts are its experts", found_TD, wanted_TD, radius_TD)
