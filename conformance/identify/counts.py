@@ -45,7 +45,7 @@ class Between:
     @property
     def is_possible(self) -> bool:
         """Whether there is such a number."""
-        return np.isfinite([self.low, self.high]).all() and self.low <= self.high + self.slack
+        return bool(np.isfinite([self.low, self.high]).all() and self.low <= self.high + self.slack)
 
     @property
     def written(self) -> float:

@@ -23,6 +23,7 @@ from conformance.identify.near import nearest
 from conformance.identify.rounding import NARROW, as_held, is_exact, narrow_of, rounds_logits
 from conformance.router.bounds import expected_weights
 from moe_ref import RouterSpec
+from moe_ref.rounding import round_to
 
 POOLS = 5
 """Pools of inputs without one that tells two guesses apart, after which no further ones are tried."""
@@ -136,7 +137,9 @@ class _Search:
         sizes["router_dtype"] = self.router_dtype
         reads_batch = selector == "top_k" and self._reads_batch()
         varies = selector == "top_k" and has_unused(self.questions)
-        mixed = self._sparsemixer(sizes) if selector == "top_k" and self._constant_weights() else None
+        # Gaps of narrow logits are too coarse to search a band by.
+        banded = selector == "top_k" and self.box.dtype not in NARROW and self._constant_weights()
+        mixed = self._sparsemixer(sizes) if banded else None
         if mixed is not None:
             guesses = [mixed]
         else:
@@ -215,19 +218,25 @@ class _Search:
         """In a narrow dtype, whose bounds are wide: those first that give the most weights to the bit."""
         if self.router_dtype not in NARROW:
             return guesses
-        same = [
-            sum(
-                int((guess.case(each, self.box.dtype).reference.weights_TK == each.weights_TK).sum())
-                for each in self.law_data
-            )
-            for guess in guesses
-        ]
+        if self.router_dtype == self.box.dtype:
+            # Weights that are rounded at the end, as a model does that hands them on in the dtype of its tokens.
+            wide = [
+                Guess(spec=guess.spec.replace(router_dtype="float32"), bias_used=guess.bias_used) for guess in guesses
+            ]
+            guesses = [*wide, *guesses]
+        same = [sum(self._to_the_bit(guess, question) for question in self.law_data) for guess in guesses]
         return [guesses[i] for i in sorted(range(len(guesses)), key=lambda i: -same[i])]
+
+    def _to_the_bit(self, guess: Guess, question: Question) -> int:
+        """How many weights are those of a guess, rounded at the end."""
+        wanted_TK = expected_weights(guess.case(question, self.box.dtype), question.expert_ids_TK)
+        return int((round_to(wanted_TK, self.router_dtype) == question.weights_TK).sum())
 
     def _narrow(self, selector: str, num_choices: int) -> str:
         """The narrow dtype that logits, scores and weights are rounded to, or float32; a note where some are not."""
-        dtype = narrow_of(self.law_data) if self.box.dtype not in NARROW else "float32"
-        chooses = selector == "top_k" and self.box.top_k < num_choices
+        dtype = narrow_of(self.law_data)
+        # Logits that are given in the dtype show no rounding of their own.
+        chooses = selector == "top_k" and self.box.top_k < num_choices and dtype != self.box.dtype
         if dtype in NARROW and chooses and not rounds_logits(self._aside, dtype, self.box.columns, self.box.top_k):
             self.notes.append(f"its weights are rounded to {dtype}, and its logits are not: no router_dtype does that")
             return "float32"

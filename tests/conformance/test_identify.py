@@ -203,7 +203,8 @@ COUNTS = (
 
 
 def asked(fields: dict) -> tuple[Identity, RouterSpec]:
-    spec = RouterSpec(**{"num_experts": 8, "top_k": 3} | fields)
+    values: dict = {"num_experts": 8, "top_k": 3} | fields
+    spec = RouterSpec(**values)
     return identify(Reference(), spec), spec
 
 
@@ -232,6 +233,21 @@ def test_the_dtype_of_a_router_is_found_by_its_roundings(fields):
     found, spec = asked({"num_experts": 8} | fields)
     assert found.fits
     assert found.spec == spec
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("lfm2_moe", "bfloat16"), ("llama4", "float32"), ("qwen3_moe", "float32")])
+def test_a_real_router_that_scores_in_bfloat16_is_told_from_one_that_rounds_its_weights_at_the_end(name, dtype):
+    subject = pytest.importorskip("conformance.subjects.transformers.subject")
+
+    class Narrow(subject.Transformers):
+        logit_dtypes = ("bfloat16",)
+
+    found = identify(Narrow(family=name), tiny(name))
+    assert found.fits
+    assert found.spec.router_dtype == dtype
+    assert found.spec.score_func == tiny(name).score_func
+    named = answer.families_of(found)
+    assert named.other_numbers[name] if dtype == "bfloat16" else name in named.exact
 
 
 def test_weights_that_alone_are_rounded_are_told_from_a_router_dtype():
