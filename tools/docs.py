@@ -21,8 +21,8 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/glossary.md": page("Glossary", "Our names, and those of other code bases.", glossary_markdown),
     "docs/families.md": page(
         "Families",
-        "How public models route: published sizes, and what each row is verified against. `moe-conformance families` "
-        "prints the same, `preset(NAME)` of `moe_ref.specs.families` is the router.",
+        "How public models route: published sizes, and what each row is verified against, as measured. "
+        "`moe-conformance families` prints the same, `preset(NAME)` of `moe_ref.specs.families` is the router.",
         families,
     ),
     "docs/timings.md": page(

@@ -26,7 +26,7 @@ from conformance.router.page import rows_of_page
 from moe_ref import RouterSpec
 from moe_ref.specs.families import FAMILIES
 
-NUMBERS = ("route_scale", "logit_scale", "logit_softcap", "norm_eps", "mixer_eps")
+NUMBERS = ("route_scale", "logit_scale", "logit_softcap", "norm_eps", "mixer_eps", "router_dtype")
 """What the config of a model sets; families with other values compute the same otherwise."""
 TRIES = 250
 MOST_NAMES, MOST_NEAR, MOST_GROUPINGS = 3, 5, 150

@@ -15,7 +15,7 @@ from conformance.core.judge import cast
 from conformance.core.subject import Subject, Unsupported, named_inputs
 from conformance.core.usage import UsageError
 from conformance.router.case import held
-from moe_ref import RouterSpec
+from moe_ref import UNUSED, RouterSpec
 
 MOST_RETRIED = 64
 """Tokens of a refused call that are asked one by one."""
@@ -155,7 +155,7 @@ class Box:
             bias_E=bias_E,
             inputs=inputs,
             expert_ids_TK=ids_TK.astype(np.int64),
-            weights_TK=weights_TK,
+            weights_TK=np.where(ids_TK == UNUSED, 0, weights_TK),
             shared_weights_TS=None if shared_TS is None else np.asarray(shared_TS).astype(np.float64),
         )
 
@@ -164,9 +164,10 @@ class Box:
             raise Malformed(f"ids of shape {ids_TK.shape} and weights of shape {weights_TK.shape} for {T} tokens")
         if ids_TK.dtype.kind not in "iu":
             raise Malformed(f"expert ids are {ids_TK.dtype}, not integers")
-        if ((ids_TK < 0) | (ids_TK >= self.columns)).any():
+        if ((ids_TK < UNUSED) | (ids_TK >= self.columns)).any():
             raise Malformed(f"an expert id is outside 0 .. {self.columns - 1}: {ids_TK.min()} .. {ids_TK.max()}")
-        twice_T = (np.diff(np.sort(ids_TK)) == 0).any(axis=-1)
+        sorted_TK = np.sort(ids_TK)
+        twice_T = ((np.diff(sorted_TK) == 0) & (sorted_TK[:, 1:] != UNUSED)).any(axis=-1)
         if twice_T.any():
             raise Malformed(f"an expert is selected twice: {ids_TK[np.argmax(twice_T)].tolist()}")
 

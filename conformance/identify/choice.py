@@ -12,11 +12,12 @@ import numpy as np
 from conformance.core.judge import Judge
 from conformance.core.rounding import close
 from conformance.identify.box import Box, Question
-from conformance.router.bounds import best_T, choice_error, weight_error
+from conformance.router.bounds import best_T, choice_error, taken, weight_error
 from conformance.router.case import RouterCase
 from conformance.router.observation import Observation
-from conformance.router.verdicts import selection_differs, weights_differ
+from conformance.router.verdicts import not_the_best_E, selection_differs, weights_differ
 from moe_ref import RouterSpec
+from moe_ref.rounding import round_to
 from moe_ref.routing import bias_choice, limit_groups, limit_quotas, scale_logits, score, top_k
 
 MOST_GROUP_SCORE_K = 4
@@ -36,7 +37,7 @@ class Guess:
         """A question as a case of this spec."""
         reads = {"learned_scale"} if self.spec.learned_scale != "none" else set()
         reads |= {"table": {"table_VK", "token_ids_T"}, "given": {"given_ids_TK"}}.get(self.spec.selector, set())
-        biased = self.bias_used and self.spec.selector == "top_k"
+        biased = self.bias_used and self.spec.takes_bias
         return RouterCase(
             spec=self.spec,
             logits_TE=question.logits_TC,
@@ -67,7 +68,7 @@ def quotas(num_experts: int, num_chosen: int) -> Iterator[dict[str, Any]]:
 def chosen(spec: RouterSpec, logits_TC: np.ndarray, bias_E: np.ndarray | None) -> np.ndarray:
     """(T, K) the choice of a spec that ranks each token alone, ascending; ties go to the lower id."""
     scaled_TE = scale_logits(logits_TC[:, : spec.num_choices], spec)
-    scores_TE = score(scaled_TE, spec) if spec.select_by == "score" else None
+    scores_TE = round_to(score(scaled_TE, spec), spec.router_dtype) if spec.select_by == "score" else None
     choice_TE = bias_choice(scaled_TE, scores_TE, np.zeros(1) if bias_E is None else bias_E, spec)
     if spec.num_expert_groups is not None:
         choice_TE = limit_groups(choice_TE, spec)[0]
@@ -97,7 +98,9 @@ class Holder:
             bounds: whether a near tie is forgiven.
         """
         spec = guess.spec
-        if spec.selector in ("table", "given", "sinkhorn") or spec.varies:
+        if spec.reads_batch or spec.varies:
+            return self._other_counts(guess, question) if bounds else self._different(guess, question)
+        if spec.selector in ("table", "given"):
             wanted_TK = guess.case(question, self.box.dtype).reference.expert_ids_TK
         elif spec.selector == "round_robin":
             T = len(question.logits_TC)
@@ -117,6 +120,23 @@ class Holder:
         alike = guess if spec.selector == "top_k" else Guess(spec=plain)
         some = self._seen(alike, question.tokens(tokens), shared=False)
         return [int(tokens[t]) for t in selection_differs(self.judge, some)]
+
+    def _different(self, guess: Guess, question: Question) -> list[int]:
+        """Tokens whose experts are others than those of the reference, which is given the batch whole."""
+        wanted_TK = guess.case(question, self.box.dtype).reference.expert_ids_TK
+        return np.flatnonzero((np.sort(wanted_TK) != np.sort(question.expert_ids_TK)).any(axis=-1)).tolist()
+
+    def _other_counts(self, guess: Guess, question: Question) -> list[int]:
+        """The same, near ties forgiven."""
+        seen = self._seen(guess, question, shared=False)
+        if guess.spec.selector != "expert_choice":
+            return selection_differs(self.judge, seen)
+        took_E, takes_E = (
+            taken(seen.case, ids_TK).sum(axis=0) for ids_TK in (seen.expert_ids_TK, seen.case.reference.expert_ids_TK)
+        )
+        if (took_E == takes_E).all() and not not_the_best_E(self.judge, seen):
+            return []
+        return self._different(guess, question)
 
     def _other_quotas_T(self, guess: Guess, question: Question) -> np.ndarray:
         """(T,) whether some group does not give its best, near ties forgiven."""
@@ -190,7 +210,7 @@ class Holder:
         for question in questions:
             trace = guess.case(question, self.box.dtype).reference
             ids_TK, found_TK = question.expert_ids_TK, question.weights_TK
-            dense_2TE = np.zeros((2, len(ids_TK), guess.spec.num_choices))
+            dense_2TE = np.zeros((2, len(ids_TK), guess.spec.num_choices + 1))  # the last is of unused slots, -1
             np.put_along_axis(dense_2TE[0], ids_TK, found_TK, axis=-1)
             np.put_along_axis(dense_2TE[1], trace.expert_ids_TK, trace.weights_TK, axis=-1)
             size_T = np.maximum(np.abs(dense_2TE).sum(axis=-1).max(axis=0), 1e-30)

@@ -25,6 +25,8 @@ class Rule:
     sentence: str
     change: Callable[[RouterSpec, bool], dict[str, Any]]
     """Of a spec, and whether the router takes a bias: the fields of the simpler spec; empty where it does not apply."""
+    rounded: bool = True
+    """Whether it holds where scores are rounded to a narrow router_dtype, which makes ties and moves small numbers."""
 
 
 def _ranked_alike(spec: RouterSpec) -> bool:
@@ -94,14 +96,17 @@ def _selected(spec: RouterSpec, biased: bool) -> dict[str, Any]:
 
 
 def _by_logit(spec: RouterSpec, biased: bool) -> dict[str, Any]:
-    if spec.select_by == "score" or not spec.has_scores or spec.reads_batch or spec.varies:
+    if spec.select_by == "score" or not spec.has_scores or spec.selector == "sinkhorn" or spec.varies:
         return {}
+    if spec.selector == "expert_choice":  # it ranks the tokens for an expert, and a softmax is over the experts
+        return {"select_by": "score"} if spec.score_func != "softmax" else {}
     ranks_alike = spec.selector != "top_k" or (not biased and _ranked_alike(spec))
     return {"select_by": "score"} if ranks_alike or spec.top_k == spec.num_choices else {}
 
 
 def _eps_below_softmax(spec: RouterSpec, biased: bool) -> dict[str, Any]:
-    bounded = spec.score_func == "softmax" and spec.has_scores and spec.selector == "top_k" and not biased
+    best_first = spec.selector in ("top_k", "top_p")
+    bounded = spec.score_func == "softmax" and spec.has_scores and best_first and not biased
     if not (spec.route_norm and bounded and spec.norm_eps) or spec.mask_fill == 0:
         return {}
     # The best expert of the kept groups is chosen, and scores at least this.
@@ -159,26 +164,31 @@ RULES = (
         sentence="the top_k best experts lie in at most top_k groups, whose best experts are the best: "
         "with group_score_k 1 all of them are kept",
         change=_enough_groups,
+        rounded=False,
     ),
     Rule(
         sentence="a softmax over the selected is the softmax over all, divided by the sum of the selected",
         change=_selected,
+        rounded=False,
     ),
     Rule(
         sentence="a score grows with its logit, so that without a bias, or a sum over a group, both rank alike",
         change=_by_logit,
+        rounded=False,
     ),
     Rule(
         sentence="without a bias the best softmax score is chosen, which is at least 1 / num_experts: "
         "float32 does not hold so small a norm_eps beside it",
         change=_eps_below_softmax,
+        rounded=False,
     ),
     Rule(
         sentence="a capped logit has no small score: float32 does not hold so small a norm_eps beside it",
         change=_eps_below_cap,
+        rounded=False,
     ),
     Rule(sentence="every norm of one number is this number", change=_one_weight),
-    Rule(sentence="one weight divided by itself is 1, whatever the score", change=_norm_of_one),
+    Rule(sentence="one weight divided by itself is 1, whatever the score", change=_norm_of_one, rounded=False),
 )
 
 
@@ -189,7 +199,7 @@ def normal(spec: RouterSpec, takes_bias: bool) -> tuple[RouterSpec, tuple[str, .
     while changed:
         changed = False
         for rule in RULES:
-            change = rule.change(spec, takes_bias)
+            change = rule.change(spec, takes_bias) if rule.rounded or not spec.rounds else {}
             if any(getattr(spec, name) != value for name, value in change.items()):
                 spec, changed = spec.replace(**change), True
                 reasons.append(rule.sentence)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from conformance.identify.box import Question
-from moe_ref import RouterSpec
+from moe_ref import UNUSED, RouterSpec
 from moe_ref.routing import gather, scale_logits, score, softmax
 from moe_ref.specs.families import FAMILIES
 
@@ -27,6 +27,8 @@ BASES: tuple[dict[str, Any], ...] = (
     {"score_func": "sqrtsoftplus"},
     {"score_func": "softmax", "score_over": "selected"},
 )
+RELU: dict[str, Any] = {"score_func": "relu"}
+"""A base too, where tokens have different numbers of experts: scores of 0 are not ranked."""
 NORMS = (1.0, 2.0, 3.0, 0.5, 4.0)
 EPS_GRID = 10.0 ** np.arange(-30, 0.51, 0.25)
 DECIMALS = sorted({m * 10.0**e for e in range(-24, 4) for m in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 7.5, 8)})
@@ -57,10 +59,14 @@ class Data:
     ids_TK: np.ndarray
     weights_TK: np.ndarray
     num_experts: int
+    fits: float = FITS
+    """Relative error of a weight that its dtype explains."""
+    smallest: float = SMALLEST
     used_TK: np.ndarray = field(init=False)
 
     def __post_init__(self):
-        self.used_TK = (self.ids_TK < self.num_experts) & (self.weights_TK > SMALLEST)
+        held_TK = (self.ids_TK != UNUSED) & (self.ids_TK < self.num_experts)
+        self.used_TK = held_TK & (self.weights_TK > self.smallest)
 
     @classmethod
     def of(cls, questions: Sequence[Question], num_choices: int, num_experts: int) -> "Data":
@@ -79,11 +85,13 @@ class Data:
             num_experts=self.logits_TE.shape[1],
             top_k=1,
             select_by="logit",
+            selector="threshold" if fields["score_func"] == "relu" else "top_k",
             **{name: value for name, value in fields.items() if name in SHAPE},
         )
         scaled_TE = scale_logits(self.logits_TE, spec)
         if spec.score_over == "selected":
-            raw_TK = softmax(gather(scaled_TE, self.ids_TK))
+            logits_TK = np.where(self.ids_TK == UNUSED, -np.inf, gather(scaled_TE, self.ids_TK))
+            raw_TK = softmax(np.where((self.ids_TK == UNUSED).all(axis=-1, keepdims=True), 0, logits_TK))
         else:
             raw_TK = gather(score(scaled_TE, spec), self.ids_TK)
         return raw_TK, score(scale_logits(self.shared_TS, spec), spec) if self.shared_TS.size else self.shared_TS
@@ -96,10 +104,11 @@ def laws(data: Data) -> list[Law]:
     """What explains the weights, the best first; several where they explain them alike."""
     if not data.used_TK.any():
         return [Law(fields={}, residual=np.inf, worst=np.inf)]
-    found = [law for base in BASES for law in _laws_of(data, base)]
-    best = min(law.residual for law in found)
-    near = [law for law in found if law.residual <= max(FITS, 2 * best)]
-    return sorted(near, key=lambda law: (law.worst > FITS, law.complexity if best <= FITS else law.residual))
+    bases = (*BASES, RELU) if (data.ids_TK == UNUSED).any() else BASES
+    found = [law for base in bases for law in _laws_of(data, base)]
+    best, fits = min(law.residual for law in found), data.fits
+    near = [law for law in found if law.residual <= max(fits, 2 * best)]
+    return sorted(near, key=lambda law: (law.worst > fits, law.complexity if best <= fits else law.residual))
 
 
 def _laws_of(data: Data, base: dict[str, Any]) -> Iterator[Law]:
@@ -129,11 +138,11 @@ def _shape(data: Data, base: dict[str, Any], *, by_token: bool) -> tuple[dict[st
 
     best, residual = base, _worst(off(base))
     for starts in (([0.0], [-2.0]), ([0.0, 0.0], [0.0, 1.5], [0.0, 3.5], [1.0, 0.5])):
-        if residual <= FITS:
+        if residual <= data.fits:
             break
         for start in starts:
             x = _gauss_newton(lambda x: off(made(x)), np.array(start))
-            found = _rounded(made(x), lambda fields: _worst(off(fields)))
+            found = _rounded(made(x), lambda fields: _worst(off(fields)), data.fits)
             if found[1] < 0.3 * residual:
                 best, residual = found
     return best, residual
@@ -197,14 +206,14 @@ def near_numbers(name: str, value: float, tolerance: float) -> list[float]:
 
 
 def _rounded(
-    fields: dict[str, Any], residual: Callable[[dict[str, Any]], float], tolerance: float = 1e-3
+    fields: dict[str, Any], residual: Callable[[dict[str, Any]], float], fits: float
 ) -> tuple[dict[str, Any], float]:
     """The fields with numbers that people write, where these explain as much."""
-    own = residual(fields)
+    own, tolerance = residual(fields), max(1e-3, fits)
     for name in ("logit_softcap", "logit_scale", "norm_p", "norm_eps", "route_scale"):
         for near in near_numbers(name, fields[name], tolerance) if fields.get(name) else ():
             tried = fields | {name: near}
-            if (off := residual(tried)) <= max(1.5 * own, FITS / 4):
+            if (off := residual(tried)) <= max(1.5 * own, fits / 4):
                 fields, own = tried, off
                 break
     return {name: value for name, value in fields.items() if not (name == "logit_scale" and value == 1)}, own
@@ -225,7 +234,7 @@ def _norms(data: Data, shape: dict[str, Any]) -> Iterator[Law]:
     def law(fields: dict[str, Any]) -> Law:
         scaled = shape | fields | {"route_scale": 1.0}
         scaled["route_scale"] = float(np.exp(-np.median(off(scaled))))
-        found, residual = _rounded(scaled, lambda each: _worst(off(each)))
+        found, residual = _rounded(scaled, lambda each: _worst(off(each)), data.fits)
         own = {name: value for name, value in found.items() if DEFAULTS.get(name) != value}
         return Law(fields=own, residual=residual, worst=float(np.abs(off(found)).max(initial=0)))
 
@@ -240,10 +249,10 @@ def _norms(data: Data, shape: dict[str, Any]) -> Iterator[Law]:
             for eps in _eps(data, raw_TK, log_TK, shared_TS, normed | {"norm_p": p})
         ]
         best = min(each.residual for each in fitted)
-        if best > FITS and data.ids_TK.shape[1] > 1:
+        if best > data.fits and data.ids_TK.shape[1] > 1:
             fitted += list(_any_order(off, normed, law))
             best = min(each.residual for each in fitted)
-        yield from (each for each in fitted if each.residual <= max(FITS / 2, 1.2 * best))
+        yield from (each for each in fitted if each.residual <= max(data.fits / 2, 1.2 * best))
 
 
 def _any_order(off, normed: dict[str, Any], law) -> Iterator[Law]:
@@ -271,7 +280,8 @@ def _divisor(raw_TK: np.ndarray, shared_TS: np.ndarray, fields: dict[str, Any]) 
     p, eps = fields.get("norm_p", 1.0), fields.get("norm_eps", 0.0)
     largest_T1 = np.maximum(in_norm.max(axis=-1, keepdims=True, initial=0), 1e-300)
     norm_T = largest_T1[:, 0] * ((in_norm / largest_T1) ** p).sum(axis=-1) ** (1 / p)
-    return np.maximum(norm_T, eps) if fields.get("norm_form") == "clamp" else norm_T + eps
+    divisor_T = np.maximum(norm_T, eps) if fields.get("norm_form") == "clamp" else norm_T + eps
+    return np.maximum(divisor_T, SMALLEST)  # of a token without experts it is 0
 
 
 def _eps(data: Data, raw_TK, log_TK, shared_TS, fields: dict[str, Any]) -> list[dict[str, Any]]:

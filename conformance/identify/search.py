@@ -5,7 +5,8 @@
 Legend: T tokens, C columns, E choices, K top_k.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +16,14 @@ from conformance.core.judge import Judge
 from conformance.core.subject import Subject, Unsupported
 from conformance.identify.box import Box, Question
 from conformance.identify.choice import Guess, Holder, chosen, groupings, prefiltered, quotas
+from conformance.identify.counts import has_unused, taken_of, takings, varying
 from conformance.identify.equal import alternatives, normal
 from conformance.identify.law import FITS, Data, Law, laws, near_numbers
 from conformance.identify.near import nearest
+from conformance.identify.rounding import NARROW, as_held, is_exact, narrow_of, rounds_logits
+from conformance.router.bounds import expected_weights
 from moe_ref import RouterSpec
+from moe_ref.rounding import round_to
 
 POOLS = 5
 """Pools of inputs without one that tells two guesses apart, after which no further ones are tried."""
@@ -86,6 +91,9 @@ class _Search:
         self.notes: list[str] = []
         self.law_data: list[Question] = []
         self.hidden_null = False
+        self.router_dtype = "float32"
+        self.between: dict[RouterSpec, str] = {}
+        """Of a spec with a number that was bounded: how far it is known."""
 
     # what is asked
 
@@ -125,20 +133,26 @@ class _Search:
         sizes |= {"num_scored_shared_experts": num_shared, "learned_scale": box.learned_scale}
         self._ask_for_weights()
         selector = self._selector(num_choices)
-        if selector == "top_k" and self._reads_batch():
-            self.notes.append(
-                "a token's experts depend on the others of its batch, as with selectors sinkhorn and expert_choice, "
-                "which are not asked for"
-            )
-        mixed = self._sparsemixer(sizes) if selector == "top_k" and self._constant_weights() else None
+        self.router_dtype = self._narrow(selector, num_choices)
+        sizes["router_dtype"] = self.router_dtype
+        reads_batch = selector == "top_k" and self._reads_batch()
+        varies = selector == "top_k" and has_unused(self.questions)
+        # Gaps of narrow logits are too coarse to search a band by.
+        banded = selector == "top_k" and self.box.dtype not in NARROW and self._constant_weights()
+        mixed = self._sparsemixer(sizes) if banded else None
         if mixed is not None:
             guesses = [mixed]
         else:
-            found = self._with_small(laws(Data.of(self.law_data, num_choices, num_experts)), sizes)
-            if box.takes_bias and selector == "top_k":
+            found = self._with_small(laws(self._data(self.law_data, num_choices, num_experts)), sizes)
+            if box.takes_bias and selector == "top_k" and not varies:
                 found = self._with_buried(found, sizes)
-            guesses = self._choices(found, sizes, selector)
-        guesses = self._told_apart(guesses)
+            guesses = []
+            if reads_batch:
+                guesses = self._of_batch(found, sizes)
+            elif varies:
+                guesses = self._varying(found, sizes)
+            guesses = guesses or self._choices(found, sizes, selector)
+        guesses = self._told_apart(self._nearest_first(guesses))
         return self._concluded(guesses)
 
     def _columns(self) -> tuple[int, int, int, str]:
@@ -200,6 +214,111 @@ class _Search:
             return False
         return bool((np.sort(some.expert_ids_TK) != np.sort(first.expert_ids_TK[:3])).any())
 
+    def _nearest_first(self, guesses: list[Guess]) -> list[Guess]:
+        """In a narrow dtype, whose bounds are wide: those first that give the most weights to the bit."""
+        if self.router_dtype not in NARROW:
+            return guesses
+        if self.router_dtype == self.box.dtype:
+            # Weights that are rounded at the end, as a model does that hands them on in the dtype of its tokens.
+            wide = [
+                Guess(spec=guess.spec.replace(router_dtype="float32"), bias_used=guess.bias_used) for guess in guesses
+            ]
+            guesses = [*wide, *guesses]
+        same = [sum(self._to_the_bit(guess, question) for question in self.law_data) for guess in guesses]
+        return [guesses[i] for i in sorted(range(len(guesses)), key=lambda i: -same[i])]
+
+    def _to_the_bit(self, guess: Guess, question: Question) -> int:
+        """How many weights are those of a guess, rounded at the end."""
+        wanted_TK = expected_weights(guess.case(question, self.box.dtype), question.expert_ids_TK)
+        return int((round_to(wanted_TK, self.router_dtype) == question.weights_TK).sum())
+
+    def _narrow(self, selector: str, num_choices: int) -> str:
+        """The narrow dtype that logits, scores and weights are rounded to, or float32; a note where some are not."""
+        dtype = narrow_of(self.law_data)
+        # Logits that are given in the dtype show no rounding of their own.
+        chooses = selector == "top_k" and self.box.top_k < num_choices and dtype != self.box.dtype
+        if dtype in NARROW and chooses and not rounds_logits(self._aside, dtype, self.box.columns, self.box.top_k):
+            self.notes.append(f"its weights are rounded to {dtype}, and its logits are not: no router_dtype does that")
+            return "float32"
+        return dtype
+
+    def _data(self, questions: list[Question], num_choices: int, num_experts: int) -> Data:
+        return as_held(Data.of(questions, num_choices, num_experts), self.router_dtype)
+
+    def _exact(self, best: Guess) -> Guess:
+        """The guess in float64, where the weights show that."""
+        if self.router_dtype in NARROW or best.spec.selector == "random":
+            return best
+        wide = Guess(spec=best.spec.replace(router_dtype="float64"), bias_used=best.bias_used)
+        seen = 0
+        for question in self.questions:
+            case = wide.case(question, self.box.dtype)
+            wanted_TK = expected_weights(case, question.expert_ids_TK)
+            own_T = (np.sort(case.reference.expert_ids_TK) == np.sort(question.expert_ids_TK)).all(axis=-1)
+            if not is_exact(wanted_TK[own_T], question.weights_TK[own_T]):
+                return best
+            seen += int((wanted_TK[own_T].astype(np.float32) != wanted_TK[own_T]).sum())
+        return wide if seen else best
+
+    def _of_batch(self, found: list[Law], sizes: dict[str, Any]) -> list[Guess]:
+        """Selectors sinkhorn and expert_choice; a note where it is neither."""
+        own: list[dict[str, Any]] = [{"selector": "sinkhorn"}]
+        counted = None
+        if sizes["top_k"] == sizes["num_experts"]:
+            counted = taken_of(self._aside, sizes["num_experts"], lambda T: self.logits(0.0, 2.0, T))
+            own = takings(counted, sizes) if counted else []
+        specs = [
+            fields | {"select_by": by}
+            for fields in own
+            for by in (("score", "logit") if fields["selector"] == "expert_choice" else ("logit",))
+        ]
+        guesses = self._possible(
+            sizes | law.fields | spec
+            for spec in specs
+            for law in found[:6]
+            if spec["select_by"] == "logit" or law.fields.get("score_over") != "selected"
+        )
+        left = self.holder.fewest(guesses, self.questions)
+        if not left or self.holder.other_choice(left[0], self.questions[0]):
+            self.notes.append(
+                "a token's experts depend on the others of its batch, and not as selectors sinkhorn and expert_choice "
+                "have it"
+            )
+            return []
+        return left
+
+    def _varying(self, found: list[Law], sizes: dict[str, Any]) -> list[Guess]:
+        """Selectors threshold and top_p, with the number that decides; a note says how far it is known."""
+        free = [question for question in self.questions if question.bias_E is None]
+        named = {}
+        for spec, sentence in varying([law.fields for law in found[:6]], sizes, free, self.ask):
+            named.setdefault(spec, sentence)
+        if not named:
+            self.notes.append("tokens have different numbers of experts, and not by a threshold or a share of scores")
+            return []
+        left = self.holder.fewest([Guess(spec=spec) for spec in named], self.questions)
+        # A number that is short says more than its law.
+        left = sorted(left, key=lambda guess: len(f"{guess.spec.threshold:g}{guess.spec.top_p or 0:g}"))
+        if self.box.takes_bias:
+            left = self._biased(left)
+        self.between = {guess.spec: named[guess.spec] for guess in left}
+        return left
+
+    def _possible(self, values: Iterable[dict[str, Any]]) -> list[Guess]:
+        """Guesses of what are valid specs."""
+        found = []
+        for each in values:
+            with suppress(ValueError):
+                found.append(Guess(spec=RouterSpec(**each)))
+        return found
+
+    def _aside(self, logits_TC: np.ndarray) -> Question | None:
+        """An answer that is counted, and not kept."""
+        try:
+            return self.box.ask(logits_TC, plain=True)
+        except Unsupported:
+            return None
+
     def _constant_weights(self) -> bool:
         """Whether the weights of a token are alike though its logits are not."""
         weights_TK = np.concatenate([question.weights_TK for question in self.law_data[:3]])
@@ -214,7 +333,7 @@ class _Search:
                 question = self.ask(self.logits(-depth / scale, 3.0 / scale, 4), plain=True)
                 if question is not None:
                     self.law_data.append(question)
-        again = laws(Data.of(self.law_data, sizes["num_experts"] + sizes["num_null_experts"], sizes["num_experts"]))
+        again = laws(self._data(self.law_data, sizes["num_experts"] + sizes["num_null_experts"], sizes["num_experts"]))
         return again if again[0].residual <= max(FITS, 2 * found[0].residual) else found
 
     def _with_buried(self, found: list[Law], sizes: dict[str, Any]) -> list[Law]:
@@ -228,7 +347,7 @@ class _Search:
             question = self.ask(logits_TC, np.where(np.arange(num_choices) < K, 200.0, 0.0), plain=True)
             if question is not None:
                 buried.append(question)
-        again = laws(Data.of([*self.law_data, *buried], num_choices, sizes["num_experts"]))
+        again = laws(self._data([*self.law_data, *buried], num_choices, sizes["num_experts"]))
         return again if again[0].residual <= max(FITS, 2 * found[0].residual) else found
 
     def _sparsemixer(self, sizes: dict[str, Any]) -> Guess | None:
@@ -359,7 +478,8 @@ class _Search:
             value_T = np.where(other_GT.any(axis=0), np.maximum(value_T, 1), 0)
             if value_T.sum() > best:
                 best, rows = value_T.sum(), np.argsort(-value_T, kind="stable")[:ASKED]
-                found = logits_TC[rows[value_T[rows] > 0]], bias_E
+                whole = any(guess.spec.reads_batch for guess in guesses)
+                found = logits_TC if whole else logits_TC[rows[value_T[rows] > 0]], bias_E
             if best >= ASKED:
                 break
         return found
@@ -402,10 +522,16 @@ class _Search:
         near = [best] if not wrong else nearest(self.holder, guesses[:MOST_OPEN], self.questions)
         if wrong:
             best, wrong = near[0], self._wrong(near[0])
+        else:
+            best = self._exact(best)
         found = Identity(box=self.box, guess=best, near=near, wrong=wrong, questions=self.questions, notes=self.notes)
         if found.fits:
-            if self.box.takes_bias and not best.bias_used and best.spec.selector == "top_k":
+            bounded = best.spec.replace(router_dtype=self.router_dtype)
+            self.notes += [self.between[bounded]] if bounded in self.between else []
+            if self.box.takes_bias and not best.bias_used and best.spec.takes_bias:
                 self.notes.append("it takes a bias, which changes nothing")
+            if best.spec.router_dtype == "float64":
+                guesses = [Guess(spec=g.spec.replace(router_dtype="float64"), bias_used=g.bias_used) for g in guesses]
             found.open = self._open(best, guesses)
         return found
 
@@ -487,7 +613,7 @@ def _answer(guess: Guess, logits_TC: np.ndarray, bias_E: np.ndarray | None, box:
         trace = guess.case(question, "float64").reference
     except ValueError:
         return np.full((T, spec.top_k + E + spec.num_scored_shared_experts), np.nan)
-    weights_TE = np.zeros((T, E))
+    weights_TE = np.zeros((T, E + 1))  # the last is of unused slots, -1
     np.put_along_axis(weights_TE, trace.expert_ids_TK, trace.weights_TK, axis=-1)
     shared_TS = trace.shared_weights_TS if trace.shared_weights_TS is not None else np.zeros((T, 0))
-    return np.concatenate([np.sort(trace.expert_ids_TK), weights_TE, shared_TS], axis=-1)
+    return np.concatenate([np.sort(trace.expert_ids_TK), weights_TE[:, :E], shared_TS], axis=-1)

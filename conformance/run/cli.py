@@ -176,7 +176,8 @@ def parser() -> Parser:
     spec.add_argument("--layers", action="store_true", help="one for each decoder layer, null where it is dense")
     spec.add_argument("--router", action="store_true", help="its router alone, which more models have")
     spec.add_argument("--ignore", nargs="+", default=[], metavar="KEY", help="keys that do not concern the MoE layers")
-    commands.add_parser("families", help="how public models route, and what each row is verified against, as Markdown")
+    public = commands.add_parser("families", help="how public models route, and what each row is verified against")
+    public.add_argument("--markdown", action="store_true", help="as docs/families.md has it")
     new = commands.add_parser("new-subject", help="a file of 25 lines to start from, on standard output")
     new.add_argument("kind", choices=("numpy", "torch", "jax"), metavar="KIND", help="numpy, torch or jax")
     return top
@@ -336,9 +337,11 @@ def spec(options) -> int:
 
 
 def families(options) -> int:
-    from conformance.run.families import markdown
+    from shutil import get_terminal_size
 
-    print(markdown())
+    from conformance.run.families import markdown, text
+
+    print(markdown() if options.markdown else text(get_terminal_size().columns))
     return 0
 
 

@@ -1,7 +1,12 @@
-"""conformance, the families: a table of how public models route, and what each row was verified against."""
+"""conformance, the families: how public models route, and what of each row was verified against what, as two tables."""
 
-from conformance.subjects.transformers.blocks import BLOCKS, NO_BLOCK
-from conformance.subjects.transformers.families import ROUTERS
+import re
+from collections.abc import Iterable, Sequence
+from textwrap import fill
+
+from conformance.run.verified import DTYPES, OUTPUT_BOUND, TOKENS, WEIGHT_BOUND, stored
+from conformance.subjects.transformers.blocks import NO_BLOCK
+from conformance.subjects.transformers.families import findings
 from moe_ref import RouterSpec
 from moe_ref.specs.families import CHECKPOINTS, FAMILIES, Family
 from moe_ref.specs.readers.hf_row import Row, Shared
@@ -12,7 +17,24 @@ COLUMNS = (
     "capacity",
     "checkpoint", "verified against",
 )  # fmt: skip
-RELEASE = "transformers 5.23"
+VERIFIED_COLUMNS = (
+    "family", *(f"{of}, {dtype}" for dtype in DTYPES for of in ("other experts", "weight", "output")),
+    "declared deviations",
+)  # fmt: skip
+HOW = """\
+Measured by `python -m tools.families` with {libraries}, on CPUs, at tiny size (at most 16 experts),
+against `moe_ref` in float64 on the same numbers: {tokens} drawn tokens, a balancing bias where the family has one.
+
+- *Other experts*: tokens whose set of experts is another one. The router class itself, its gate an identity, on logits
+  that bfloat16 holds, no two of a token equal.
+- *Weight*: the largest error of a weight, relative to this weight, where the experts are the same.
+- *Output*: the largest error of the output of the block class, relative to the largest output; with its own gate, eager
+  experts and shared experts. Tokens whose experts a rounding of the logits to bfloat16 decides are left out.
+
+A row is verified where float32 reaches {weight:.0e} of a weight and {output:.0e} of the output, without another expert.
+In bfloat16 a weight of 4e-03 is its own rounding. Deviations are those of
+[transformers.toml](../conformance/deviations_of/transformers.toml), with a page each; those of all families are in
+[transformers.md](transformers.md)."""
 
 
 def rows() -> list[tuple[str, ...]]:
@@ -20,15 +42,84 @@ def rows() -> list[tuple[str, ...]]:
     return [_row(each) for each in (*FAMILIES.values(), *CHECKPOINTS.values())]
 
 
+def verified_rows() -> list[tuple[str, ...]]:
+    """One row for each family: what was measured of its real router and block, and where they deviate."""
+    return [(f"`{name}`", *_errors(name), ", ".join(_deviations(name)) or "-") for name in FAMILIES]
+
+
+def release() -> str:
+    """What was measured."""
+    return f"transformers {'.'.join(stored()[0]['transformers'].split('.')[:2])}"
+
+
 def markdown() -> str:
-    """The table as Markdown, with what it leaves out below."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows()]
-    notes = [f"- `{each.name}`: {each.unverified}." for each in CHECKPOINTS.values() if each.unverified]
-    blocks = [f"- `{name}`: {why}." for name, why in NO_BLOCK.items()]
-    return "\n".join([
-        *lines, "", "Not verified:", "", *notes, "", "Families whose block is not judged, and why:", "", *blocks,
+    """The tables as Markdown, with what they leave out below."""
+    return "\n\n".join([
+        "\n".join(_table(COLUMNS, rows())), f"## The real routers and blocks of {release()}", _how(),
+        "\n".join(_table(VERIFIED_COLUMNS, verified_rows())), "## Not verified",
+        "\n".join(f"- `{each.name}`: {each.unverified}." for each in CHECKPOINTS.values() if each.unverified),
+        "Families whose block is not judged, and why:",
+        "\n".join(f"- `{name}`: {why}." for name, why in NO_BLOCK.items()),
     ])  # fmt: skip
+
+
+def text(width: int) -> str:
+    """The same for a terminal: columns that do not fit beside the others follow below them."""
+    shown = [_plain(row) for row in rows()]
+    measured = [_plain(row) for row in verified_rows()]
+    notes = [f"{each.name}: {each.unverified}" for each in CHECKPOINTS.values() if each.unverified]
+    notes += [f"{name}: its block is not judged: {why}" for name, why in NO_BLOCK.items()]
+    return "\n\n".join([
+        *_columns(COLUMNS, shown, width), f"The real routers and blocks of {release()}:",
+        *_columns(VERIFIED_COLUMNS, measured, width), *(fill(note, width) for note in notes),
+    ])  # fmt: skip
+
+
+def _how() -> str:
+    libraries = " and ".join(f"{name} {version}" for name, version in stored()[0].items())
+    return HOW.format(libraries=libraries, tokens=TOKENS, weight=WEIGHT_BOUND, output=OUTPUT_BOUND)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _plain(row: Iterable[str]) -> list[str]:
+    """Cells without links and backquotes."""
+    return [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", cell).replace("`", "") for cell in row]
+
+
+def _columns(names: Sequence[str], rows: list[list[str]], width: int) -> list[str]:
+    """Tables of at most that width, if a column allows it, each with the families in front."""
+    split = [name.partition(", ") for name in names]
+    heads = [[of for of, _, _ in split], [dtype for _, _, dtype in split]]
+    lines = [*heads[: 1 + any(heads[1])], *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    parts: list[list[int]] = []
+    for column in range(1, len(names)):
+        if not parts or widths[0] + sum(2 + widths[each] for each in (*parts[-1], column)) > width:
+            parts.append([])
+        parts[-1].append(column)
+    return [
+        "\n".join("  ".join(row[each].ljust(widths[each]) for each in (0, *part)).rstrip() for row in lines)
+        for part in parts
+    ]
+
+
+def _errors(name: str) -> list[str]:
+    found = [stored()[1][name][dtype] for dtype in DTYPES]
+    return [
+        cell
+        for each in found
+        for cell in (str(each.others), f"{each.weight:.0e}", "-" if each.output is None else f"{each.output:.0e}")
+    ]
+
+
+def _deviations(name: str) -> list[str]:
+    found = [f"[{page.removeprefix('transformers-').replace('-', ' ')}](findings/{page}.md)" for page in findings(name)]
+    coarse = stored()[1][name]["bfloat16"].others > stored()[1][name]["float32"].others
+    return found + ["SCR-8: scores or bias in bfloat16"] * coarse
 
 
 def _row(family: Family) -> tuple[str, ...]:
@@ -121,5 +212,6 @@ def _verified(family: Family) -> str:
         return "not: see below"
     if family.of:
         return f"its config; semantics as `{family.of}`"
-    block = f"router and block of {RELEASE}" if family.name in BLOCKS else f"router of {RELEASE}"
-    return block if family.name in ROUTERS else "-"
+    found = stored()[1][family.name]["float32"]
+    block = " and block" if found.block_agrees else ""
+    return f"router{block} of {release()}" + ("" if found.router_agrees else ", which deviates: see below")

@@ -19,6 +19,7 @@ from conformance.run.cli import main
 from conformance.run.kinds import load_faults
 from conformance.subjects.reference import Reference
 from moe_ref import RouterInputs, RouterSpec, route
+from moe_ref.rounding import round_to
 from moe_ref.specs.families import FAMILIES, tiny
 
 HANDED = RouterSpec(num_experts=16, top_k=4)
@@ -186,11 +187,113 @@ def test_a_spec_that_no_family_has_is_found(fields):
     assert normal(found.spec, takes)[0] == normal(spec, takes)[0]
 
 
-def test_a_choice_that_reads_the_batch_is_noted():
-    spec = RouterSpec(num_experts=8, top_k=3, selector="sinkhorn", select_by="logit")
-    found = identify(Reference(), spec)
+THRESHOLD, TAKING = {"top_k": 8, "selector": "threshold"}, {"top_k": 8, "selector": "expert_choice"}
+COUNTS = (
+    {"selector": "sinkhorn", "select_by": "logit", "score_func": "sigmoid"},
+    TAKING | {"take_factor": 2.0},
+    TAKING | {"take_factor": 1.25, "take_rounding": "floor", "take_least": 4, "score_func": "sigmoid"},
+    THRESHOLD | {"score_func": "relu"},
+    THRESHOLD | {"score_func": "sigmoid", "threshold": 0.3, "route_norm": True},
+    THRESHOLD | {"top_k": 4, "threshold": 0.125},
+    THRESHOLD | {"select_by": "logit", "threshold": -0.5},
+    {"top_k": 8, "selector": "top_p", "top_p": 0.4},
+    {"top_k": 4, "selector": "top_p", "top_p": 0.65, "route_norm": True, "route_scale": 2.5},
+)
+"""Other tokens, or other batches, have other numbers of experts; or the same, by what the others of the batch are."""
+
+
+def asked(fields: dict) -> tuple[Identity, RouterSpec]:
+    values: dict = {"num_experts": 8, "top_k": 3} | fields
+    spec = RouterSpec(**values)
+    return identify(Reference(), spec), spec
+
+
+@pytest.mark.parametrize("fields", COUNTS, ids=lambda fields: "-".join(fields))
+def test_a_selector_that_counts_is_found_with_its_numbers(fields):
+    found, spec = asked(fields)
+    assert found.fits
+    assert found.spec == spec
+    by_number = [note for note in found.notes if "is known to lie between" in note]
+    assert len(by_number) == (spec.selector in ("threshold", "top_p"))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"router_dtype": "bfloat16", "score_func": "sigmoid", "route_norm": True, "route_scale": 2.5},
+        {"router_dtype": "bfloat16", "score_func": "sqrtsoftplus", "logit_scale": 3.0},
+        {"router_dtype": "float16", "score_over": "selected", "select_by": "logit"},
+        {"router_dtype": "float16", "num_expert_groups": 4, "num_limited_groups": 2, "score_func": "sigmoid"},
+        {"router_dtype": "float64", "score_func": "sigmoid", "route_scale": 2.5},
+        {"router_dtype": "float64", "top_k": 8, "selector": "top_p", "top_p": 0.4},
+    ],
+    ids=lambda fields: "-".join(map(str, fields.values())),
+)
+def test_the_dtype_of_a_router_is_found_by_its_roundings(fields):
+    found, spec = asked({"num_experts": 8} | fields)
+    assert found.fits
+    assert found.spec == spec
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("lfm2_moe", "bfloat16"), ("llama4", "float32"), ("qwen3_moe", "float32")])
+def test_a_real_router_that_scores_in_bfloat16_is_told_from_one_that_rounds_its_weights_at_the_end(name, dtype):
+    subject = pytest.importorskip("conformance.subjects.transformers.subject")
+
+    class Narrow(subject.Transformers):
+        logit_dtypes = ("bfloat16",)
+
+    found = identify(Narrow(family=name), tiny(name))
+    assert found.fits
+    assert found.spec.router_dtype == dtype
+    assert found.spec.score_func == tiny(name).score_func
+    named = answer.families_of(found)
+    assert named.other_numbers[name] if dtype == "bfloat16" else name in named.exact
+
+
+def test_weights_that_alone_are_rounded_are_told_from_a_router_dtype():
+    class Rounded(Right):
+        def route(self, logits_TE, spec, expert_bias_E):
+            found = super().route(logits_TE, spec, expert_bias_E)
+            weights_TK = round_to(found.weights_TK.astype(np.float64), "bfloat16")
+            return Routing(expert_ids_TK=found.expert_ids_TK, weights_TK=weights_TK.astype(np.float32))
+
+    found = identify(Rounded(), HANDED)
     assert not found.fits
-    assert any("depend on the others of its batch" in note for note in found.notes)
+    assert found.spec == DEEPSEEK
+    assert any("its weights are rounded to bfloat16, and its logits are not" in note for note in found.notes)
+
+
+def test_a_threshold_of_a_stranger_is_found_within_its_bounds():
+    """It reads nothing of its spec, leaves slots unused with a weight that is no number, and has an odd threshold."""
+
+    class Above(Subject):
+        def route(self, logits_TE, spec, expert_bias_E):
+            if expert_bias_E is not None:
+                raise Unsupported("no bias here")
+            scores_TE = softmax(logits_TE)
+            ids_TK = top_k(scores_TE, 16)
+            weights_TK = np.take_along_axis(scores_TE, ids_TK, axis=-1)
+            unused_TK = weights_TK <= np.float32(0.0731)
+            return Routing(
+                expert_ids_TK=np.where(unused_TK, -1, ids_TK), weights_TK=np.where(unused_TK, np.nan, weights_TK)
+            )
+
+    found = identify(Above(), HANDED.replace(top_k=16))
+    assert found.fits
+    assert found.spec == RouterSpec(num_experts=16, top_k=16, selector="threshold", threshold=0.0731)
+    assert any("threshold is known to lie between 0.0730" in note or "between 0.0731" in note for note in found.notes)
+
+
+def test_a_batch_that_is_read_in_another_way_is_noted():
+    class Shifted(Subject):
+        def route(self, logits_TE, spec, expert_bias_E):
+            ids_TK = top_k(logits_TE - logits_TE.max(axis=0), 4)
+            weights_TK = np.take_along_axis(softmax(logits_TE), ids_TK, axis=-1)
+            return Routing(expert_ids_TK=ids_TK, weights_TK=weights_TK)
+
+    found = identify(Shifted(), HANDED)
+    assert not found.fits
+    assert any("not as selectors sinkhorn and expert_choice" in note for note in found.notes)
 
 
 def test_of_the_handed_spec_the_sizes_alone_are_read():
@@ -299,8 +402,9 @@ def test_what_is_no_routing_is_refused(ids, why):
 
 def variants() -> list[RouterSpec]:
     """Specs of every kind that is asked about, and their neighbours."""
-    asked = [spec for spec in SPECS if spec.router_dtype == "float32"]
-    some = [HANDED.replace(mixer_eps=0.2), *asked[::7], *map(tiny, FAMILIES)]
+    drawn = [spec for spec in SPECS if spec.router_dtype == "float32"]
+    narrow = [spec for spec in SPECS if spec.rounds]
+    some = [HANDED.replace(mixer_eps=0.2), *drawn[::7], *narrow[::7], *map(tiny, FAMILIES)]
     return list(dict.fromkeys(each for spec in some for each in (spec, *alternatives(spec))))
 
 
@@ -308,7 +412,7 @@ def test_every_rule_keeps_the_routing():
     rng, seen = np.random.default_rng(0), set()
     for spec in variants():
         for biased in (False, True):
-            if (biased and spec.selector != "top_k") or spec.selector == "random":
+            if (biased and not spec.takes_bias) or spec.selector == "random":
                 continue
             form, reasons = normal(spec, biased)
             if form == spec:

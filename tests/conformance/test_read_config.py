@@ -1,6 +1,7 @@
 """Tests: `moe-conformance spec --config` and `moe-conformance families`."""
 
 import json
+import re
 
 import pytest
 
@@ -74,7 +75,7 @@ def test_a_key_is_passed_over_where_it_is_named(tmp_path, capsys):
 
 
 def test_the_table_has_a_row_for_each_family_and_checkpoint(capsys):
-    assert main(["families"]) == 0
+    assert main(["families", "--markdown"]) == 0
     printed = capsys.readouterr().out
     assert [row[0].strip("`") for row in rows()] == [*FAMILIES, *CHECKPOINTS]
     assert all(len(row) == len(COLUMNS) for row in rows())
@@ -85,3 +86,13 @@ def test_the_table_has_a_row_for_each_family_and_checkpoint(capsys):
     assert by_name["gemma4"]["verified against"] == "router of transformers 5.23"
     assert by_name["gpt_oss"]["expert"] == "gated, clamped before, bias"
     assert by_name["kimi_k3"]["verified against"] == "not: see below"
+    assert by_name["zaya"]["verified against"] == "router of transformers 5.23, which deviates: see below"
+
+
+def test_the_table_fits_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["families"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert sum(line.startswith("kimi_k3 ") for line in lines) >= 2
+    assert any(re.match(r"deepseek_v3 +0 +\de-07 +\de-07 +0 +\de-07 +\de-03$", line) for line in lines)

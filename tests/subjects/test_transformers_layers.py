@@ -17,7 +17,7 @@ from layer_agreement import (
 )
 
 from conformance.core.subject import Unsupported, capabilities
-from moe_ref import ExpertSpec, LatentSpec, LayerSpec, RouterSpec, SharedSpec
+from moe_ref import ExpertSpec, LayerSpec, RouterSpec, SharedSpec
 from moe_ref.specs.families import FAMILIES, tiny
 
 torch = pytest.importorskip("torch")
@@ -38,35 +38,9 @@ from conformance.subjects.transformers.subject import (  # noqa: E402
 )
 
 
-def block_spec(name: str, **sizes) -> LayerSpec:
-    """A layer that the block of a family computes, with everything that the block has."""
-    block = BLOCKS[name]
-    activation = "silu"
-    if block.activation:
-        activation = "gelu_tanh" if block.is_gated else "relu2"
-    experts = ExpertSpec(
-        dim=D,
-        hidden_dim=F,
-        gated=block.is_gated,
-        activation=activation,
-        alpha=1.702 if block.alpha else 1.0,
-        up_offset=block.up_offset,
-        clamp=0.7 if block.clamp else None,
-        clamp_at=block.clamp_at,
-        bias=bool(block.experts.biases),
-    )
-    shared = None
-    if block.shared is not None:
-        shared = SharedSpec(
-            hidden_dim=20 if block.shared.width else 2 * F if block.shared.count else F,
-            gate="sigmoid" if block.shared.gate else "none",
-            combine="average" if block.shared.combine else "sum",
-            clamp={"none": None, "same": 0.7}.get(block.shared.clamp, 0.4),
-        )
-    latent = LatentSpec(dim=8) if block.latent else None
-    return LayerSpec(
-        router=tiny(name), experts=experts, shared=shared, gate_bias=bool(block.row.gate_bias), latent=latent
-    )
+def block_spec(name: str) -> LayerSpec:
+    """A layer that the block of a family computes."""
+    return BLOCKS[name].example(tiny(name), D, F)
 
 
 CASES = [(name, each) for name, block in BLOCKS.items() for each in block.implementations]

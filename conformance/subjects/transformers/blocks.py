@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from conformance.subjects.transformers.families import ROUTERS, RealRouter
-from moe_ref import ExpertSpec, LayerSpec, SharedSpec, WeightLayout
+from moe_ref import ExpertSpec, LatentSpec, LayerSpec, RouterSpec, SharedSpec, WeightLayout
 
 ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "relu2": "relu2"}
 """Activation of ExpertSpec -> its name in a config."""
@@ -96,6 +96,38 @@ class RealBlock:
     def row(self) -> RealRouter:
         """Its router."""
         return ROUTERS[self.name]
+
+    def example(self, router: RouterSpec, dim: int, hidden_dim: int) -> LayerSpec:
+        """A layer of this router that the block computes, with everything that the block has."""
+        activation = "silu"
+        if self.activation:
+            activation = "gelu_tanh" if self.is_gated else "relu2"
+        experts = ExpertSpec(
+            dim=dim,
+            hidden_dim=hidden_dim,
+            gated=self.is_gated,
+            activation=activation,
+            alpha=1.702 if self.alpha else 1.0,
+            up_offset=self.up_offset,
+            clamp=0.7 if self.clamp else None,
+            clamp_at=self.clamp_at,
+            bias=bool(self.experts.biases),
+        )
+        shared, own = None, self.shared
+        if own is not None:
+            shared = SharedSpec(
+                hidden_dim=20 if own.width else 2 * hidden_dim if own.count else hidden_dim,
+                gate="sigmoid" if own.gate else "none",
+                combine="average" if own.combine else "sum",
+                clamp={"none": None, "same": 0.7}.get(own.clamp, 0.4),
+            )
+        return LayerSpec(
+            router=router,
+            experts=experts,
+            shared=shared,
+            gate_bias=bool(self.row.gate_bias),
+            latent=LatentSpec(dim=8) if self.latent else None,
+        )
 
     def mismatches(self, spec: LayerSpec) -> list[str]:
         """What the block cannot do of this spec, as 'field (its value, not the wanted one)'; empty: it fits."""

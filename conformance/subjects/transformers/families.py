@@ -242,3 +242,19 @@ ROWS = (
 
 ROUTERS: dict[str, RealRouter] = {each.name: each for each in ROWS}
 """Every router by name, in the order in which a spec looks for one."""
+
+_FINDINGS = {
+    "transformers-axk2-chooses-of-dropped-groups": ("axk2",),
+    "transformers-eager-experts-of-other-ranks": ("gpt_oss", "openai_privacy_filter", "nemotron_h"),
+    "transformers-longcat-flash-one-expert": ("longcat_flash",),
+    "transformers-router-jitter-reaches-the-experts": ("mixtral", "minimax", "phimoe"),
+    "transformers-sparsemixer-takes-an-expert-twice": ("phimoe",),
+    "transformers-top-k-larger-than-kept-groups": tuple(row.name for row in ROWS if "num_limited_groups" in row.free),
+    "transformers-zaya-skips-count-for-expert-0": ("zaya",),
+}
+"""Page of docs/findings/ -> the families that it is about; pages about all of them are left out."""
+
+
+def findings(name: str) -> list[str]:
+    """The pages that say where the classes of a family deviate from their configuration."""
+    return [page for page, names in _FINDINGS.items() if name in names]

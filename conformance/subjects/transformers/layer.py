@@ -17,7 +17,7 @@ from conformance.core.subject import Subject, Unsupported
 from conformance.subjects.torch.arrays import to_numpy, to_torch
 from conformance.subjects.transformers.arrays import load_params, prefix, to_canonical, to_native
 from conformance.subjects.transformers.blocks import BLOCKS, NO_BLOCK, RealBlock
-from conformance.subjects.transformers.router import turn
+from conformance.subjects.transformers.router import keep_in_float32, turn
 from moe_ref import LayerParams, LayerSpec, ShardLayout
 
 GROUPED_MM = "grouped_mm"
@@ -41,9 +41,10 @@ class TransformersLayer(Subject):
         return find_block(spec, self.family, False, self.experts_implementation)[1] or None
 
     def layer(self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec) -> np.ndarray:
-        module = self._loaded(params, spec, len(x_TD))[1]
+        tokens_TD = to_torch(x_TD)
+        module = self._loaded(params, spec, len(x_TD), dtype=tokens_TD.dtype)[1]
         with torch.no_grad():
-            return to_numpy(run(module, to_torch(x_TD)))
+            return to_numpy(run(module, tokens_TD))
 
     def layer_gradients(
         self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, d_output_TD: np.ndarray
@@ -79,7 +80,13 @@ class TransformersLayer(Subject):
         return outputs_RD
 
     def _loaded(
-        self, params: LayerParams, spec: LayerSpec, num_tokens: int | None, *, refused: bool = False
+        self,
+        params: LayerParams,
+        spec: LayerSpec,
+        num_tokens: int | None,
+        *,
+        refused: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> tuple[RealBlock, torch.nn.Module]:
         """The block of a spec with these parameters; the number of tokens decides whose turn it is."""
         with_bias = params.expert_bias_E is not None
@@ -88,7 +95,7 @@ class TransformersLayer(Subject):
             raise Unsupported(why)
         block, self.last_implementation = found
         self.last_family = block.name
-        module = build_block(block, spec, self.last_implementation).requires_grad_(False)
+        module = build_block(block, spec, self.last_implementation, dtype).requires_grad_(False)
         load_params(module, block, params)
         return block, module
 
@@ -135,14 +142,26 @@ def is_unaligned(spec: LayerSpec) -> bool:
 
 
 @lru_cache(maxsize=256)
-def build_block(block: RealBlock, spec: LayerSpec, implementation: str) -> torch.nn.Module:
-    """The block from its own config. Its parameters are NaN, so that one that is forgotten does not go unseen."""
+def build_block(
+    block: RealBlock, spec: LayerSpec, implementation: str, dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
+    """The block from its own config, as from_pretrained(dtype=...) makes it.
+
+    Its parameters are NaN, so that one that is forgotten does not go unseen.
+    """
     row = block.row
     modeling = importlib.import_module(f"transformers.models.{row.module}.modeling_{row.module}")
     configuration = importlib.import_module(f"transformers.models.{row.module}.configuration_{row.module}")
     config = getattr(configuration, row.config)(**block.config_entries(asdict(spec.router), spec))
     config._experts_implementation = implementation
-    module = getattr(modeling, block.block)(config, *block.arguments).eval().requires_grad_(False)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        module = getattr(modeling, block.block)(config, *block.arguments).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+    if dtype != torch.float32:
+        keep_in_float32(module, modeling, "mlp.", block.router)
     for parameter in module.parameters():
         parameter.fill_(torch.nan)
     return module

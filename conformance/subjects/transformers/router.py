@@ -230,13 +230,14 @@ def build(row: RealRouter, values: dict, hidden_size: int, dtype: torch.dtype) -
     finally:
         torch.set_default_dtype(before)
     if dtype != torch.float32:
-        keep_in_float32(router, modeling)
+        keep_in_float32(router, modeling, "mlp.gate.")
     return router.eval().requires_grad_(False)
 
 
-def keep_in_float32(router: torch.nn.Module, modeling) -> None:
+def keep_in_float32(module: torch.nn.Module, modeling, path: str, own_router: str = "") -> None:
     """Parameters and buffers on the strict keep-list of the model class are float32 in a bfloat16 model too.
 
+    `path` is that of the module in its decoder layer, `own_router` what a block calls its router.
     Families differ in whether their balancing bias is on it (huggingface/transformers#39058, #42580).
     """
     kept = {
@@ -245,9 +246,11 @@ def keep_in_float32(router: torch.nn.Module, modeling) -> None:
         if isinstance(each, type) and each.__module__ == modeling.__name__
         for pattern in getattr(each, "_keep_in_fp32_modules_strict", None) or ()
     }
-    for name, tensor in [*router.named_parameters(), *router.named_buffers()]:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         # Blocks call their router mlp.gate or mlp.router; the lists only ever name the former.
-        if any(pattern in f"mlp.gate.{name}" for pattern in kept):
+        if own_router and name.startswith(f"{own_router}."):
+            name = "gate" + name.removeprefix(own_router)
+        if any(pattern in path + name for pattern in kept):
             tensor.data = tensor.data.float()
 
 
