@@ -24,14 +24,18 @@ from conformance.router.observation import Observation, observe
 from moe_ref import UNUSED
 
 
-def selection_differs(judge: Judge, seen: Observation) -> list[int]:
-    """Tokens whose selection no choice scores within the rounding error explain; the others are near ties."""
+def selection_differs(judge: Judge, seen: Observation, *, dtype: str | None = None) -> list[int]:
+    """Tokens whose selection no choice scores within the rounding error explain; the others are near ties.
+
+    Args:
+        dtype: that rounds, where it is not the subject's.
+    """
     case = seen.case
     different_T = (np.sort(seen.expert_ids_TK) != np.sort(case.reference.expert_ids_TK)).any(axis=-1)
     tokens = np.flatnonzero(different_T & case.valid_T)
     if len(tokens) == 0:
         return []
-    dtype = judge.subject.compute_dtype
+    dtype = dtype or judge.subject.compute_dtype
     choice_TE, error_TE = unlimited_choice(case), choice_error(case, dtype)
     if case.spec.num_expert_groups is None:
         doubtful = tokens[~best_T(seen.expert_ids_TK[tokens], choice_TE[tokens], error_TE[tokens])]
