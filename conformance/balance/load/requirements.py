@@ -86,4 +86,6 @@ chapter(
                   "momentum of its step, and by momentum of its last move."),
     ("LOD-47", MUST, "A share step is rate * (wanted_share / experts that move - count / all counts), those of frozen "
                   "experts among all; these keep their bias, and so does every expert where nothing is counted."),
+    ("LOD-48", MUST, "The balance loss of several layers is the sum of those of each, or that of the tokens of all as "
+                  "one batch, as over_layers says.", "huggingface/transformers#28255"),
 )  # fmt: skip
