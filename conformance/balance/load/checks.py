@@ -396,7 +396,7 @@ def the_loss_of_layers_is_a_sum_or_that_of_one_batch(judge, case):
     losses = [loss_of_subject(judge, part) for part in parts]
     radii = [loss_radius(judge, part) for part in parts]
     wanted, radius = (
-        Loss(loss=sum(each.loss for each in some), d_logits_TE=np.concatenate([each.d_logits_TE for each in some]))
+        Loss(loss=np.sum([each.loss for each in some]), d_logits_TE=np.concatenate([each.d_logits_TE for each in some]))
         for some in (losses, radii)
     )
     twice = Loss(loss=2 * radius.loss, d_logits_TE=2 * radius.d_logits_TE)
