@@ -263,6 +263,7 @@ BalanceCase.TAGS = {
     "local_scope": _has("balance", scope="local"),
     "running_scope": _has("balance", scope="running"),
     "running_mean_scope": _has("balance", scope="running_mean"),
+    "separate_layers": _has("balance", over_layers="separate"),
     "first_slots": lambda c: c.spec.balance is not None and c.spec.balance.counted_slots is not None,
     "bias_update": _has("update"),
     "sign_rule": _has("update", rule="sign"),

@@ -317,6 +317,8 @@ class Subject:
             sequence_lengths: of the consecutive sequences, a tuple that sums to T; absent: one of T.
             tokens_per_shard: of the consecutive shards, likewise. Then the loss is that of all ranks together, and the
                 logits are those of all ranks in order.
+            num_layers: the rows are those of so many layers, one after the other, each with the same tokens; the loss
+                is that of all of them together.
 
         Returns:
             'loss': a number. 'd_logits_TE': its gradient, in the shape of the logits.

@@ -369,7 +369,20 @@ def pool(judge: Judge, check: LayerCheck) -> list[LayerSpec]:
     """The specs that a subject is tried on."""
     if check.routed:
         return routed.THIN_ROUTED_SPECS if judge.subject.compiles else routed.ROUTED_SPECS
-    return THIN_LAYER_SPECS if judge.subject.compiles else LAYER_SPECS
+    return [*THIN_LAYER_SPECS, *further(judge)] if judge.subject.compiles else LAYER_SPECS
+
+
+def further(judge: Judge) -> list[LayerSpec]:
+    """For each thin spec that the subject does not compute another one that it does, with what the others have not."""
+    if "further layers" not in judge.memory:
+        able = {
+            name: [spec for spec in specs if judge.subject.supports_layer(spec) is None]
+            for name, specs in (("thin", THIN_LAYER_SPECS), ("all", LAYER_SPECS))
+        }
+        known = frozenset().union(*map(facts, able["thin"]))
+        found = covering(able["all"], lambda spec: facts(spec) - known)
+        judge.memory["further layers"] = found[: len(THIN_LAYER_SPECS) - len(able["thin"])]
+    return judge.memory["further layers"]
 
 
 def settings(judge: Judge, check: LayerCheck) -> tuple[list[LayerSpec], Counter]:
@@ -401,10 +414,14 @@ def fixed(judge: Judge, check: LayerCheck) -> Iterator[LayerCase]:
         yield from (routed.make_case(spec, number) for number, spec in enumerate(specs) if routed.prescribes(spec))
         return
     for number, spec in enumerate(sorted(covering(specs, facts), key=specs.index)):
-        x, bias = check.x[number % len(check.x)], check.bias[number % len(check.bias)]
-        yield make_case(
-            spec, check, x=x, bias=bias, tokens=tokens_of(judge, check.tokens)[0], seed=number, limits=_limits(judge)
-        )
+        x, biases = check.x[number % len(check.x)], check.bias[number % len(check.bias) :][:1]
+        if judge.subject.compiles and spec in further(judge):
+            biases = check.bias  # it may have this one without any alone
+        for bias in biases:
+            yield make_case(
+                spec, check, x=x, bias=bias, tokens=tokens_of(judge, check.tokens)[0], seed=number,
+                limits=_limits(judge),
+            )  # fmt: skip
     if check.large and judge.chosen is None and not (judge.subject.compiles and check.large > 1):
         yield from _large(judge, check)
 

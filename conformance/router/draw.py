@@ -193,6 +193,8 @@ def logits_of_kind(kind: str, shape: tuple[int, int], rng: np.random.Generator) 
         return -rng.uniform(0.25, 9, shape)
     if kind == "saturated":  # float32 holds no sigmoid of these but 1
         return rng.uniform(20, 40, shape)
+    if kind == "confident":  # bfloat16 holds few sigmoids of these
+        return rng.uniform(2, 7, shape)
     if kind == "normal":
         return rng.normal(0, 2, shape)
     if kind == "large":

@@ -56,6 +56,8 @@ COMPILED = (
     (RouterSpec(num_experts=32, top_k=16, route_norm=True), MANY_ROWS.tokens),
 )
 """(spec, tokens) on which a subject is tried for which each is a compilation, besides the public models."""
+DRAWN = ((RouterSpec(num_experts=16, top_k=4, selector="random"), 17),)
+"""The same: slots enough that an expert drawn twice is no matter of luck."""
 MOST_SETS = 3000
 """Sets of groups that can be kept where dropped groups are filled with 0: there each one is looked at."""
 SHARE = 8
@@ -116,7 +118,8 @@ def specs_of(judge: Judge, check: RouterCheck) -> Iterator[tuple[RouterSpec, int
         if found is not None:
             yield found, size.tokens
     models = [(spec, TOKENS_OF_MODEL) for spec in MODELS]
-    for spec, tokens in [*(COMPILED if judge.subject.compiles else ()), *models]:
+    compiled, drawn = (COMPILED, DRAWN) if judge.subject.compiles else ((), ())
+    for spec, tokens in [*compiled, *models, *drawn]:
         if check.spec(spec) and judge.subject.supports(spec) is None:
             yield spec, tokens
 

@@ -25,14 +25,18 @@ from conformance.router.varying import explained_T
 from moe_ref import UNUSED
 
 
-def selection_differs(judge: Judge, seen: Observation) -> list[int]:
-    """Tokens whose selection no choice scores within the rounding error explain; the others are near ties."""
+def selection_differs(judge: Judge, seen: Observation, *, dtype: str | None = None) -> list[int]:
+    """Tokens whose selection no choice scores within the rounding error explain; the others are near ties.
+
+    Args:
+        dtype: that rounds, where it is not the subject's.
+    """
     case = seen.case
     different_T = (np.sort(seen.expert_ids_TK) != np.sort(case.reference.expert_ids_TK)).any(axis=-1)
     tokens = np.flatnonzero(different_T & case.valid_T)
     if len(tokens) == 0:
         return []
-    dtype = judge.subject.compute_dtype
+    dtype = dtype or judge.subject.compute_dtype
     if case.spec.varies:
         unexplained = tokens[~explained_T(seen.expert_ids_TK, case, dtype)[tokens]].tolist()
         judge.near_ties(len(tokens) - len(unexplained))

@@ -30,6 +30,7 @@ from moe_ref import (
 from moe_ref import experts as experts_room
 from moe_ref.backward.routing import scale_logits_backward
 from moe_ref.backward.sharded import sharded_backward
+from moe_ref.balance import pooled_inputs
 from moe_ref.dispatch import plan
 from moe_ref.fused import fused_layer
 from moe_ref.permute import permute, unpermute
@@ -206,8 +207,22 @@ class Reference(Subject):
         token_mask_T: np.ndarray | None = None,
         sequence_lengths: tuple[int, ...] | None = None,
         tokens_per_shard: tuple[int, ...] | None = None,
+        num_layers: int = 1,
     ) -> dict[str, Any]:
         """The balancing bias enters no score of a loss."""
+        if num_layers > 1 and balance.over_layers == "separate":
+            rows = zip(np.split(logits_TE, num_layers), np.split(expert_ids_TK, num_layers), strict=True)
+            cut: dict[str, Any] = {"sequence_lengths": sequence_lengths, "tokens_per_shard": tokens_per_shard}
+            found = [self.balance_loss(*each, balance, router, token_mask_T=token_mask_T, **cut) for each in rows]
+            return {"loss": sum(each["loss"] for each in found)} | {
+                "d_logits_TE": np.concatenate([each["d_logits_TE"] for each in found])
+            }
+        if num_layers > 1:
+            order_TL = np.arange(len(logits_TE)).reshape(num_layers, -1).T  # a token's rows follow each other
+            cut = pooled_inputs(num_layers, len(order_TL), token_mask_T, sequence_lengths, tokens_per_shard)
+            order_T = order_TL.ravel()
+            found = self.balance_loss(logits_TE[order_T], expert_ids_TK[order_T], balance, router, **cut)
+            return found | {"d_logits_TE": found["d_logits_TE"][np.argsort(order_T)]}
         how: dict[str, Any] = {
             "dtype": self.compute_dtype,
             "token_mask_T": token_mask_T,

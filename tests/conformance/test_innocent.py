@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from conformance.core.check import CHECKS
+from conformance.core.fault import rounded
 from conformance.core.judge import Judge
 from conformance.core.register import REQUIREMENTS, stage_order
 from conformance.core.rounding import TINY
@@ -211,3 +212,22 @@ def test_weights_of_masked_experts_alone_are_of_no_finite_logit():
     assert check.wants(case)
     assert np.isnan(judge.subject.route(logits_TE, spec, None, given_ids_TK=given_ids_TK).weights_TK).all()
     judge.run(check, case)
+
+
+class InBfloat16(Closed):
+    """A router that takes bfloat16 alone, says that it computes in it, and scores in it."""
+
+    logit_dtypes = ("bfloat16",)
+    compute_dtype = "bfloat16"
+
+    @wraps(Reference.route)
+    def route(self, logits_TE, spec, expert_bias_E, **inputs):
+        clean = routing.score
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(routing, "score", lambda scaled_TE, spec: rounded(clean(scaled_TE, spec), 8))
+            return super().route(logits_TE, spec, expert_bias_E, **inputs)
+
+
+def test_a_router_that_says_it_is_coarse_is_advised_all_the_same():
+    found = accuse(Judge(InBfloat16()), ids=["SCR-8", "SCR-10"])
+    assert found.keys() == {"SCR-8"}

@@ -374,3 +374,32 @@ def a_z_loss_changes_no_array(judge, case):
 )
 def large_logits_have_finite_losses(judge, case):
     hold_balance(judge, case, "not the loss of large logits", gradient=True)
+
+
+LAYERS = 2
+EVEN = given("judged on rows that two layers share", lambda case: case.num_tokens > 0 and case.num_tokens % LAYERS == 0)
+
+
+@requires(
+    "LOD-51",
+    method="balance_loss",
+    spec=lambda s: s.balance.per == "batch",
+    tokens=(12,),
+    given=(EVEN,),
+    after=FORM,
+)
+def the_loss_of_layers_is_a_sum_or_that_of_one_batch(judge, case):
+    # Held against the subject's own losses: what one layer has wrong is told by others.
+    found = loss_of_subject(judge, case, num_layers=LAYERS)
+    rows = np.split(np.arange(case.num_tokens), LAYERS)
+    pooled = case.spec.balance.over_layers == "pooled"
+    parts = [case] if pooled else [case.tokens(own_T) for own_T in rows]
+    losses = [loss_of_subject(judge, part) for part in parts]
+    radii = [loss_radius(judge, part) for part in parts]
+    wanted, radius = (
+        Loss(loss=np.sum([each.loss for each in some]), d_logits_TE=np.concatenate([each.d_logits_TE for each in some]))
+        for some in (losses, radii)
+    )
+    twice = Loss(loss=2 * radius.loss, d_logits_TE=2 * radius.d_logits_TE)
+    title = "not the loss of the tokens of all layers as one batch" if pooled else "not the sum of the losses of each"
+    hold_loss(title, found, wanted, twice)

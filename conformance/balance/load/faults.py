@@ -336,3 +336,17 @@ def counts_are_cleared_by_the_update(run, memory, counts_SE, update, expert_bias
     found = run(counts_SE, update, expert_bias_E)
     counts_SE[:] = 0
     return found
+
+
+@surrounds(breaks="LOD-51", links=("huggingface/transformers#28255",))
+def layers_are_one_batch(run, memory, logits_TE, ids_TK, balance, router, *, num_layers=1, **inputs):
+    """The logits of all layers are concatenated, so that what one layer has too much another makes up for."""
+    pooled = balance.replace(over_layers="pooled")
+    return run(logits_TE, ids_TK, pooled if num_layers > 1 else balance, router, num_layers=num_layers, **inputs)
+
+
+@surrounds(breaks="LOD-51")
+def layers_are_averaged(run, memory, logits_TE, ids_TK, balance, router, *, num_layers=1, **inputs):
+    """The loss is divided by the number of layers."""
+    found = run(logits_TE, ids_TK, balance, router, num_layers=num_layers, **inputs)
+    return {name: value / num_layers for name, value in found.items()}

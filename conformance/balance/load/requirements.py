@@ -94,4 +94,6 @@ chapter(
     ("LOD-50", MUST, "Of a router of selector threshold, quantile balancing sets the bias of each expert to the "
                   "(floor(T * target_top_k / E) + 1)-th smallest, over the T tokens of the step, of the threshold less "
                   "the expert's score without bias."),
+    ("LOD-51", MUST, "The balance loss of several layers is the sum of those of each, or that of the tokens of all as "
+                  "one batch, as over_layers says.", "huggingface/transformers#28255"),
 )  # fmt: skip

@@ -149,7 +149,7 @@ def the_recorded_experts_are_taken(judge, case):
 
 @requires("RPL-5", method="replay", spec=replayable, after=(*FORWARD, "RPL-3", "RPL-4"), tokens=(7,))
 def an_unused_slot_adds_nothing(judge, case):
-    for weights, unused in ((False, 0.4), (True, 0.4), (False, 1.0)):
+    for weights, unused in ((False, 0.4), (False, 1.0), (True, 0.4)):
         hold_replay(judge, case, any_record(case, weights=weights, unused=unused), "with unused slots")
 
 

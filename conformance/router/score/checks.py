@@ -226,7 +226,9 @@ TAKES_LOW_PRECISION = Condition(
 
 
 def exact_is_wrong(judge, case) -> bool:
-    """Logits of these values are routed wrong in float32 too: it is not a matter of precision."""
+    """Logits of these values are routed wrong in float32 too, where it is taken: it is not a matter of precision."""
+    if "float32" not in judge.subject.logit_dtypes:
+        return False
     exact = observe(judge, case.with_(dtype="float32"))
     return bool(selection_differs(judge, exact) or weights_differ(judge, exact))
 
@@ -237,7 +239,7 @@ EXACT_IS_WRONG = Condition(sentence="judged where float32 logits are routed righ
 @requires(
     "SCR-8",
     dtypes=LOW_PRECISION,
-    logits=("normal",),
+    logits=("normal", "confident"),
     bias=("none", "mixed"),
     spec=lambda s: s.selector == "top_k" and not s.rounds,
     given=(TAKES_LOW_PRECISION,),
@@ -245,8 +247,10 @@ EXACT_IS_WRONG = Condition(sentence="judged where float32 logits are routed righ
     unless=(EXACT_IS_WRONG,),
 )
 def low_precision_logits_are_scored_in_float32(judge, case):
-    seen = observe(judge, case)
-    other_selection = selection_differs(judge, replace(seen, case=case.with_(dtype="float32")))
+    seen, dtype = observe(judge, case), judge.subject.compute_dtype
+    if dtype in LOW_PRECISION:
+        dtype = "float32"  # a subject that says it is coarser is so all the same
+    other_selection = selection_differs(judge, replace(seen, case=case.with_(dtype="float32")), dtype=dtype)
     # The weights may be returned in bfloat16: one rounding each.
     other_weights = weights_differ(judge, seen, dtype=case.dtype)
     for t in other_selection:

@@ -52,17 +52,20 @@ class TransformersBalance(Subject):
         expert_bias_E: np.ndarray | None = None,
         token_mask_T: np.ndarray | None = None,
         sequence_lengths: tuple[int, ...] | None = None,
+        num_layers: int = 1,
     ) -> dict[str, Any]:
-        """The function of the family for one layer, times the coefficient; its gradient by autograd."""
+        """The function of the family, which takes the logits of every layer, times the coefficient; its gradient."""
         if router.num_null_experts or router.scales_logits:
             raise Unsupported("the loss of transformers scores the logits as they come, one for each expert")
         logits = to_torch(logits_TE).requires_grad_()
         if balance.per == "sequence":
+            if num_layers > 1:
+                raise Unsupported("the loss of switch_transformers is of one layer")
             loss = _switch_loss(logits, to_torch(expert_ids_TK), token_mask_T, sequence_lengths)
         else:
             mask = None if token_mask_T is None else to_torch(token_mask_T)[None]
             loss = _module(self.family or "mixtral").load_balancing_loss_func(
-                (logits,), logits.shape[1], expert_ids_TK.shape[1], attention_mask=mask
+                logits.chunk(num_layers), logits.shape[1], expert_ids_TK.shape[1], attention_mask=mask
             )
         return with_gradient(balance.coeff * loss, logits)
 
