@@ -5,68 +5,24 @@
 Legend: T tokens, C columns, E choices, K top_k.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from conformance.core.judge import Judge
-from conformance.core.subject import Subject, Unsupported
-from conformance.identify.box import Box, Question
-from conformance.identify.choice import Guess, Holder, chosen, groupings, prefiltered, quotas
+from conformance.core.subject import Subject
+from conformance.identify.asking import MOST_OPEN, Asking
+from conformance.identify.box import Question
+from conformance.identify.choice import Guess, groupings, prefiltered, quotas
 from conformance.identify.counts import has_unused, taken_of, takings, varying
-from conformance.identify.equal import alternatives, normal
 from conformance.identify.law import FITS, Data, Law, laws, near_numbers
 from conformance.identify.near import nearest
+from conformance.identify.neighbours import Identity, neighbours
 from conformance.identify.rounding import NARROW, as_held, is_exact, narrow_of, rounds_logits
 from conformance.router.bounds import expected_weights
 from moe_ref import RouterSpec
 from moe_ref.rounding import round_to
-
-POOLS = 5
-"""Pools of inputs without one that tells two guesses apart, after which no further ones are tried."""
-ROUNDS = 24
-ASKED = 12
-"""Tokens of a question that tells apart."""
-CLOSE = 1e-3
-"""A part of itself by which weights have to differ where a question is to tell them apart."""
-MOST_OPEN = 12
-"""Guesses that are compared with each other in a pool."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Open:
-    """A spec that the answers do not tell apart from the one that was found, and why."""
-
-    spec: RouterSpec
-    why: str
-    proven: bool
-
-
-@dataclass(kw_only=True)
-class Identity:
-    """What a box is."""
-
-    box: Box
-    guess: Guess
-    """The spec that explains all answers, or is the nearest."""
-    near: list[Guess]
-    """This one, and where it does not fit those that are near, the nearest first."""
-    wrong: list[tuple[Question, int]]
-    """(question, token) that it does not explain; empty: it is this spec."""
-    questions: list[Question]
-    open: list[Open] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def fits(self) -> bool:
-        return not self.wrong
-
-    @property
-    def spec(self) -> RouterSpec:
-        return self.guess.spec
 
 
 def identify(subject: Subject, handed: RouterSpec) -> Identity:
@@ -82,45 +38,8 @@ def identify(subject: Subject, handed: RouterSpec) -> Identity:
     return _Search(subject, handed).run()
 
 
-class _Search:
-    def __init__(self, subject: Subject, handed: RouterSpec):
-        self.box = Box.opened(subject, handed)
-        self.holder = Holder(self.box, Judge(subject))
-        self.rng = np.random.default_rng(0)
-        self.questions: list[Question] = []
-        self.notes: list[str] = []
-        self.law_data: list[Question] = []
-        self.hidden_null = False
-        self.router_dtype = "float32"
-        self.between: dict[RouterSpec, str] = {}
-        """Of a spec with a number that was bounded: how far it is known."""
-
-    # what is asked
-
-    def ask(self, logits_TC: np.ndarray, bias_E: np.ndarray | None = None, **how: Any) -> Question | None:
-        try:
-            question = self.box.ask(logits_TC, bias_E, seed=len(self.questions), **how)
-        except Unsupported as sentence:
-            self.box.refused[str(sentence)] = self.box.refused.get(str(sentence), 0) + len(logits_TC)
-            return None
-        question = self._with_null_ids(question)
-        self.questions.append(question)
-        return question
-
-    def _with_null_ids(self, question: Question) -> Question:
-        """A skipped choice that is returned as expert 0 of weight 0 under its own id."""
-        if not self.hidden_null:
-            return question
-        ids_TK = np.where(question.weights_TK == 0, self.box.handed.num_experts, question.expert_ids_TK)
-        return Question(**{**vars(question), "expert_ids_TK": ids_TK})
-
-    def logits(self, centre: float, width: float, T: int) -> np.ndarray:
-        rng, C = self.rng, self.box.columns
-        levels_TC = np.cumsum(rng.uniform(0.6, 1.4, (T, C)), axis=-1)
-        levels_TC = (levels_TC - levels_TC.mean(axis=-1, keepdims=True)) * (2 * width / C)
-        return rng.permuted(levels_TC, axis=-1) + centre + rng.normal(0, width / 4, (T, 1))
-
-    # the steps
+class _Search(Asking):
+    """From what the choice reads to an Identity."""
 
     def run(self) -> Identity:
         """The search."""
@@ -152,7 +71,7 @@ class _Search:
             elif varies:
                 guesses = self._varying(found, sizes)
             guesses = guesses or self._choices(found, sizes, selector)
-        guesses = self._told_apart(self._nearest_first(guesses))
+        guesses = self.told_apart(self._nearest_first(guesses))
         return self._concluded(guesses)
 
     def _columns(self) -> tuple[int, int, int, str]:
@@ -237,7 +156,7 @@ class _Search:
         dtype = narrow_of(self.law_data)
         # Logits that are given in the dtype show no rounding of their own.
         chooses = selector == "top_k" and self.box.top_k < num_choices and dtype != self.box.dtype
-        if dtype in NARROW and chooses and not rounds_logits(self._aside, dtype, self.box.columns, self.box.top_k):
+        if dtype in NARROW and chooses and not rounds_logits(self.aside, dtype, self.box.columns, self.box.top_k):
             self.notes.append(f"its weights are rounded to {dtype}, and its logits are not: no router_dtype does that")
             return "float32"
         return dtype
@@ -265,7 +184,7 @@ class _Search:
         own: list[dict[str, Any]] = [{"selector": "sinkhorn"}]
         counted = None
         if sizes["top_k"] == sizes["num_experts"]:
-            counted = taken_of(self._aside, sizes["num_experts"], lambda T: self.logits(0.0, 2.0, T))
+            counted = taken_of(self.aside, sizes["num_experts"], lambda T: self.logits(0.0, 2.0, T))
             own = takings(counted, sizes) if counted else []
         specs = [
             fields | {"select_by": by}
@@ -311,13 +230,6 @@ class _Search:
             with suppress(ValueError):
                 found.append(Guess(spec=RouterSpec(**each)))
         return found
-
-    def _aside(self, logits_TC: np.ndarray) -> Question | None:
-        """An answer that is counted, and not kept."""
-        try:
-            return self.box.ask(logits_TC, plain=True)
-        except Unsupported:
-            return None
 
     def _constant_weights(self) -> bool:
         """Whether the weights of a token are alike though its logits are not."""
@@ -443,79 +355,12 @@ class _Search:
             self.ask(self.logits(0.0, 2.0, 8), self.rng.normal(centre, width, E))
         return self.holder.fewest(more, self.questions[before:])
 
-    # telling apart
-
-    def _inputs(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """A pool: batches of logits, each with a bias where one is taken."""
-        E = self.box.bias_length
-        biases: list[np.ndarray | None] = [None]
-        if self.box.takes_bias:
-            biases += [self.rng.normal(c, w, E) for c, w in ((0, 0.1), (0, 0.6), (-1.5, 0.3), (2, 0.5), (0, 4))]
-        for bias_E in biases:
-            parts = [self.logits(c, w, 24) for c, w in ((0, 2), (0, 0.4), (-3, 2), (3, 2), (0, 8))]
-            heavy_TC = self.logits(-2, 1, 24)
-            heavy_TC[np.arange(24), self.rng.integers(0, self.box.columns, 24)] += 5
-            yield np.concatenate([*parts, heavy_TC]), bias_E
-
-    def _dividing(self, guesses: list[Guess], forbidden: bool = False) -> tuple[np.ndarray, np.ndarray | None] | None:
-        """Tokens, with a bias, on which the guesses disagree, those first that divide them most evenly; or None.
-
-        Args:
-            forbidden: whether a bias is tried though the box takes none.
-        """
-        takes = self.box.takes_bias
-        self.box.takes_bias = takes or forbidden
-        try:
-            pool = list(self._inputs())
-        finally:
-            self.box.takes_bias = takes
-        best, found = 0, None
-        for logits_TC, bias_E in pool:
-            answers_GTX = np.stack([_answer(guess, logits_TC, bias_E, self.box) for guess in guesses])
-            # How many guesses answer otherwise than the first.
-            other_GT = ~np.isclose(answers_GTX, answers_GTX[:1], rtol=CLOSE, atol=1e-12).all(axis=-1)
-            value_T = np.minimum(other_GT.sum(axis=0), len(guesses) - other_GT.sum(axis=0))
-            value_T = np.where(other_GT.any(axis=0), np.maximum(value_T, 1), 0)
-            if value_T.sum() > best:
-                best, rows = value_T.sum(), np.argsort(-value_T, kind="stable")[:ASKED]
-                whole = any(guess.spec.reads_batch for guess in guesses)
-                found = logits_TC if whole else logits_TC[rows[value_T[rows] > 0]], bias_E
-            if best >= ASKED:
-                break
-        return found
-
-    def _told_apart(self, guesses: list[Guess]) -> list[Guess]:
-        """The guesses that are left when no further question divides them, one of each normal form."""
-        guesses = self.holder.best(self._one_of_each(guesses), self.questions, weights=True)
-        barren = 0
-        for _ in range(ROUNDS):
-            if len(guesses) < 2 or barren >= POOLS:
-                break
-            divided = self._dividing(guesses[:MOST_OPEN])
-            question = None if divided is None else self.ask(*divided)
-            if question is None:
-                barren += 1
-                continue
-            left = self.holder.best(guesses, [question], weights=True)
-            barren = barren + 1 if len(left) == len(guesses) else 0
-            guesses = left
-        return guesses
-
-    def _one_of_each(self, guesses: list[Guess]) -> list[Guess]:
-        found: dict[tuple, Guess] = {}
-        for guess in guesses:
-            found.setdefault((self._normal(guess)[0], guess.bias_used or not self.box.takes_bias), guess)
-        return list(found.values())
-
-    def _normal(self, guess: Guess) -> tuple[RouterSpec, tuple[str, ...]]:
-        return normal(guess.spec, self.box.takes_bias and guess.bias_used)
-
     # the end
 
     def _concluded(self, guesses: list[Guess]) -> Identity:
         """What is left, and what could not be told apart from it."""
         best = guesses[0]  # of the law that explains the weights best
-        best = Guess(spec=self._normal(best)[0], bias_used=best.bias_used)
+        best = Guess(spec=self.normal(best)[0], bias_used=best.bias_used)
         if not self._wrong(best):
             self._confirm(best)
         wrong = self._wrong(best)
@@ -532,88 +377,15 @@ class _Search:
                 self.notes.append("it takes a bias, which changes nothing")
             if best.spec.router_dtype == "float64":
                 guesses = [Guess(spec=g.spec.replace(router_dtype="float64"), bias_used=g.bias_used) for g in guesses]
-            found.open = self._open(best, guesses)
+            found.open = neighbours(self, best, guesses)
         return found
 
     def _confirm(self, best: Guess) -> None:
         """Fresh inputs of every kind, with learned factors and a bias where they are taken."""
-        for logits_TC, bias_E in self._inputs():
+        for logits_TC, bias_E in self.inputs():
             self.ask(logits_TC[::12], bias_E)
         for centre in (-60.0, 30.0):
             self.ask(self.logits(centre, 3.0, 4))
 
     def _wrong(self, guess: Guess) -> list[tuple[Question, int]]:
         return [(question, t) for question in self.questions for t in self.holder.wrong(guess, question)]
-
-    def _open(self, best: Guess, guesses: list[Guess]) -> list[Open]:
-        """Each neighbour: proven to be the same router, told apart by an answer, or left open with the reason."""
-        takes = self.box.takes_bias and best.bias_used
-        own, found = self._normal(best)[0], []
-        others = dict.fromkeys([*(g.spec for g in guesses), *alternatives(best.spec)])
-        for other in others:
-            if other == best.spec:
-                continue
-            form, reasons = normal(other, takes)
-            if form == own:
-                _, mine = normal(best.spec, takes)
-                why = "; ".join(reason for reason in reasons if reason not in mine) or "; ".join(reasons)
-                found.append(Open(spec=other, why=why, proven=True))
-            elif not self._rejected(Guess(spec=other, bias_used=best.bias_used), best):
-                found.append(Open(spec=other, why=self._why_open(best, other), proven=False))
-        return found
-
-    def _rejected(self, other: Guess, best: Guess) -> bool:
-        """Whether an answer tells a neighbour apart; one is asked for where none does yet."""
-        if self._some_wrong(other, self.questions):
-            return True
-        for _ in range(2):
-            divided = self._dividing([best, other])
-            if divided is not None and (question := self.ask(*divided)) is not None:
-                if self._some_wrong(best, [question]):
-                    return False
-                if self._some_wrong(other, [question]):
-                    return True
-        return False
-
-    def _some_wrong(self, guess: Guess, questions: list[Question]) -> bool:
-        try:
-            return any(self.holder.other_choice(guess, q) or self.holder.other_weights(guess, q) for q in questions)
-        except ValueError:  # a spec that cannot be asked this
-            return True
-
-    def _why_open(self, best: Guess, other: RouterSpec) -> str:
-        guesses = [best, Guess(spec=other, bias_used=best.bias_used)]
-        if not self.box.takes_bias and self._dividing(guesses, forbidden=True) is not None:
-            return f"only a bias would tell, and it takes none ({self.box.why_no_bias})"
-        furthest = 0.0
-        for logits_TC, bias_E in self._inputs():
-            mine, others = (_answer(guess, logits_TC, bias_E, self.box) for guess in guesses)
-            with np.errstate(invalid="ignore", divide="ignore"):
-                furthest = max(furthest, float(np.nanmax(np.abs(mine - others) / np.maximum(np.abs(mine), 1e-30))))
-        if furthest < CLOSE:
-            return (
-                f"on the inputs tried the weights differ by at most {furthest:.1g} of themselves: that may be rounding"
-            )
-        return "no proof that they are the same, and no input was found on which they differ"
-
-
-def _answer(guess: Guess, logits_TC: np.ndarray, bias_E: np.ndarray | None, box: Box) -> np.ndarray:
-    """(T, K + E + S) what a guess answers: the chosen, and the weight of every choice and shared expert."""
-    spec = guess.spec
-    T, E = len(logits_TC), spec.num_choices
-    inputs = box.inputs(T, 0)
-    ids_TK = np.zeros((T, spec.top_k), dtype=np.int64)
-    if spec.selector in ("top_k", "group_top_k"):
-        ids_TK = chosen(spec, logits_TC, bias_E if guess.bias_used else None)
-    question = Question(
-        logits_TC=logits_TC, bias_E=bias_E, inputs=inputs, expert_ids_TK=ids_TK,
-        weights_TK=np.zeros(ids_TK.shape), shared_weights_TS=None,
-    )  # fmt: skip
-    try:
-        trace = guess.case(question, "float64").reference
-    except ValueError:
-        return np.full((T, spec.top_k + E + spec.num_scored_shared_experts), np.nan)
-    weights_TE = np.zeros((T, E + 1))  # the last is of unused slots, -1
-    np.put_along_axis(weights_TE, trace.expert_ids_TK, trace.weights_TK, axis=-1)
-    shared_TS = trace.shared_weights_TS if trace.shared_weights_TS is not None else np.zeros((T, 0))
-    return np.concatenate([np.sort(trace.expert_ids_TK), weights_TE[:, :E], shared_TS], axis=-1)

@@ -13,7 +13,8 @@ from conformance.identify.box import Box, Malformed
 from conformance.identify.choice import groupings
 from conformance.identify.equal import RULES, alternatives, normal
 from conformance.identify.law import near_numbers
-from conformance.identify.search import Identity, identify
+from conformance.identify.neighbours import Identity
+from conformance.identify.search import identify
 from conformance.router.draw import SPECS, bias_of_kind, inputs_of
 from conformance.run.cli import main
 from conformance.run.kinds import load_faults
