@@ -23,11 +23,12 @@ from moe_jax.parallel.layer import (
     unplace,
     use_cpu_devices,
 )
-from moe_jax.permute import RouteMetadata, dispatch, permute, unpermute
+from moe_jax.permute import RouteMetadata, permute
 from moe_jax.quantile import bias_of_total, quantile_bias, total_of
 from moe_jax.replay import capture, replay_layer
 from moe_jax.replicas import home, place_slots, replicate
 from moe_jax.routing import RoutingTrace, gate, route
+from moe_jax.rows import dispatch, unpermute
 from moe_jax.sparse_matmul import RouteOutput, activate, gmm_down, gmm_up, limit, route_tokens, sparse_matmul
 from moe_jax.sparsity import next_coefficient
 

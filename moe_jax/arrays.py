@@ -1,8 +1,11 @@
 """moe_jax, arrays: the small moves that several stages make."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 AxisName = str | tuple[str, ...] | None
@@ -25,3 +28,16 @@ def column(values_T: jax.Array, ndim: int) -> jax.Array:
 def wide_dtype(*dtypes: DTypeLike) -> DTypeLike:
     """Routing and sums are computed in float64 where that is what comes in, else in float32."""
     return jnp.float64 if jnp.float64 in dtypes else jnp.float32
+
+
+def array_like(array: Any, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+    """The type of an array that varies over the axes of a mesh that another type varies over."""
+    sharding = array.sharding.update(spec=PartitionSpec(*[None] * len(shape)))
+    return array.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
+
+
+def vary_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Inside shard_map, arrays that vary over the same mesh axes; the gradient of one that did not is a sum."""
+    axes = frozenset().union(*(jax.typeof(array).mat.varying for array in arrays))
+    missing = [tuple(sorted(axes - jax.typeof(array).mat.varying)) for array in arrays]
+    return [lax.pcast(a, axes, to="varying") if axes else a for a, axes in zip(arrays, missing, strict=True)]

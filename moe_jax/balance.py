@@ -154,13 +154,15 @@ def bias_step(
     frozen_E = np.zeros(E, bool) if spec.frozen_E is None else np.array(spec.frozen_E)
     if frozen_E.shape != (E,):
         raise ValueError(f"frozen_E has {len(frozen_E)} entries; there are {E} biases")
+    # Of each layer, where there are several.
+    frozen_E = np.broadcast_to(frozen_E, counts_E.shape)
     free_E = ~frozen_E
 
     counts_E = sum_over(axis_name, counts_E)
     total_1 = jnp.where(free_E, counts_E, 0).sum(axis=-1, keepdims=True)
     # mean - count is whole_E + rest_1 / n with 0 <= rest_1 < n. In whole numbers, because a mean that is rounded gives
     # a balanced expert a sign; and divided, because n * count exceeds int32.
-    n = int(free_E.sum())
+    n = E - sum(spec.frozen_E or ())
     whole_E, rest_1 = total_1 // n - counts_E, total_1 % n
     excess_E = whole_E.astype(dtype) + rest_1.astype(dtype) / n
     if spec.rule == "sign":

@@ -121,7 +121,7 @@ def _kept(
     if all_valid and U == 1:
         capacity_T = jnp.full(T, spec.capacity(T, K, E))
     else:
-        tokens_U = (valid_T[:, None] & (unit_of_T[:, None] == jnp.arange(U))).sum(axis=0, dtype=jnp.int32)
+        tokens_U = (valid_T[:, None] & (unit_of_T[:, None] == jnp.arange(U)[None])).sum(axis=0, dtype=jnp.int32)
         # A table: the product in a capacity exceeds int32, and in float32 it would not be exact.
         capacity_T = jnp.asarray(capacities(spec, T, K, E))[tokens_U][unit_of_T]
     inside_TK = has_expert_TK & (place_TK < capacity_T[:, None])

@@ -80,7 +80,7 @@ def _all_experts(x_TD, params: LayerParams, decided: RouteOutput, spec: LayerSpe
 
     def up(w_EDF, b_EF):
         projected_TEF = einsum("td,edf->tef", x_TD, w_EDF) * input_weights
-        return projected_TEF if b_EF is None else projected_TEF + b_EF
+        return projected_TEF if b_EF is None else projected_TEF + jnp.asarray(b_EF)[None]
 
     gate_TEF = None if params.w_gate_EDF is None else up(params.w_gate_EDF, params.b_gate_EF)
     hidden_TEF = hide(gate_TEF, up(params.w_up_EDF, params.b_up_EF), spec.experts)
@@ -96,8 +96,8 @@ def _places_of_experts(x_TD, params: LayerParams, decided: RouteOutput, spec: La
     """Every expert works on its places; an empty place is a token of 0, and belongs to nobody."""
     einsum, E = partial(jnp.einsum, precision=precision), spec.router.num_experts
     ids_TK, dtype = decided.expert_ids_TK, x_TD.dtype
-    is_expert_TKE = (ids_TK[:, :, None] == jnp.arange(E)).astype(dtype)
-    is_place_TKC = (slot_places(ids_TK, E)[:, :, None] == jnp.arange(num_places)).astype(dtype)
+    is_expert_TKE = (ids_TK[:, :, None] == jnp.arange(E)[None, None]).astype(dtype)
+    is_place_TKC = (slot_places(ids_TK, E)[:, :, None] == jnp.arange(num_places)[None, None]).astype(dtype)
     dispatch_TEC = einsum("tke,tkc->tec", is_expert_TKE, is_place_TKC)
     combine_TEC = einsum("tke,tkc,tk->tec", is_expert_TKE, is_place_TKC, decided.weights_TK.astype(dtype))
     if spec.router.weight_on == "input":
@@ -116,6 +116,6 @@ def _places_of_experts(x_TD, params: LayerParams, decided: RouteOutput, spec: La
 
 def _by_expert(decided: RouteOutput, num_experts: int, dtype) -> tuple[jax.Array, jax.Array]:
     """(T, E, 1) whether a token visits each expert, and with which weight."""
-    is_expert_TKE = decided.expert_ids_TK[:, :, None] == jnp.arange(num_experts)
+    is_expert_TKE = decided.expert_ids_TK[:, :, None] == jnp.arange(num_experts)[None, None]
     weights_TE = jnp.where(is_expert_TKE, decided.weights_TK[:, :, None], 0).sum(axis=1)
     return is_expert_TKE.any(axis=1)[:, :, None], weights_TE[:, :, None].astype(dtype)

@@ -101,7 +101,7 @@ def _constant_output(x_TD, is_own_TK, weight_T1, z: int, params: LayerParams, sp
     seen_TD = weight_T1 * x_TD if on_input else x_TD
     wide = jnp.promote_types(x_TD.dtype, jnp.float32)
     a_T2 = jax.nn.softmax(jnp.matmul(seen_TD, params.constant_w_ZD2[z]).astype(wide)).astype(x_TD.dtype)
-    mixed_TD = a_T2[:, :1] * seen_TD + a_T2[:, 1:] * params.constant_ZD[z]
+    mixed_TD = a_T2[:, :1] * seen_TD + a_T2[:, 1:] * jnp.asarray(params.constant_ZD[z])[None]
     return jnp.where(is_own_TK.any(axis=-1)[:, None], mixed_TD if on_input else weight_T1 * mixed_TD, 0)
 
 

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from moe_jax import blocked, ragged
+from moe_jax.arrays import array_like, vary_alike
 from moe_jax.choice import WAYS, Chosen, chosen, computed_in, named, say_once
 
 IMPLEMENTATIONS = ("auto", *WAYS)
@@ -65,7 +65,7 @@ def grouped_matmul(
     _check(rows_RD, kernel_EDF, group_sizes_E, implementation)
     out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(rows_RD.dtype, kernel_EDF.dtype))
     options = Options(lax.Precision(precision) if isinstance(precision, str) else precision, implementation)
-    arrays = _vary_alike(rows_RD, kernel_EDF, group_sizes_E.astype(jnp.int32))
+    arrays = vary_alike(rows_RD, kernel_EDF, group_sizes_E.astype(jnp.int32))
     return matmul_p.bind(*arrays, contract=0, out_dtype=out_dtype, options=options)
 
 
@@ -79,18 +79,12 @@ outer_p = Primitive("grouped_outer")
 
 @matmul_p.def_abstract_eval
 def _(rows_RI, kernel_EDF, group_sizes_E, *, contract: int, out_dtype, options: Options):
-    return _array_like(rows_RI, (rows_RI.shape[0], kernel_EDF.shape[2 - contract]), out_dtype)
+    return array_like(rows_RI, (rows_RI.shape[0], kernel_EDF.shape[2 - contract]), out_dtype)
 
 
 @outer_p.def_abstract_eval
 def _(rows_RD, rows_RF, group_sizes_E, *, out_dtype, options: Options):
-    return _array_like(rows_RD, (*group_sizes_E.shape, rows_RD.shape[1], rows_RF.shape[1]), out_dtype)
-
-
-def _array_like(rows, shape, dtype):
-    """It varies over the axes of a mesh that the rows vary over."""
-    sharding = rows.sharding.update(spec=PartitionSpec(*[None] * len(shape)))
-    return rows.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
+    return array_like(rows_RD, (*group_sizes_E.shape, rows_RD.shape[1], rows_RF.shape[1]), out_dtype)
 
 
 @partial(jax.jit, static_argnames=("contract", "out_dtype", "options"))
@@ -216,13 +210,6 @@ for _product, _rule in ((matmul_p, _matmul_rule), (outer_p, _outer_rule)):
 
 
 # checks
-
-
-def _vary_alike(*arrays):
-    """Inside shard_map, arrays that vary over the same mesh axes; the gradient of one that did not is a sum."""
-    axes = frozenset().union(*(jax.typeof(array).mat.varying for array in arrays))
-    missing = [tuple(sorted(axes - jax.typeof(array).mat.varying)) for array in arrays]
-    return [lax.pcast(a, axes, to="varying") if axes else a for a, axes in zip(arrays, missing, strict=True)]
 
 
 def _check(rows_RD, kernel_EDF, group_sizes_E, implementation: str):

@@ -29,6 +29,6 @@ def expand(
         assert params.latent_norm_H is not None
         wide_TH = combined_TH.astype(jnp.promote_types(combined_TH.dtype, jnp.float32))
         square_T1 = jnp.mean(jnp.square(wide_TH), axis=-1, keepdims=True)
-        normed_TH = wide_TH * lax.rsqrt(square_T1 + spec.latent.norm_eps) * params.latent_norm_H
+        normed_TH = wide_TH * lax.rsqrt(square_T1 + spec.latent.norm_eps) * jnp.asarray(params.latent_norm_H)[None]
         combined_TH = normed_TH.astype(combined_TH.dtype)
     return jnp.matmul(combined_TH, params.latent_w_up_HD, precision=precision)

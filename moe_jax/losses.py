@@ -95,7 +95,7 @@ def balance_sums(
     counted_TK = _counted_ids(logits_TE, expert_ids_TK, K, spec)[:, :slots]
     counted_TK = jnp.where(valid_T[:, None] & (counted_TK >= 0) & (counted_TK < E), counted_TK, -U * E)
     scores_TE = jnp.where(valid_T[:, None], balance_scores(logits_TE, spec), 0)
-    own_TU = (unit_of_T[:, None] == jnp.arange(U)) & valid_T[:, None]
+    own_TU = (unit_of_T[:, None] == jnp.arange(U)[None]) & valid_T[:, None]
     # HIGHEST: the default would round scores to bfloat16 on TPU.
     scores_UE = jnp.einsum("tu,te->ue", own_TU.astype(scores_TE.dtype), scores_TE, precision=lax.Precision.HIGHEST)
     return BalanceSums(

@@ -1,4 +1,4 @@
-"""moe_jax, permute: slots become rows sorted by expert, and come back as tokens; gathers only, in both directions.
+"""moe_jax, permute: slots become rows sorted by expert, and come back as tokens (how: `rows.py`).
 
 A slot is one (token, k) pair; slot (t, k) has the flat number t * K + k. Every slot is a row, so that shapes are
 static; where fewer are promised to be used, the others share one. Rows of slots without an expert (unused, padding,
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-from moe_jax.arrays import column, take, wide_dtype
 
 
 @jax.tree_util.register_dataclass
@@ -99,79 +97,3 @@ def _stable_order(values_R, bound: int) -> jax.Array:
     # Value and place in one integer: a sort of one array is 8 times as fast on CPU, and equal keys do not exist.
     keys_R = values_R.astype(jnp.uint32) * R + lax.iota(jnp.uint32, R)
     return (jnp.sort(keys_R) % max(R, 1)).astype(jnp.int32)
-
-
-@jax.custom_vjp
-def dispatch(x_TD: jax.Array, metadata: RouteMetadata) -> jax.Array:
-    """A row is the token of its slot; any (T, ...) array can be dispatched.
-
-    Rows of the tail hold tokens too, and their gradient is not read.
-
-    Returns:
-        rows_RD: (R, D), in the order of `metadata.slot_of_row_R`.
-    """
-    return metadata.blank(take(x_TD, metadata.token_of_row_R))
-
-
-def _dispatch_forward(x_TD, metadata: RouteMetadata):
-    return dispatch(x_TD, metadata), metadata
-
-
-def _dispatch_backward(metadata: RouteMetadata, d_rows_RD):
-    """A token's gradient is the sum over its slots, in slot order: gathers, whose order is fixed, unlike scatters'."""
-    return _sum_of_slots(d_rows_RD, metadata, None).astype(d_rows_RD.dtype), None
-
-
-dispatch.defvjp(_dispatch_forward, _dispatch_backward)
-
-
-@jax.custom_vjp
-def unpermute(rows_RD: jax.Array, metadata: RouteMetadata, weights_TK: jax.Array | None = None) -> jax.Array:
-    """A token's output is the weighted sum of its slots' rows, in slot order; rows of the tail are 0 in it.
-
-    Args:
-        rows_RD: (R, D), in the order of `dispatch`.
-        weights_TK: (T, K); None is all ones.
-
-    Returns:
-        output_TD: (T, D), in the dtype of the rows; summed in float32 at least.
-    """
-    return _sum_of_slots(rows_RD, metadata, weights_TK).astype(rows_RD.dtype)
-
-
-def _unpermute_forward(rows_RD, metadata: RouteMetadata, weights_TK):
-    # Without weights the rows are not needed backward.
-    return unpermute(rows_RD, metadata, weights_TK), (None if weights_TK is None else rows_RD, metadata, weights_TK)
-
-
-def _unpermute_backward(residuals, d_output_TD):
-    rows_RD, metadata, weights_TK = residuals
-    own_R1 = metadata.has_expert_R[:, None]
-    d_gathered_RD = jnp.where(own_R1, take(d_output_TD, metadata.token_of_row_R), 0)
-    if weights_TK is None:
-        return d_gathered_RD, None, None
-    weight_R1 = metadata.of_rows(weights_TK)[:, None]
-    d_rows_RD = jnp.where(own_R1, d_gathered_RD * weight_R1, 0).astype(rows_RD.dtype)
-    dtype = wide_dtype(rows_RD.dtype, weights_TK.dtype)
-    products_RD = jnp.where(own_R1, rows_RD, 0).astype(dtype) * d_gathered_RD.astype(dtype)
-    d_weights_TK = jnp.where(metadata.has_expert_TK, take(products_RD.sum(axis=-1), metadata.row_of_slot_TK), 0).astype(
-        weights_TK.dtype
-    )
-    return d_rows_RD, None, d_weights_TK
-
-
-unpermute.defvjp(_unpermute_forward, _unpermute_backward)
-
-
-def _sum_of_slots(rows_RD, metadata: RouteMetadata, weights_TK) -> jax.Array:
-    """One gather per slot, which the compiler fuses with the sum: no (T, K, D) array."""
-    T, K = metadata.row_of_slot_TK.shape
-    dtypes = [rows_RD.dtype] if weights_TK is None else [rows_RD.dtype, weights_TK.dtype]
-    dtype = wide_dtype(*dtypes)
-    output_TD = jnp.zeros((T, *rows_RD.shape[1:]), dtype)
-    for slot in range(K):
-        # Selected, not multiplied by a weight of 0: the tail may hold NaN.
-        own_T1 = column(metadata.has_expert_TK[:, slot], rows_RD.ndim)
-        rows_TD = jnp.where(own_T1, take(rows_RD, metadata.row_of_slot_TK[:, slot]), 0).astype(dtype)
-        output_TD += rows_TD if weights_TK is None else rows_TD * weights_TK[:, slot, None].astype(dtype)
-    return output_TD

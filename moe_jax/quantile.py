@@ -32,7 +32,7 @@ def needs(ranked_TE: jax.Array, expert_bias_E: jax.Array, router: RouterSpec) ->
     """
     if router.selector == "threshold":
         return jax.lax.stop_gradient(router.threshold - ranked_TE)
-    cutoff_T1 = largest(ranked_TE + expert_bias_E, router.top_k + 1)[0][:, -1:]
+    cutoff_T1 = largest(ranked_TE + expert_bias_E[None], router.top_k + 1)[0][:, -1:]
     return jax.lax.stop_gradient(cutoff_T1 - ranked_TE)
 
 

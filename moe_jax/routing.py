@@ -73,7 +73,7 @@ def gate(
     logits_TE = jnp.einsum("td,ed->te", x_TD, gate_ED, precision=lax.Precision.HIGHEST, preferred_element_type=dtype)
     if gate_bias_E is None:
         return logits_TE
-    return logits_TE + _array("gate_bias_E", gate_bias_E, (gate_ED.shape[0],), "float").astype(dtype)
+    return logits_TE + _array("gate_bias_E", gate_bias_E, (gate_ED.shape[0],), "float").astype(dtype)[None]
 
 
 def route(
@@ -209,7 +209,7 @@ def bias_choice(
 ) -> jax.Array:
     """What is ranked: scores (or logits) plus expert_bias; a logit of -inf is never chosen. [SEL-4, SEL-9]"""
     ranked_TE = scaled_logits_TE if spec.select_by == "logit" or scores_TE is None else scores_TE
-    biased_TE = ranked_TE if expert_bias_E is None else ranked_TE + expert_bias_E
+    biased_TE = ranked_TE if expert_bias_E is None else ranked_TE + expert_bias_E[None]
     return lax.stop_gradient(jnp.where(jnp.isneginf(scaled_logits_TE), -jnp.inf, biased_TE))
 
 
@@ -233,7 +233,7 @@ def limit_groups(biased_scores_TE: jax.Array, spec: RouterSpec) -> tuple[jax.Arr
 
 def kept_experts(group_ids_TL: jax.Array, spec: RouterSpec) -> jax.Array:
     """Whether each expert belongs to a kept group. Expert i belongs to group i // P. [GRP-2]"""
-    kept_TG = (group_ids_TL[:, :, None] == jnp.arange(spec.num_expert_groups)).any(axis=1)
+    kept_TG = (group_ids_TL[:, :, None] == jnp.arange(spec.num_expert_groups)[None, None]).any(axis=1)
     return jnp.repeat(kept_TG, spec.experts_per_group, axis=1)
 
 
@@ -242,7 +242,7 @@ def limit_quotas(ranked_TE: jax.Array, spec: RouterSpec) -> jax.Array:
     assert spec.quota_groups is not None
     grouped_TGP = ranked_TE.reshape(-1, spec.quota_groups, spec.num_experts // spec.quota_groups)
     ids_TGQ = top_k(grouped_TGP, spec.top_k // spec.quota_groups)[1]
-    kept_TGP = (ids_TGQ[..., None] == jnp.arange(grouped_TGP.shape[-1])).any(axis=-2)
+    kept_TGP = (ids_TGQ[..., None] == jnp.arange(grouped_TGP.shape[-1])[None, None, None]).any(axis=-2)
     return jnp.where(kept_TGP, grouped_TGP, -jnp.inf).reshape(ranked_TE.shape)
 
 
@@ -312,7 +312,7 @@ def banded_weights(scaled_logits_TE: jax.Array, expert_ids_TK: jax.Array, spec: 
     The band holds the remaining experts whose distance to the best is at most 2 * mixer_eps of the larger of
     |logit| and the best. Weights of a token need not sum to 1. Source: arXiv:2409.12136.
     """
-    ids_E = jnp.arange(spec.num_choices)
+    ids_1E = jnp.arange(spec.num_choices)[None]
     remaining_TE = scaled_logits_TE
     slots = []
     for slot in range(spec.top_k):
@@ -321,7 +321,7 @@ def banded_weights(scaled_logits_TE: jax.Array, expert_ids_TK: jax.Array, spec: 
         size_TE = jnp.maximum(jnp.abs(scaled_logits_TE), best_T1)
         in_band_TE = best_T1 - scaled_logits_TE <= 2 * spec.mixer_eps * size_TE
         slots.append(gather(softmax(jnp.where(in_band_TE, remaining_TE, -jnp.inf)), ids_T1))
-        remaining_TE = jnp.where(ids_E == ids_T1, -jnp.inf, remaining_TE)
+        remaining_TE = jnp.where(ids_1E == ids_T1, -jnp.inf, remaining_TE)
     return jnp.concatenate(slots, axis=-1)
 
 

@@ -23,7 +23,7 @@ def sinkhorn(logits_TE: jax.Array, valid_T1: jax.Array) -> jax.Array:
 
     def step(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         before_E, _, rounds = state
-        factors_T1 = 1 / (tokens * ((share_TE * before_E).sum(axis=-1, keepdims=True) + EPS))
+        factors_T1 = 1 / (tokens * ((share_TE * before_E[None]).sum(axis=-1, keepdims=True) + EPS))
         factors_E = 1 / (E * ((share_TE * factors_T1).sum(axis=0) + EPS))
         return factors_E, jnp.abs(factors_E - before_E).mean(), rounds + 1
 

@@ -27,7 +27,8 @@ from moe_jax.experts import hide, join, keep_tokens, null_output
 from moe_jax.grouped_matmul import grouped_matmul
 from moe_jax.invariant import of_each_token
 from moe_jax.latent import compress, expand
-from moe_jax.permute import RouteMetadata, dispatch, permute, unpermute
+from moe_jax.permute import RouteMetadata, permute
+from moe_jax.rows import dispatch, unpermute
 from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.balance import CapacitySpec, check_capacity
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs

@@ -46,7 +46,7 @@ def keep_chunks(keys_TN: jax.Array, k: int, chunk: int) -> tuple[jax.Array, jax.
     best_TB = chunked_TBC.max(axis=-1)
     _, kept_ids_TB = rounds(best_TB, positions(best_TB), k)
     kept_TBC = jnp.take_along_axis(chunked_TBC, kept_ids_TB[..., None], axis=-2, mode="promise_in_bounds")
-    ids_TBC = kept_ids_TB[..., None] * chunk + jnp.arange(chunk, dtype=jnp.int32)
+    ids_TBC = kept_ids_TB[..., None] * chunk + positions(kept_TBC)
     return kept_TBC.reshape(*lead, k * chunk), ids_TBC.reshape(*lead, k * chunk)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from moe_ref.specs.balance import BiasUpdateSpec
@@ -34,7 +35,8 @@ class BiasHook:
 
     Args:
         model: every submodule with `tokens_per_expert` and `router.expert_bias` is a layer. One whose rule is a
-            `QuantileSpec` is a `MoE`, which observes from now on what its experts need (`needs`).
+            `QuantileSpec` is a `MoE`, which observes from now on what its experts need (`needs`). Where
+            DistributedDataParallel is to have the model, it is that module, or the one that it is given later.
         spec: the rule of all layers; None: off.
         overrides: the rule of a layer by its name in the model; None: off.
         group: the ranks that see different tokens; ranks that see the same tokens (tensor parallel ones) count once.
@@ -76,6 +78,7 @@ class BiasHook:
             own, bias_E = self.specs[name], _bias(layer)
             if isinstance(own, QuantileSpec) and bias_E is not None:
                 layer.needs = NeedCounts(own, layer.spec.router, bias_E.device)
+        _leave_counts_to_ranks(model, self.layers)
 
     def register(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """`step` runs after every step of this optimizer; of several optimizers, register one."""
@@ -138,6 +141,23 @@ class BiasHook:
 def _is_layer(module: nn.Module) -> bool:
     router = getattr(module, "router", None)
     return isinstance(getattr(module, "tokens_per_expert", None), Tensor) and hasattr(router, "expert_bias")
+
+
+def _leave_counts_to_ranks(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """DistributedDataParallel does not copy the counts of its first rank to the others, as it does with buffers before
+    a forward pass: the tokens that they had counted in earlier micro-batches of the step were lost."""
+    totals = [getattr(layer, "needs", None) for layer in layers.values()]
+    own = {id(_counts(layer)) for layer in layers.values()} | {id(each.total) for each in totals if each is not None}
+
+    def names_in(module: nn.Module) -> set[str]:
+        return {name for name, buffer in module.named_buffers() if id(buffer) in own}
+
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            module.parameters_to_ignore |= names_in(module.module)
+    # What a wrapper that is made later reads.
+    known = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(known | names_in(model)))
 
 
 def _counts(layer: nn.Module) -> Tensor:

@@ -9,6 +9,7 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, S shared
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -151,6 +152,15 @@ class MoE(nn.Module):
         self.tokens_per_expert.zero_()
         if self.needs is not None:
             self.needs.total.zero_()
+
+    def __deepcopy__(self, memo: dict) -> "MoE":
+        # Groups of processes cannot be copied. A copy, as an average of weights keeps one, runs over the same.
+        for shared in (self.capacity_group, self.dispatcher):
+            if shared is not None:
+                memo[id(shared)] = shared
+        own = memo[id(self)] = self.__class__.__new__(self.__class__)
+        own.__dict__.update(deepcopy(self.__dict__, memo))
+        return own
 
     def _apply(self, fn, recurse=True):
         was_meta = self.tokens_per_expert.is_meta

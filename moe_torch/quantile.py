@@ -147,9 +147,11 @@ class NeedCounts(nn.Module):
         self.register_buffer("total", total_of(none_TE, update, zero_E, update.wins(router)), persistent=False)
 
     def _apply(self, fn, recurse=True):
-        dtype = self.total.dtype
+        dtype, was_meta = self.total.dtype, self.total.is_meta
         super()._apply(fn, recurse)
         self.total = self.total.to(dtype)  # a sum of quantiles stays float32 under .to(bfloat16)
+        if was_meta and not self.total.is_meta:
+            self.total.zero_()  # to_empty leaves what the memory held
         return self
 
     @torch.no_grad()

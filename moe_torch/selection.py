@@ -123,7 +123,10 @@ def take_tokens(ranked_TE: Tensor, token_mask_T: Tensor | None, spec: RouterSpec
         scores_for_choice_TE: -inf where the expert did not take the token.
     """
     T = ranked_TE.shape[0]
-    most = spec.takes(T if token_mask_T is None else token_mask_T.sum())
+    number: Tensor | int = T if token_mask_T is None else token_mask_T.sum()
+    if token_mask_T is None and (spec.take_least or spec.take_factor > spec.num_experts):
+        number = torch.full((), T, device=ranked_TE.device)  # what is compared is no number of a graph for any T
+    most = spec.takes(number)
     if token_mask_T is not None:
         ranked_TE = ranked_TE.masked_fill(~token_mask_T[:, None], NEG_INF)
     # Signed zeros tie in a sort of torch.

@@ -135,3 +135,23 @@ def test_what_asks_for_experts_that_are_chosen_is_refused():
 def test_a_router_whose_experts_cannot_take_is_refused(fields, why):
     with pytest.raises(ValueError, match=why):
         SPEC.replace(**fields)
+
+
+@pytest.mark.parametrize("fields", [{}, {"take_least": 3}], ids=["factor", "least"])
+def test_a_program_for_any_number_of_tokens_takes_its_share_of_each(fields):
+    spec = SPEC.replace(**fields)
+
+    def ids(logits_TE: torch.Tensor) -> torch.Tensor:
+        return moe_torch.route(logits_TE, spec).expert_ids_TK
+
+    class Router(torch.nn.Module):
+        def forward(self, logits_TE: torch.Tensor) -> torch.Tensor:
+            return ids(logits_TE)
+
+    logits_TE, shapes = torch.from_numpy(LOGITS_TE), ({0: torch.export.Dim("T", min=2)},)
+    exported = torch.export.export(Router(), (logits_TE,), dynamic_shapes=shapes).module()
+    compiled = torch.compile(ids, fullgraph=True, dynamic=True, backend="eager")
+    for n in (2, 5, 12):
+        wanted_TK = ids(logits_TE[:n])
+        assert torch.equal(exported(logits_TE[:n]), wanted_TK)
+        assert torch.equal(compiled(logits_TE[:n]), wanted_TK)

@@ -89,7 +89,7 @@ def _in_blocks(axis_name: str, operand, output, input_offsets_S, send_sizes_S, o
     """The run for each rank in a block that holds any run; what of it is another's rows is not read there."""
     N, M = len(operand), len(output)
     C = min(N, M)
-    places_SC = jnp.minimum(input_offsets_S[:, None] + lax.iota(jnp.int32, C), N - 1)
+    places_SC = jnp.minimum(input_offsets_S[:, None] + lax.iota(jnp.int32, C)[None], N - 1)
     blocks = take(operand, places_SC.reshape(-1))
     arrived = lax.all_to_all(blocks, axis_name, split_axis=0, concat_axis=0, tiled=True)
     begins_S = _begins(axis_name, output_offsets_S)
@@ -107,7 +107,7 @@ def _begins(axis_name: str, offsets_S) -> jax.Array:
 def _source_of_row(begins_S, sizes_S, num_rows: int) -> tuple[jax.Array, jax.Array]:
     """The rank that each row came from, and whether it came at all."""
     row_M1 = lax.iota(jnp.int32, num_rows)[:, None]
-    from_MS = (begins_S <= row_M1) & (row_M1 < begins_S + sizes_S)
+    from_MS = (begins_S[None] <= row_M1) & (row_M1 < (begins_S + sizes_S)[None])
     return jnp.argmax(from_MS, axis=1).astype(jnp.int32), from_MS.any(axis=1)
 
 

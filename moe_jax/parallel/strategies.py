@@ -18,9 +18,9 @@ from moe_jax.align import AlignedMetadata, align_rows
 from moe_jax.arrays import take
 from moe_jax.parallel.collectives import ragged_all_to_all, same_on_ranks, vary
 from moe_jax.permute import RouteMetadata
-from moe_jax.permute import dispatch as local_dispatch
 from moe_jax.permute import permute as local_permute
-from moe_jax.permute import unpermute as local_unpermute
+from moe_jax.rows import dispatch as local_dispatch
+from moe_jax.rows import unpermute as local_unpermute
 from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.router import RouterSpec

@@ -44,6 +44,7 @@ class RouterSpec(Spec):
     """
 
     ALIASES: ClassVar = names.ALIASES
+    _share: ClassVar[tuple[int, int]]  # of each spec of expert_choice: take_factor / num_experts in whole numbers
 
     num_experts: int
     """Routed experts, E. The logits have one column for each of them, and those named below."""
@@ -236,8 +237,11 @@ class RouterSpec(Spec):
                 require(value == identity, why)
             return
         # So that its product with a number of tokens is a number that int64 holds.
-        parts = Fraction(str(float(self.take_factor))).denominator
+        share = Fraction(str(float(self.take_factor)))
+        parts = share.denominator
         require(parts <= 10**6, f"take_factor is {self.take_factor!r}; it has at most 6 decimals")
+        # Kept, since a compiler of any shape (torch.compile with dynamic=True) does not know the digits of a float.
+        object.__setattr__(self, "_share", (share.numerator, share.denominator * self.num_experts))
         E = self.num_experts
         require(
             self.num_null_experts == 0,
@@ -380,20 +384,22 @@ class RouterSpec(Spec):
         Args:
             num_tokens: an int, or an array of int64 of any framework; so is what is returned.
         """
-        over, under = Fraction(str(float(self.take_factor))).as_integer_ratio()
-        under *= self.num_experts
-        whole = num_tokens * over // under
-        rest = num_tokens * over - whole * under
-        up = {
-            "ceil": rest > 0,
-            "floor": rest < 0,
-            "round": (2 * rest > under) | ((2 * rest == under) & (whole % 2 == 1)),
-        }[self.take_rounding]
-        wanted = whole + 1 * up
-        # In operators that integers and arrays have alike.
-        wanted = wanted + (wanted < self.take_least) * (self.take_least - wanted)
-        # A token is taken once.
-        return wanted - (wanted > num_tokens) * (wanted - num_tokens)
+        over, under = self._share
+        wanted = num_tokens * over // under
+        rest = num_tokens * over - wanted * under
+        # In operators that integers and arrays have alike; without a comparison, which no number of tokens that an
+        # exported program leaves open would pass.
+        if self.take_rounding == "ceil":
+            wanted = wanted + (rest + under - 1) // under
+        elif self.take_rounding == "round":
+            above, from_half = (2 * rest + under - 1) // (2 * under), (2 * rest + under) // (2 * under)
+            wanted = wanted + above + (from_half - above) * (wanted % 2)
+        if self.take_least:
+            wanted = wanted + (wanted < self.take_least) * (self.take_least - wanted)
+        if self.take_least or over > under:
+            # A token is taken once.
+            wanted = wanted - (wanted > num_tokens) * (wanted - num_tokens)
+        return wanted
 
     def at_evaluation(self) -> Self:
         """The same router without what is of training alone: sinkhorn gives way to the best logits."""

@@ -11,7 +11,8 @@ import pytest
 from moe_jax.dense_matmul import dense_matmul
 from moe_jax.experts import hide
 from moe_jax.parallel import make_mesh
-from moe_jax.permute import dispatch, permute, unpermute
+from moe_jax.permute import permute
+from moe_jax.rows import dispatch, unpermute
 from moe_jax.sparse_matmul import gmm_down, gmm_up, route_tokens, sparse_matmul
 from moe_ref.backward.layer import hide_backward, layer_backward
 from moe_ref.experts import hide as reference_hide
@@ -316,3 +317,26 @@ def test_batch_invariant_tokens_have_their_own_bits():
     assert decided.expert_ids_TK.shape == (33, 3)
     with pytest.raises(ValueError, match="batch_invariant"):
         sparse_matmul(x_TD, params, spec, batch_invariant=True, capacity=CapacitySpec(slots=1))
+
+
+def test_a_layer_is_differentiable_forward_and_twice_and_promotes_no_rank():
+    spec = LayerSpec(
+        router=RouterSpec(num_experts=4, top_k=3, score_func="sigmoid", selector="threshold", threshold=0.5),
+        experts=ExpertSpec(dim=4, hidden_dim=4),
+    )
+    params = jax.tree.map(jnp.asarray, LayerParams.init(spec).astype(np.float32))
+    x_TD, tangent_TD = np.random.default_rng(0).normal(size=(2, 6, 4)).astype(np.float32)
+
+    def loss(x_TD):
+        return (sparse_matmul(x_TD, params, spec)[0] ** 2).sum()
+
+    @jax.jit
+    def derivatives(x_TD, tangent_TD):
+        gradient_TD, forward_over_reverse_TD = jax.jvp(jax.grad(loss), (x_TD,), (tangent_TD,))
+        twice_reverse_TD = jax.grad(lambda x_TD: (jax.grad(loss)(x_TD) * tangent_TD).sum())(x_TD)
+        return gradient_TD, jax.jvp(loss, (x_TD,), (tangent_TD,))[1], forward_over_reverse_TD, twice_reverse_TD
+
+    with jax.numpy_rank_promotion("raise"):
+        gradient_TD, forward, forward_over_reverse_TD, twice_reverse_TD = derivatives(x_TD, tangent_TD)
+    np.testing.assert_allclose(forward, (gradient_TD * tangent_TD).sum(), rtol=1e-4)
+    np.testing.assert_allclose(forward_over_reverse_TD, twice_reverse_TD, rtol=1e-3, atol=1e-4)

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, LayerSpec, ShardLayout
 from moe_torch.balance import tokens_per_expert
@@ -65,13 +66,15 @@ def kept_ids(spec: CapacitySpec, tokens_per_shard, ids_TK, weights_TK, mask_T, s
     return limited.expert_ids_TK.numpy()
 
 
-def biases_after_a_step(spec: LayerSpec, update: BiasUpdateSpec, micro_batches):
+def biases_after_a_step(spec: LayerSpec, update: BiasUpdateSpec, micro_batches, wrapped: str):
     """Two layers on this rank's tokens, several micro-batches, one step: biases, counts, and how often it reduced."""
     torch.manual_seed(0)
     layers = nn.Sequential(MoE(spec), MoE(spec))
-    hook = BiasHook(layers, update, group=dist.group.WORLD)
+    model = DistributedDataParallel(layers) if wrapped == "first" else layers
+    hook = BiasHook(model, update, group=dist.group.WORLD)
+    model = DistributedDataParallel(layers) if wrapped == "later" else model
     for x_STD in micro_batches:
-        layers(torch.tensor(x_STD[dist.get_rank()])).sum().backward()
+        model(torch.tensor(x_STD[dist.get_rank()])).sum().backward()
     calls, all_reduce = [], dist.all_reduce
     dist.all_reduce = lambda *args, **options: (calls.append(1), all_reduce(*args, **options))
     try:

@@ -1,5 +1,6 @@
 """Tests, what ranks run of training: a small model with a parallel layer, its optimizer, clipping, and checkpoints."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -195,12 +196,22 @@ def take_back_on_rank(spec: LayerSpec, params, others, layout: ShardLayout) -> d
     one = MoE(spec)
     one.load_params(params)
     plain, found = one.state_dict(), {}
-    for way in ("load_params", "load_state_dict, whole", "load_state_dict, over ranks", "set_model_state_dict"):
+    for way in (
+        "load_params",
+        "load_state_dict, whole",
+        "load_state_dict, over ranks",
+        "set_model_state_dict",
+        "deepcopy",
+    ):
         moe = parallel_layer(others, spec, layout)
         if way == "load_params":
             moe.load_params(params)
         elif way == "load_state_dict, whole":
             moe.load_state_dict(plain)
+        elif way == "deepcopy":
+            # As an average of weights keeps one; FSDP2 refuses it.
+            moe = parallel_layer(params, spec, layout)
+            moe = moe if isinstance(moe, FSDPModule) else deepcopy(moe)
         elif way == "load_state_dict, over ranks":
             moe.load_state_dict(parallel_layer(params, spec, layout).state_dict())
         else:

@@ -123,6 +123,7 @@ def test_a_layer_built_on_meta_starts_from_no_counts_and_no_bias(setup):
     whole = MoE(LAYER)
     with torch.device("meta"):
         built = MoE(LAYER)
+    BiasHook(built, QuantileSpec.of("kimi_k3"))
     torch.use_deterministic_algorithms(True)  # what to_empty leaves is then a number that shows
     try:
         built.to_empty(device="cpu")
@@ -134,6 +135,7 @@ def test_a_layer_built_on_meta_starts_from_no_counts_and_no_bias(setup):
         built.load_state_dict(whole.state_dict())
     np.testing.assert_array_equal(built.tokens_per_expert, np.zeros(E))
     np.testing.assert_array_equal(built.router.expert_bias, np.zeros(E))
+    np.testing.assert_array_equal(built.needs.total, np.zeros_like(built.needs.total))
     assert setup == "nothing" or all(each.isfinite().all() for each in built.parameters())
 
 

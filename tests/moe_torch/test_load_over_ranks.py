@@ -78,11 +78,13 @@ def test_a_capacity_is_that_of_the_whole_batch(ranks, scope, drop_order):
     np.testing.assert_array_equal(np.concatenate(found), expected.expert_ids_TK)
 
 
-def test_biases_move_by_the_counts_of_all_ranks_micro_batches_and_layers_in_one_all_reduce(ranks):
+@pytest.mark.parametrize("wrapped", ["not", "first", "later"])
+def test_biases_move_by_the_counts_of_all_ranks_micro_batches_and_layers_in_one_all_reduce(ranks, wrapped):
+    # DistributedDataParallel copies the buffers of its first rank to the others before each micro-batch.
     # Signed rank by rank or batch by batch, these counts move other experts.
     micro_batches = np.random.default_rng(0).standard_normal((3, S, 7, 4)).astype(np.float32)
     update = BiasUpdateSpec(rate=0.25, centred=True)
-    found = ranks.run(S, biases_after_a_step, LAYER, update, micro_batches)
+    found = ranks.run(S, biases_after_a_step, LAYER, update, micro_batches, wrapped)
     for biases, counts_of_layers, num_all_reduces in found:
         assert num_all_reduces == 1
         for bias_E, counts_E, same_E in zip(biases, counts_of_layers.values(), found[0][0], strict=True):
