@@ -11,7 +11,16 @@ import numpy as np
 import torch
 
 from conformance.core.subject import LoadRule, Subject, Unsupported
-from conformance.subjects.megatron.module import built_router, groups_of_one, map_of, moe_utils, router_of
+from conformance.subjects.megatron.module import (
+    built_router,
+    finalize,
+    groups_of_one,
+    hold_slots,
+    map_of,
+    moe_utils,
+    router_of,
+    set_bias,
+)
 from conformance.subjects.megatron.settings import capacity_entries, router_entries
 from conformance.subjects.torch.arrays import single, slices, to_numpy
 from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, QuantileSpec, RouterSpec, SparsitySpec
@@ -31,11 +40,12 @@ SIGMOIDS: dict[str, Any] = {"score_func": "sigmoid", "route_norm": True, "norm_e
 
 
 class MegatronBalance(Subject):
-    """aux_loss, seq_aux_loss, global_aux_loss, the z-loss, expert_bias and capacities."""
+    """aux_loss, seq_aux_loss, global_aux_loss, the z-loss, expert_bias, quantile balancing and capacities."""
 
     def supports_load(self, spec: LoadRule) -> str | None:
         if isinstance(spec, QuantileSpec):
-            return "megatron-core 0.16.1 has no quantile balancing"
+            own = QuantileSpec.of("megatron", keep=spec.keep)
+            return None if spec == own else "Megatron takes the mean of the exact quantiles of batches, centred"
         if isinstance(spec, SparsitySpec):
             return "megatron-core has no routing whose numbers of experts vary"
         if isinstance(spec, CapacitySpec):
@@ -91,7 +101,7 @@ class MegatronBalance(Subject):
         more = {"moe_router_load_balancing_type": kind, "moe_aux_loss_coeff": balance.coeff}
         module = built_router(router, expert_bias=expert_bias_E is not None, more=tuple(more.items()))
         if expert_bias_E is not None:
-            module.expert_bias.copy_(single(expert_bias_E))
+            set_bias(module, expert_bias_E)
         module.reset_global_aux_loss_tracker()
         given_TE, padding_T, losses, pulls = single(logits_TE).requires_grad_(), padding(token_mask_T), [], []
         for own in slices(tokens_per_shard, len(given_TE)):
@@ -125,6 +135,33 @@ class MegatronBalance(Subject):
         for counts_E in np.asarray(counts_SE):
             counter_E += torch.from_numpy(np.asarray(counts_E, np.int64))
         return to_numpy(moe_utils.get_updated_expert_bias(counter_E, single(expert_bias_E), update.rate))
+
+    def quantile_update(
+        self,
+        logits_TE: np.ndarray,
+        router: RouterSpec,
+        update: QuantileSpec,
+        expert_bias_E: np.ndarray,
+        *,
+        token_mask_T: np.ndarray | None = None,
+        tokens_per_shard: tuple[int, ...] | None = None,
+    ) -> np.ndarray:
+        """Forward passes of the router in training, and `_update_router_qb_beta`, whose beta is the negative bias."""
+        if token_mask_T is not None:
+            raise Unsupported("Megatron's quantile balancing takes no padding mask")
+        more = {"moe_router_quantile_balancing_ema": update.keep}
+        module = built_router(router, expert_bias=True, more=tuple(more.items()))
+        if module.qb_beta is None:
+            raise Unsupported("Megatron's quantile balancing ranks logits")
+        set_bias(module, expert_bias_E)
+        finalize.reset_model_temporary_tensors(module.config, [module])
+        for own in slices(tokens_per_shard, len(logits_TE)):
+            if own.start == own.stop:
+                raise Unsupported("a micro-batch of Megatron has a token")
+            hold_slots(module, own.stop - own.start)
+            module.routing(single(logits_TE[own])[:, None])
+        finalize._update_router_qb_beta([module], module.config, dp_cp_group=groups_of_one().tp_dp_cp)
+        return -to_numpy(module.qb_beta)
 
     def capacity(
         self,

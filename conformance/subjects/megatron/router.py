@@ -15,6 +15,7 @@ from conformance.subjects.megatron.module import (
     routed,
     routed_ids,
     routers,
+    set_bias,
 )
 from conformance.subjects.megatron.settings import DTYPES, GROUPS, SCALE, SIZES, router_entries
 from conformance.subjects.torch.arrays import tensor as exact
@@ -23,7 +24,7 @@ from moe_ref import RouterSpec, ShardLayout
 
 
 class MegatronRouter(Subject):
-    """A softmax over all or the selected, sigmoids, groups, a balancing bias, a scale, sinkhorn, replay."""
+    """A softmax over all or the selected, sigmoids, groups, a balancing bias, a scale, sinkhorn, quantiles, replay."""
 
     def supports(self, spec: RouterSpec, layout: ShardLayout | None = None) -> str | None:
         router_entries(spec)  # a ValueError is the sentence
@@ -38,8 +39,7 @@ class MegatronRouter(Subject):
     ) -> Routing:
         """`routing`, which comes after its gate. Slots are in the order of the experts: its arrays are dense."""
         router = built_router(spec, expert_bias=expert_bias_E is not None)
-        if expert_bias_E is not None:
-            router.expert_bias.copy_(to_torch(expert_bias_E))
+        set_bias(router, expert_bias_E)
         logits_T1E = (exact(logits_TE) if spec.router_dtype == "float64" else to_torch(logits_TE))[:, None]
         given_TK = inputs.get("given_ids_TK")
         with torch.no_grad(), replaying(router, given_TK):
