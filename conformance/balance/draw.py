@@ -37,7 +37,7 @@ BALANCES = (
     BalanceSpec(coeff=0.01, **SIGMOID, score_eps=1e-20),
     BalanceSpec(score_func="sigmoid"),
     BalanceSpec(score_func="sqrtsoftplus", counts_over="tokens"),
-    BalanceSpec(score_func="sqrtsoftplus", norm_scores=True, coeff=0.5),
+    BalanceSpec(score_func="sqrtsoftplus", norm_scores=True, score_eps=1e-20, counts="unbiased", coeff=0.5),
     BalanceSpec(counts="unbiased", **SIGMOID, scope="local"),
     BalanceSpec(per="sequence", scope="local", coeff=0.25),
     BalanceSpec(expert_power=0, coeff=2.0),

@@ -65,6 +65,7 @@ with warnings.catch_warnings():
     routers = _load("megatron.core.transformer.moe.router")
     router_replay = _load("megatron.core.transformer.moe.router_replay")
     token_dispatcher = _load("megatron.core.transformer.moe.token_dispatcher")
+    tracker = _load("megatron.core.transformer.moe.moe_logging").get_moe_metrics_tracker
     activations = _load("megatron.core.activations")
     get_moe_module_spec = _load("megatron.core.models.gpt.moe_module_specs").get_moe_module_spec
     TransformerConfig = _load("megatron.core.transformer.transformer_config").TransformerConfig

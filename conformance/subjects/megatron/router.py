@@ -22,6 +22,9 @@ from conformance.subjects.torch.arrays import tensor as exact
 from conformance.subjects.torch.arrays import to_numpy, to_torch
 from moe_ref import RouterSpec, ShardLayout
 
+LOW = -30.0
+"""A sigmoid of it is 1e-13, in which 1e-20 is no digit of float32."""
+
 
 class MegatronRouter(Subject):
     """A softmax over all or the selected, sigmoids, groups, a balancing bias, a scale, sinkhorn, quantiles, replay."""
@@ -45,6 +48,9 @@ class MegatronRouter(Subject):
         with torch.no_grad(), replaying(router, given_TK):
             probs_TE, map_TE = routed(router, logits_T1E)
         ids_TK, weights_TK = routed_ids(probs_TE, map_TE, spec.top_k)
+        small_T = np.take_along_axis(logits_TE, ids_TK, axis=-1).max(axis=-1) < LOW
+        if given_TK is not None and spec.score_func != "softmax" and spec.norm_eps == 0 and small_T.any():
+            raise Unsupported("Megatron adds 1e-20 to the sum of the scores, beside which these are not large")
         if given_TK is not None and (np.sort(given_TK) == ids_TK).all():  # each in its slot
             ids_TK, weights_TK = given_TK, np.take_along_axis(to_numpy(probs_TE), given_TK, axis=-1)
         return Routing(expert_ids_TK=ids_TK, weights_TK=weights_TK)

@@ -64,6 +64,9 @@ WAYS = (
         fixed=CHOICE | ON_INPUT),
     Way(name="normed scores", free=SIZES | GROUPS | SCALE | SCORE, one_slot=False, expert_bias=True, config={},
         fixed=EACH_ALONE | NORMED | CHOICE),
+    # An eps of 1e-20 is one of 0 but for scores that nearly underflow, which `route` refuses.
+    Way(name="normed scores of given ids", free=SIZES | SCALE | SCORE, one_slot=False, config={},
+        fixed=CHOICE | EACH_ALONE | {"route_norm": (True,), "selector": ("given",)}),
     Way(name="one score", free=SIZES | GROUPS | SCALE | SCORE, one_slot=True, expert_bias=True, config={},
         fixed=EACH_ALONE | CHOICE | ON_INPUT),
     Way(name="sinkhorn", free=SIZES, one_slot=False, config={BALANCING: "sinkhorn"},
