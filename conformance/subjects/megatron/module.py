@@ -286,11 +286,19 @@ def hold_slots(router: Any, num_tokens: int) -> None:
     Raises:
         Unsupported: the sentence.
     """
-    E, K = router.config.num_moe_experts, router.topk
-    if router.qb_beta is not None and torch.is_grad_enabled() and num_tokens * K % E:
-        raise Unsupported(
-            f"Megatron's quantile balancing asks for slots that are a multiple of the experts ({num_tokens} * {K}, {E})"
-        )
+    if router.qb_beta is not None and torch.is_grad_enabled():
+        hold_share(num_tokens, router.topk, router.config.num_moe_experts)
+
+
+def hold_share(num_tokens: int, top_k: int, num_experts: int) -> None:
+    """The number of slots is a multiple of that of the experts.
+
+    Raises:
+        Unsupported: it is not.
+    """
+    if num_tokens * top_k % num_experts:
+        sizes = f"{num_tokens} * {top_k}, {num_experts}"
+        raise Unsupported(f"Megatron's quantile balancing asks for slots that are a multiple of the experts ({sizes})")
 
 
 def routed_ids(probs_TE: torch.Tensor, map_TE: torch.Tensor, top_k: int) -> tuple[np.ndarray, np.ndarray]:
