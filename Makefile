@@ -1,7 +1,7 @@
 # make check: judge real public routers.  make test: test this project.  Both install what they need into .venv.
 # make matrix: the oldest and newest JAX and PyTorch under each Python, in .matrix; its table is docs/matrix.md.
 # make peers: code bases that need an environment of their own, in .peers: MaxText (Python 3.12; docs/maxtext.md), megatron-core
-# (Python 3.11; docs/megatron.md).
+# (Python 3.12; docs/megatron.md).
 # make bare: the wheel without any framework, with the oldest NumPy, into .bare.  PYTHON=python3.13 chooses another one.
 PYTHON ?= python3
 BIN := .venv/bin

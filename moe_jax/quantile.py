@@ -134,9 +134,8 @@ def quantile_bias(
 
 
 def _mixed(found_E: jax.Array, update: QuantileSpec, before_E: jax.Array) -> jax.Array:
-    if update.centred:
-        found_E = found_E - found_E.mean()
-    return update.keep * before_E + (1 - update.keep) * found_E
+    mixed_E = update.keep * before_E + (1 - update.keep) * found_E
+    return mixed_E - mixed_E.mean() if update.centred else mixed_E
 
 
 def _smallest(needs_TE: jax.Array, valid_T: jax.Array, top_k: int) -> jax.Array:

@@ -67,9 +67,8 @@ def quantile_bias(
         return expert_bias_E
     pools = given if update.over == "batches" else [np.concatenate(given)]
     found_E = np.mean([quantile(needs_NE, update, expert_bias_E, top_k) for needs_NE in pools], axis=0)
-    if update.centred:
-        found_E = found_E - found_E.mean()
-    return update.keep * expert_bias_E + (1 - update.keep) * found_E
+    mixed_E = update.keep * expert_bias_E + (1 - update.keep) * found_E
+    return mixed_E - mixed_E.mean() if update.centred else mixed_E
 
 
 def quantile(needs_NE: np.ndarray, update: QuantileSpec, expert_bias_E: np.ndarray, top_k: int) -> np.ndarray:

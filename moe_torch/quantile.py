@@ -108,9 +108,8 @@ def quantile_bias(needs_by_batch: Sequence[Tensor], update: QuantileSpec, expert
 
 
 def _mixed(found_E: Tensor, update: QuantileSpec, before_E: Tensor) -> Tensor:
-    if update.centred:
-        found_E = found_E - found_E.mean()
-    return update.keep * before_E + (1 - update.keep) * found_E
+    mixed_E = update.keep * before_E + (1 - update.keep) * found_E
+    return mixed_E - mixed_E.mean() if update.centred else mixed_E
 
 
 def _smallest(needs_TE: Tensor, valid_T: Tensor, place: Tensor) -> Tensor:

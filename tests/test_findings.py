@@ -21,7 +21,10 @@ MOST_LINES = 60
 ENVIRONMENT = os.environ | {
     "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
 }  # fmt: skip
-IMPORTED_ONCE = {"torchtitan": "torchtitan.models.gpt_oss.sharding", "transformers": "transformers.modeling_utils"}
+IMPORTED_ONCE = {
+    "megatron": "megatron.core.transformer.moe.router", "torchtitan": "torchtitan.models.gpt_oss.sharding",
+    "transformers": "transformers.modeling_utils",
+}  # fmt: skip
 """Package -> what its scripts import for seconds."""
 FORKS = """
 import importlib, json, os, sys, traceback

@@ -29,7 +29,7 @@ class Peer:
 
 PEERS = (
     Peer(name="maxtext", pythons=("3.12", "3.13"), requirements=ROOT / "benchmarks" / "maxtext-requirements.txt"),
-    Peer(name="megatron", pythons=("3.11", "3.12"), requirements=ROOT / "benchmarks" / "megatron-requirements.txt"),
+    Peer(name="megatron", pythons=("3.12", "3.13"), requirements=ROOT / "benchmarks" / "megatron-requirements.txt"),
 )  # fmt: skip
 
 

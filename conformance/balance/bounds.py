@@ -126,7 +126,6 @@ def quantile_radius(judge: Judge, case: BalanceCase, wanted_E: np.ndarray) -> np
     bias_E, router = case.expert_bias_E, case.router
     z_TE = np.where(case.valid_T[:, None], case.scaled_logits_TE, 0)
     unbounded = router.select_by == "logit" or router.score_func == "relu"
-    unbounded = router.select_by == "logit" or router.score_func == "relu"
     sizes = 1 + np.abs(bias_E).max() + (np.abs(z_TE).max(initial=0) if unbounded else 1)
     # A score is off by roundings of itself, and by those of its logit times its slope.
     radius = ROUNDINGS * EPSILON[judge.subject.compute_dtype] * sizes

@@ -37,7 +37,7 @@ BALANCES = (
     BalanceSpec(coeff=0.01, **SIGMOID, score_eps=1e-20),
     BalanceSpec(score_func="sigmoid"),
     BalanceSpec(score_func="sqrtsoftplus", counts_over="tokens"),
-    BalanceSpec(score_func="sqrtsoftplus", norm_scores=True, coeff=0.5),
+    BalanceSpec(score_func="sqrtsoftplus", norm_scores=True, score_eps=1e-20, counts="unbiased", coeff=0.5),
     BalanceSpec(counts="unbiased", **SIGMOID, scope="local"),
     BalanceSpec(per="sequence", scope="local", coeff=0.25),
     BalanceSpec(expert_power=0, coeff=2.0),
@@ -106,7 +106,7 @@ QUANTILES = (
     (QuantileSpec(centred=False), RouterSpec(num_experts=5, top_k=1, score_func="sigmoid", select_by="logit")),
     (QuantileSpec(keep=0.25), RouterSpec(num_experts=7, top_k=3, score_func="sqrtsoftplus")),
     (QuantileSpec(bins=16, keep=0.25), RouterSpec(num_experts=7, top_k=3, logit_scale=0.5)),
-    (MEGATRON.replace(keep=0.75), RouterSpec(num_experts=7, top_k=3, select_by="logit")),
+    (MEGATRON.replace(keep=0.75), RouterSpec(num_experts=5, top_k=2, select_by="logit")),
     (KIMI_K3, RouterSpec(num_experts=64, top_k=8, score_func="sigmoid")),
     (
         QuantileSpec.of("dynamic", target_top_k=2),
@@ -288,6 +288,8 @@ def lengths_of(
     rules = [rule for rule in (spec.balance, spec.capacity, spec.capacity and spec.capacity.then) if rule]
     of_sequences = any("sequence" in (getattr(rule, "per", ""), rule.scope) for rule in rules)
     of_shards = any(rule.scope in ("local", *RUNNING_SCOPES, "rank") for rule in rules) or spec.quantile is not None
+    if spec.quantile is not None:  # half of the batches are equal, of which code may ask for a whole number of wins
+        evenly = evenly or rng.random() < 0.5
     found = {}
     if of_sequences and "sequence_lengths" in wanted:
         found["sequence_lengths"] = cut(num_tokens, rng, evenly=evenly, parts=3)

@@ -23,7 +23,7 @@ WANTED = {name: name.partition("-")[0] for name in BUILT_IN if name != "referenc
 
 HOW = {
     name: f"it has an environment of its own, of Python {python}, which `make peers` builds (docs/{name}.md)"
-    for name, python in (("maxtext", "3.12"), ("megatron", "3.11"))
+    for name, python in (("maxtext", "3.12"), ("megatron", "3.12"))
 }
 """Of packages that no extra of ours installs: what is needed."""
 

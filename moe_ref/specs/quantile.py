@@ -12,9 +12,9 @@ QUANTILE_FORMS: dict[str, dict[str, Any]] = {
     "exact": {},
     # Appendix D of the report: read from histograms, as in pytorch/torchtitan#4577 and NVIDIA/Megatron-LM#6637.
     "kimi_k3": {"bins": 1000},
-    # qb_dual_update of NVIDIA/Megatron-LM#5349: its beta is -expert_bias, and its router ranks logits (select_by
-    # 'logit'); its moe_router_quantile_balancing_ema is `keep`.
-    "megatron": {"over": "batches", "centred": False},
+    # qb_dual_update and _update_router_qb_beta of megatron-core 0.19 (NVIDIA/Megatron-LM#5349): its beta is
+    # -expert_bias, and its router ranks logits (select_by 'logit'); its moe_router_quantile_balancing_ema is `keep`.
+    "megatron": {"over": "batches"},
     # kexue.fm/archives/11626, of selector 'threshold': its beta is threshold - expert_bias, its lambda `keep`.
     "dynamic": {"centred": False, "keep": 0.9},
 }
@@ -43,7 +43,7 @@ class QuantileSpec(SpecWithForms):
     """pool: of the tokens of all ranks and micro-batches of the step; batches: the mean of the quantiles of each, which
     is another number (Megatron)."""
     centred: bool = True
-    """The mean over experts is subtracted; no choice depends on it."""
+    """The mean over experts is subtracted, last of all; no choice depends on it."""
     target_top_k: int | None = None
     """How many experts a token is to have in the mean, of a router of selector threshold; None: its top_k."""
     keep: float = 0.0

@@ -34,6 +34,8 @@ def test_the_bias_is_the_quantile_of_what_an_expert_needs():
     np.testing.assert_array_equal(centred_E, [-3.5, 0.5, 1.5, 1.5])
     kept_E = quantile_update(logits_TE, LOGITS, QuantileSpec(centred=False, keep=0.75), np.full(4, 4.0))
     np.testing.assert_array_equal(kept_E, [3 + (-4 + 4) / 4, 3 + 4 / 4, 3 + 5 / 4, 3 + 5 / 4])
+    both_E = quantile_update(logits_TE, LOGITS, QuantileSpec(keep=0.75), np.array([8.0, 4, 4, 0]))
+    assert abs(both_E.mean()) < 1e-12  # what stays is centred, too
 
 
 @pytest.mark.parametrize("form", sorted(QUANTILE_FORMS.keys() - {"dynamic"}))  # that one: tests/test_sparsity.py

@@ -88,6 +88,16 @@ def test_sinkhorn_of_megatron_is_a_selector():
         LayerSpec.from_megatron(values | {"moe_router_load_balancing_type": ["sinkhorn", "aux_loss"]})
 
 
+def test_quantile_balancing_of_megatron_ranks_logits():
+    values = {key: value for key, value in MEGATRON.items() if "group" not in key}
+    router = LayerSpec.from_megatron(values | {"moe_router_load_balancing_type": ["quantile_balancing"]}).router
+    assert router == LayerSpec.from_megatron(values).router.replace(select_by="logit")
+    with pytest.raises(ValueError, match="refuses with moe_router_group_topk"):
+        LayerSpec.from_megatron(MEGATRON | {"moe_router_load_balancing_type": "quantile_balancing"})
+    with pytest.raises(ValueError, match="quantile_balancing is there alone"):
+        LayerSpec.from_megatron(values | {"moe_router_load_balancing_type": ["quantile_balancing", "aux_loss"]})
+
+
 def test_megatron_without_pre_softmax_is_a_softmax_over_the_selected():
     plain = {"num_moe_experts": 8, "hidden_size": 16, "moe_ffn_hidden_size": 32, "gated_linear_unit": True,
              "activation_func": "silu", "add_bias_linear": False}  # fmt: skip

@@ -35,6 +35,8 @@ LAYERS = {
                           experts=ExpertSpec(dim=8, hidden_dim=16, gated=False, activation="relu2")),
     "sinkhorn": LayerSpec(router=RouterSpec(num_experts=8, top_k=1, score_func="sigmoid", select_by="logit",
                                             selector="sinkhorn"), experts=PLAIN),
+    "quantiles": LayerSpec(router=RouterSpec(num_experts=8, top_k=2, score_func="sqrtsoftplus", route_norm=True,
+                                             norm_eps=1e-20, select_by="logit"), experts=PLAIN),
 }  # fmt: skip
 T = 16
 
@@ -56,6 +58,10 @@ def test_a_norm_over_the_selected_is_a_softmax_over_them():
     ("spec", "message"),
     [
         (LayerSpec(router=tiny("longcat_flash"), experts=PLAIN), "num_null_experts"),
+        (
+            LayerSpec(router=RouterSpec(num_experts=3, top_k=3, **SIGMOIDS, select_by="logit"), experts=PLAIN),
+            "one is left",
+        ),
         (LAYERS["qwen2_moe"].replace(latent=LatentSpec(dim=4)), "latent projections"),
         (LAYERS["mixtral"].replace(gate_bias=True), "add_bias_linear is both"),
         (LAYERS["mixtral"].replace(shared=SharedSpec(hidden_dim=8, combine="average")), "Megatron sums"),
@@ -81,6 +87,14 @@ def test_a_softmax_has_no_balancing_bias():
         router_entries(RouterSpec(num_experts=8, top_k=2), expert_bias=True)
 
 
+def test_a_balancing_bias_of_logits_is_that_of_quantile_balancing():
+    spec = RouterSpec(num_experts=8, top_k=2, select_by="logit")
+    found = router_entries(spec, expert_bias=True)
+    assert found["moe_router_load_balancing_type"] == "quantile_balancing"
+    assert not found["moe_router_enable_expert_bias"]  # which is another one, of scores
+    assert "moe_router_load_balancing_type" not in router_entries(LAYERS["mixtral"].router)
+
+
 def test_a_drop_order_is_a_policy():
     found = capacity_entries(CapacitySpec(factor=1.5, drop_order="by_weight", pad_to_capacity=True))
     assert found == {
@@ -93,7 +107,7 @@ def test_a_drop_order_is_a_policy():
 def test_a_run_without_it_says_what_is_needed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     sentence = running._missing("megatron-alltoall") or ""
-    assert sentence.startswith("megatron is not installed; it has an environment of its own, of Python 3.11")
+    assert sentence.startswith("megatron is not installed; it has an environment of its own, of Python 3.12")
     assert "make peers" in sentence
 
 
@@ -121,6 +135,14 @@ def test_its_real_layer_agrees_with_the_reference(name):
     assert {name: value.shape for name, value in found.items()} == {
         name: np.shape(x_TD if name == "x_TD" else getattr(params, name)) for name in found
     }
+
+
+def test_its_real_config_is_read():
+    pytest.importorskip("megatron", reason="megatron is not installed here: make peers")
+    from conformance.subjects.megatron.module import config_of
+
+    spec = LAYERS["quantiles"]
+    assert LayerSpec.from_megatron(config_of(layer_entries(spec))) == spec  # none of its keys is unknown
 
 
 def test_the_largest_weights_are_kept():

@@ -57,6 +57,13 @@ def the_share_that_stays_is_the_other_one(run, memory, logits_TE, router, update
     return run(logits_TE, router, update.replace(keep=1 - update.keep if update.keep else 0), expert_bias_E, **inputs)
 
 
+@replaces("quantile_bias", breaks="LOD-41")
+def what_stays_is_not_centred(needs_by_batch, update, expert_bias_E, top_k):
+    """The mean of the quantiles alone is subtracted, before the bias that stays is added."""
+    found_E = quantile_bias(needs_by_batch, update.replace(keep=0.0), expert_bias_E, top_k)
+    return update.keep * expert_bias_E + (1 - update.keep) * found_E
+
+
 @surrounds(breaks="LOD-42", links=("NVIDIA/Megatron-LM#5349",))
 def quantiles_of_ranks_are_averaged(run, memory, logits_TE, router, update, expert_bias_E, **inputs):
     """Each rank takes the quantile of its own tokens, and the quantiles are averaged."""

@@ -74,7 +74,8 @@ chapter(
     ("LOD-40", MUST, "Quantile balancing sets the bias of each expert to the (floor(T * K / E) + 1)-th smallest, over "
                   "the T tokens of the step, of the token's (K + 1)-th largest biased score less the expert's score "
                   "without bias; centred, to that less the mean over experts.", "NVIDIA/Megatron-LM#6802"),
-    ("LOD-41", MUST, "With keep, that share of the bias before stays, and the quantile makes the rest."),
+    ("LOD-41", MUST, "With keep, that share of the bias before stays, and the quantile makes the rest; centred, the "
+                  "mean of both together is subtracted."),
     ("LOD-42", MUST, "A quantile over the pool is that of the tokens of all ranks and micro-batches, however they are "
                   "cut, and no mean of theirs; over batches it is the mean of the quantiles of those with a token.",
                   "NVIDIA/Megatron-LM#5349"),

@@ -11,7 +11,17 @@ import numpy as np
 import torch
 
 from conformance.core.subject import LoadRule, Subject, Unsupported
-from conformance.subjects.megatron.module import built_router, groups_of_one, map_of, moe_utils, router_of
+from conformance.subjects.megatron.module import (
+    built_router,
+    finalize,
+    groups_of_one,
+    hold_slots,
+    map_of,
+    moe_utils,
+    router_of,
+    set_bias,
+    tracker,
+)
 from conformance.subjects.megatron.settings import capacity_entries, router_entries
 from conformance.subjects.torch.arrays import single, slices, to_numpy
 from moe_ref import BalanceSpec, BiasUpdateSpec, CapacitySpec, QuantileSpec, RouterSpec, SparsitySpec
@@ -25,17 +35,18 @@ LOSSES = {
 SCORES: dict[str, dict[str, Any]] = {
     "softmax": {},
     "sigmoid": {"score_func": "sigmoid", "norm_scores": True, "score_eps": 1e-20},
+    "sqrtsoftplus": {"score_func": "sqrtsoftplus", "norm_scores": True, "score_eps": 1e-20},
 }
 MOST_TOKENS = 2**24
-SIGMOIDS: dict[str, Any] = {"score_func": "sigmoid", "route_norm": True, "norm_eps": 1e-20}
 
 
 class MegatronBalance(Subject):
-    """aux_loss, seq_aux_loss, global_aux_loss, the z-loss, expert_bias and capacities."""
+    """aux_loss, seq_aux_loss, global_aux_loss, the z-loss, expert_bias, quantile balancing and capacities."""
 
     def supports_load(self, spec: LoadRule) -> str | None:
         if isinstance(spec, QuantileSpec):
-            return "megatron-core 0.16.1 has no quantile balancing"
+            own = QuantileSpec.of("megatron", keep=spec.keep)
+            return None if spec == own else "Megatron takes the mean of the exact quantiles of batches, centred"
         if isinstance(spec, SparsitySpec):
             return "megatron-core has no routing whose numbers of experts vary"
         if isinstance(spec, CapacitySpec):
@@ -45,8 +56,8 @@ class MegatronBalance(Subject):
             plain = BiasUpdateSpec(rate=spec.rate)
             return None if spec == plain else "Megatron moves every bias by rate * sign(mean - count)"
         return None if loss_type(spec) else (
-            "Megatron's losses are of unbiased counts over slots, with softmax scores, or with sigmoids that are "
-            "divided by their sum + 1e-20"
+            "Megatron's losses are of unbiased counts over slots, with softmax scores, or with sigmoids or "
+            "sqrtsoftplus that are divided by their sum + 1e-20"
         )  # fmt: skip
 
     def load(
@@ -83,15 +94,16 @@ class MegatronBalance(Subject):
             raise Unsupported("Megatron has no loss whose coefficient is 0")
         if balance.per == "sequence" and tokens_per_shard is not None and sequence_lengths is not None:
             raise Unsupported("a shard of whole sequences alone is judged")
-        if balance.score_func != router.score_func:
-            if router != RouterSpec(num_experts=router.num_experts, top_k=router.top_k):
-                raise Unsupported("Megatron's losses score as the router does")
-            own = SIGMOIDS if router.top_k > 1 else {"score_func": "sigmoid"}
-            router = router.replace(**own)
+        sizes: dict[str, Any] = {"num_experts": router.num_experts, "top_k": router.top_k}
+        if router == RouterSpec(**sizes, score_func=router.score_func):  # whose weights are not looked at
+            normed = {"route_norm": True, "norm_eps": 1e-20} if balance.norm_scores and router.top_k > 1 else {}
+            router = RouterSpec(**sizes, score_func=balance.score_func, **normed)
+        elif balance.score_func != router.score_func:
+            raise Unsupported("Megatron's losses score as the router does")
         more = {"moe_router_load_balancing_type": kind, "moe_aux_loss_coeff": balance.coeff}
         module = built_router(router, expert_bias=expert_bias_E is not None, more=tuple(more.items()))
         if expert_bias_E is not None:
-            module.expert_bias.copy_(single(expert_bias_E))
+            set_bias(module, expert_bias_E)
         module.reset_global_aux_loss_tracker()
         given_TE, padding_T, losses, pulls = single(logits_TE).requires_grad_(), padding(token_mask_T), [], []
         for own in slices(tokens_per_shard, len(given_TE)):
@@ -99,7 +111,7 @@ class MegatronBalance(Subject):
                 raise Unsupported("a micro-batch of Megatron has a token")
             lengths = None if balance.per == "batch" else sequence_lengths
             place_SB, mask_SB = batch_of(own, lengths, padding_T)
-            moe_utils.clear_aux_losses_tracker()
+            tracker().clear()
             probs_TE, _ = module.routing(given_TE[place_SB], padding_mask=mask_SB)
             losses.append(tracked(LOSSES[kind][0]) * balance.coeff)
             pulls.append(probs_TE)
@@ -112,7 +124,7 @@ class MegatronBalance(Subject):
         if coeff == 0:
             raise Unsupported("Megatron's loss is logged over its coefficient, which is not 0")
         module = built_router(plain_sigmoids(logits_TE.shape[1]), expert_bias=False, more=tuple(more.items()))
-        moe_utils.clear_aux_losses_tracker()
+        tracker().clear()
         given_TE = single(logits_TE).requires_grad_()
         found_TE = module.apply_z_loss(given_TE, padding_mask=padding(token_mask_T))
         (d_logits_TE,) = torch.autograd.grad(found_TE, given_TE, torch.zeros_like(found_TE))
@@ -125,6 +137,33 @@ class MegatronBalance(Subject):
         for counts_E in np.asarray(counts_SE):
             counter_E += torch.from_numpy(np.asarray(counts_E, np.int64))
         return to_numpy(moe_utils.get_updated_expert_bias(counter_E, single(expert_bias_E), update.rate))
+
+    def quantile_update(
+        self,
+        logits_TE: np.ndarray,
+        router: RouterSpec,
+        update: QuantileSpec,
+        expert_bias_E: np.ndarray,
+        *,
+        token_mask_T: np.ndarray | None = None,
+        tokens_per_shard: tuple[int, ...] | None = None,
+    ) -> np.ndarray:
+        """Forward passes of the router in training, and `_update_router_qb_beta`, whose beta is the negative bias."""
+        if token_mask_T is not None:
+            raise Unsupported("Megatron's quantile balancing takes no padding mask")
+        more = {"moe_router_quantile_balancing_ema": update.keep}
+        module = built_router(router, expert_bias=True, more=tuple(more.items()))
+        if module.qb_beta is None:
+            raise Unsupported("Megatron's quantile balancing ranks logits")
+        set_bias(module, expert_bias_E)
+        finalize.reset_model_temporary_tensors(module.config, [module])
+        for own in slices(tokens_per_shard, len(logits_TE)):
+            if own.start == own.stop:
+                raise Unsupported("a micro-batch of Megatron has a token")
+            hold_slots(module, own.stop - own.start)
+            module.routing(single(logits_TE[own])[:, None])
+        finalize._update_router_qb_beta([module], module.config, dp_cp_group=groups_of_one().tp_dp_cp)
+        return -to_numpy(module.qb_beta)
 
     def capacity(
         self,
@@ -180,7 +219,7 @@ def loss_type(spec: BalanceSpec) -> str | None:
 
 def tracked(name: str) -> float:
     """What the one layer has added to the tracker: a loss over its coefficient."""
-    return float(moe_utils.get_moe_layer_wise_logging_tracker()[name]["values"][0])
+    return float(tracker().metrics[name].values[0])
 
 
 def padding(token_mask_T: np.ndarray | None) -> torch.Tensor | None:

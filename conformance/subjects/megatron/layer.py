@@ -10,6 +10,7 @@ from conformance.core.subject import Subject, Unsupported
 from conformance.subjects.megatron.module import (
     Rounds,
     built_layer,
+    hold_slots,
     load_params,
     map_of,
     moe_utils,
@@ -38,7 +39,7 @@ class MegatronLayer(Subject):
         ids_TK = np.asarray(expert_ids_TK)
         map_TE = map_of(ids_TK, num_experts)
         tokens_T1 = torch.arange(len(ids_TK))[:, None]
-        _, _, token_of_N = moe_utils.permute(tokens_T1, map_TE, num_out_tokens=int(map_TE.sum()))
+        _, _, token_of_N, *_ = moe_utils.permute(tokens_T1, map_TE, num_out_tokens=int(map_TE.sum()))
         counts_E, token_of_N = to_numpy(map_TE.sum(dim=0)), to_numpy(token_of_N)
         expert_of_N = np.repeat(np.arange(num_experts), counts_E)
         slot_of_N = (ids_TK[token_of_N] == expert_of_N[:, None]).argmax(axis=-1)
@@ -123,6 +124,7 @@ class MegatronLayer(Subject):
 
 def called(layer: Any, x_TD: torch.Tensor, given_TK: np.ndarray | None = None) -> torch.Tensor:
     """The (T, D) output of the tokens as one sequence."""
+    hold_slots(layer.router, len(x_TD))
     with replaying(layer.router, given_TK):
         if layer.router.routing_type == "sinkhorn":
             with Rounds():

@@ -1,9 +1,9 @@
 """conformance, subject megatron: its modules TopKRouter and MoELayer, built without a trainer, on a CPU.
 
 megatron-core asks for a GPU in a few places of its MoE layer. What stands in for one is all here (`_Stream`,
-`SUBSTITUTES`): a device that is the CPU, streams that do nothing, no GEMM of Transformer Engine, and split sizes that
-are handed to a collective as NumPy arrays, as they are for tensors of a GPU. `torch.compile` leaves functions as they
-are.
+`SUBSTITUTES`): a device that is the CPU, streams that do nothing, split sizes that
+are handed to a collective as NumPy arrays, as they are for tensors of a GPU; and a mean over ranks, which gloo has not.
+`torch.compile` leaves functions as they are.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from conformance.core.subject import Unsupported
-from conformance.subjects.megatron.settings import capacity_entries, layer_entries, router_entries
+from conformance.subjects.megatron.settings import BALANCING, capacity_entries, layer_entries, router_entries
 from conformance.subjects.torch.arrays import to_numpy, to_torch
 from moe_ref import CapacitySpec, LayerParams, LayerSpec, RouterSpec
 
@@ -42,19 +42,32 @@ def _as_on_a_gpu(tensor: Any, as_numpy: bool = False, record_stream: bool = Fals
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+_of_torch = dist.all_reduce
+
+
+def _all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+    """`all_reduce`, with the mean that gloo has not, of which `_update_router_qb_beta` makes use."""
+    if op != dist.ReduceOp.AVG:
+        return _of_torch(tensor, op, group, async_op)
+    _of_torch(tensor, dist.ReduceOp.SUM, group)
+    tensor /= dist.get_world_size(group)
+    return None
+
+
 torch.compiler.set_stance("force_eager")
 # By name: it is not in the environment in which types are checked.
 _load: Callable[[str], Any] = importlib.import_module
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what else is not installed
+    finalize = _load("megatron.core.distributed.finalize_model_grads")
     parallel_state = _load("megatron.core.parallel_state")
     moe_utils = _load("megatron.core.transformer.moe.moe_utils")
     routers = _load("megatron.core.transformer.moe.router")
     router_replay = _load("megatron.core.transformer.moe.router_replay")
     token_dispatcher = _load("megatron.core.transformer.moe.token_dispatcher")
+    tracker = _load("megatron.core.transformer.moe.moe_logging").get_moe_metrics_tracker
     activations = _load("megatron.core.activations")
     get_moe_module_spec = _load("megatron.core.models.gpt.moe_module_specs").get_moe_module_spec
-    build_module = _load("megatron.core.transformer.spec_utils").build_module
     TransformerConfig = _load("megatron.core.transformer.transformer_config").TransformerConfig
     ProcessGroupCollection = _load("megatron.core.process_groups_config").ProcessGroupCollection
 
@@ -64,7 +77,7 @@ SUBSTITUTES: tuple[tuple[Any, str, Any], ...] = (
     (torch.cuda, "current_stream", lambda device=None: None),
     (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
     (token_dispatcher, "maybe_move_tensor_to_cpu", _as_on_a_gpu),
-    (moe_utils, "te_general_gemm", getattr(moe_utils, "te_general_gemm", None)),
+    (dist, "all_reduce", _all_reduce),
 )
 for _module, _name, _substitute in SUBSTITUTES:
     setattr(_module, _name, _substitute)
@@ -111,10 +124,12 @@ def built_router(spec: RouterSpec, *, expert_bias: bool, more: tuple = ()) -> An
         Unsupported: Megatron has no such router; a sentence that says why.
     """
     try:
-        entries = router_entries(spec, expert_bias=expert_bias) | dict(more)
+        entries = router_entries(spec, expert_bias=expert_bias)
     except ValueError as sentence:
         raise Unsupported(str(sentence)) from None
-    return router_of(tuple(entries.items()))
+    if both := sorted(entries.keys() & dict(more).keys()):
+        raise Unsupported(f"Megatron has {entries[both[0]]} in place of another {both[0]}")
+    return router_of(tuple((entries | dict(more)).items()))
 
 
 @lru_cache(maxsize=512)
@@ -144,6 +159,8 @@ def entries_of(spec: LayerSpec, *, expert_bias: bool, capacity: CapacitySpec | N
         entries = layer_entries(spec, expert_bias=expert_bias) | capacity_entries(capacity)
     except ValueError as sentence:
         raise Unsupported(str(sentence)) from None
+    if capacity is not None and BALANCING in entries:
+        raise Unsupported(f"Megatron has no capacity with {entries[BALANCING]}")
     return tuple((entries | dict(more)).items())
 
 
@@ -155,8 +172,8 @@ def layer_of(entries: tuple) -> Any:
 
 def made_layer(config: Any, groups: Any) -> Any:
     """A layer with untrained weights, whose experts are a slice of all."""
-    spec = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts)
-    layer = build_module(spec, config=config, pg_collection=groups)
+    build = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts)
+    layer = build(config=config, pg_collection=groups)
     layer.set_layer_number(1)
     return layer.train()
 
@@ -219,8 +236,7 @@ def load_params(layer: Any, params: LayerParams, first: int = 0) -> None:
     with torch.no_grad():
         for path, value in parameters_of(layer, params, first).items():
             layer.get_parameter(path).copy_(to_torch(value))
-        if params.expert_bias_E is not None:
-            layer.router.expert_bias.copy_(to_torch(params.expert_bias_E))
+        set_bias(layer.router, params.expert_bias_E)
 
 
 def to_canonical(by_path: dict[str, np.ndarray], params: LayerParams, first: int = 0) -> dict[str, np.ndarray]:
@@ -252,6 +268,37 @@ def to_canonical(by_path: dict[str, np.ndarray], params: LayerParams, first: int
 
 
 # routing
+
+
+def set_bias(router: Any, expert_bias_E: np.ndarray | None) -> None:
+    """Write the balancing bias, whose negative is the beta of quantile balancing, which is always there."""
+    if router.qb_beta is not None:
+        router.qb_beta.zero_()
+        if expert_bias_E is not None:
+            router.qb_beta.sub_(to_torch(expert_bias_E))
+    elif expert_bias_E is not None:
+        router.expert_bias.copy_(to_torch(expert_bias_E))
+
+
+def hold_slots(router: Any, num_tokens: int) -> None:
+    """In training it takes the quantile of each batch, which it refuses where that is not of a whole number of tokens.
+
+    Raises:
+        Unsupported: the sentence.
+    """
+    if router.qb_beta is not None and torch.is_grad_enabled():
+        hold_share(num_tokens, router.topk, router.config.num_moe_experts)
+
+
+def hold_share(num_tokens: int, top_k: int, num_experts: int) -> None:
+    """The number of slots is a multiple of that of the experts.
+
+    Raises:
+        Unsupported: it is not.
+    """
+    if num_tokens * top_k % num_experts:
+        sizes = f"{num_tokens} * {top_k}, {num_experts}"
+        raise Unsupported(f"Megatron's quantile balancing asks for slots that are a multiple of the experts ({sizes})")
 
 
 def routed_ids(probs_TE: torch.Tensor, map_TE: torch.Tensor, top_k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,15 +15,19 @@ from conformance.subjects.megatron.module import (
     routed,
     routed_ids,
     routers,
+    set_bias,
 )
 from conformance.subjects.megatron.settings import DTYPES, GROUPS, SCALE, SIZES, router_entries
 from conformance.subjects.torch.arrays import tensor as exact
 from conformance.subjects.torch.arrays import to_numpy, to_torch
 from moe_ref import RouterSpec, ShardLayout
 
+LOW = -30.0
+"""A sigmoid of it is 1e-13, in which 1e-20 is no digit of float32."""
+
 
 class MegatronRouter(Subject):
-    """A softmax over all or the selected, sigmoids, groups, a balancing bias, a scale, sinkhorn, replay."""
+    """A softmax over all or the selected, sigmoids, groups, a balancing bias, a scale, sinkhorn, quantiles, replay."""
 
     def supports(self, spec: RouterSpec, layout: ShardLayout | None = None) -> str | None:
         router_entries(spec)  # a ValueError is the sentence
@@ -38,13 +42,15 @@ class MegatronRouter(Subject):
     ) -> Routing:
         """`routing`, which comes after its gate. Slots are in the order of the experts: its arrays are dense."""
         router = built_router(spec, expert_bias=expert_bias_E is not None)
-        if expert_bias_E is not None:
-            router.expert_bias.copy_(to_torch(expert_bias_E))
+        set_bias(router, expert_bias_E)
         logits_T1E = (exact(logits_TE) if spec.router_dtype == "float64" else to_torch(logits_TE))[:, None]
         given_TK = inputs.get("given_ids_TK")
         with torch.no_grad(), replaying(router, given_TK):
             probs_TE, map_TE = routed(router, logits_T1E)
         ids_TK, weights_TK = routed_ids(probs_TE, map_TE, spec.top_k)
+        small_T = np.take_along_axis(logits_TE, ids_TK, axis=-1).max(axis=-1) < LOW
+        if given_TK is not None and spec.score_func != "softmax" and spec.norm_eps == 0 and small_T.any():
+            raise Unsupported("Megatron adds 1e-20 to the sum of the scores, beside which these are not large")
         if given_TK is not None and (np.sort(given_TK) == ids_TK).all():  # each in its slot
             ids_TK, weights_TK = given_TK, np.take_along_axis(to_numpy(probs_TE), given_TK, axis=-1)
         return Routing(expert_ids_TK=ids_TK, weights_TK=weights_TK)

@@ -1,6 +1,6 @@
 """conformance, subject megatron: which entries of a TransformerConfig make Megatron-Core compute a spec, as data.
 
-Rows are those of `fitting`. Checked against megatron-core 0.16.1 without Transformer Engine.
+Rows are those of `fitting`. Checked against megatron-core 0.19.2 without Transformer Engine.
 """
 
 from dataclasses import dataclass
@@ -45,35 +45,47 @@ class Way(Row):
 
 
 ON_INPUT = {"weight_on": ("output", "input")}
+SCORE = {"score_func": "moe_router_score_function"}
+EACH_ALONE = {"score_func": ("sigmoid", "sqrtsoftplus")}
+NORMED = {"route_norm": (True,), "norm_eps": (1e-20,)}
+BALANCING = "moe_router_load_balancing_type"
+SOFTMAX: dict[str, Any] = {"moe_router_score_function": "softmax", "moe_router_pre_softmax": True}
+SELECTED = SOFTMAX | {"moe_router_pre_softmax": False}
+QUANTILES: dict[str, Any] = {BALANCING: "quantile_balancing"}
+BY_LOGIT = {"select_by": ("logit",), "router_dtype": tuple(DTYPES)}
 WAYS = (
     # A softmax over all that is normalised over the selected is a softmax over the selected.
-    Way(name="a softmax over the selected", one_slot=False, free=SIZES | GROUPS | SCALE,
-        config={"moe_router_score_function": "softmax", "moe_router_pre_softmax": False},
+    Way(name="a softmax over the selected", one_slot=False, free=SIZES | GROUPS | SCALE, config=SELECTED,
         fixed={"score_over": ("selected",), "select_by": ("logit",), "route_norm": (False, True)} | CHOICE),
-    Way(name="a softmax over the selected, without groups", one_slot=False, free=SIZES | SCALE,
-        config={"moe_router_score_function": "softmax", "moe_router_pre_softmax": False},
+    Way(name="a softmax over the selected, without groups", one_slot=False, free=SIZES | SCALE, config=SELECTED,
         fixed={"route_norm": (True,), "select_by": ("logit", "score")} | CHOICE),
-    Way(name="a softmax over all", free=SIZES | GROUPS | SCALE, one_slot=False,
-        config={"moe_router_score_function": "softmax", "moe_router_pre_softmax": True}, fixed=CHOICE),
-    Way(name="a softmax over all, of one slot", free=SIZES | GROUPS | SCALE, one_slot=True,
-        config={"moe_router_score_function": "softmax", "moe_router_pre_softmax": True}, fixed=CHOICE | ON_INPUT),
-    Way(name="normed sigmoids", free=SIZES | GROUPS | SCALE, one_slot=False, expert_bias=True,
-        config={"moe_router_score_function": "sigmoid"},
-        fixed={"score_func": ("sigmoid",), "route_norm": (True,), "norm_eps": (1e-20,)} | CHOICE),
-    # An eps of 1e-20 is one of 0 but for scores that all underflow, which given ids are not judged with.
-    Way(name="normed sigmoids of given ids", free=SIZES | SCALE, one_slot=False,
-        config={"moe_router_score_function": "sigmoid"},
-        fixed=CHOICE | {"score_func": ("sigmoid",), "route_norm": (True,), "selector": ("given",)}),
-    Way(name="one sigmoid", free=SIZES | GROUPS | SCALE, one_slot=True, expert_bias=True,
-        config={"moe_router_score_function": "sigmoid"},
-        fixed={"score_func": ("sigmoid",)} | CHOICE | ON_INPUT),
-    Way(name="sinkhorn", free=SIZES, one_slot=False,
-        config={"moe_router_load_balancing_type": "sinkhorn"},
-        fixed={"selector": ("sinkhorn",), "select_by": ("logit",), "router_dtype": tuple(DTYPES)}),
-    Way(name="sinkhorn, of one slot", free=SIZES, one_slot=True,
-        config={"moe_router_load_balancing_type": "sinkhorn"},
-        fixed={"selector": ("sinkhorn",), "select_by": ("logit",), "score_func": ("sigmoid",),
-               "router_dtype": tuple(DTYPES)} | ON_INPUT),
+    Way(name="a softmax over all", free=SIZES | GROUPS | SCALE, one_slot=False, config=SOFTMAX, fixed=CHOICE),
+    Way(name="a softmax over all, of one slot", free=SIZES | GROUPS | SCALE, one_slot=True, config=SOFTMAX,
+        fixed=CHOICE | ON_INPUT),
+    Way(name="normed scores", free=SIZES | GROUPS | SCALE | SCORE, one_slot=False, expert_bias=True, config={},
+        fixed=EACH_ALONE | NORMED | CHOICE),
+    # An eps of 1e-20 is one of 0 but for scores that nearly underflow, which `route` refuses.
+    Way(name="normed scores of given ids", free=SIZES | SCALE | SCORE, one_slot=False, config={},
+        fixed=CHOICE | EACH_ALONE | {"route_norm": (True,), "selector": ("given",)}),
+    Way(name="one score", free=SIZES | GROUPS | SCALE | SCORE, one_slot=True, expert_bias=True, config={},
+        fixed=EACH_ALONE | CHOICE | ON_INPUT),
+    Way(name="sinkhorn", free=SIZES, one_slot=False, config={BALANCING: "sinkhorn"},
+        fixed={"selector": ("sinkhorn",)} | BY_LOGIT),
+    Way(name="sinkhorn, of one slot", free=SIZES, one_slot=True, config={BALANCING: "sinkhorn"},
+        fixed={"selector": ("sinkhorn",), "score_func": ("sigmoid",)} | BY_LOGIT | ON_INPUT),
+    # Its bias ranks logits, whatever they are scored with.
+    Way(name="quantile balancing of a softmax over the selected", free=SIZES | SCALE, one_slot=False, expert_bias=True,
+        config=QUANTILES | SELECTED, fixed={"score_over": ("selected",), "route_norm": (False, True)} | BY_LOGIT),
+    Way(name="quantile balancing of a normed softmax", free=SIZES | SCALE, one_slot=False, expert_bias=True,
+        config=QUANTILES | SELECTED, fixed={"route_norm": (True,)} | BY_LOGIT),
+    Way(name="quantile balancing of a softmax over all", free=SIZES | SCALE, one_slot=False, expert_bias=True,
+        config=QUANTILES | SOFTMAX, fixed=BY_LOGIT),
+    Way(name="quantile balancing of a softmax over all, of one slot", free=SIZES | SCALE, one_slot=True,
+        expert_bias=True, config=QUANTILES | SOFTMAX, fixed=BY_LOGIT | ON_INPUT),
+    Way(name="quantile balancing of normed scores", free=SIZES | SCALE | SCORE, one_slot=False, expert_bias=True,
+        config=QUANTILES, fixed=EACH_ALONE | NORMED | BY_LOGIT),
+    Way(name="quantile balancing of one score", free=SIZES | SCALE | SCORE, one_slot=True, expert_bias=True,
+        config=QUANTILES, fixed=EACH_ALONE | BY_LOGIT | ON_INPUT),
 )  # fmt: skip
 """The first one that fits computes a spec."""
 
@@ -93,7 +105,11 @@ def way_of(spec: RouterSpec, *, expert_bias: bool = False) -> Way:
     if why := why_not_groups(spec):
         raise ValueError(why)
     return first_that_fits(
-        WAYS, spec, expert_bias=expert_bias, no_bias="expert_bias (of normed sigmoids alone)", called="way of Megatron"
+        WAYS,
+        spec,
+        expert_bias=expert_bias,
+        no_bias="expert_bias (of normed scores, or of logits)",
+        called="way of Megatron",
     )
 
 
@@ -118,7 +134,11 @@ def router_entries(spec: RouterSpec, *, expert_bias: bool = False) -> dict[str, 
     values = {name: getattr(spec, name) for name in RouterSpec.__dataclass_fields__}
     if spec.route_scale == 0:
         raise ValueError("route_scale is 0, which is no scale in Megatron")
-    return way_of(spec, expert_bias=expert_bias).entries(values) | {"moe_router_enable_expert_bias": expert_bias}
+    found = way_of(spec, expert_bias=expert_bias).entries(values)
+    of_quantiles = BALANCING in found and found[BALANCING] == QUANTILES[BALANCING]
+    if of_quantiles and spec.top_k == spec.num_experts:
+        raise ValueError("Megatron's quantile balancing looks at the expert after the chosen ones, so that one is left")
+    return found | {"moe_router_enable_expert_bias": expert_bias and not of_quantiles}
 
 
 def layer_entries(spec: LayerSpec, *, expert_bias: bool = False) -> dict[str, Any]:

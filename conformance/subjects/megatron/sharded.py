@@ -18,13 +18,14 @@ from conformance.subjects.megatron.module import (
     ProcessGroupCollection,
     config_of,
     entries_of,
+    hold_share,
     load_params,
     made_layer,
     map_of,
     start_model_parallel,
     to_canonical,
 )
-from conformance.subjects.megatron.settings import layer_entries, router_entries
+from conformance.subjects.megatron.settings import BALANCING, layer_entries, router_entries
 from conformance.subjects.megatron.subject import Megatron
 from conformance.subjects.ranks import Ranks, shared
 from conformance.subjects.torch.arrays import to_numpy, to_torch
@@ -87,6 +88,9 @@ class MegatronAlltoall(Subject):
         self, x_by_shard, params, spec, layout, d_output_by_shard, *, given_ids_by_shard=None
     ) -> list[dict[str, np.ndarray]]:
         self._hold(x_by_shard, params, spec, given_ids_by_shard)
+        if BALANCING in router_entries(spec.router, expert_bias=params.expert_bias_E is not None):
+            for x_TD in x_by_shard:
+                hold_share(len(x_TD), spec.router.top_k, spec.router.num_experts)
         call = gradients_on_rank, x_by_shard, params, spec, layout, self.dispatcher, given_ids_by_shard
         return self.ranks.run(layout.num_ranks, *call, d_output_by_shard)
 

@@ -2,7 +2,8 @@
 
 Semantics after `topk_routing_with_score_function` and `TopKRouter` of NVIDIA/Megatron-LM core 0.14 and later: without
 moe_router_pre_softmax a softmax is over the selected; a sigmoid's weights are divided by their sum, plus 1e-20, where
-there is more than one; a group is scored by its moe_router_topk // moe_router_group_topk best experts.
+there is more than one; a group is scored by its moe_router_topk // moe_router_group_topk best experts; quantile
+balancing (core 0.19) ranks logits, whatever they are scored with.
 """
 
 import ast
@@ -37,9 +38,12 @@ FIXED = {
     "moe_expert_capacity_factor": (None,), "moe_router_topk_limited_devices": (None,),
     "moe_enable_routing_replay": (False,), "moe_router_force_load_balancing": (False,), "moe_n_hash_layers": (0, None),
     "moe_pad_expert_input_to_capacity": (False,), "use_te_activation_func": (False,), "openai_gelu": (False,),
+    "moe_router_force_biased": (None,), "moe_expert_rank_capacity_factor": (None,),
 }  # fmt: skip
 """Keys with the values that a LayerSpec can describe."""
-BALANCING = {"aux_loss", "seq_aux_loss", "global_aux_loss", "none", "sinkhorn"}
+ALONE = ("sinkhorn", "quantile_balancing")
+"""They choose, and are read where they are no list alone."""
+BALANCING = {"aux_loss", "seq_aux_loss", "global_aux_loss", "none", *ALONE}
 IRRELEVANT = Irrelevant(
     (
         "moe_router_enable_expert_bias", "moe_router_bias_update_rate", "moe_aux_loss_coeff", "moe_z_loss_coeff",
@@ -53,6 +57,18 @@ IRRELEVANT = Irrelevant(
         "use_grouped_gemm", "moe_pad_experts_for_cuda_graph_inference", "deepep_num_sms", "mlp_chunks_for_prefill",
         "overlap_moe_expert_parallel_comm", "delay_wgrad_compute", "moe_mlp_glu_interleave_size", "num_query_groups",
         "microbatch_group_size_per_vp_stage", "gradient_accumulation_fusion", "batch_p2p_comm", "tp_comm_overlap_rs",
+        "moe_router_quantile_balancing_ema", "moe_single_grouped_bias", "moe_single_grouped_weight",
+        "use_grouped_gemm_for_shared_expert", "moe_shared_expert_glu_interleave_size", "moe_grad_scale_func",
+        "moe_flex_dispatcher_num_sms", "moe_hybridep_num_blocks_permute", "moe_hybridep_num_blocks_unpermute",
+        "moe_hybridep_num_sms_preprocessing", "moe_hybridep_pad_uneven_dispatch_inputs", "moe_ncclep_static_shape",
+        "moe_ncclep_zero_copy", "moe_permute_fusion_into_hybridep", "moe_paged_stash", "moe_paged_stash_page_size",
+        "moe_paged_stash_buffer_size_factor_cpu", "moe_paged_stash_buffer_size_factor_cuda",
+        "expert_gtp_weight_remat_size", "expert_tensor_parallel_num_weight_shards",
+        "overlap_dispatch_backward_with_experts_wgrad", "inference_moe_disable_fused_quant_kernels",
+        "inference_moe_token_dispatcher_type", "rl_inference_expert_model_parallel_size",
+        "rl_inference_expert_tensor_model_parallel_size", "activation_func_fp8_input_store", "no_bias_swiglu_fusion",
+        "dsa_indexer_topk", "dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset",
+        "retriever_report_topk_accuracies",
     ),
 )  # fmt: skip
 ROUTING_WORDS = ("moe", "expert", "router", "topk", "glu", "activation_func")
@@ -76,12 +92,19 @@ def read(config: Any, *, ignore: Iterable[str] = ()) -> tuple[Fields, Config]:
     )
     for key, valid in FIXED.items():
         found.only(key, valid)
-    router = _sinkhorn if kinds == {"sinkhorn"} else _router
-    require(
-        kinds == {"sinkhorn"} or "sinkhorn" not in kinds,
-        f"moe_router_load_balancing_type is {balancing!r}; sinkhorn is there alone",
-    )
-    fields: Fields = {"router": router(found, experts), "experts": _experts(found)}
+    for alone in ALONE:
+        require(
+            kinds == {alone} or alone not in kinds,
+            f"moe_router_load_balancing_type is {balancing!r}; {alone} is there alone",
+        )
+    router = _sinkhorn(found, experts) if "sinkhorn" in kinds else _router(found, experts)
+    if "quantile_balancing" in kinds:
+        require(
+            "num_expert_groups" not in router,
+            "moe_router_load_balancing_type is 'quantile_balancing', which Megatron refuses with moe_router_group_topk",
+        )
+        router["select_by"] = "logit"
+    fields: Fields = {"router": router, "experts": _experts(found)}
     fields["gate_bias"] = bool(fields["experts"]["bias"])  # the router's own bias goes with add_bias_linear
     width = found.get("moe_shared_expert_intermediate_size", field="shared_hidden_dim")
     gate = found.get("moe_shared_expert_gate")
