@@ -32,6 +32,7 @@ BUILT_IN = {
     "torchtitan-spmd-layouts": "conformance.subjects.torchtitan.sharded:TorchtitanSpmdLayouts",
     "maxtext": "conformance.subjects.maxtext.subject:Maxtext",
     "maxtext-dense": "conformance.subjects.maxtext.subject:MaxtextDense",
+    "maxtext-deepseek-custom": "conformance.subjects.maxtext.subject:MaxtextDeepseekCustom",
     "maxtext-inference": "conformance.subjects.maxtext.subject:MaxtextInference",
     "maxtext-layouts": "conformance.subjects.maxtext.sharded:MaxtextLayouts",
     "maxtext-bfloat16": "conformance.subjects.maxtext.subject:MaxtextBfloat16",
