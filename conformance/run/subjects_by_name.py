@@ -22,6 +22,7 @@ BUILT_IN = {
     "transformers": "conformance.subjects.transformers.subject:Transformers",
     "torchtitan": "conformance.subjects.torchtitan.subject:Torchtitan",
     "transformers-grouped-mm": "conformance.subjects.transformers.subject:TransformersGroupedMm",
+    "transformers-axk2": "conformance.subjects.transformers.subject:TransformersAxk2",
     "transformers-layouts": "conformance.subjects.transformers.sharded:TransformersLayouts",
     "torch-layouts": "conformance.subjects.torch.sharded:TorchLayouts",
     "torchtitan-float32": "conformance.subjects.torchtitan.subject:TorchtitanFloat32",
