@@ -18,7 +18,7 @@ from conformance.layer import bounds
 from conformance.layer.bounds import stable_T
 from conformance.layer.case import LayerCase
 from conformance.layer.check import LayerCheck
-from conformance.layer.draw import LAYER_SPECS, THIN_LAYER_SPECS, facts, make_case
+from conformance.layer.draw import LAYER_SPECS, THIN_LAYER_SPECS, facts, further, make_case
 from conformance.layer.kind import LAYER
 from conformance.layer.verdicts import wanted_gradients
 from conformance.run.causes import diagnoses
@@ -177,6 +177,30 @@ def test_every_check_finds_specs_in_both_pools():
         for pool in (LAYER_SPECS, THIN_LAYER_SPECS):
             assert any(CHECKS[name].spec(spec) for spec in pool), name
     assert len(THIN_LAYER_SPECS) < len(LAYER_SPECS) / 2
+
+
+class PlainLayers(Reference):
+    """A subject that compiles, and has few of the layers that such ones are tried on."""
+
+    compiles = True
+
+    def supports_layer(self, spec, layout=None):
+        plain = not spec.gate_bias and spec.shared is None and spec.latent is None and spec.experts.gated
+        return None if plain else "it has plain layers"
+
+
+def test_a_subject_that_compiles_gets_a_layer_of_its_own_for_each_that_it_lacks():
+    judge = Judge(PlainLayers())
+    able = [spec for spec in THIN_LAYER_SPECS if judge.subject.supports_layer(spec) is None]
+    found = further(judge)
+    assert 0 < len(found) <= len(THIN_LAYER_SPECS) - len(able)
+    known = set().union(*map(facts, able))
+    for spec in found:
+        assert judge.subject.supports_layer(spec) is None
+        assert facts(spec) - known, "it has what the others have not"
+        known |= facts(spec)
+    assert set(LAYER.settings(judge, CHECK)[0]) >= set(found)
+    assert not further(Judge(Reference()))
 
 
 def test_the_fixed_cases_have_every_fact_of_the_specs():

@@ -5,13 +5,14 @@ from typing import ClassVar, Unpack
 
 import numpy as np
 
-from conformance.core.inputs import LayerInputs
-from conformance.core.subject import Subject
+from conformance.core.inputs import LayerInputs, RouteInputs
+from conformance.core.subject import Routing, Subject
 from conformance.subjects.maxtext.balance import MaxtextBalance
 from conformance.subjects.maxtext.layer import MaxtextLayer
 from conformance.subjects.maxtext.module import FLOAT32
-from conformance.subjects.maxtext.router import MaxtextRouter
-from moe_ref import LayerParams, LayerSpec, ShardLayout
+from conformance.subjects.maxtext.router import DEEPSEEK3, MaxtextRouter
+from conformance.subjects.maxtext.settings import block_of
+from moe_ref import LayerParams, LayerSpec, RouterSpec, ShardLayout
 
 
 class Maxtext(MaxtextRouter, MaxtextLayer, MaxtextBalance):
@@ -63,3 +64,28 @@ class _Serving(MaxtextLayer):
 
 
 SERVING = _Serving()
+
+
+class MaxtextDeepseekCustom(Subject):
+    """The router under the name of a published config, deepseek-custom.yml, whose entries are those of DeepSeek-V3."""
+
+    name = "maxtext-deepseek-custom"
+    version = Maxtext.version
+    compiles = True
+
+    def supports(self, spec: RouterSpec, layout: ShardLayout | None = None) -> str | None:
+        if block_of(spec, expert_bias=True) is not DEEPSEEK3 or spec.selector != "top_k" or spec.num_expert_groups:
+            return "deepseek-custom is DeepSeek-V3 without groups"
+        return NAMED.supports(spec, layout)
+
+    def route(
+        self, logits_TE: np.ndarray, spec: RouterSpec, expert_bias_E: np.ndarray | None, **inputs: Unpack[RouteInputs]
+    ) -> Routing:
+        return NAMED.route(logits_TE, spec, expert_bias_E, **inputs)
+
+
+class _Named(MaxtextRouter):
+    entries: ClassVar = FLOAT32 | {"model_name": "deepseek-custom"}
+
+
+NAMED = _Named()

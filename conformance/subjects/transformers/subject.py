@@ -2,12 +2,15 @@
 
 from importlib.metadata import version
 
+import numpy as np
 import torch
 
+from conformance.core.subject import Routing, Subject
 from conformance.subjects.transformers.balance import TransformersBalance
 from conformance.subjects.transformers.families import ROUTERS
 from conformance.subjects.transformers.layer import GROUPED_MM, IMPLEMENTATIONS, TransformersLayer
-from conformance.subjects.transformers.router import TransformersRouter
+from conformance.subjects.transformers.router import TransformersRouter, find
+from moe_ref import RouterSpec, ShardLayout
 from moe_ref.specs.checks import nearest
 
 
@@ -42,3 +45,25 @@ class TransformersGroupedMm(TransformersLayer):
     def __init__(self):
         self.version = version("transformers")
         torch.set_num_threads(1)  # as above
+
+
+class TransformersAxk2(Subject):
+    """The router of A.X-K2 as what it is a copy of, DeepSeek-V3: `families.py` has what it computes instead."""
+
+    name = "transformers-axk2"
+
+    def __init__(self):
+        self.real = Transformers("axk2")
+        self.version = self.real.version
+
+    def supports(self, spec: RouterSpec, layout: ShardLayout | None = None) -> str | None:
+        why = find(spec, "deepseek_v3", False)[1] or self.real.supports(as_axk2(spec), layout)
+        return why or None
+
+    def route(self, logits_TE: np.ndarray, spec: RouterSpec, expert_bias_E: np.ndarray | None) -> Routing:
+        return self.real.route(logits_TE, as_axk2(spec), expert_bias_E)
+
+
+def as_axk2(spec: RouterSpec) -> RouterSpec:
+    """The spec that its row has under these settings."""
+    return spec if spec.num_expert_groups is None else spec.replace(mask_fill=0.0)
