@@ -5,8 +5,7 @@
 Legend: T tokens, C columns, E choices, K top_k.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,14 +15,12 @@ from conformance.core.judge import Judge
 from conformance.core.subject import Subject, Unsupported
 from conformance.identify.box import Box, Question
 from conformance.identify.choice import Guess, Holder, chosen, groupings, prefiltered, quotas
-from conformance.identify.counts import has_unused, taken_of, takings, varying
+from conformance.identify.counts import has_unused, of_batch, varying
 from conformance.identify.equal import alternatives, normal
 from conformance.identify.law import FITS, Data, Law, laws, near_numbers
 from conformance.identify.near import nearest
-from conformance.identify.rounding import NARROW, as_held, is_exact, narrow_of, rounds_logits
-from conformance.router.bounds import expected_weights
+from conformance.identify.rounding import NARROW, as_held, exact, narrow_of, nearest_first, rounds_logits
 from moe_ref import RouterSpec
-from moe_ref.rounding import round_to
 
 POOLS = 5
 """Pools of inputs without one that tells two guesses apart, after which no further ones are tried."""
@@ -146,13 +143,8 @@ class _Search:
             found = self._with_small(laws(self._data(self.law_data, num_choices, num_experts)), sizes)
             if box.takes_bias and selector == "top_k" and not varies:
                 found = self._with_buried(found, sizes)
-            guesses = []
-            if reads_batch:
-                guesses = self._of_batch(found, sizes)
-            elif varies:
-                guesses = self._varying(found, sizes)
-            guesses = guesses or self._choices(found, sizes, selector)
-        guesses = self._told_apart(self._nearest_first(guesses))
+            guesses = self._counted(found, sizes, reads_batch, varies) or self._choices(found, sizes, selector)
+        guesses = self._told_apart(nearest_first(guesses, self.law_data, self.box.dtype, self.router_dtype))
         return self._concluded(guesses)
 
     def _columns(self) -> tuple[int, int, int, str]:
@@ -214,24 +206,6 @@ class _Search:
             return False
         return bool((np.sort(some.expert_ids_TK) != np.sort(first.expert_ids_TK[:3])).any())
 
-    def _nearest_first(self, guesses: list[Guess]) -> list[Guess]:
-        """In a narrow dtype, whose bounds are wide: those first that give the most weights to the bit."""
-        if self.router_dtype not in NARROW:
-            return guesses
-        if self.router_dtype == self.box.dtype:
-            # Weights that are rounded at the end, as a model does that hands them on in the dtype of its tokens.
-            wide = [
-                Guess(spec=guess.spec.replace(router_dtype="float32"), bias_used=guess.bias_used) for guess in guesses
-            ]
-            guesses = [*wide, *guesses]
-        same = [sum(self._to_the_bit(guess, question) for question in self.law_data) for guess in guesses]
-        return [guesses[i] for i in sorted(range(len(guesses)), key=lambda i: -same[i])]
-
-    def _to_the_bit(self, guess: Guess, question: Question) -> int:
-        """How many weights are those of a guess, rounded at the end."""
-        wanted_TK = expected_weights(guess.case(question, self.box.dtype), question.expert_ids_TK)
-        return int((round_to(wanted_TK, self.router_dtype) == question.weights_TK).sum())
-
     def _narrow(self, selector: str, num_choices: int) -> str:
         """The narrow dtype that logits, scores and weights are rounded to, or float32; a note where some are not."""
         dtype = narrow_of(self.law_data)
@@ -245,72 +219,28 @@ class _Search:
     def _data(self, questions: list[Question], num_choices: int, num_experts: int) -> Data:
         return as_held(Data.of(questions, num_choices, num_experts), self.router_dtype)
 
-    def _exact(self, best: Guess) -> Guess:
-        """The guess in float64, where the weights show that."""
-        if self.router_dtype in NARROW or best.spec.selector == "random":
-            return best
-        wide = Guess(spec=best.spec.replace(router_dtype="float64"), bias_used=best.bias_used)
-        seen = 0
-        for question in self.questions:
-            case = wide.case(question, self.box.dtype)
-            wanted_TK = expected_weights(case, question.expert_ids_TK)
-            own_T = (np.sort(case.reference.expert_ids_TK) == np.sort(question.expert_ids_TK)).all(axis=-1)
-            if not is_exact(wanted_TK[own_T], question.weights_TK[own_T]):
-                return best
-            seen += int((wanted_TK[own_T].astype(np.float32) != wanted_TK[own_T]).sum())
-        return wide if seen else best
-
-    def _of_batch(self, found: list[Law], sizes: dict[str, Any]) -> list[Guess]:
-        """Selectors sinkhorn and expert_choice; a note where it is neither."""
-        own: list[dict[str, Any]] = [{"selector": "sinkhorn"}]
-        counted = None
-        if sizes["top_k"] == sizes["num_experts"]:
-            counted = taken_of(self._aside, sizes["num_experts"], lambda T: self.logits(0.0, 2.0, T))
-            own = takings(counted, sizes) if counted else []
-        specs = [
-            fields | {"select_by": by}
-            for fields in own
-            for by in (("score", "logit") if fields["selector"] == "expert_choice" else ("logit",))
-        ]
-        guesses = self._possible(
-            sizes | law.fields | spec
-            for spec in specs
-            for law in found[:6]
-            if spec["select_by"] == "logit" or law.fields.get("score_over") != "selected"
-        )
-        left = self.holder.fewest(guesses, self.questions)
-        if not left or self.holder.other_choice(left[0], self.questions[0]):
+    def _counted(self, found: list[Law], sizes: dict[str, Any], reads_batch: bool, varies: bool) -> list[Guess]:
+        """Selectors that count or read the batch; a note where it does, and is none of them."""
+        shapes = [law.fields for law in found[:6]]
+        if reads_batch:
+            guesses = of_batch(shapes, sizes, self._aside, lambda T: self.logits(0.0, 2.0, T))
+            left = self.holder.fewest(guesses, self.questions)
+            if left and not self.holder.other_choice(left[0], self.questions[0]):
+                return left
             self.notes.append(
                 "a token's experts depend on the others of its batch, and not as selectors sinkhorn and expert_choice "
                 "have it"
             )
-            return []
-        return left
-
-    def _varying(self, found: list[Law], sizes: dict[str, Any]) -> list[Guess]:
-        """Selectors threshold and top_p, with the number that decides; a note says how far it is known."""
-        free = [question for question in self.questions if question.bias_E is None]
-        named = {}
-        for spec, sentence in varying([law.fields for law in found[:6]], sizes, free, self.ask):
-            named.setdefault(spec, sentence)
-        if not named:
+        elif varies:
+            free = [question for question in self.questions if question.bias_E is None]
+            self.between = dict(varying(shapes, sizes, free, self.ask))
+            left = self.holder.fewest([Guess(spec=spec) for spec in self.between], self.questions)
+            # A number that is short says more than its law.
+            left = sorted(left, key=lambda guess: len(f"{guess.spec.threshold:g}{guess.spec.top_p or 0:g}"))
+            if left:
+                return self._biased(left) if self.box.takes_bias else left
             self.notes.append("tokens have different numbers of experts, and not by a threshold or a share of scores")
-            return []
-        left = self.holder.fewest([Guess(spec=spec) for spec in named], self.questions)
-        # A number that is short says more than its law.
-        left = sorted(left, key=lambda guess: len(f"{guess.spec.threshold:g}{guess.spec.top_p or 0:g}"))
-        if self.box.takes_bias:
-            left = self._biased(left)
-        self.between = {guess.spec: named[guess.spec] for guess in left}
-        return left
-
-    def _possible(self, values: Iterable[dict[str, Any]]) -> list[Guess]:
-        """Guesses of what are valid specs."""
-        found = []
-        for each in values:
-            with suppress(ValueError):
-                found.append(Guess(spec=RouterSpec(**each)))
-        return found
+        return []
 
     def _aside(self, logits_TC: np.ndarray) -> Question | None:
         """An answer that is counted, and not kept."""
@@ -523,7 +453,8 @@ class _Search:
         if wrong:
             best, wrong = near[0], self._wrong(near[0])
         else:
-            best = self._exact(best)
+            wide = self.router_dtype not in NARROW and best.spec.selector != "random"
+            best = exact(best, self.questions, self.box.dtype) if wide else best
         found = Identity(box=self.box, guess=best, near=near, wrong=wrong, questions=self.questions, notes=self.notes)
         if found.fits:
             bounded = best.spec.replace(router_dtype=self.router_dtype)

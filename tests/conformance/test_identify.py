@@ -2,6 +2,7 @@
 
 import sys
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -203,7 +204,7 @@ COUNTS = (
 
 
 def asked(fields: dict) -> tuple[Identity, RouterSpec]:
-    values: dict = {"num_experts": 8, "top_k": 3} | fields
+    values: dict[str, Any] = {"num_experts": 8, "top_k": 3} | fields
     spec = RouterSpec(**values)
     return identify(Reference(), spec), spec
 

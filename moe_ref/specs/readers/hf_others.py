@@ -128,7 +128,7 @@ def _method(config: Config, router: Fields) -> None:
     if "topk_method" in config.read or method is None:
         config.read.add("topk_method")
         return
-    require(method in METHODS, f"topk_method is {method!r}, not one of {sorted(METHODS)}")
+    require(isinstance(method, str) and method in METHODS, f"topk_method is {method!r}, not one of {sorted(METHODS)}")
     groups = router.get("num_expert_groups") or 1
     by_best = router.get("group_score_k", 2) == 1
     holds = {
@@ -145,10 +145,10 @@ def _one(config: Config, name: str, valid: tuple[Any, ...]) -> None:
     if name in config.read or name not in config.values:
         return
     value = config.values[name]
-    entries = set(value) if isinstance(value, list) and value else {value} if not isinstance(value, list) else set()
+    entries = value if isinstance(value, list) else [value]
     config.read.add(name)
     require(
-        value is None or not entries - set(valid),
+        value is None or all(any(entry == each for each in valid) for entry in entries),
         f"{name} is {value!r}; {config.what} does not read it, and computes "
         f"{' or '.join(map(repr, dict.fromkeys(valid)))}",
     )
