@@ -13,11 +13,12 @@ import numpy as np
 
 from conformance.core.judge import Judge
 from conformance.core.subject import Subject, Unsupported
+from conformance.identify.band import sparsemixer
 from conformance.identify.box import Box, Question
-from conformance.identify.choice import Guess, Holder, chosen, groupings, prefiltered, quotas
+from conformance.identify.choice import Guess, Holder, answered, groupings, prefiltered, quotas
 from conformance.identify.counts import has_unused, of_batch, varying
 from conformance.identify.equal import alternatives, normal
-from conformance.identify.law import FITS, Data, Law, laws, near_numbers
+from conformance.identify.law import FITS, Data, Law, laws
 from conformance.identify.near import nearest
 from conformance.identify.rounding import NARROW, as_held, exact, narrow_of, nearest_first, rounds_logits
 from moe_ref import RouterSpec
@@ -136,7 +137,7 @@ class _Search:
         varies = selector == "top_k" and has_unused(self.questions)
         # Gaps of narrow logits are too coarse to search a band by.
         banded = selector == "top_k" and self.box.dtype not in NARROW and self._constant_weights()
-        mixed = self._sparsemixer(sizes) if banded else None
+        mixed = sparsemixer(self.ask, self.box.columns, self.law_data[0], sizes) if banded else None
         if mixed is not None:
             guesses = [mixed]
         else:
@@ -280,36 +281,6 @@ class _Search:
         again = laws(self._data([*self.law_data, *buried], num_choices, sizes["num_experts"]))
         return again if again[0].residual <= max(FITS, 2 * found[0].residual) else found
 
-    def _sparsemixer(self, sizes: dict[str, Any]) -> Guess | None:
-        """A band below the best expert, whose width is searched for; None where nothing is banded."""
-        C = self.box.columns
-
-        def pair(gaps: np.ndarray) -> np.ndarray:
-            """(T,) whether the second best counts beside the best, which is 1."""
-            logits_TC = np.tile(-50.0 - 40.0 * np.arange(C), (len(gaps), 1)).astype(np.float64)
-            logits_TC[:, 0], logits_TC[:, 1] = 1.0, 1.0 - gaps
-            question = self.ask(logits_TC, plain=True)
-            if question is None or len(question.logits_TC) != len(gaps):
-                return np.zeros(0, bool)
-            best_TK = question.expert_ids_TK == 0
-            weights_T = np.where(best_TK, question.weights_TK, 0).sum(axis=-1)
-            return weights_T < 0.9 * weights_T.max(initial=0)
-
-        gaps, inside = np.geomspace(1e-4, 0.95, 60), np.zeros(0, bool)
-        for _ in range(3):
-            inside = pair(gaps)
-            if not (len(inside) and inside[0] and not inside[-1]):
-                return None
-            at = int(np.argmin(inside))
-            gaps = np.linspace(gaps[at - 1], gaps[at], 60)
-        measured = float(gaps.mean()) / 2
-        scale = float(np.median(self.law_data[0].weights_TK.max(axis=-1)))
-        nice = [round(measured, n) for n in (2, 3, 4, 5) if abs(round(measured, n) / measured - 1) < 2e-3]
-        scales = near_numbers("route_scale", scale, 1e-3)
-        banded = {"selector": "sparsemixer", "select_by": "logit", "mixer_eps": [*nice, measured][0]}
-        spec = RouterSpec.from_dict(sizes | banded | {"route_scale": [*scales, scale][0]})
-        return Guess(spec=spec, bias_used=False)
-
     def _choices(self, found: list[Law], sizes: dict[str, Any], selector: str) -> list[Guess]:
         """The guesses that choose as the box does, or nearly."""
         shapes = [law.fields for law in found[:6]]
@@ -401,7 +372,7 @@ class _Search:
             self.box.takes_bias = takes
         best, found = 0, None
         for logits_TC, bias_E in pool:
-            answers_GTX = np.stack([_answer(guess, logits_TC, bias_E, self.box) for guess in guesses])
+            answers_GTX = np.stack([answered(guess, logits_TC, bias_E, self.box) for guess in guesses])
             # How many guesses answer otherwise than the first.
             other_GT = ~np.isclose(answers_GTX, answers_GTX[:1], rtol=CLOSE, atol=1e-12).all(axis=-1)
             value_T = np.minimum(other_GT.sum(axis=0), len(guesses) - other_GT.sum(axis=0))
@@ -518,7 +489,7 @@ class _Search:
             return f"only a bias would tell, and it takes none ({self.box.why_no_bias})"
         furthest = 0.0
         for logits_TC, bias_E in self._inputs():
-            mine, others = (_answer(guess, logits_TC, bias_E, self.box) for guess in guesses)
+            mine, others = (answered(guess, logits_TC, bias_E, self.box) for guess in guesses)
             with np.errstate(invalid="ignore", divide="ignore"):
                 furthest = max(furthest, float(np.nanmax(np.abs(mine - others) / np.maximum(np.abs(mine), 1e-30))))
         if furthest < CLOSE:
@@ -526,25 +497,3 @@ class _Search:
                 f"on the inputs tried the weights differ by at most {furthest:.1g} of themselves: that may be rounding"
             )
         return "no proof that they are the same, and no input was found on which they differ"
-
-
-def _answer(guess: Guess, logits_TC: np.ndarray, bias_E: np.ndarray | None, box: Box) -> np.ndarray:
-    """(T, K + E + S) what a guess answers: the chosen, and the weight of every choice and shared expert."""
-    spec = guess.spec
-    T, E = len(logits_TC), spec.num_choices
-    inputs = box.inputs(T, 0)
-    ids_TK = np.zeros((T, spec.top_k), dtype=np.int64)
-    if spec.selector in ("top_k", "group_top_k"):
-        ids_TK = chosen(spec, logits_TC, bias_E if guess.bias_used else None)
-    question = Question(
-        logits_TC=logits_TC, bias_E=bias_E, inputs=inputs, expert_ids_TK=ids_TK,
-        weights_TK=np.zeros(ids_TK.shape), shared_weights_TS=None,
-    )  # fmt: skip
-    try:
-        trace = guess.case(question, "float64").reference
-    except ValueError:
-        return np.full((T, spec.top_k + E + spec.num_scored_shared_experts), np.nan)
-    weights_TE = np.zeros((T, E + 1))  # the last is of unused slots, -1
-    np.put_along_axis(weights_TE, trace.expert_ids_TK, trace.weights_TK, axis=-1)
-    shared_TS = trace.shared_weights_TS if trace.shared_weights_TS is not None else np.zeros((T, 0))
-    return np.concatenate([np.sort(trace.expert_ids_TK), weights_TE[:, :E], shared_TS], axis=-1)

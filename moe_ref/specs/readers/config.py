@@ -118,7 +118,7 @@ class Config:
         value = none if value is None else value
         key = next((each for each in self.names_of(name)), name)
         integer(key, value, low)
-        return value
+        return int(value)  # type: ignore[arg-type]  # as was just checked
 
     def flag(self, name: str) -> bool:
         """As `get`, for a key that is a bool; a null is False.
