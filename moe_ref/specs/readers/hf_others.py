@@ -24,7 +24,7 @@ SCORE = (
 NORM = ("norm_topk_prob", "moe_renormalize", "renormalize", "route_norm", "norm_expert_weight")
 SCALE = (
     "routed_scaling_factor", "route_scale", "router_scaling_factor", "moe_router_scaling_factor",
-    "moe_routed_scaling_factor", "router_topk_scaling_factor",
+    "moe_routed_scaling_factor", "router_topk_scaling_factor", "moe_router_topk_scaling_factor",
 )  # fmt: skip
 SHARED_COUNT = ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts")
 SHARED_WIDTH = (
@@ -84,7 +84,7 @@ def check_others(config: Config, router: Fields, sizes: Fields, kinds: list[str 
         (LIMITED, (limited,) if groups and groups > 1 else (limited, 0, 1)),
         (SCORE, (score,)),
         (NORM, (True, False) if selected else (router.get("route_norm", False),)),
-        (SCALE, (scale,)),
+        (SCALE, (scale, False) if scale == 1 else (scale,)),  # False is how files of Hunyuan say that there is none
         (SHARED_COUNT, (count,) if shared else (0,)),
         (SHARED_WIDTH, (shared,) if shared else (0,)),
         (WIDTH, (width,)),
