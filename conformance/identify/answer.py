@@ -18,7 +18,7 @@ from conformance.core.subject import Routing, Subject, Unsupported
 from conformance.identify.box import Malformed, Question
 from conformance.identify.choice import Guess, Holder, groupings
 from conformance.identify.equal import normal
-from conformance.identify.neighbours import Identity
+from conformance.identify.search import Identity
 from conformance.router.bounds import expected_weights
 from conformance.router.case import RouterCase, held
 from conformance.router.faulty import FaultyRouter

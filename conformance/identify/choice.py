@@ -77,6 +77,28 @@ def chosen(spec: RouterSpec, logits_TC: np.ndarray, bias_E: np.ndarray | None) -
     return np.sort(top_k(choice_TE, spec.top_k), axis=-1)
 
 
+def answered(guess: Guess, logits_TC: np.ndarray, bias_E: np.ndarray | None, box: Box) -> np.ndarray:
+    """(T, K + E + S) what a guess answers: the chosen, and the weight of every choice and shared expert."""
+    spec = guess.spec
+    T, E = len(logits_TC), spec.num_choices
+    inputs = box.inputs(T, 0)
+    ids_TK = np.zeros((T, spec.top_k), dtype=np.int64)
+    if spec.selector in ("top_k", "group_top_k"):
+        ids_TK = chosen(spec, logits_TC, bias_E if guess.bias_used else None)
+    question = Question(
+        logits_TC=logits_TC, bias_E=bias_E, inputs=inputs, expert_ids_TK=ids_TK,
+        weights_TK=np.zeros(ids_TK.shape), shared_weights_TS=None,
+    )  # fmt: skip
+    try:
+        trace = guess.case(question, "float64").reference
+    except ValueError:
+        return np.full((T, spec.top_k + E + spec.num_scored_shared_experts), np.nan)
+    weights_TE = np.zeros((T, E + 1))  # the last is of unused slots, -1
+    np.put_along_axis(weights_TE, trace.expert_ids_TK, trace.weights_TK, axis=-1)
+    shared_TS = trace.shared_weights_TS if trace.shared_weights_TS is not None else np.zeros((T, 0))
+    return np.concatenate([np.sort(trace.expert_ids_TK), weights_TE[:, :E], shared_TS], axis=-1)
+
+
 class Holder:
     """Holds guesses against answers, within what rounding explains."""
 

@@ -7,6 +7,7 @@ Legend: T tokens, C columns, E choices, K top_k.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from conformance.core.rounding import EPSILON
 from conformance.identify.box import Question
+from conformance.identify.choice import Guess
 from conformance.router.case import held
 from moe_ref import UNUSED, RouterSpec
 from moe_ref.routing import bias_choice, scale_logits, score
@@ -205,7 +207,24 @@ def _sentence(name: str, between: Between) -> str:
     )
 
 
-# expert_choice
+# expert_choice and sinkhorn
+
+
+def of_batch(
+    shapes: Sequence[dict[str, Any]], sizes: dict[str, Any], ask: Ask, logits: Callable[[int], np.ndarray]
+) -> list[Guess]:
+    """The guesses of selectors that read the batch, of every law."""
+    own: list[dict[str, Any]] = [{"selector": "sinkhorn", "select_by": "logit"}]
+    if sizes["top_k"] == sizes["num_experts"]:
+        counted = taken_of(ask, sizes["num_experts"], logits)
+        taken = takings(counted, sizes) if counted else []
+        own = [fields | {"select_by": by} for fields in taken for by in ("score", "logit")]
+    found = []
+    for fields in own:
+        for shape in shapes:
+            with suppress(ValueError):
+                found.append(Guess(spec=RouterSpec(**sizes, **shape, **fields)))
+    return found
 
 
 def taken_of(ask: Ask, num_experts: int, logits: Callable[[int], np.ndarray]) -> dict[int, int] | None:

@@ -9,7 +9,9 @@ import numpy as np
 
 from conformance.core.rounding import EPSILON, TINY
 from conformance.identify.box import Question
+from conformance.identify.choice import Guess
 from conformance.identify.law import FITS, SMALLEST, Data
+from conformance.router.bounds import expected_weights
 from moe_ref import UNUSED
 from moe_ref.rounding import round_to
 
@@ -59,7 +61,41 @@ def as_held(data: Data, dtype: str) -> Data:
     )
 
 
-def is_exact(wanted_TK: np.ndarray, found_TK: np.ndarray) -> bool:
-    """Whether weights are nearer to those of float64 than float32 has numbers."""
-    held = wanted_TK > SMALLEST
-    return bool((np.abs(found_TK - wanted_TK)[held] <= EXACT * wanted_TK[held]).all())
+def exact(best: Guess, questions: Sequence[Question], dtype: str) -> Guess:
+    """The guess in float64, where the weights are nearer to its own than float32 has numbers."""
+    wide = Guess(spec=best.spec.replace(router_dtype="float64"), bias_used=best.bias_used)
+    seen = 0
+    for question in questions:
+        case = wide.case(question, dtype)
+        own_T = (np.sort(case.reference.expert_ids_TK) == np.sort(question.expert_ids_TK)).all(axis=-1)
+        wanted_TK = expected_weights(case, question.expert_ids_TK)[own_T]
+        held_TK = wanted_TK > SMALLEST
+        if (np.abs(question.weights_TK[own_T] - wanted_TK)[held_TK] > EXACT * wanted_TK[held_TK]).any():
+            return best
+        seen += int((wanted_TK.astype(np.float32) != wanted_TK).sum())
+    return wide if seen else best
+
+
+def nearest_first(guesses: list[Guess], questions: Sequence[Question], dtype: str, router_dtype: str) -> list[Guess]:
+    """In a narrow dtype, whose bounds are wide: those first that give the most weights to the bit.
+
+    Args:
+        dtype: of the logits. Where it is the narrow one, a router may round its weights at the end alone, as a model
+            does that hands them on in the dtype of its tokens.
+    """
+    if router_dtype not in NARROW:
+        return guesses
+    if router_dtype == dtype:
+        at_end = [
+            Guess(spec=guess.spec.replace(router_dtype="float32"), bias_used=guess.bias_used) for guess in guesses
+        ]
+        guesses = [*at_end, *guesses]
+
+    def to_the_bit(guess: Guess) -> int:
+        found = 0
+        for question in questions:
+            wanted_TK = expected_weights(guess.case(question, dtype), question.expert_ids_TK)
+            found += int((round_to(wanted_TK, router_dtype) == question.weights_TK).sum())
+        return found
+
+    return sorted(guesses, key=to_the_bit, reverse=True)

@@ -5,24 +5,66 @@
 Legend: T tokens, C columns, E choices, K top_k.
 """
 
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from conformance.core.subject import Subject
-from conformance.identify.asking import MOST_OPEN, Asking
-from conformance.identify.box import Question
-from conformance.identify.choice import Guess, groupings, prefiltered, quotas
-from conformance.identify.counts import has_unused, taken_of, takings, varying
-from conformance.identify.law import FITS, Data, Law, laws, near_numbers
+from conformance.core.judge import Judge
+from conformance.core.subject import Subject, Unsupported
+from conformance.identify.band import sparsemixer
+from conformance.identify.box import Box, Question
+from conformance.identify.choice import Guess, Holder, answered, groupings, prefiltered, quotas
+from conformance.identify.counts import has_unused, of_batch, varying
+from conformance.identify.equal import alternatives, normal
+from conformance.identify.law import FITS, Data, Law, laws
 from conformance.identify.near import nearest
-from conformance.identify.neighbours import Identity, neighbours
-from conformance.identify.rounding import NARROW, as_held, is_exact, narrow_of, rounds_logits
-from conformance.router.bounds import expected_weights
+from conformance.identify.rounding import NARROW, as_held, exact, narrow_of, nearest_first, rounds_logits
 from moe_ref import RouterSpec
-from moe_ref.rounding import round_to
+
+POOLS = 5
+"""Pools of inputs without one that tells two guesses apart, after which no further ones are tried."""
+ROUNDS = 24
+ASKED = 12
+"""Tokens of a question that tells apart."""
+CLOSE = 1e-3
+"""A part of itself by which weights have to differ where a question is to tell them apart."""
+MOST_OPEN = 12
+"""Guesses that are compared with each other in a pool."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Open:
+    """A spec that the answers do not tell apart from the one that was found, and why."""
+
+    spec: RouterSpec
+    why: str
+    proven: bool
+
+
+@dataclass(kw_only=True)
+class Identity:
+    """What a box is."""
+
+    box: Box
+    guess: Guess
+    """The spec that explains all answers, or is the nearest."""
+    near: list[Guess]
+    """This one, and where it does not fit those that are near, the nearest first."""
+    wrong: list[tuple[Question, int]]
+    """(question, token) that it does not explain; empty: it is this spec."""
+    questions: list[Question]
+    open: list[Open] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        return not self.wrong
+
+    @property
+    def spec(self) -> RouterSpec:
+        return self.guess.spec
 
 
 def identify(subject: Subject, handed: RouterSpec) -> Identity:
@@ -38,8 +80,45 @@ def identify(subject: Subject, handed: RouterSpec) -> Identity:
     return _Search(subject, handed).run()
 
 
-class _Search(Asking):
-    """From what the choice reads to an Identity."""
+class _Search:
+    def __init__(self, subject: Subject, handed: RouterSpec):
+        self.box = Box.opened(subject, handed)
+        self.holder = Holder(self.box, Judge(subject))
+        self.rng = np.random.default_rng(0)
+        self.questions: list[Question] = []
+        self.notes: list[str] = []
+        self.law_data: list[Question] = []
+        self.hidden_null = False
+        self.router_dtype = "float32"
+        self.between: dict[RouterSpec, str] = {}
+        """Of a spec with a number that was bounded: how far it is known."""
+
+    # what is asked
+
+    def ask(self, logits_TC: np.ndarray, bias_E: np.ndarray | None = None, **how: Any) -> Question | None:
+        try:
+            question = self.box.ask(logits_TC, bias_E, seed=len(self.questions), **how)
+        except Unsupported as sentence:
+            self.box.refused[str(sentence)] = self.box.refused.get(str(sentence), 0) + len(logits_TC)
+            return None
+        question = self._with_null_ids(question)
+        self.questions.append(question)
+        return question
+
+    def _with_null_ids(self, question: Question) -> Question:
+        """A skipped choice that is returned as expert 0 of weight 0 under its own id."""
+        if not self.hidden_null:
+            return question
+        ids_TK = np.where(question.weights_TK == 0, self.box.handed.num_experts, question.expert_ids_TK)
+        return Question(**{**vars(question), "expert_ids_TK": ids_TK})
+
+    def logits(self, centre: float, width: float, T: int) -> np.ndarray:
+        rng, C = self.rng, self.box.columns
+        levels_TC = np.cumsum(rng.uniform(0.6, 1.4, (T, C)), axis=-1)
+        levels_TC = (levels_TC - levels_TC.mean(axis=-1, keepdims=True)) * (2 * width / C)
+        return rng.permuted(levels_TC, axis=-1) + centre + rng.normal(0, width / 4, (T, 1))
+
+    # the steps
 
     def run(self) -> Identity:
         """The search."""
@@ -58,20 +137,15 @@ class _Search(Asking):
         varies = selector == "top_k" and has_unused(self.questions)
         # Gaps of narrow logits are too coarse to search a band by.
         banded = selector == "top_k" and self.box.dtype not in NARROW and self._constant_weights()
-        mixed = self._sparsemixer(sizes) if banded else None
+        mixed = sparsemixer(self.ask, self.box.columns, self.law_data[0], sizes) if banded else None
         if mixed is not None:
             guesses = [mixed]
         else:
             found = self._with_small(laws(self._data(self.law_data, num_choices, num_experts)), sizes)
             if box.takes_bias and selector == "top_k" and not varies:
                 found = self._with_buried(found, sizes)
-            guesses = []
-            if reads_batch:
-                guesses = self._of_batch(found, sizes)
-            elif varies:
-                guesses = self._varying(found, sizes)
-            guesses = guesses or self._choices(found, sizes, selector)
-        guesses = self.told_apart(self._nearest_first(guesses))
+            guesses = self._counted(found, sizes, reads_batch, varies) or self._choices(found, sizes, selector)
+        guesses = self._told_apart(nearest_first(guesses, self.law_data, self.box.dtype, self.router_dtype))
         return self._concluded(guesses)
 
     def _columns(self) -> tuple[int, int, int, str]:
@@ -133,30 +207,12 @@ class _Search(Asking):
             return False
         return bool((np.sort(some.expert_ids_TK) != np.sort(first.expert_ids_TK[:3])).any())
 
-    def _nearest_first(self, guesses: list[Guess]) -> list[Guess]:
-        """In a narrow dtype, whose bounds are wide: those first that give the most weights to the bit."""
-        if self.router_dtype not in NARROW:
-            return guesses
-        if self.router_dtype == self.box.dtype:
-            # Weights that are rounded at the end, as a model does that hands them on in the dtype of its tokens.
-            wide = [
-                Guess(spec=guess.spec.replace(router_dtype="float32"), bias_used=guess.bias_used) for guess in guesses
-            ]
-            guesses = [*wide, *guesses]
-        same = [sum(self._to_the_bit(guess, question) for question in self.law_data) for guess in guesses]
-        return [guesses[i] for i in sorted(range(len(guesses)), key=lambda i: -same[i])]
-
-    def _to_the_bit(self, guess: Guess, question: Question) -> int:
-        """How many weights are those of a guess, rounded at the end."""
-        wanted_TK = expected_weights(guess.case(question, self.box.dtype), question.expert_ids_TK)
-        return int((round_to(wanted_TK, self.router_dtype) == question.weights_TK).sum())
-
     def _narrow(self, selector: str, num_choices: int) -> str:
         """The narrow dtype that logits, scores and weights are rounded to, or float32; a note where some are not."""
         dtype = narrow_of(self.law_data)
         # Logits that are given in the dtype show no rounding of their own.
         chooses = selector == "top_k" and self.box.top_k < num_choices and dtype != self.box.dtype
-        if dtype in NARROW and chooses and not rounds_logits(self.aside, dtype, self.box.columns, self.box.top_k):
+        if dtype in NARROW and chooses and not rounds_logits(self._aside, dtype, self.box.columns, self.box.top_k):
             self.notes.append(f"its weights are rounded to {dtype}, and its logits are not: no router_dtype does that")
             return "float32"
         return dtype
@@ -164,72 +220,35 @@ class _Search(Asking):
     def _data(self, questions: list[Question], num_choices: int, num_experts: int) -> Data:
         return as_held(Data.of(questions, num_choices, num_experts), self.router_dtype)
 
-    def _exact(self, best: Guess) -> Guess:
-        """The guess in float64, where the weights show that."""
-        if self.router_dtype in NARROW or best.spec.selector == "random":
-            return best
-        wide = Guess(spec=best.spec.replace(router_dtype="float64"), bias_used=best.bias_used)
-        seen = 0
-        for question in self.questions:
-            case = wide.case(question, self.box.dtype)
-            wanted_TK = expected_weights(case, question.expert_ids_TK)
-            own_T = (np.sort(case.reference.expert_ids_TK) == np.sort(question.expert_ids_TK)).all(axis=-1)
-            if not is_exact(wanted_TK[own_T], question.weights_TK[own_T]):
-                return best
-            seen += int((wanted_TK[own_T].astype(np.float32) != wanted_TK[own_T]).sum())
-        return wide if seen else best
-
-    def _of_batch(self, found: list[Law], sizes: dict[str, Any]) -> list[Guess]:
-        """Selectors sinkhorn and expert_choice; a note where it is neither."""
-        own: list[dict[str, Any]] = [{"selector": "sinkhorn"}]
-        counted = None
-        if sizes["top_k"] == sizes["num_experts"]:
-            counted = taken_of(self.aside, sizes["num_experts"], lambda T: self.logits(0.0, 2.0, T))
-            own = takings(counted, sizes) if counted else []
-        specs = [
-            fields | {"select_by": by}
-            for fields in own
-            for by in (("score", "logit") if fields["selector"] == "expert_choice" else ("logit",))
-        ]
-        guesses = self._possible(
-            sizes | law.fields | spec
-            for spec in specs
-            for law in found[:6]
-            if spec["select_by"] == "logit" or law.fields.get("score_over") != "selected"
-        )
-        left = self.holder.fewest(guesses, self.questions)
-        if not left or self.holder.other_choice(left[0], self.questions[0]):
+    def _counted(self, found: list[Law], sizes: dict[str, Any], reads_batch: bool, varies: bool) -> list[Guess]:
+        """Selectors that count or read the batch; a note where it does, and is none of them."""
+        shapes = [law.fields for law in found[:6]]
+        if reads_batch:
+            guesses = of_batch(shapes, sizes, self._aside, lambda T: self.logits(0.0, 2.0, T))
+            left = self.holder.fewest(guesses, self.questions)
+            if left and not self.holder.other_choice(left[0], self.questions[0]):
+                return left
             self.notes.append(
                 "a token's experts depend on the others of its batch, and not as selectors sinkhorn and expert_choice "
                 "have it"
             )
-            return []
-        return left
-
-    def _varying(self, found: list[Law], sizes: dict[str, Any]) -> list[Guess]:
-        """Selectors threshold and top_p, with the number that decides; a note says how far it is known."""
-        free = [question for question in self.questions if question.bias_E is None]
-        named = {}
-        for spec, sentence in varying([law.fields for law in found[:6]], sizes, free, self.ask):
-            named.setdefault(spec, sentence)
-        if not named:
+        elif varies:
+            free = [question for question in self.questions if question.bias_E is None]
+            self.between = dict(varying(shapes, sizes, free, self.ask))
+            left = self.holder.fewest([Guess(spec=spec) for spec in self.between], self.questions)
+            # A number that is short says more than its law.
+            left = sorted(left, key=lambda guess: len(f"{guess.spec.threshold:g}{guess.spec.top_p or 0:g}"))
+            if left:
+                return self._biased(left) if self.box.takes_bias else left
             self.notes.append("tokens have different numbers of experts, and not by a threshold or a share of scores")
-            return []
-        left = self.holder.fewest([Guess(spec=spec) for spec in named], self.questions)
-        # A number that is short says more than its law.
-        left = sorted(left, key=lambda guess: len(f"{guess.spec.threshold:g}{guess.spec.top_p or 0:g}"))
-        if self.box.takes_bias:
-            left = self._biased(left)
-        self.between = {guess.spec: named[guess.spec] for guess in left}
-        return left
+        return []
 
-    def _possible(self, values: Iterable[dict[str, Any]]) -> list[Guess]:
-        """Guesses of what are valid specs."""
-        found = []
-        for each in values:
-            with suppress(ValueError):
-                found.append(Guess(spec=RouterSpec(**each)))
-        return found
+    def _aside(self, logits_TC: np.ndarray) -> Question | None:
+        """An answer that is counted, and not kept."""
+        try:
+            return self.box.ask(logits_TC, plain=True)
+        except Unsupported:
+            return None
 
     def _constant_weights(self) -> bool:
         """Whether the weights of a token are alike though its logits are not."""
@@ -261,36 +280,6 @@ class _Search(Asking):
                 buried.append(question)
         again = laws(self._data([*self.law_data, *buried], num_choices, sizes["num_experts"]))
         return again if again[0].residual <= max(FITS, 2 * found[0].residual) else found
-
-    def _sparsemixer(self, sizes: dict[str, Any]) -> Guess | None:
-        """A band below the best expert, whose width is searched for; None where nothing is banded."""
-        C = self.box.columns
-
-        def pair(gaps: np.ndarray) -> np.ndarray:
-            """(T,) whether the second best counts beside the best, which is 1."""
-            logits_TC = np.tile(-50.0 - 40.0 * np.arange(C), (len(gaps), 1)).astype(np.float64)
-            logits_TC[:, 0], logits_TC[:, 1] = 1.0, 1.0 - gaps
-            question = self.ask(logits_TC, plain=True)
-            if question is None or len(question.logits_TC) != len(gaps):
-                return np.zeros(0, bool)
-            best_TK = question.expert_ids_TK == 0
-            weights_T = np.where(best_TK, question.weights_TK, 0).sum(axis=-1)
-            return weights_T < 0.9 * weights_T.max(initial=0)
-
-        gaps, inside = np.geomspace(1e-4, 0.95, 60), np.zeros(0, bool)
-        for _ in range(3):
-            inside = pair(gaps)
-            if not (len(inside) and inside[0] and not inside[-1]):
-                return None
-            at = int(np.argmin(inside))
-            gaps = np.linspace(gaps[at - 1], gaps[at], 60)
-        measured = float(gaps.mean()) / 2
-        scale = float(np.median(self.law_data[0].weights_TK.max(axis=-1)))
-        nice = [round(measured, n) for n in (2, 3, 4, 5) if abs(round(measured, n) / measured - 1) < 2e-3]
-        scales = near_numbers("route_scale", scale, 1e-3)
-        banded = {"selector": "sparsemixer", "select_by": "logit", "mixer_eps": [*nice, measured][0]}
-        spec = RouterSpec.from_dict(sizes | banded | {"route_scale": [*scales, scale][0]})
-        return Guess(spec=spec, bias_used=False)
 
     def _choices(self, found: list[Law], sizes: dict[str, Any], selector: str) -> list[Guess]:
         """The guesses that choose as the box does, or nearly."""
@@ -355,12 +344,79 @@ class _Search(Asking):
             self.ask(self.logits(0.0, 2.0, 8), self.rng.normal(centre, width, E))
         return self.holder.fewest(more, self.questions[before:])
 
+    # telling apart
+
+    def _inputs(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """A pool: batches of logits, each with a bias where one is taken."""
+        E = self.box.bias_length
+        biases: list[np.ndarray | None] = [None]
+        if self.box.takes_bias:
+            biases += [self.rng.normal(c, w, E) for c, w in ((0, 0.1), (0, 0.6), (-1.5, 0.3), (2, 0.5), (0, 4))]
+        for bias_E in biases:
+            parts = [self.logits(c, w, 24) for c, w in ((0, 2), (0, 0.4), (-3, 2), (3, 2), (0, 8))]
+            heavy_TC = self.logits(-2, 1, 24)
+            heavy_TC[np.arange(24), self.rng.integers(0, self.box.columns, 24)] += 5
+            yield np.concatenate([*parts, heavy_TC]), bias_E
+
+    def _dividing(self, guesses: list[Guess], forbidden: bool = False) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """Tokens, with a bias, on which the guesses disagree, those first that divide them most evenly; or None.
+
+        Args:
+            forbidden: whether a bias is tried though the box takes none.
+        """
+        takes = self.box.takes_bias
+        self.box.takes_bias = takes or forbidden
+        try:
+            pool = list(self._inputs())
+        finally:
+            self.box.takes_bias = takes
+        best, found = 0, None
+        for logits_TC, bias_E in pool:
+            answers_GTX = np.stack([answered(guess, logits_TC, bias_E, self.box) for guess in guesses])
+            # How many guesses answer otherwise than the first.
+            other_GT = ~np.isclose(answers_GTX, answers_GTX[:1], rtol=CLOSE, atol=1e-12).all(axis=-1)
+            value_T = np.minimum(other_GT.sum(axis=0), len(guesses) - other_GT.sum(axis=0))
+            value_T = np.where(other_GT.any(axis=0), np.maximum(value_T, 1), 0)
+            if value_T.sum() > best:
+                best, rows = value_T.sum(), np.argsort(-value_T, kind="stable")[:ASKED]
+                whole = any(guess.spec.reads_batch for guess in guesses)
+                found = logits_TC if whole else logits_TC[rows[value_T[rows] > 0]], bias_E
+            if best >= ASKED:
+                break
+        return found
+
+    def _told_apart(self, guesses: list[Guess]) -> list[Guess]:
+        """The guesses that are left when no further question divides them, one of each normal form."""
+        guesses = self.holder.best(self._one_of_each(guesses), self.questions, weights=True)
+        barren = 0
+        for _ in range(ROUNDS):
+            if len(guesses) < 2 or barren >= POOLS:
+                break
+            divided = self._dividing(guesses[:MOST_OPEN])
+            question = None if divided is None else self.ask(*divided)
+            if question is None:
+                barren += 1
+                continue
+            left = self.holder.best(guesses, [question], weights=True)
+            barren = barren + 1 if len(left) == len(guesses) else 0
+            guesses = left
+        return guesses
+
+    def _one_of_each(self, guesses: list[Guess]) -> list[Guess]:
+        found: dict[tuple, Guess] = {}
+        for guess in guesses:
+            found.setdefault((self._normal(guess)[0], guess.bias_used or not self.box.takes_bias), guess)
+        return list(found.values())
+
+    def _normal(self, guess: Guess) -> tuple[RouterSpec, tuple[str, ...]]:
+        return normal(guess.spec, self.box.takes_bias and guess.bias_used)
+
     # the end
 
     def _concluded(self, guesses: list[Guess]) -> Identity:
         """What is left, and what could not be told apart from it."""
         best = guesses[0]  # of the law that explains the weights best
-        best = Guess(spec=self.normal(best)[0], bias_used=best.bias_used)
+        best = Guess(spec=self._normal(best)[0], bias_used=best.bias_used)
         if not self._wrong(best):
             self._confirm(best)
         wrong = self._wrong(best)
@@ -368,7 +424,8 @@ class _Search(Asking):
         if wrong:
             best, wrong = near[0], self._wrong(near[0])
         else:
-            best = self._exact(best)
+            wide = self.router_dtype not in NARROW and best.spec.selector != "random"
+            best = exact(best, self.questions, self.box.dtype) if wide else best
         found = Identity(box=self.box, guess=best, near=near, wrong=wrong, questions=self.questions, notes=self.notes)
         if found.fits:
             bounded = best.spec.replace(router_dtype=self.router_dtype)
@@ -377,15 +434,66 @@ class _Search(Asking):
                 self.notes.append("it takes a bias, which changes nothing")
             if best.spec.router_dtype == "float64":
                 guesses = [Guess(spec=g.spec.replace(router_dtype="float64"), bias_used=g.bias_used) for g in guesses]
-            found.open = neighbours(self, best, guesses)
+            found.open = self._open(best, guesses)
         return found
 
     def _confirm(self, best: Guess) -> None:
         """Fresh inputs of every kind, with learned factors and a bias where they are taken."""
-        for logits_TC, bias_E in self.inputs():
+        for logits_TC, bias_E in self._inputs():
             self.ask(logits_TC[::12], bias_E)
         for centre in (-60.0, 30.0):
             self.ask(self.logits(centre, 3.0, 4))
 
     def _wrong(self, guess: Guess) -> list[tuple[Question, int]]:
         return [(question, t) for question in self.questions for t in self.holder.wrong(guess, question)]
+
+    def _open(self, best: Guess, guesses: list[Guess]) -> list[Open]:
+        """Each neighbour: proven to be the same router, told apart by an answer, or left open with the reason."""
+        takes = self.box.takes_bias and best.bias_used
+        own, found = self._normal(best)[0], []
+        others = dict.fromkeys([*(g.spec for g in guesses), *alternatives(best.spec)])
+        for other in others:
+            if other == best.spec:
+                continue
+            form, reasons = normal(other, takes)
+            if form == own:
+                _, mine = normal(best.spec, takes)
+                why = "; ".join(reason for reason in reasons if reason not in mine) or "; ".join(reasons)
+                found.append(Open(spec=other, why=why, proven=True))
+            elif not self._rejected(Guess(spec=other, bias_used=best.bias_used), best):
+                found.append(Open(spec=other, why=self._why_open(best, other), proven=False))
+        return found
+
+    def _rejected(self, other: Guess, best: Guess) -> bool:
+        """Whether an answer tells a neighbour apart; one is asked for where none does yet."""
+        if self._some_wrong(other, self.questions):
+            return True
+        for _ in range(2):
+            divided = self._dividing([best, other])
+            if divided is not None and (question := self.ask(*divided)) is not None:
+                if self._some_wrong(best, [question]):
+                    return False
+                if self._some_wrong(other, [question]):
+                    return True
+        return False
+
+    def _some_wrong(self, guess: Guess, questions: list[Question]) -> bool:
+        try:
+            return any(self.holder.other_choice(guess, q) or self.holder.other_weights(guess, q) for q in questions)
+        except ValueError:  # a spec that cannot be asked this
+            return True
+
+    def _why_open(self, best: Guess, other: RouterSpec) -> str:
+        guesses = [best, Guess(spec=other, bias_used=best.bias_used)]
+        if not self.box.takes_bias and self._dividing(guesses, forbidden=True) is not None:
+            return f"only a bias would tell, and it takes none ({self.box.why_no_bias})"
+        furthest = 0.0
+        for logits_TC, bias_E in self._inputs():
+            mine, others = (answered(guess, logits_TC, bias_E, self.box) for guess in guesses)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                furthest = max(furthest, float(np.nanmax(np.abs(mine - others) / np.maximum(np.abs(mine), 1e-30))))
+        if furthest < CLOSE:
+            return (
+                f"on the inputs tried the weights differ by at most {furthest:.1g} of themselves: that may be rounding"
+            )
+        return "no proof that they are the same, and no input was found on which they differ"

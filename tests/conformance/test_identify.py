@@ -2,6 +2,7 @@
 
 import sys
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,7 @@ from conformance.identify.box import Box, Malformed
 from conformance.identify.choice import groupings
 from conformance.identify.equal import RULES, alternatives, normal
 from conformance.identify.law import near_numbers
-from conformance.identify.neighbours import Identity
-from conformance.identify.search import identify
+from conformance.identify.search import Identity, identify
 from conformance.router.draw import SPECS, bias_of_kind, inputs_of
 from conformance.run.cli import main
 from conformance.run.kinds import load_faults
@@ -204,7 +204,7 @@ COUNTS = (
 
 
 def asked(fields: dict) -> tuple[Identity, RouterSpec]:
-    values: dict = {"num_experts": 8, "top_k": 3} | fields
+    values: dict[str, Any] = {"num_experts": 8, "top_k": 3} | fields
     spec = RouterSpec(**values)
     return identify(Reference(), spec), spec
 

@@ -5,7 +5,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from moe_ref import NO_INPUTS, RouterInputs, RouterSpec
+from moe_ref import NO_INPUTS, RouterInputs, RouterSpec, route
 from moe_ref.specs.inputs import BY_TOKEN, READS
 from moe_ref.specs.router import SELECTORS
 
@@ -89,3 +89,14 @@ def test_arrays_by_name_become_one_object_and_the_rest_stays():
     assert inputs.given_ids_TK.tolist() == [[0, 0], [1, 1], [1, 1]]
     assert inputs.seed == 4
     assert RouterInputs.keywords({"token_mask_T": 1}).keys() == {"token_mask_T", "inputs"}
+
+
+def test_the_gating_residual_of_a_layer_before_is_what_is_added_to_the_logits():
+    rng = np.random.default_rng(0)
+    logits_TE, previous_TE, gate_map_EE = rng.normal(size=(5, 8)), rng.normal(size=(5, 8)), rng.normal(size=(8, 8))
+    residual_TE = previous_TE @ gate_map_EE.T
+    spec = RouterSpec(num_experts=8, top_k=3, route_norm=True)
+    found = route(logits_TE, spec, inputs=RouterInputs(logit_noise_TE=residual_TE))
+    wanted = route(logits_TE + residual_TE, spec)
+    np.testing.assert_array_equal(found.expert_ids_TK, wanted.expert_ids_TK)
+    np.testing.assert_allclose(found.weights_TK, wanted.weights_TK, rtol=1e-12)

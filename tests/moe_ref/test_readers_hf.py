@@ -1,6 +1,7 @@
 """Tests: published configs of huggingface become the layers that their models have, or an error in the user's words."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,12 +24,16 @@ from moe_ref.specs.readers.hf_forms import FORMS
 from moe_ref.specs.readers.hf_irrelevant import IRRELEVANT
 from moe_ref.specs.readers.hf_rows import BY_MODEL_TYPE, ROWS
 
-FILES = {name: config for name, config, *_ in PUBLISHED}
+MORE = json.loads(Path(__file__).with_name("published_configs.json").read_text())
+"""As PUBLISHED, one a line, of further models and of further forms of a file: quantised, nested, converted; a router of
+null is a dense model."""
+FILES = {name: config for name, config, *_ in (*PUBLISHED, *MORE)}
+SPARSE = [row for row in (*PUBLISHED, *MORE) if row[2]]
 QWEN = FILES["Qwen3-235B-A22B"]
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "router", "width", "shared", "sparse"), PUBLISHED, ids=lambda value: str(value)[:24]
+    ("name", "config", "router", "width", "shared", "sparse"), SPARSE, ids=lambda value: str(value)[:24]
 )
 def test_a_published_config_is_read_whole(name, config, router, width, shared, sparse):
     layers = LayerSpec.layers_from_hf(config)
@@ -116,9 +121,46 @@ def test_a_broken_config_is_an_error_that_names_the_users_key(config, message):
         LayerSpec.from_hf(config)
 
 
+# A number as a text, a list, a null, and a name that is none: each once failed inside, or was read as something else.
+TYPES = [
+    ("Moonlight-16B-A3B", "routed_scaling_factor", "2.446"),
+    ("Moonlight-16B-A3B", "n_group", "1"),
+    ("Moonlight-16B-A3B", "moe_intermediate_size", None),
+    ("Moonlight-16B-A3B", "first_k_dense_replace", "1"),
+    ("Moonlight-16B-A3B", "topk_method", ["noaux_tc"]),
+    ("Qwen3-Coder-480B", "hidden_act", ["silu"]),
+    ("Qwen3-Coder-480B", "model_type", ["qwen3_moe"]),
+    ("Qwen3-Coder-480B", "mlp_only_layers", "0"),
+    ("Ling-flash-2.0", "moe_intermediate_size", [1024]),
+    ("ERNIE-4.5-300B-A47B", "moe_layer_start_index", -3),
+    ("ERNIE-4.5-300B-A47B", "moe_layer_interval", 1.5),
+    ("ERNIE-4.5-300B-A47B", "moe_layer_end_index", "53"),
+    ("Jamba-1.5-Large", "expert_layer_period", 2.5),
+    ("GigaChat-20B-A3B", "moe_layer_freq", -1),
+    ("DeepSeek-Coder-V2-Lite", "scoring_func", "sigmoid"),
+    ("jetmoe", "glu", False),
+]
+JETMOE = BASE | {
+    "model_type": "jetmoe", "activation_function": "silu", "bias": True, "ffn_hidden_size": 5632, "glu": True,
+    "hidden_size": 2048, "kv_channels": 128, "moe_num_experts": 8, "moe_top_k": 2, "num_layers": 24,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "key", "value"), TYPES, ids=str)
+def test_a_value_of_another_kind_is_an_error_that_names_its_key(name, key, value):
+    config = JETMOE if name == "jetmoe" else FILES[name]
+    with pytest.raises(ValueError, match=rf"^{key} is "):
+        RouterSpec.from_hf(config | {key: value}) if name == "jetmoe" else LayerSpec.from_hf(config | {key: value})
+
+
+def test_the_first_names_of_jetmoe_are_read():
+    assert RouterSpec.from_hf(JETMOE) == RouterSpec(num_experts=8, top_k=2, score_over="selected", select_by="logit")
+
+
 @pytest.mark.parametrize(
     "config",
     [
+        *(config for _, config, router, *_ in MORE if router is None),
         BASE | {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2},
         {"model_type": "qwen3_vl", "text_config": BASE | {"model_type": "qwen3_vl_text"}},
         V3_FILE | {"first_k_dense_replace": 61},
@@ -258,6 +300,9 @@ def test_the_weights_of_a_latent_are_read_and_written_under_published_names():
             "model_type": "ernie4_5_moe_vl", "moe_num_experts": [64, 64], "moe_intermediate_size": [1536, 512],
             "moe_layer_start_index": [1, 1], "moe_layer_end_index": [27, 27], "vision_config": {}, "im_patch_id": 7,
             "moe_norm_min": 1e-12}, "two kinds of tokens", FAMILIES["ernie4_5_vl_moe"].router),
+        (QWEN3 | {"model_type": "Klear", "hidden_size": 2048, "moe_intermediate_size": 896, "num_experts": 256,
+          "num_experts_per_tok": 8, "n_shared_experts": 1, "num_hidden_layers": 32}, "a learned pair of factors",
+         RouterSpec(num_experts=256, top_k=8, score_func="sigmoid", route_norm=True)),
         ({"model_type": "axk1"}, "a norm follows", FAMILIES["axk1"].router),
         ({"architectures": ["Grok1ForCausalLM"], "model_type": "git", "residual_moe": True, "num_local_experts": 8,
           "num_experts_per_tok": 2, "router_logit_softcapping": 30.0, "num_hidden_layers": 64, "hidden_size": 8192,

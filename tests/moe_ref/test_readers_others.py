@@ -147,6 +147,8 @@ def test_megatron_gpt_oss():
         ({"moe_router_topk": 300}, "moe_router_topk is 300; it is an integer between 1 and 256"),
         ({"moe_router_num_groups": None}, "moe_router_group_topk is 4, but moe_router_num_groups is None"),
         ({"moe_layer_freq": [0] * 61}, "no layer is sparse"),
+        ({"add_bias_linear": "False"}, "add_bias_linear is 'False'; it is a bool"),
+        ({"moe_router_group_topk": "4"}, "moe_router_group_topk is '4'; it is an integer"),
         ({"moe_layer_freq": "import os"}, "moe_layer_freq is 'import os'"),
         ({"activation_func": "mish"}, "activation_func is 'mish', not one of"),
         (
@@ -167,6 +169,16 @@ def test_maxtext_by_decoder_block():
         num_experts=8, top_k=1, score_func="sigmoid", select_by="logit", weight_on="input"
     )
     assert llama.shared == SharedSpec(hidden_dim=32)
+    for block in ("qwen3_next", "qwen3_5"):
+        gated = LayerSpec.from_maxtext(MIXTRAL | {"decoder_block": block, "shared_experts": 1, "norm_topk_prob": True})
+        assert gated.router == RouterSpec(num_experts=8, top_k=2, **SELECTED)
+        assert gated.shared == SharedSpec(hidden_dim=32, gate="sigmoid")
+    fourth = LayerSpec.from_maxtext(
+        MAXTEXT | {"decoder_block": "deepseek4", "model_name": "deepseek4-284b", "routed_score_func": "sqrtsoftplus",
+                   "n_routing_groups": -1, "topk_routing_group": -1, "mlp_activations_limit": 10}
+    )  # fmt: skip
+    assert fourth.router == V3.router.without_groups().replace(score_func="sqrtsoftplus")
+    assert fourth.experts.clamp == 10
 
 
 def test_a_flat_yml_of_maxtext_is_read(tmp_path):
@@ -200,6 +212,9 @@ def test_a_flat_yml_of_maxtext_is_read(tmp_path):
         ({"sparse_matmul": False, "capacity_factor": 1.0}, "capacity_factor is 1.0 without sparse_matmul"),
         ({"mlp_activations": ["silu"]}, "mlp_activations is"),
         ({"mlp_activations": ["sigmoid", "linear"]}, "with decoder_block 'deepseek' it is one of"),
+        ({"mlp_activations": None}, "mlp_activations is None; it is a list"),
+        ({"base_moe_mlp_dim": None}, "base_moe_mlp_dim is None"),
+        ({"n_routing_groups": None}, "topk_routing_group is 4, but n_routing_groups is None"),
         ({"n_routing_groups": 7}, "n_routing_groups is 7, which does not divide num_experts"),
     ],
 )

@@ -13,7 +13,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, cast
 
-from moe_ref.specs.checks import in_words_of, nearest, require
+from moe_ref.specs.checks import in_words_of, integer, nearest, require
 
 ABSENT: Any = object()
 """No value, and no default either."""
@@ -107,6 +107,28 @@ class Config:
         value = self.defaults.get(name, ABSENT) if default is ABSENT else default
         require(value is not ABSENT, f"{name} is missing; {self.what} needs it")
         return self._pick(name, value)
+
+    def whole(self, name: str, default: Any = ABSENT, *, low: int = 0, none: int | None = None) -> int:
+        """As `get`, for a key that is an integer of at least `low`; a null is `none`, or an error.
+
+        Raises:
+            ValueError: it is not.
+        """
+        value = self.get(name, default)
+        value = none if value is None else value
+        key = next((each for each in self.names_of(name)), name)
+        integer(key, value, low)
+        return int(value)  # type: ignore[arg-type]  # as was just checked
+
+    def flag(self, name: str) -> bool:
+        """As `get`, for a key that is a bool; a null is False.
+
+        Raises:
+            ValueError: it is another thing, such as the text "False".
+        """
+        value = self.get(name)
+        require(value is None or isinstance(value, bool), f"{name} is {value!r}; it is a bool")
+        return bool(value)
 
     def _value(self, key: str) -> Any:
         return self._pick(key, self.values[key])

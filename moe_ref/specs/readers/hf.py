@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from moe_ref.specs.checks import integer, nearest, require
+from moe_ref.specs.checks import integer, nearest, number, require
 from moe_ref.specs.names import dtype_named
 from moe_ref.specs.readers.config import ABSENT, Config, load
 from moe_ref.specs.readers.hf_defaults import DEFAULTS, SYNONYMS
@@ -19,6 +19,10 @@ from moe_ref.specs.readers.hf_rows import BY_MODEL_TYPE, NO_ROUTER
 
 NESTED = ("text_config", "llm_config", "language_config", "text_model_config", "thinker_config")
 """Where a file with several parts has its language model."""
+INTEGERS = {"num_experts", "top_k", "num_expert_groups", "num_limited_groups", "num_null_experts", "quota_groups",
+            "num_scored_shared_experts"}  # fmt: skip
+NUMBERS = {"route_scale", "output_scale", "logit_scale", "norm_eps", "mixer_eps"}
+"""Fields of RouterSpec that rows read, by what they are: other values would fail before a spec looks at them."""
 BY_HAND = (
     "write the spec by hand, LayerSpec(router=RouterSpec(num_experts=..., top_k=...), experts=ExpertSpec(dim=..., "
     "hidden_dim=...)), or change that of a family, moe_ref.specs.families.preset(NAME, ...)"
@@ -142,6 +146,8 @@ def language_part(values: Fields) -> tuple[Fields, Fields]:
     Raises:
         ValueError: what stands around it says something else of the routing.
     """
+    named = values.get("model_type")
+    require(named is None or isinstance(named, str), f"model_type is {named!r}; it is a name")
     for name in NESTED:
         inner = values.get(name)
         if inner is not None and hasattr(inner, "to_dict"):
@@ -168,6 +174,7 @@ def row_of(values: Fields) -> Row:
         ValueError: it names none, one without experts, or an unknown one.
     """
     named = values.get("model_type")
+    require(named is None or isinstance(named, str), f"model_type is {named!r}; it is a name")
     name = _model_type(values)
     if name in BY_MODEL_TYPE:
         return BY_MODEL_TYPE[name]
@@ -192,6 +199,8 @@ def _has_type(values: Fields) -> bool:
 def _model_type(values: Fields) -> str | None:
     """The model type, or what its architecture says where there is none."""
     name = values.get("model_type")
+    if not isinstance(name, str | None):
+        return None
     architectures = values.get("architectures") or []
     if name == "bailing_moe" and any("V2" in each for each in architectures):  # Ling 2.0, under the name of Ling
         return "bailing_moe_v2"
@@ -235,6 +244,13 @@ def _router(config: Config, row: Row, kind: str) -> Fields:
     found = dict(row.fixed)
     for field, key in row.router.items():
         found[field] = config.get(key, field=field)
+    for field in INTEGERS & row.router.keys():
+        value = found[field]
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        require(value is None or whole, f"{config.names[field]} is {value!r}; it is an integer")
+    for field in NUMBERS & row.router.keys():
+        if found[field] is not None:
+            number(config.names[field], found[field])
     for field, key in (("route_scale", "scale"), ("output_scale", "scale")):
         if field in row.router:
             value = found[field]
@@ -279,6 +295,8 @@ def _no_groups(config: Config, router: Fields) -> None:
 
 def _experts(config: Config, row: Row) -> Fields:
     found: Fields = {"dim": config.get(row.dim, field="dim"), "hidden_dim": config.get(row.width, field="hidden_dim")}
+    for field in found:
+        integer(config.names[field], found[field], 1)
     found |= row.experts
     if row.activation:
         found["activation"] = _activation(config, row.activation)
@@ -308,7 +326,8 @@ def _latent(config: Config, row: Row) -> Fields | None:
 def _activation(config: Config, key: str) -> str:
     said = config.get(key, field="activation")
     require(
-        said in ACTIVATIONS, f"{key} is {said!r}, not one of {sorted(ACTIVATIONS)}{nearest(str(said), ACTIVATIONS)}"
+        isinstance(said, str) and said in ACTIVATIONS,
+        f"{key} is {said!r}, not one of {sorted(ACTIVATIONS)}{nearest(str(said), ACTIVATIONS)}",
     )
     return ACTIVATIONS[said]
 
@@ -354,6 +373,8 @@ def _sizes(reading: Reading, layer: int) -> Fields:
     """What other keys are held against, as far as the file has it: widths, and whether there is a shared expert."""
     config, row = reading.config.at(layer), reading.row
     width = config.get(row.width, None) if row.width in config.defaults or config.has(row.width) else None
+    if width is not None:
+        integer(row.width, width, 1)
     found: Fields = {"hidden_dim": width, "shared": None, "shared_count": 0, "router": reading.router(layer)}
     if row.shared is None:
         return found

@@ -55,6 +55,7 @@ NAMES = (
     "do_sample", "early_stopping", "bad_words_ids", "temperature", "num_beam_groups", "typical_p", "top_p",
     "diversity_penalty",
     "exponential_decay_length_penalty", "remove_invalid_values", "length_penalty", "chunk_size_feed_forward",
+    "unsloth_fixed", "debug", "micro_forward", "use_deepep", "skip_checkpoint",
     "num_return_sequences", "num_labels", "pretraining_tp", "per_layer_config", "experts_implementation", "is_causal",
     "encoder_no_repeat_ngram_size", "custom_pipelines", "license", "use_return_dict",
     # widths of dense layers, other parts of the block

@@ -24,7 +24,7 @@ SCORE = (
 NORM = ("norm_topk_prob", "moe_renormalize", "renormalize", "route_norm", "norm_expert_weight")
 SCALE = (
     "routed_scaling_factor", "route_scale", "router_scaling_factor", "moe_router_scaling_factor",
-    "moe_routed_scaling_factor", "router_topk_scaling_factor",
+    "moe_routed_scaling_factor", "router_topk_scaling_factor", "moe_router_topk_scaling_factor",
 )  # fmt: skip
 SHARED_COUNT = ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts")
 SHARED_WIDTH = (
@@ -84,7 +84,7 @@ def check_others(config: Config, router: Fields, sizes: Fields, kinds: list[str 
         (LIMITED, (limited,) if groups and groups > 1 else (limited, 0, 1)),
         (SCORE, (score,)),
         (NORM, (True, False) if selected else (router.get("route_norm", False),)),
-        (SCALE, (scale,)),
+        (SCALE, (scale, False) if scale == 1 else (scale,)),  # False is how files of Hunyuan say that there is none
         (SHARED_COUNT, (count,) if shared else (0,)),
         (SHARED_WIDTH, (shared,) if shared else (0,)),
         (WIDTH, (width,)),
@@ -128,7 +128,7 @@ def _method(config: Config, router: Fields) -> None:
     if "topk_method" in config.read or method is None:
         config.read.add("topk_method")
         return
-    require(method in METHODS, f"topk_method is {method!r}, not one of {sorted(METHODS)}")
+    require(isinstance(method, str) and method in METHODS, f"topk_method is {method!r}, not one of {sorted(METHODS)}")
     groups = router.get("num_expert_groups") or 1
     by_best = router.get("group_score_k", 2) == 1
     holds = {
@@ -145,10 +145,10 @@ def _one(config: Config, name: str, valid: tuple[Any, ...]) -> None:
     if name in config.read or name not in config.values:
         return
     value = config.values[name]
-    entries = set(value) if isinstance(value, list) and value else {value} if not isinstance(value, list) else set()
+    entries = value if isinstance(value, list) else [value]
     config.read.add(name)
     require(
-        value is None or not entries - set(valid),
+        value is None or all(any(entry == each for each in valid) for entry in entries),
         f"{name} is {value!r}; {config.what} does not read it, and computes "
         f"{' or '.join(map(repr, dict.fromkeys(valid)))}",
     )

@@ -106,13 +106,11 @@ def prefix(key: str, default: Any = None, *, every: str = "") -> Layers:
     """All but the first `key` layers; of those each `every`th, counted from layer 0."""
 
     def layers(config: Config, depth: int) -> list[str | None]:
-        dense = config.get(key, config.defaults.get(key, default))
-        dense = 0 if dense is None else dense
-        require(isinstance(dense, int) and dense >= 0, f"{key} is {dense!r}; it is an integer of at least 0")
-        step = config.get(every, 1) if every else 1
-        if isinstance(step, list):
+        dense = config.whole(key, config.defaults.get(key, default), none=0)
+        if every and isinstance(step := config.get(every, 1), list):
             return _by_flag(every, step, depth)
-        return ["moe" if i >= dense and i % (step or 1) == 0 else None for i in range(depth)]
+        each = config.whole(every, 1, none=1) if every else 1
+        return ["moe" if i >= dense and i % (each or 1) == 0 else None for i in range(depth)]
 
     return layers
 
@@ -137,9 +135,10 @@ def types(otherwise: Layers, *, key: str = "mlp_layer_types", flags: str = "") -
 
 def steps(config: Config, depth: int) -> list[str | None]:
     """Each decoder_sparse_step-th, but those of mlp_only_layers (qwen2_moe)."""
-    step = config.get("decoder_sparse_step", config.defaults.get("decoder_sparse_step", 1))
+    step = config.whole("decoder_sparse_step", config.defaults.get("decoder_sparse_step", 1), low=1)
     dense = config.get("mlp_only_layers", config.defaults.get("mlp_only_layers", [])) or []
-    require(isinstance(step, int) and step >= 1, f"decoder_sparse_step is {step!r}; it is an integer of at least 1")
+    whole = isinstance(dense, list) and all(isinstance(i, int) for i in dense)
+    require(whole, f"mlp_only_layers is {dense!r}; it is a list of numbers of layers")
     outside = [i for i in dense if not 0 <= i < depth]
     require(not outside or depth == 0, f"mlp_only_layers has {outside}; there are {depth} layers")
     return ["moe" if i not in dense and (i + 1) % step == 0 else None for i in range(depth)]

@@ -87,10 +87,16 @@ def biased(names: str, router: dict[str, str], *fixed: Fields, **others) -> Row:
 
 
 def _deepseek_v2(config: Config, router: Fields, kind: str) -> None:
-    """topk_method decides whether there are groups; the scale is of the weights, which no flag norms."""
-    config.only("norm_topk_prob", (False,), "the code that norms leaves the scale out, and transformers never norms")
+    """topk_method decides whether there are groups; the scale is of the weights, which no flag norms.
+
+    DeepSeek-VL2 routes as DeepSeek-V3, and its files name this model type.
+    """
     method = config.get("topk_method", config.defaults.get("topk_method", "greedy"))
-    valid = ("greedy", "group_limited_greedy")
+    if method == "noaux_tc" and config.get("scoring_func", "softmax") == "sigmoid":
+        router |= SIGMOID | EPS_20 | {"route_norm": bool(config.get("norm_topk_prob", False, field="route_norm"))}
+        return
+    config.only("norm_topk_prob", (False,), "the code that norms leaves the scale out, and transformers never norms")
+    valid = ("greedy", "gready", "group_limited_greedy")  # the second is the default of its own config class
     config.only("topk_method", valid)
     if method == "group_limited_greedy":
         router |= DEEPSEEK_V2
@@ -107,7 +113,7 @@ def _deepseek_v4(config: Config, router: Fields, kind: str) -> None:
 
 
 def _deepseek_v4_layers(config: Config, depth: int) -> list[str | None]:
-    hashed = config.get("num_hash_layers", 3) or 0
+    hashed = config.whole("num_hash_layers", 3, none=0)
     first: list[str | None] = ["hash" if i < hashed else "moe" for i in range(depth)]
     return types(lambda *_: first)(config, depth)
 
@@ -154,8 +160,14 @@ def _normed_if_several(config: Config, router: Fields, kind: str) -> None:
     router["route_norm"] = router["top_k"] > 1
 
 
+def _if_experts(config: Config, depth: int) -> list[str | None]:
+    """All layers, or none where no key speaks of experts: of a model type that dense models have too."""
+    named = any("expert" in key for key in config.values)
+    return ["moe" if named and config.whole("num_experts", none=0) else None] * depth
+
+
 def _arctic(config: Config, depth: int) -> list[str | None]:
-    step = config.get("moe_layer_frequency", 2) or 2
+    step = config.whole("moe_layer_frequency", 2, low=1, none=2)
     return ["moe" if (i + 1) % step == 0 else None for i in range(depth)]
 
 
@@ -184,16 +196,16 @@ def _phimoe(config: Config, router: Fields, kind: str) -> None:
 
 
 def _jamba(config: Config, depth: int) -> list[str | None]:
-    period, offset = config.get("expert_layer_period", 2), config.get("expert_layer_offset", 1)
+    period, offset = config.whole("expert_layer_period", 2, low=1), config.whole("expert_layer_offset", 1)
     if config.get("num_experts") == 1:  # which its code takes for a dense layer
         return [None] * depth
     return ["moe" if i % period == offset else None for i in range(depth)]
 
 
 def _ernie(config: Config, depth: int) -> list[str | None]:
-    start, step = config.get("moe_layer_start_index"), config.get("moe_layer_interval", 1)
-    end = config.get("moe_layer_end_index", -1)
-    end = depth - 1 if end in (-1, None) else end
+    start, step = config.whole("moe_layer_start_index"), config.whole("moe_layer_interval", 1, low=1)
+    end = config.whole("moe_layer_end_index", -1, low=-1, none=-1)
+    end = depth - 1 if end == -1 else end
     return ["moe" if (i + 1) % step == 0 and start <= i <= end else None for i in range(depth)]
 
 
@@ -218,7 +230,7 @@ def _nemotron_h(config: Config, depth: int) -> list[str | None]:
 
 
 def _llama4(config: Config, depth: int) -> list[str | None]:
-    step = config.get("interleave_moe_layer_step", 1)
+    step = config.whole("interleave_moe_layer_step", 1, none=0)
     every: list[str | None] = ["moe" if step and (i + 1) % step == 0 else None for i in range(depth)]
     return listed("moe_layers", lambda *_: every)(config, depth)
 
@@ -232,7 +244,7 @@ ERNIE_VL = "its block mixes two kinds of tokens, each with a router and experts 
 
 ROWS = (
     # The line of DeepSeek-V3.
-    deepseek_v3("deepseek_v3 kimi_k2", layers=FIRST_DENSE),
+    deepseek_v3("deepseek_v3 kimi_k2 dots_vlm", layers=FIRST_DENSE),
     deepseek_v3("deepseek_v32", also={"num_experts": "n_routed_experts"}, only=NO_MLP_BIAS),
     deepseek_v3("glm4_moe"),
     deepseek_v3("glm4_moe_lite"),
@@ -338,7 +350,7 @@ ROWS = (
             "ffn_config.moe_jitter_eps", "ffn_config.moe_loss_weight", "ffn_config.hidden_size",
             "ffn_config.uniform_expert_assignment")),
     row("gemma4_text gemma4", GEMMA, NORMED, {"learned_scale": "per_expert"}, layers=_gemma4, cannot=GEMMA_REASON,
-        activation="hidden_activation"),
+        activation="hidden_activation", also={"expert_intermediate_size": "moe_intermediate_size"}),
     row("diffusion_gemma_text diffusion_gemma", GEMMA, NORMED, {"learned_scale": "per_expert"}, cannot=GEMMA_REASON,
         activation="hidden_activation"),
     row("ernie4_5_moe", ERNIE, NORMED, {"norm_form": "clamp"}, shared=Shared(count="moe_num_shared_experts"),
@@ -367,14 +379,22 @@ ROWS = (
     **NARROW,
         shared=Shared(count="moe_num_shared_experts"), only=NO_MLP_BIAS),
     row("jetmoe", LOCAL, SELECTED, activation="activation_function", cannot="it adds a bias to the summed output",
-        irrelevant=("aux_loss_coef",), **NARROW),
-    row("phimoe", LOCAL | {"mixer_eps": "router_jitter_noise"}, PHIMOE, adjust=_phimoe, **NARROW),
+        irrelevant=("aux_loss_coef",), **NARROW, only={"glu": (True,)}, also={
+            "moe_num_experts": "num_local_experts", "moe_top_k": "num_experts_per_tok",
+            "ffn_hidden_size": "intermediate_size", "num_layers": "num_hidden_layers",
+            "n_layer": "num_hidden_layers"}),
+    row("phimoe grinmoe", LOCAL | {"mixer_eps": "router_jitter_noise"}, PHIMOE, adjust=_phimoe, **NARROW),
     # Not in transformers 5.23.
-    deepseek_v3("bailing_moe_v2 bailing_moe_linear", SIZES | GROUPS | SCALE, NORMED, shared=COUNTED_2,
+    deepseek_v3("bailing_moe_v2 bailing_moe_linear llada2_moe", SIZES | GROUPS | SCALE, NORMED, shared=COUNTED_2,
                 family="bailing_hybrid", only={"use_bias": (False,), "multi_gate": (False,)},
                 source="https://huggingface.co/inclusionAI/Ling-mini-2.0"),
     row("bailing_moe", SIZES | NORM, shared=COUNTED_2, family="qwen3_moe", layers=prefix("first_k_dense_replace", 0),
         only={"use_bias": (False,), "multi_gate": (False,)}, source="https://huggingface.co/inclusionAI/Ling-lite"),
+    row("minicpm", SIZES, NORMED, **NARROW, layers=_if_experts, family="mixtral", irrelevant=("scale_depth",),
+        source="https://huggingface.co/openbmb/MiniCPM-MoE-8x2B"),
+    row("Klear", SIZES | NORM, SIGMOID, shared=COUNTED, layers=steps, family="flint",
+        cannot="a learned pair of factors weighs routed and shared output",
+        source="https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/models/Klear.py"),
     row("deepseek", ROUTED | NORM, EPS_20, shared=COUNTED, layers=prefix("first_k_dense_replace", 0,
         every="moe_layer_freq"), family="qwen3_moe", source="https://huggingface.co/deepseek-ai/deepseek-moe-16b-base"),
     row("step3_text step3_vl", STEP | {"route_norm": "norm_expert_weight"}, shared=Shared(width="share_expert_dim"),

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moe_ref.specs.checks import nearest, require
+from moe_ref.specs.checks import integer, nearest, require
 from moe_ref.specs.readers.config import Config, Irrelevant, load
 from moe_ref.specs.readers.hf_row import Fields
 
@@ -22,7 +22,11 @@ DEFAULTS: Fields = {
     "use_random_routing": False, "first_num_hash_layers": 0, "model_name": "default", "fuse_expert_scales": False,
 }  # fmt: skip
 """Of base.yml."""
-BLOCKS = ("mixtral", "qwen3_moe", "gpt_oss", "llama4", "deepseek", "gemma4")
+BLOCKS = ("mixtral", "qwen3_moe", "qwen3_next", "qwen3_5", "gpt_oss", "llama4", "deepseek", "deepseek4", "gemma4")
+OF_DEEPSEEK = ("deepseek", "deepseek4")
+GATED = ("qwen3_next", "qwen3_5")
+"""Blocks with one shared expert, as wide as an expert, behind a sigmoid of its own."""
+SHARED = (*OF_DEEPSEEK, *GATED, "llama4")
 GROUPED = ("deepseek3", "deepseek4", "kimi-k2")
 """Beginnings of model_name that route by DeepSeek-V3's rule."""
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu_tanh", "relu": "relu"}
@@ -85,13 +89,15 @@ def read(config: Any, *, ignore: Iterable[str] = ()) -> tuple[Fields, Config]:
     router = {"num_experts": experts, "top_k": found.get("num_experts_per_tok", field="top_k")} | _router(found, block)
     fields: Fields = {"router": router, "experts": _experts(found, block)}
     fields["gate_bias"] = block == "gpt_oss" and bool(found.get("routed_bias"))
-    shared = found.get("shared_experts", field="num_shared_experts") if block in ("deepseek", "llama4") else 0
-    if shared:
+    shared = found.get("shared_experts", field="num_shared_experts") if block in SHARED else 0
+    if shared and block in GATED:
+        fields["shared"] = {"hidden_dim": fields["experts"]["hidden_dim"], "gate": "sigmoid"}
+    elif shared:
         # Without the clamp of the routed experts: MaxText's MlpBlock has none.
         fields["shared"] = {"hidden_dim": shared * fields["experts"]["hidden_dim"]}
     about_layers = {key for key in values if any(word in key for word in WORDS)}
     others = values.keys() - about_layers
-    unused = {"shared_experts"} if block not in ("deepseek", "llama4") else set()
+    unused = {"shared_experts"} if block not in SHARED else set()
     found.finish(IRRELEVANT.and_also(others | unused), ignore)
     return fields, found
 
@@ -103,7 +109,7 @@ def _router(config: Config, block: str) -> Fields:
     config.names |= {"num_expert_groups": "n_routing_groups", "num_limited_groups": "topk_routing_group",
                      "route_scale": "routed_scaling_factor", "score_func": "routed_score_func"}  # fmt: skip
     grouped = name.startswith(GROUPED)
-    if block != "deepseek":
+    if block not in OF_DEEPSEEK:
         require(groups in (-1, None), f"n_routing_groups is {groups!r}; decoder_block {block!r} has no groups")
         require(scale == 1.0, f"routed_scaling_factor is {scale!r}; decoder_block {block!r} does not read it")
         require(score in ("", None),
@@ -114,13 +120,13 @@ def _router(config: Config, block: str) -> Fields:
     if block == "gemma4":
         # norm_topk_prob, then the trained scale of each expert
         return {"select_by": "logit", "route_norm": bool(norm), "learned_scale": "per_expert"}
-    if block != "deepseek":
+    if block not in OF_DEEPSEEK:
         require(not bias or block == "gpt_oss",
         f"routed_bias is True; with decoder_block {block!r} it would be part of the "
                                                 "weights, as in no public model")  # fmt: skip
         return dict(SELECTED)
     require(score in ("softmax", "sigmoid", "sqrtsoftplus"),
-    f"routed_score_func is {score!r}; decoder_block 'deepseek' needs "
+    f"routed_score_func is {score!r}; decoder_block {block!r} needs "
                                                              "softmax, sigmoid or sqrtsoftplus")  # fmt: skip
     require(grouped or not bias,
     f"routed_bias is True; with model_name {name!r} it is part of the weights, which it is not "
@@ -132,13 +138,19 @@ def _router(config: Config, block: str) -> Fields:
         require(grouped, f"n_routing_groups is {groups!r}; MaxText reads it in models {', '.join(GROUPED)} alone, and "
                          f"model_name is {name!r}")  # fmt: skip
         found |= {"num_expert_groups": groups, "num_limited_groups": limited}
+    else:
+        require(limited in (-1, None), f"topk_routing_group is {limited!r}, but n_routing_groups is {groups!r}")
     return found
 
 
 def _experts(config: Config, block: str) -> Fields:
     dim = config.get("emb_dim" if config.has("emb_dim") else "base_emb_dim", field="dim")
     width = config.get("moe_mlp_dim" if config.has("moe_mlp_dim") else "base_moe_mlp_dim", field="hidden_dim")
-    acts = list(config.get("mlp_activations"))
+    for field, value in (("dim", dim), ("hidden_dim", width)):
+        integer(config.names[field], value, 1)
+    acts = config.get("mlp_activations")
+    require(isinstance(acts, (list, tuple)), f"mlp_activations is {acts!r}; it is a list")
+    acts = list(acts)
     known = OF_GPT_OSS if block == "gpt_oss" else ACTIVATIONS
     require(
         len(acts) == 2 and acts[1] == "linear" and acts[0] in known,
@@ -150,7 +162,7 @@ def _experts(config: Config, block: str) -> Fields:
         found |= {"alpha": 1.702, "up_offset": 1.0, "bias": bool(bias)}
     else:
         require(not bias, f"mlp_bias is True; with decoder_block {block!r} no public model has it")
-    if limit and limit > 0 and block in ("gpt_oss", "deepseek"):
+    if limit and limit > 0 and block in ("gpt_oss", *OF_DEEPSEEK):
         config.names["clamp"] = "mlp_activations_limit"
         found["clamp"] = limit
     return found

@@ -107,7 +107,7 @@ def read(config: Any, *, ignore: Iterable[str] = ()) -> tuple[Fields, Config]:
     fields: Fields = {"router": router, "experts": _experts(found)}
     fields["gate_bias"] = bool(fields["experts"]["bias"])  # the router's own bias goes with add_bias_linear
     width = found.get("moe_shared_expert_intermediate_size", field="shared_hidden_dim")
-    gate = found.get("moe_shared_expert_gate")
+    gate = found.flag("moe_shared_expert_gate")
     require(bool(width) or not gate, "moe_shared_expert_gate is True, but moe_shared_expert_intermediate_size is none")
     if width:
         fields["shared"] = {"hidden_dim": width, "gate": "sigmoid" if gate else "none"}
@@ -132,7 +132,7 @@ def _router(config: Config, experts: int) -> Fields:
     dtype = config.get("moe_router_dtype", field="router_dtype")
     if dtype is not None:  # without it the router has the dtype of the run, of which a config says nothing
         found["router_dtype"] = dtype_named(dtype)
-    if score == "softmax" and not config.get("moe_router_pre_softmax"):
+    if score == "softmax" and not config.flag("moe_router_pre_softmax"):
         require(top_k > 1, "moe_router_topk is 1 without moe_router_pre_softmax; Megatron refuses that")
         found |= {"score_over": "selected", "select_by": "logit"}
     elif score != "softmax":
@@ -142,6 +142,8 @@ def _router(config: Config, experts: int) -> Fields:
     found["route_scale"] = scale if scale else 1.0  # which is `if scaling_factor:` there
     groups = config.get("moe_router_num_groups", field="num_expert_groups")
     limited = config.get("moe_router_group_topk", field="num_limited_groups")
+    for key, value in (("moe_router_num_groups", groups), ("moe_router_group_topk", limited)):
+        require(value is None or isinstance(value, int), f"{key} is {value!r}; it is an integer")
     if limited:
         require(bool(groups), f"moe_router_group_topk is {limited!r}, but moe_router_num_groups is {groups!r}")
         require(
@@ -151,7 +153,7 @@ def _router(config: Config, experts: int) -> Fields:
         found |= {"num_expert_groups": groups, "num_limited_groups": limited, "group_score_k": top_k // limited}
     else:
         require(not groups, f"moe_router_num_groups is {groups!r}, but moe_router_group_topk is {limited!r}")
-    if config.get("moe_apply_probs_on_input"):
+    if config.flag("moe_apply_probs_on_input"):
         require(top_k == 1, f"moe_apply_probs_on_input is True with moe_router_topk {top_k}; Megatron takes 1 alone")
         found["weight_on"] = "input"
     return found
@@ -176,7 +178,7 @@ def _experts(config: Config) -> Fields:
     name = "moe_ffn_hidden_size" if config.has("moe_ffn_hidden_size") else "ffn_hidden_size"
     width = config.get("moe_ffn_hidden_size") or dense
     config.names["hidden_dim"] = name
-    gated = bool(config.get("gated_linear_unit"))
+    gated = config.flag("gated_linear_unit")
     act = config.get("activation_func", "silu" if config.values.get("swiglu") else DEFAULTS["activation_func"])
     if config.values.get("squared_relu") or config.values.get("quick_geglu"):
         act = "squared_relu" if config.values.get("squared_relu") else "quick_gelu"
@@ -194,10 +196,10 @@ def _experts(config: Config) -> Fields:
     else:
         config.get("glu_linear_offset")
     found["clamp"] = config.get("activation_func_clamp_value", field="clamp")
-    bias = config.get("add_bias_linear")
+    bias = config.flag("add_bias_linear")
     if "disable_bias_linear" in config.values:
-        bias = not config.get("disable_bias_linear")
-    found["bias"] = bool(bias)
+        bias = not config.flag("disable_bias_linear")
+    found["bias"] = bias
     return found
 
 
