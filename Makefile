@@ -16,7 +16,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 bare:
 	rm -rf .bare build  # build/ of an earlier tree would get into the wheel

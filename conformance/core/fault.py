@@ -6,12 +6,11 @@ Faults judge the judge: each is accused, at its own stage. They are the diagnosi
 
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, wraps
 from inspect import isfunction
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 
@@ -105,13 +104,24 @@ def patched(patches: Mapping[str, Callable]):
 
     A name that several functions have is given with the end of its module: `routing.gather`.
     """
-    with ExitStack() as stack:
+    before = []
+    try:
         for path, made in patches.items():
-            clean, name = function_named(path), path.rpartition(".")[2]
-            for module in _rooms().values():
-                if getattr(module, name, None) is clean:
-                    stack.enter_context(patch.object(module, name, made))
+            name = path.rpartition(".")[2]
+            for module in _places(path, len(sys.modules)):
+                before.append((module, name, getattr(module, name)))
+                setattr(module, name, made)
         yield
+    finally:
+        for module, name, clean in reversed(before):
+            setattr(module, name, clean)
+
+
+@lru_cache(maxsize=1024)
+def _places(path: str, number_of_modules: int) -> list[Any]:
+    """The modules that know the function. Each call of a faulty method asks, and few load further modules."""
+    clean, name = function_named(path), path.rpartition(".")[2]
+    return [module for module in _rooms().values() if getattr(module, name, None) is clean]
 
 
 def function_named(path: str) -> Callable:
@@ -125,12 +135,6 @@ def function_named(path: str) -> Callable:
 
 
 def _rooms() -> dict[str, Any]:
-    return _rooms_among(len(sys.modules))
-
-
-@lru_cache(maxsize=1)
-def _rooms_among(number_of_modules: int) -> dict[str, Any]:
-    # Every call of a faulty method asks; a process has thousands of modules.
     return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "moe_ref"}
 
 

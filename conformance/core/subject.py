@@ -7,7 +7,7 @@ comes out; a framework lives inside the subject alone.
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, Unpack, get_args, get_origin
 
 import numpy as np
@@ -459,7 +459,7 @@ def named_inputs(subject: Subject, method: str) -> set[str]:
     found: set[str] = set()
     defined = [vars(cls)[method] for cls in type(subject).__mro__ if method in vars(cls) and cls is not Subject]
     for function in ([getattr(subject, method)] if method in vars(subject) else []) + defined:
-        parameters = inspect.signature(function).parameters
+        parameters = _signature(function).parameters
         found |= parameters.keys()
         rest = next((each.annotation for each in parameters.values() if each.kind is each.VAR_KEYWORD), None)
         if get_origin(rest) is Unpack:
@@ -467,3 +467,9 @@ def named_inputs(subject: Subject, method: str) -> set[str]:
         if rest is None:
             break
     return found
+
+
+@lru_cache(maxsize=256)
+def _signature(function: Callable) -> inspect.Signature:
+    # Each call of a subject asks.
+    return inspect.signature(function)

@@ -100,7 +100,7 @@ def assert_equal_traces(found, expected, *, rtol: float, valid_T):
 def compare(field, found, expected, rtol, valid_T):
     assert (found is None) == (expected is None), field
     if found is not None:
-        np.testing.assert_allclose(found[valid_T], expected[valid_T], rtol=rtol, atol=rtol, err_msg=field)
+        np.testing.assert_allclose(np.asarray(found)[valid_T], expected[valid_T], rtol=rtol, atol=rtol, err_msg=field)
 
 
 route = jax.jit(routing.route, static_argnames="spec")
