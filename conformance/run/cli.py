@@ -4,6 +4,7 @@ Exit status: 0 nothing new; 1 a new failure or a stale declaration; 4 a usage er
 """
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -32,6 +33,8 @@ from conformance.run.views import views
 from moe_ref.specs.checks import nearest
 
 EXIT_USAGE = 4
+EXIT_BROKEN_PIPE = 141
+"""128 + SIGPIPE, what a shell says of a program that it ended."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -214,7 +217,12 @@ def main(argv: list[str] | None = None) -> int:
     """The program; returns its exit status."""
     options = parser().parse_args(argv)
     try:
-        return COMMANDS[options.command](options)
+        status = COMMANDS[options.command](options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # of `| head`; what Python would flush at its exit goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     except (UsageError, ImportError) as error:
         print(f"moe-conformance: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -341,7 +349,8 @@ def families(options) -> int:
 
     from conformance.run.families import markdown, text
 
-    print(markdown() if options.markdown else text(get_terminal_size().columns))
+    width = get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize  # whole lines for grep
+    print(markdown() if options.markdown else text(width))
     return 0
 
 

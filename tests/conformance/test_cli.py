@@ -426,3 +426,9 @@ def test_the_new_subject_of_numpy_holds_whatever_is_asked_of_a_router(tmp_path):
     must = [name for name in of_stage(*ROUTER.stages) if REQUIREMENTS[name].level == MUST]
     assert accuse(judge, examples=12, ids=must) == {}
     assert judge.ledger["WGT-2"].judged > 12
+
+
+def test_a_reader_that_has_enough_ends_the_command_without_a_word(tmp_path):
+    line = f"{sys.executable} -m conformance.run.cli spec | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.stderr, done.stdout) == ("", "141\n")
