@@ -5,7 +5,7 @@ and which values others can have (`fixed`); all others are the identity.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from moe_ref import RouterSpec
@@ -32,7 +32,8 @@ class Row:
     def mismatches(self, spec: RouterSpec) -> list[str]:
         """What it cannot do of this spec, as 'field (its values, not the wanted one)'; empty: it fits."""
         inert, found = self.inert(spec), []
-        for name, each in RouterSpec.__dataclass_fields__.items():
+        for each in fields(RouterSpec):
+            name = each.name
             values, wanted = self.fixed.get(name, (each.default,)), getattr(spec, name)
             if name in inert or (name in self.free and name not in self.fixed) or wanted in values:
                 continue

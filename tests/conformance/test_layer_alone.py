@@ -61,6 +61,7 @@ SILENT = {
     "ties-by-the-place-in-the-batch": TIES,
     "masked-logits-scored-as-0": MASKED,
     "cap-lifts-masked-logits": MASKED,
+    "selected-by-a-product": MASKED,
     "masked-logits-read-as-0": MASKED,
     "bias-lifts-masked-logits": MASKED,
     "slots-by-id": ORDER,
