@@ -15,15 +15,17 @@ from moe_jax import routing
 from moe_jax.arrays import AxisName
 from moe_jax.capacity import most_slots, slot_places
 from moe_jax.experts import hide, join, keep_tokens, null_output
+from moe_jax.explicit import in_any_mode
 from moe_jax.latent import compress, expand
 from moe_jax.sparse_matmul import RouteOutput, limit, route_tokens
-from moe_jax.tokens import flat, flat_tokens, like_tokens, sequences_of
+from moe_jax.tokens import check_open, flat, flat_tokens, like_tokens, sequences_of
 from moe_ref.specs.balance import CapacitySpec, check_capacity
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import LayerSpec
 from moe_ref.specs.params import LayerParams
 
 
+@in_any_mode
 def dense_matmul(
     x: jax.Array,
     params: LayerParams,
@@ -45,6 +47,7 @@ def dense_matmul(
     """
     x_TD, token_mask_T = flat_tokens(x, spec), flat("token_mask_T", token_mask_T, x)
     check_capacity(spec.router, capacity)
+    check_open(x_TD, spec.router, capacity=capacity)
     clean_x_TD = keep_tokens(x_TD, token_mask_T)
     logits_TE = routing.gate(clean_x_TD, params.gate_ED, params.gate_bias_E, spec=spec.router)
     decided, _ = route_tokens(

@@ -24,12 +24,13 @@ from moe_jax.align import align_rows
 from moe_jax.arrays import AxisName
 from moe_jax.capacity import apply_capacity
 from moe_jax.experts import hide, join, keep_tokens, null_output
+from moe_jax.explicit import in_any_mode
 from moe_jax.grouped_matmul import grouped_matmul
 from moe_jax.invariant import of_each_token
 from moe_jax.latent import compress, expand
 from moe_jax.permute import RouteMetadata, permute
 from moe_jax.rows import dispatch, unpermute
-from moe_jax.tokens import flat, flat_tokens, like_tokens, sequences_of
+from moe_jax.tokens import check_open, flat, flat_tokens, like_tokens, sequences_of
 from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.balance import CapacitySpec, check_capacity
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
@@ -57,6 +58,7 @@ class RouteOutput:
     """The choice before a capacity dropped slots: what counts and losses are of."""
 
 
+@in_any_mode
 def sparse_matmul(
     x: jax.Array,
     params: LayerParams,
@@ -86,8 +88,8 @@ def sparse_matmul(
         inputs: what the selector reads, as in `moe_jax.route`.
         capacity: how many slots an expert takes, static; None: all. Dropped slots move no row.
         align: the experts see their rows padded up to a multiple, static; None: as they are. No value depends on it.
-        sequence_of_T, num_sequences, axis_name: as in `apply_capacity`, for the scopes that need them. sequence_of_T may
-            have the leading shape of x; None: (B, L, D) is B sequences, and (T, D) is one.
+        sequence_of_T, num_sequences, axis_name: as in `apply_capacity`, for the scopes that need them. Sequences may
+            have the leading shape of x; None: (B, L, D) is B of them, and (T, D) is one.
         num_token_chunks: the routed experts run on this many chunks of the tokens, one after the other.
         num_emb_chunks: rows are moved in this many chunks of the model dim; their up projections are summed.
         precision, implementation: as in `grouped_matmul`.
@@ -99,9 +101,10 @@ def sparse_matmul(
     """
     x_TD, token_mask_T = flat_tokens(x, spec), flat("token_mask_T", token_mask_T, x)
     check_capacity(spec.router, capacity)
+    check_open(x_TD, spec.router, capacity=capacity, align=align, num_token_chunks=num_token_chunks)
     if batch_invariant:
         check_batch_invariant(spec.router, capacity)
-        inputs.check(spec.router, len(x_TD))
+        inputs.check(spec.router, x_TD.shape[0])
         layer = partial(
             sparse_matmul, params=params, spec=spec, align=align, num_emb_chunks=num_emb_chunks, precision=precision,
             implementation=implementation,
@@ -149,7 +152,7 @@ def route_tokens(logits_TE: jax.Array, spec: RouterSpec, **inputs: Any) -> tuple
         logits_TE=trace.logits_TE,
         chosen_ids_TK=trace.expert_ids_TK,
     )
-    return decided, permute(trace.expert_ids_TK, spec.num_experts, most_rows=most_rows(len(logits_TE), spec))
+    return decided, permute(trace.expert_ids_TK, spec.num_experts, most_rows=most_rows(logits_TE.shape[0], spec))
 
 
 def most_rows(num_tokens: int, spec: RouterSpec) -> int | None:

@@ -6,10 +6,14 @@ Legend: T tokens, D model dim, L tokens of a sequence.
 import math
 
 import jax
+import jax.export  # jax alone does not import it
 import jax.numpy as jnp
 from jax import lax
 
+from moe_ref.specs.align import AlignSpec
+from moe_ref.specs.balance import CapacitySpec
 from moe_ref.specs.layer import LayerSpec
+from moe_ref.specs.router import RouterSpec
 
 
 def flat_tokens(x: jax.Array, spec: LayerSpec) -> jax.Array:
@@ -40,6 +44,34 @@ def flat(field: str, values: jax.Array | None, x: jax.Array) -> jax.Array | None
     if len(lead) == 1 or len(shape) != 1 or shape[0] != math.prod(lead):
         raise ValueError(f"{field} is {flat_T.dtype}{list(shape)}; tokens are {list(lead)}")
     return flat_T
+
+
+def check_open(
+    x_TD: jax.Array,
+    router: RouterSpec,
+    *,
+    capacity: CapacitySpec | None = None,
+    align: AlignSpec | None = None,
+    num_token_chunks: int = 1,
+) -> None:
+    """Where `jax.export` leaves the number of tokens open, nothing is asked for that is a number made of it.
+
+    Raises:
+        ValueError: it names what is.
+    """
+    T = x_TD.shape[0]
+    if not jax.export.is_symbolic_dim(T):
+        return
+    by_share = router.selector == "expert_choice"
+    asked = {
+        f"selector is {router.selector!r}, of which each expert takes a share of the tokens": by_share,
+        f"capacity is {capacity}, a number of slots for each number of tokens": capacity is not None,
+        f"align is {align}, which bounds the number of rows": align is not None,
+        f"num_token_chunks is {num_token_chunks}, which may not divide the tokens": num_token_chunks != 1,
+    }
+    for what, is_asked in asked.items():
+        if is_asked:
+            raise ValueError(f"{what}; x has {T} tokens, which is no number yet: export with one")
 
 
 def sequences_of(x: jax.Array, sequence_of_T: jax.Array | None, num_sequences: int) -> tuple[jax.Array | None, int]:

@@ -77,7 +77,7 @@ def sharded_sparse_matmul(
         x: (T, D) tokens of all shards, one shard after the other, or (..., D) in that order; each has as many.
         params: of `place`: experts in the order of their places. They lie best as `param_specs` says (`shard`).
         spec, layout: static.
-        mesh: of `make_mesh`.
+        mesh: of `make_mesh`, or one of the same axes that are explicit: arrays are moved to where they lie best.
         token_mask_T: (T,) bools, or in the leading shape of x, as in `sparse_matmul`.
         inputs: as in `moe_jax.route`, of all tokens. Each shard draws from a key of its own.
         align: as in `sparse_matmul`, of the rows of a rank's own experts; what travels is not padded.
@@ -92,19 +92,32 @@ def sharded_sparse_matmul(
     check_layout(layout, spec, mesh, len(x_TD))
     stages = Stages(spec, layout, align=align, precision=precision, implementation=implementation)
     inputs.check(spec.router, len(x_TD))
-    arrays = (x_TD, params, flat("token_mask_T", token_mask_T, x), inputs, jnp.asarray(buffer_fill))
-    if split_stages:
-        found = _layer(split(stages, params, mesh), stages, *arrays)
-        return replace(found, output_TD=like_tokens(found.output_TD, x))
     tokens = PartitionSpec(token_axes(layout))
-    fused = jax.shard_map(
-        partial(_layer, lambda name: getattr(stages, name), stages),
-        mesh=mesh,
-        in_specs=(tokens, param_specs(params, spec, layout), tokens, input_specs(layout), EVERYWHERE),
-        out_specs=ShardedOutput(output_TD=tokens, decided=tokens, tokens_per_expert_E=EVERYWHERE, overflow_S=BY_RANK),  # type: ignore[arg-type]  # a tree of specs
-    )
-    found = fused(*arrays)
+    in_specs = (tokens, param_specs(params, spec, layout), tokens, input_specs(layout), EVERYWHERE)
+    mask_T = flat("token_mask_T", token_mask_T, x)
+    arrays = _lying((x_TD, params, mask_T, inputs, jnp.asarray(buffer_fill)), in_specs, mesh)
+    if split_stages:
+        run = partial(_layer, split(stages, params, mesh), stages)
+    else:
+        out_specs: Any = ShardedOutput(
+            output_TD=tokens, decided=tokens, tokens_per_expert_E=EVERYWHERE, overflow_S=BY_RANK
+        )
+        run = jax.shard_map(
+            partial(_layer, lambda name: getattr(stages, name), stages),
+            mesh=mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+        )
+    found = run(*arrays)
     return replace(found, output_TD=like_tokens(found.output_TD, x))
+
+
+def _lying(arrays, specs, mesh: Mesh):
+    """The arrays as the specs say, where axes of the mesh are explicit: shard_map moves none there."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return arrays
+    lying = jax.tree.map(partial(NamedSharding, mesh), specs, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
+    return jax.sharding.reshard(arrays, lying)
 
 
 def _layer(get: Callable, stages: Stages, x_TD, params: LayerParams, mask_T, inputs: RouterInputs, fill):
@@ -154,6 +167,9 @@ def check_layout(layout: ShardLayout, spec: LayerSpec, mesh: Mesh, num_tokens: i
             f"x_TD has {num_tokens} tokens, which the layout's {layout.num_token_shards} token shards do not divide; "
             "shards of a JAX array are equal"
         )
+    context = jax.sharding.get_abstract_mesh()
+    if not context.empty and context.axis_types != mesh.axis_types and AxisType.Manual not in context.axis_types:
+        raise ValueError(f"the mesh is {mesh}, that of jax.set_mesh {context}; give the layer the mesh that is set")
     sizes = {axis: getattr(layout, axis) for axis in AXES}
     if dict(mesh.shape) != sizes:
         raise ValueError(f"the mesh is {dict(mesh.shape)}; the layout needs {sizes}")
