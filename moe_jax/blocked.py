@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.export  # jax alone does not import it
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -40,6 +41,7 @@ def rows_times_matrices(
     precision: lax.PrecisionLike,
 ) -> jax.Array:
     """Each row times its expert's matrix; `contract` is the axis of the matrix that is summed over."""
+    num_rows, rows_RI = rows_RI.shape[0], _with_a_block(rows_RI)
     R, width_out = rows_RI.shape[0], kernel_EDF.shape[2 - contract]
     zero_RO = lax.full_like(rows_RI, 0, out_dtype, (R, width_out))
     if R == 0 or kernel_EDF.shape[0] == 0:
@@ -66,7 +68,8 @@ def rows_times_matrices(
 
         return _over_blocks(groups.starts_E[expert_id], groups.sizes_E[expert_id], R, rest, full, out_RO)
 
-    return _floats(lax.fori_loop(0, groups.num_occupied, expert, _bits(zero_RO)), out_dtype)
+    made_RO = _floats(lax.fori_loop(0, groups.num_occupied, expert, _bits(zero_RO)), out_dtype)
+    return made_RO[:num_rows]
 
 
 def rows_times_rows(
@@ -77,6 +80,7 @@ def rows_times_rows(
     precision: lax.PrecisionLike,
 ) -> jax.Array:
     """For each expert the sum of outer products of its rows; 0 for an expert without rows."""
+    rows_RD, rows_RF = _with_a_block(rows_RD), _with_a_block(rows_RF)
     R, D, F, E = rows_RD.shape[0], rows_RD.shape[1], rows_RF.shape[1], group_sizes_E.shape[0]
     zero_EDF = lax.full_like(rows_RD, 0, out_dtype, (E, D, F))
     if R == 0 or E == 0:
@@ -106,6 +110,13 @@ def rows_times_rows(
         return lax.dynamic_update_index_in_dim(out_EDF, _bits(sum_DF.astype(out_dtype)), expert_id, axis=0)
 
     return _floats(lax.fori_loop(0, groups.num_occupied, expert, _bits(zero_EDF)), out_dtype)
+
+
+def _with_a_block(rows):
+    """Where `jax.export` leaves their number open, the rows and then zeros, so that the largest block fits in."""
+    if not jax.export.is_symbolic_dim(rows.shape[0]):
+        return rows
+    return jnp.pad(rows, ((0, BLOCK_SIZES[-1]), (0, 0)))
 
 
 def _over_blocks(start, size, num_rows: int, rest: Callable, full: Callable, carry):

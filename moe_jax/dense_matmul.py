@@ -15,16 +15,19 @@ from moe_jax import routing
 from moe_jax.arrays import AxisName
 from moe_jax.capacity import most_slots, slot_places
 from moe_jax.experts import hide, join, keep_tokens, null_output
+from moe_jax.explicit import in_any_mode
 from moe_jax.latent import compress, expand
-from moe_jax.sparse_matmul import RouteOutput, check_tokens, limit, route_tokens
+from moe_jax.sparse_matmul import RouteOutput, limit, route_tokens
+from moe_jax.tokens import check_open, flat, flat_tokens, like_tokens, sequences_of
 from moe_ref.specs.balance import CapacitySpec, check_capacity
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import LayerSpec
 from moe_ref.specs.params import LayerParams
 
 
+@in_any_mode
 def dense_matmul(
-    x_TD: jax.Array,
+    x: jax.Array,
     params: LayerParams,
     spec: LayerSpec,
     *,
@@ -42,9 +45,10 @@ def dense_matmul(
     work of E * C rows, tokens are moved by products with masks, and one that is not finite reaches the others.
     Arguments as there.
     """
-    check_tokens(x_TD, spec)
+    x_TD, token_mask_T = flat_tokens(x, spec), flat("token_mask_T", token_mask_T, x)
     check_capacity(spec.router, capacity)
-    clean_x_TD = keep_tokens(jnp.asarray(x_TD), token_mask_T)
+    check_open(x_TD, spec.router, capacity=capacity)
+    clean_x_TD = keep_tokens(x_TD, token_mask_T)
     logits_TE = routing.gate(clean_x_TD, params.gate_ED, params.gate_bias_E, spec=spec.router)
     decided, _ = route_tokens(
         logits_TE,
@@ -58,6 +62,7 @@ def dense_matmul(
     if capacity is None:
         routed_TD = _all_experts(expert_input_TD, params, decided, spec, precision)
     else:
+        sequence_of_T, num_sequences = sequences_of(x, sequence_of_T, num_sequences)
         decided, _ = limit(
             decided, capacity, spec.router.num_experts, token_mask_T=token_mask_T, sequence_of_T=sequence_of_T,
             num_sequences=num_sequences, axis_name=axis_name,
@@ -68,7 +73,7 @@ def dense_matmul(
     summed_TD = routed_TD + null_output(expert_input_TD, decided.expert_ids_TK, decided.weights_TK, params, spec.router)
     scaled_TD = expand(summed_TD * spec.router.output_scale, params, spec, precision=precision)
     output_TD = join(scaled_TD, clean_x_TD, decided.shared_weights_TS, params, spec, precision=precision)
-    return keep_tokens(output_TD, token_mask_T), decided
+    return like_tokens(keep_tokens(output_TD, token_mask_T), x), decided
 
 
 def _all_experts(x_TD, params: LayerParams, decided: RouteOutput, spec: LayerSpec, precision) -> jax.Array:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from moe_jax import routing
 from moe_jax.experts import keep_tokens
 from moe_jax.permute import permute
-from moe_jax.sparse_matmul import RouteOutput, check_tokens, route_tokens, run_experts
+from moe_jax.sparse_matmul import RouteOutput, route_tokens, run_experts
+from moe_jax.tokens import flat, flat_tokens, like_tokens
 from moe_ref.specs.fused import fused_spec, fused_weight, num_fused
 from moe_ref.specs.ids import UNUSED
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
@@ -32,7 +33,7 @@ def fuse_routing(
 
 
 def fused_matmul(
-    x_TD: jax.Array,
+    x: jax.Array,
     params: LayerParams,
     fused: LayerParams,
     spec: LayerSpec,
@@ -44,7 +45,7 @@ def fused_matmul(
     """The layer in its fused form: one grouped matmul for routed and shared experts. [LAY-25]
 
     Args:
-        x_TD: (T, D) tokens.
+        x: (T, D) tokens, or (..., D), as in `sparse_matmul`.
         params: of the router: gate, gate bias, expert bias and learned scale are read.
         fused: of the experts, `moe_ref.specs.fused.fuse_params`.
         spec: of the layer with its shared experts beside it; static.
@@ -52,13 +53,13 @@ def fused_matmul(
         options: of `run_experts`.
 
     Returns:
-        output_TD, and what the router decided, of the E routed experts.
+        output, of the shape of x, and what the router decided, of the E routed experts.
 
     Raises:
         ValueError: the layer has no fused form.
     """
-    check_tokens(x_TD, spec)
-    clean_x_TD = keep_tokens(jnp.asarray(x_TD), token_mask_T)
+    x_TD, token_mask_T = flat_tokens(x, spec), flat("token_mask_T", token_mask_T, x)
+    clean_x_TD = keep_tokens(x_TD, token_mask_T)
     logits_TE = routing.gate(clean_x_TD, params.gate_ED, params.gate_bias_E, spec=spec.router)
     decided, _ = route_tokens(
         logits_TE, spec.router, expert_bias_E=params.expert_bias_E, learned_scale=params.learned_scale,
@@ -68,4 +69,4 @@ def fused_matmul(
     form = fused_spec(spec)
     among = replace(decided, expert_ids_TK=ids, weights_TK=weights)
     output_TD = run_experts(clean_x_TD, fused, among, permute(ids, form.router.num_experts), spec=form, **options)
-    return keep_tokens(output_TD.astype(clean_x_TD.dtype), token_mask_T), decided
+    return like_tokens(keep_tokens(output_TD.astype(clean_x_TD.dtype), token_mask_T), x), decided

@@ -42,6 +42,7 @@ def grouped_matmul(
     precision: lax.PrecisionLike = None,
     preferred_element_type: DTypeLike | None = None,
     implementation: str = "auto",
+    group_offset: ArrayLike | None = None,
 ) -> jax.Array:
     """Each row is multiplied by the matrix of its expert; rows of the tail are exactly 0.
 
@@ -57,11 +58,28 @@ def grouped_matmul(
         implementation: blocked, ragged, tokamax, or auto, which is what `moe_jax.chosen` says: blocked on CPU,
             and where it is compiled for CUDA the kernels of tokamax or else blocked, with a warning that says why.
             With tokamax on CUDA a row that is not finite may reach the gradient of the experts whose rows are next.
+        group_offset: an integer, () or (1,): the group of the first matrix, where group_sizes_E has (G,) of which
+            kernel_EDF holds E from there on, as jax.lax.ragged_dot names it. Rows of the other groups come out as 0.
+            It is in [0, G - E]. The rows are moved there and back, a copy each.
 
     Returns:
         rows_RF: (R, F).
     """
     rows_RD, kernel_EDF, group_sizes_E = jnp.asarray(rows_RD), jnp.asarray(kernel_EDF), jnp.asarray(group_sizes_E)
+    if group_offset is not None:
+        offset, sizes_G, E = jnp.asarray(group_offset).reshape(()), group_sizes_E, kernel_EDF.shape[0]
+        if sizes_G.ndim != 1 or sizes_G.shape[0] < E or not jnp.issubdtype(offset.dtype, jnp.integer):
+            found = f"{offset.dtype}, with group_sizes_E of {list(sizes_G.shape)}"
+            raise ValueError(f"group_offset is {found}; it is an integer, and there are groups for all {E} matrices")
+        ends_G = jnp.minimum(jnp.cumsum(sizes_G, dtype=jnp.int32), rows_RD.shape[0])
+        own_E = lax.dynamic_slice_in_dim(jnp.diff(ends_G, prepend=jnp.int32(0)), offset, E)
+        # Other groups come to lie behind the own ones, in the tail.
+        start = jnp.where(offset > 0, ends_G[jnp.maximum(offset - 1, 0)], 0)
+        moved_RF = grouped_matmul(
+            jnp.roll(rows_RD, -start, axis=0), kernel_EDF, own_E, precision=precision,
+            preferred_element_type=preferred_element_type, implementation=implementation,
+        )  # fmt: skip
+        return jnp.roll(moved_RF, start, axis=0)
     _check(rows_RD, kernel_EDF, group_sizes_E, implementation)
     out_dtype = jnp.dtype(preferred_element_type or jnp.promote_types(rows_RD.dtype, kernel_EDF.dtype))
     options = Options(lax.Precision(precision) if isinstance(precision, str) else precision, implementation)

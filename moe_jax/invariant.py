@@ -26,7 +26,7 @@ def of_each_token(
     Args:
         layer: of (1, D) tokens and, by name, `token_mask_T` and `inputs`; its arrays have one token first.
     """
-    T = len(x_TD)
+    T = x_TD.shape[0]
     own = {name: jnp.asarray(value) for name in BY_TOKEN if (value := getattr(inputs, name)) is not None}
     if router.selector == "round_robin":
         own["first_token"] = (0 if inputs.first_token is None else inputs.first_token) + lax.iota(jnp.int32, T)

@@ -10,6 +10,7 @@ Legend: T tokens, D width of a row, K top_k, E experts, R = T * K rows.
 from dataclasses import dataclass
 
 import jax
+import jax.export  # jax alone does not import it
 import jax.numpy as jnp
 from jax import lax
 
@@ -76,9 +77,13 @@ def permute(expert_ids_TK: jax.Array, num_experts: int, *, most_rows: int | None
     row_of_slot_R = inverse(slot_of_row_R)
     if most_rows is not None and most_rows + 1 < R:
         slot_of_row_R, row_of_slot_R = slot_of_row_R[: most_rows + 1], jnp.minimum(row_of_slot_R, most_rows)
-    ends_E = jnp.searchsorted(expert_of_slot_R[slot_of_row_R], jnp.arange(E), side="right").astype(jnp.int32)
+    if jax.export.is_symbolic_dim(R):  # in an array of such a length JAX does not search
+        group_sizes_E = jnp.zeros(E + 1, jnp.int32).at[expert_of_slot_R].add(1)[:E]
+    else:
+        ends_E = jnp.searchsorted(expert_of_slot_R[slot_of_row_R], jnp.arange(E), side="right").astype(jnp.int32)
+        group_sizes_E = jnp.diff(ends_E, prepend=jnp.int32(0))
     return RouteMetadata(
-        group_sizes_E=jnp.diff(ends_E, prepend=jnp.int32(0)),
+        group_sizes_E=group_sizes_E,
         slot_of_row_R=slot_of_row_R,
         row_of_slot_TK=row_of_slot_R.reshape(expert_ids_TK.shape),
     )
@@ -92,7 +97,7 @@ def inverse(order_N: jax.Array) -> jax.Array:
 def _stable_order(values_R, bound: int) -> jax.Array:
     """The stable sorting order of integers in [0, bound)."""
     R = values_R.size
-    if bound * R >= 2**32:
+    if jax.export.is_symbolic_dim(R) or bound * R >= 2**32:
         return jnp.argsort(values_R, stable=True).astype(jnp.int32)
     # Value and place in one integer: a sort of one array is 8 times as fast on CPU, and equal keys do not exist.
     keys_R = values_R.astype(jnp.uint32) * R + lax.iota(jnp.uint32, R)

@@ -8,11 +8,13 @@
 Legend: T tokens, K top_k, B sequences.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.sparse_matmul import RouteOutput, sparse_matmul
@@ -34,20 +36,20 @@ def capture(
     Args:
         decided: of a layer or of `route`, outside of jit; slots that a capacity dropped are unused.
         spec: the router that chose.
-        token_mask_T: (T,) bools, False where a token is padding.
+        token_mask_T: (T,) bools, or in the leading shape of the tokens, False where a token is padding.
         sequence_lengths: of consecutive sequences; None: one.
     """
     return RoutingRecord.of_choice(
         np.asarray(decided.expert_ids_TK),
         np.asarray(decided.weights_TK, dtype=np.float32),
         spec,
-        token_mask_T=None if token_mask_T is None else np.asarray(token_mask_T),
+        token_mask_T=None if token_mask_T is None else np.asarray(token_mask_T).reshape(-1),
         sequence_lengths=sequence_lengths,
     )
 
 
 def replay_layer(
-    x_TD: jax.Array,
+    x: jax.Array,
     params: LayerParams,
     spec: LayerSpec,
     record: RoutingRecord,
@@ -62,10 +64,11 @@ def replay_layer(
     record is not a program of its own; the spec of the layer's router is then that of `RouterSpec.given`.
 
     Args:
+        x: (..., D) tokens, as many as the record has.
         layer: `sparse_matmul`, `dense_matmul`, or what takes the same arguments.
         options: further ones of it.
     """
     forced = spec.replace(router=spec.router.given(with_weights=with_weights))
-    inputs, mask_T = record.inputs(spec.router, with_weights=with_weights, num_tokens=x_TD.shape[0])
+    inputs, mask_T = record.inputs(spec.router, with_weights=with_weights, num_tokens=math.prod(jnp.shape(x)[:-1]))
     # A balancing bias takes part in a choice alone.
-    return layer(x_TD, replace(params, expert_bias_E=None), forced, token_mask_T=mask_T, inputs=inputs, **options)
+    return layer(x, replace(params, expert_bias_E=None), forced, token_mask_T=mask_T, inputs=inputs, **options)

@@ -24,11 +24,13 @@ from moe_jax.align import align_rows
 from moe_jax.arrays import AxisName
 from moe_jax.capacity import apply_capacity
 from moe_jax.experts import hide, join, keep_tokens, null_output
+from moe_jax.explicit import in_any_mode
 from moe_jax.grouped_matmul import grouped_matmul
 from moe_jax.invariant import of_each_token
 from moe_jax.latent import compress, expand
 from moe_jax.permute import RouteMetadata, permute
 from moe_jax.rows import dispatch, unpermute
+from moe_jax.tokens import check_open, flat, flat_tokens, like_tokens, sequences_of
 from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.balance import CapacitySpec, check_capacity
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
@@ -56,8 +58,9 @@ class RouteOutput:
     """The choice before a capacity dropped slots: what counts and losses are of."""
 
 
+@in_any_mode
 def sparse_matmul(
-    x_TD: jax.Array,
+    x: jax.Array,
     params: LayerParams,
     spec: LayerSpec,
     *,
@@ -77,14 +80,16 @@ def sparse_matmul(
     """One MoE layer: every token visits its own experts, and no other.
 
     Args:
-        x_TD: (T, D) tokens.
+        x: (T, D) tokens, or (..., D): T counts them in order, here and in what the router decided.
         params: a pytree of arrays; init and layouts are in `moe_ref.LayerParams`.
         spec: static.
-        token_mask_T: (T,) bools; a padding token (False) is not read, and its output is 0, shared experts included.
+        token_mask_T: (T,) bools, or in the leading shape of x; a padding token (False) is not read, and its output is
+            0, shared experts included.
         inputs: what the selector reads, as in `moe_jax.route`.
         capacity: how many slots an expert takes, static; None: all. Dropped slots move no row.
         align: the experts see their rows padded up to a multiple, static; None: as they are. No value depends on it.
-        sequence_of_T, num_sequences, axis_name: as in `apply_capacity`, for the scopes that need them.
+        sequence_of_T, num_sequences, axis_name: as in `apply_capacity`, for the scopes that need them. Sequences may
+            have the leading shape of x; None: (B, L, D) is B of them, and (T, D) is one.
         num_token_chunks: the routed experts run on this many chunks of the tokens, one after the other.
         num_emb_chunks: rows are moved in this many chunks of the model dim; their up projections are summed.
         precision, implementation: as in `grouped_matmul`.
@@ -92,19 +97,21 @@ def sparse_matmul(
             one after the other, many times slower (docs/invariant.md).
 
     Returns:
-        output_TD: (T, D) in the dtype of x_TD, and what the router decided.
+        output: of the shape and dtype of x, and what the router decided of its T tokens.
     """
-    check_tokens(x_TD, spec)
+    x_TD, token_mask_T = flat_tokens(x, spec), flat("token_mask_T", token_mask_T, x)
     check_capacity(spec.router, capacity)
+    check_open(x_TD, spec.router, capacity=capacity, align=align, num_token_chunks=num_token_chunks)
     if batch_invariant:
         check_batch_invariant(spec.router, capacity)
-        inputs.check(spec.router, len(x_TD))
+        inputs.check(spec.router, x_TD.shape[0])
         layer = partial(
             sparse_matmul, params=params, spec=spec, align=align, num_emb_chunks=num_emb_chunks, precision=precision,
             implementation=implementation,
         )  # fmt: skip
-        return of_each_token(layer, x_TD, token_mask_T, inputs, spec.router)
-    clean_x_TD = keep_tokens(jnp.asarray(x_TD), token_mask_T)
+        output_TD, decided = of_each_token(layer, x_TD, token_mask_T, inputs, spec.router)
+        return like_tokens(output_TD, x), decided
+    clean_x_TD = keep_tokens(x_TD, token_mask_T)
     logits_TE = routing.gate(clean_x_TD, params.gate_ED, params.gate_bias_E, spec=spec.router)
     decided, metadata = route_tokens(
         logits_TE,
@@ -115,6 +122,7 @@ def sparse_matmul(
         inputs=inputs,
     )
     if capacity is not None:
+        sequence_of_T, num_sequences = sequences_of(x, sequence_of_T, num_sequences)
         decided, metadata = limit(
             decided, capacity, spec.router.num_experts, token_mask_T=token_mask_T, sequence_of_T=sequence_of_T,
             num_sequences=num_sequences, axis_name=axis_name,
@@ -130,7 +138,7 @@ def sparse_matmul(
         combined_TD = _in_token_chunks(compute, expert_input_TD, params, decided, spec.router, num_token_chunks, align)
     routed_TD = expand(combined_TD, params, spec, precision=precision)
     output_TD = join(routed_TD, clean_x_TD, decided.shared_weights_TS, params, spec, precision=precision)
-    return keep_tokens(output_TD, token_mask_T), decided
+    return like_tokens(keep_tokens(output_TD, token_mask_T), x), decided
 
 
 def route_tokens(logits_TE: jax.Array, spec: RouterSpec, **inputs: Any) -> tuple[RouteOutput, RouteMetadata]:
@@ -144,7 +152,7 @@ def route_tokens(logits_TE: jax.Array, spec: RouterSpec, **inputs: Any) -> tuple
         logits_TE=trace.logits_TE,
         chosen_ids_TK=trace.expert_ids_TK,
     )
-    return decided, permute(trace.expert_ids_TK, spec.num_experts, most_rows=most_rows(len(logits_TE), spec))
+    return decided, permute(trace.expert_ids_TK, spec.num_experts, most_rows=most_rows(logits_TE.shape[0], spec))
 
 
 def most_rows(num_tokens: int, spec: RouterSpec) -> int | None:
@@ -272,10 +280,3 @@ def _add_bias(rows, bias, metadata: RouteMetadata):
     padded = jnp.pad(bias_array.astype(jnp.promote_types(bias_array.dtype, jnp.float32)), ((0, 1), (0, 0)))
     row_biases = padded.at[metadata.expert_of_row_R].get(mode="promise_in_bounds", indices_are_sorted=True)
     return rows + row_biases.astype(rows.dtype)
-
-
-def check_tokens(x_TD: jax.Array, spec: LayerSpec) -> None:
-    """x_TD is (T, D) floats of the spec's width."""
-    shape, D = jnp.shape(x_TD), spec.experts.dim
-    if len(shape) != 2 or shape[1] != D or not jnp.issubdtype(jnp.result_type(x_TD), jnp.floating):
-        raise ValueError(f"x_TD is {jnp.result_type(x_TD)}{list(shape)}; it is floats of shape (T, {D})")

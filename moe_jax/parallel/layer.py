@@ -32,7 +32,8 @@ from moe_jax.parallel.stages import (
     split,
     token_axes,
 )
-from moe_jax.sparse_matmul import RouteOutput, check_tokens
+from moe_jax.sparse_matmul import RouteOutput
+from moe_jax.tokens import flat, flat_tokens, like_tokens
 from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.inputs import NO_INPUTS, RouterInputs
 from moe_ref.specs.layer import LayerSpec
@@ -46,9 +47,9 @@ class ShardedOutput:
     """What the layer returns; arrays of the mesh."""
 
     output_TD: jax.Array
-    """Over the token axes, replicated over the others."""
+    """In the shape of the tokens: over the token axes, replicated over the others."""
     decided: RouteOutput
-    """Lies as output_TD does."""
+    """Of the T tokens; lies as output_TD does."""
     tokens_per_expert_E: jax.Array
     """(E,) int32, by expert id, of all shards; on every device. Slots that a buffer dropped are counted."""
     overflow_S: jax.Array
@@ -56,7 +57,7 @@ class ShardedOutput:
 
 
 def sharded_sparse_matmul(
-    x_TD: jax.Array,
+    x: jax.Array,
     params: LayerParams,
     spec: LayerSpec,
     layout: ShardLayout,
@@ -73,11 +74,11 @@ def sharded_sparse_matmul(
     """The layer of `sparse_matmul`, over the devices of a mesh: no layout changes a result, but for what it drops.
 
     Args:
-        x_TD: (T, D) tokens of all shards, one shard after the other; each has as many.
+        x: (T, D) tokens of all shards, one shard after the other, or (..., D) in that order; each has as many.
         params: of `place`: experts in the order of their places. They lie best as `param_specs` says (`shard`).
         spec, layout: static.
-        mesh: of `make_mesh`.
-        token_mask_T: (T,) bools, as in `sparse_matmul`.
+        mesh: of `make_mesh`, or one of the same axes that are explicit: arrays are moved to where they lie best.
+        token_mask_T: (T,) bools, or in the leading shape of x, as in `sparse_matmul`.
         inputs: as in `moe_jax.route`, of all tokens. Each shard draws from a key of its own.
         align: as in `sparse_matmul`, of the rows of a rank's own experts; what travels is not padded.
         buffer_fill: what buffer rows that nobody sent start with. Nothing depends on it.
@@ -87,22 +88,36 @@ def sharded_sparse_matmul(
     Raises:
         ValueError: the layout does not fit spec, mesh or tokens, or is one that JAX has not.
     """
-    check_tokens(x_TD, spec)
+    x_TD = flat_tokens(x, spec)
     check_layout(layout, spec, mesh, len(x_TD))
     stages = Stages(spec, layout, align=align, precision=precision, implementation=implementation)
     inputs.check(spec.router, len(x_TD))
-    mask_T = None if token_mask_T is None else jnp.asarray(token_mask_T)
-    arrays = (jnp.asarray(x_TD), params, mask_T, inputs, jnp.asarray(buffer_fill))
-    if split_stages:
-        return _layer(split(stages, params, mesh), stages, *arrays)
     tokens = PartitionSpec(token_axes(layout))
-    fused = jax.shard_map(
-        partial(_layer, lambda name: getattr(stages, name), stages),
-        mesh=mesh,
-        in_specs=(tokens, param_specs(params, spec, layout), tokens, input_specs(layout), EVERYWHERE),
-        out_specs=ShardedOutput(output_TD=tokens, decided=tokens, tokens_per_expert_E=EVERYWHERE, overflow_S=BY_RANK),  # type: ignore[arg-type]  # a tree of specs
-    )
-    return fused(*arrays)
+    in_specs = (tokens, param_specs(params, spec, layout), tokens, input_specs(layout), EVERYWHERE)
+    mask_T = flat("token_mask_T", token_mask_T, x)
+    arrays = _lying((x_TD, params, mask_T, inputs, jnp.asarray(buffer_fill)), in_specs, mesh)
+    if split_stages:
+        run = partial(_layer, split(stages, params, mesh), stages)
+    else:
+        out_specs: Any = ShardedOutput(
+            output_TD=tokens, decided=tokens, tokens_per_expert_E=EVERYWHERE, overflow_S=BY_RANK
+        )
+        run = jax.shard_map(
+            partial(_layer, lambda name: getattr(stages, name), stages),
+            mesh=mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+        )
+    found = run(*arrays)
+    return replace(found, output_TD=like_tokens(found.output_TD, x))
+
+
+def _lying(arrays, specs, mesh: Mesh):
+    """The arrays as the specs say, where axes of the mesh are explicit: shard_map moves none there."""
+    if AxisType.Explicit not in mesh.axis_types:
+        return arrays
+    lying = jax.tree.map(partial(NamedSharding, mesh), specs, is_leaf=lambda spec: isinstance(spec, PartitionSpec))
+    return jax.sharding.reshard(arrays, lying)
 
 
 def _layer(get: Callable, stages: Stages, x_TD, params: LayerParams, mask_T, inputs: RouterInputs, fill):
@@ -152,6 +167,9 @@ def check_layout(layout: ShardLayout, spec: LayerSpec, mesh: Mesh, num_tokens: i
             f"x_TD has {num_tokens} tokens, which the layout's {layout.num_token_shards} token shards do not divide; "
             "shards of a JAX array are equal"
         )
+    context = jax.sharding.get_abstract_mesh()
+    if not context.empty and context.axis_types != mesh.axis_types and AxisType.Manual not in context.axis_types:
+        raise ValueError(f"the mesh is {mesh}, that of jax.set_mesh {context}; give the layer the mesh that is set")
     sizes = {axis: getattr(layout, axis) for axis in AXES}
     if dict(mesh.shape) != sizes:
         raise ValueError(f"the mesh is {dict(mesh.shape)}; the layout needs {sizes}")

@@ -236,3 +236,31 @@ def test_what_does_not_fit_is_refused(change, message):
     fitting = {"rows_RD": np.zeros((4, 2), np.float32), "kernel_EDF": np.zeros((1, 2, 2), np.float32)}
     with pytest.raises(ValueError, match=message):
         grouped_matmul(**{**fitting, "group_sizes_E": np.zeros(1, np.int32), **change})
+
+
+def test_matrices_of_some_groups_meet_the_rows_of_those_alone():
+    rng = np.random.default_rng(0)
+    rows_RD, kernel_EDF = rng.standard_normal((12, 3)).astype(np.float32), rng.standard_normal((2, 3, 4), np.float32)
+    sizes_G = np.array([3, 0, 4, 2, 1], np.int32)
+    starts_G = np.cumsum(sizes_G) - sizes_G
+
+    @jax.jit
+    def run(rows_RD, kernel_EDF, offset):
+        def product(rows_RD, kernel_EDF):
+            return grouped_matmul(rows_RD, kernel_EDF, sizes_G, group_offset=offset)
+
+        out_RF, pull = jax.vjp(product, rows_RD, kernel_EDF)
+        return out_RF, *pull(jnp.ones_like(out_RF))
+
+    for offset in range(4):
+        wanted_RF, d_rows_RD, d_kernel_EDF = np.zeros((12, 4)), np.zeros((12, 3)), np.zeros((2, 3, 4))
+        for e in range(2):
+            own = slice(starts_G[offset + e], starts_G[offset + e] + sizes_G[offset + e])
+            wanted_RF[own] = rows_RD[own] @ kernel_EDF[e]
+            d_rows_RD[own] = kernel_EDF[e].sum(axis=1)
+            d_kernel_EDF[e] = rows_RD[own].sum(axis=0)[:, None]
+        found = run(rows_RD, kernel_EDF, np.array([offset], np.int32))
+        for own, wanted in zip(found, (wanted_RF, d_rows_RD, d_kernel_EDF), strict=True):
+            np.testing.assert_allclose(own, wanted, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="group_offset is float32"):
+        grouped_matmul(rows_RD, kernel_EDF, sizes_G, group_offset=0.5)

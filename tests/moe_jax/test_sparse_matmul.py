@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax.dense_matmul import dense_matmul
 from moe_jax.experts import hide
-from moe_jax.parallel import make_mesh
+from moe_jax.parallel import make_mesh, sharded_sparse_matmul
 from moe_jax.permute import permute
 from moe_jax.rows import dispatch, unpermute
 from moe_jax.sparse_matmul import gmm_down, gmm_up, route_tokens, sparse_matmul
@@ -291,8 +291,36 @@ def test_what_does_not_fit_is_refused(options, message):
     params = LayerParams.init(spec).astype(np.float32)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda: sparse_matmul(np.zeros((T, D), np.float32), params, spec, **options))
-    with pytest.raises(ValueError, match=r"x_TD is float32\[8, 5\]; it is floats of shape \(T, 6\)"):
+    with pytest.raises(ValueError, match=r"x is float32\[8, 5\]; it is floats of shape \(\.\.\., 6\)"):
         sparse_matmul(np.zeros((T, 5), np.float32), params, spec)
+    with pytest.raises(ValueError, match=r"token_mask_T is bool\[2, 3\]; tokens are \[2, 4\]"):
+        sparse_matmul(np.zeros((2, 4, D), np.float32), params, spec, token_mask_T=np.ones((2, 3), bool))
+
+
+def test_tokens_of_any_leading_shape_are_the_same_tokens():
+    spec, layout = LAYERS["llama4, with null experts"], ShardLayout(strategy="replicated")
+    x_TD, params, _ = case(spec)
+    # What one sequence of two keeps is not what one of both does.
+    capacity = CapacitySpec(slots=2, scope="sequence")
+    flat = {"token_mask_T": MASK, "sequence_of_T": np.arange(T) // 4, "num_sequences": 2}
+
+    @jax.jit
+    def run(x_TD, x_BLD):
+        mask_BL = MASK.reshape(2, 4)
+        sharded = partial(sharded_sparse_matmul, params=params, spec=spec, layout=layout, mesh=make_mesh(layout))
+        of_shards = [sharded(x_TD, token_mask_T=MASK), sharded(x_BLD, token_mask_T=mask_BL)]
+        return [
+            (sparse_matmul(x_TD, params, spec, capacity=capacity, **flat),
+             sparse_matmul(x_BLD, params, spec, capacity=capacity, token_mask_T=mask_BL)),
+            (dense_matmul(x_TD, params, spec, capacity=capacity, **flat),
+             dense_matmul(x_BLD, params, spec, capacity=capacity, token_mask_T=mask_BL)),
+            tuple((found.output_TD, found.decided) for found in of_shards),
+        ]  # fmt: skip
+
+    for (output_TD, decided), (output_BLD, again) in run(x_TD, x_TD.reshape(2, 4, D)):
+        np.testing.assert_array_equal(output_BLD, output_TD.reshape(2, 4, D))
+        jax.tree.map(np.testing.assert_array_equal, again, decided)
+    assert jax.eval_shape(lambda: sparse_matmul(x_TD[0], params, spec)[0]).shape == (D,)
 
 
 def test_exact_gelu_differentiates_any_number_of_times_inside_shard_map():
