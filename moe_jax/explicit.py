@@ -6,16 +6,15 @@ depends on the choice. So the compiler partitions the layer, as it does everywhe
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 from jax.sharding import PartitionSpec
 
-P = ParamSpec("P")
-R = TypeVar("R")
+Layer = TypeVar("Layer", bound=Callable[..., Any])
 
 
-def in_any_mode(layer: Callable[P, R]) -> Callable[P, R]:
+def in_any_mode(layer: Layer) -> Layer:
     """The layer of tokens x, (..., D), its first argument, for arrays that are sharded over explicit axes too.
 
     Its output lies as x does, and what it says of T tokens as they do; where more axes of x than its first are sharded
@@ -26,7 +25,7 @@ def in_any_mode(layer: Callable[P, R]) -> Callable[P, R]:
     """
 
     @wraps(layer)
-    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+    def called(*args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
         if not any(_sharded(leaves[place]) for place in places):
@@ -47,7 +46,7 @@ def in_any_mode(layer: Callable[P, R]) -> Callable[P, R]:
         by_token = PartitionSpec(lies[0]) if len(lies) > 1 and not any(lies[1:-1]) else PartitionSpec()
         return jax.sharding.auto_axes(run, out_sharding=(lies, by_token))(*[leaves[place] for place in places])
 
-    return called
+    return cast(Layer, called)
 
 
 def _sharded(array: jax.Array) -> bool:

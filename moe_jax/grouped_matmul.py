@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.typing import ArrayLike, DTypeLike
@@ -71,6 +72,8 @@ def grouped_matmul(
         if sizes_G.ndim != 1 or sizes_G.shape[0] < E or not jnp.issubdtype(offset.dtype, jnp.integer):
             found = f"{offset.dtype}, with group_sizes_E of {list(sizes_G.shape)}"
             raise ValueError(f"group_offset is {found}; it is an integer, and there are groups for all {E} matrices")
+        if not isinstance(offset, Tracer) and not 0 <= int(offset) <= sizes_G.shape[0] - E:
+            raise ValueError(f"group_offset is {offset}; it is between 0 and {sizes_G.shape[0] - E}")
         ends_G = jnp.minimum(jnp.cumsum(sizes_G, dtype=jnp.int32), rows_RD.shape[0])
         own_E = lax.dynamic_slice_in_dim(jnp.diff(ends_G, prepend=jnp.int32(0)), offset, E)
         # Other groups come to lie behind the own ones, in the tail.

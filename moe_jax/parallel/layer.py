@@ -95,20 +95,18 @@ def sharded_sparse_matmul(
     tokens = PartitionSpec(token_axes(layout))
     in_specs = (tokens, param_specs(params, spec, layout), tokens, input_specs(layout), EVERYWHERE)
     mask_T = flat("token_mask_T", token_mask_T, x)
-    arrays = _lying((x_TD, params, mask_T, inputs, jnp.asarray(buffer_fill)), in_specs, mesh)
+    arrays: Any = _lying((x_TD, params, mask_T, inputs, jnp.asarray(buffer_fill)), in_specs, mesh)
     if split_stages:
-        run = partial(_layer, split(stages, params, mesh), stages)
+        found = _layer(split(stages, params, mesh), stages, *arrays)
     else:
-        out_specs: Any = ShardedOutput(
-            output_TD=tokens, decided=tokens, tokens_per_expert_E=EVERYWHERE, overflow_S=BY_RANK
-        )
-        run = jax.shard_map(
+        lies: Any = {"output_TD": tokens, "decided": tokens, "tokens_per_expert_E": EVERYWHERE, "overflow_S": BY_RANK}
+        fused = jax.shard_map(
             partial(_layer, lambda name: getattr(stages, name), stages),
             mesh=mesh,
             in_specs=in_specs,
-            out_specs=out_specs,
+            out_specs=ShardedOutput(**lies),
         )
-    found = run(*arrays)
+        found = fused(*arrays)
     return replace(found, output_TD=like_tokens(found.output_TD, x))
 
 

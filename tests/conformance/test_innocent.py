@@ -208,10 +208,11 @@ def test_weights_of_masked_experts_alone_are_of_no_finite_logit():
     spec = RouterSpec(num_experts=4, top_k=2, selector="given", score_over="selected", select_by="logit")
     logits_TE, given_ids_TK = np.array([[-np.inf, -np.inf, 1.0, 0.0]]), np.array([[0, 1]])
     case = RouterCase(spec=spec, logits_TE=logits_TE, inputs={"given_ids_TK": given_ids_TK})
-    judge, check = Judge(UndefinedWithoutALogit()), CHECKS["WGT-10"]
-    assert check.wants(case)
+    judge = Judge(UndefinedWithoutALogit())
     assert np.isnan(judge.subject.route(logits_TE, spec, None, given_ids_TK=given_ids_TK).weights_TK).all()
-    judge.run(check, case)
+    for check in (CHECKS["WGT-10"], CHECKS["WGT-17"]):
+        assert check.wants(case)
+        judge.run(check, case)
 
 
 class InBfloat16(Closed):

@@ -264,3 +264,5 @@ def test_matrices_of_some_groups_meet_the_rows_of_those_alone():
             np.testing.assert_allclose(own, wanted, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="group_offset is float32"):
         grouped_matmul(rows_RD, kernel_EDF, sizes_G, group_offset=0.5)
+    with pytest.raises(ValueError, match="group_offset is 9"):
+        grouped_matmul(rows_RD, kernel_EDF, sizes_G, group_offset=9)

@@ -17,7 +17,7 @@ from conformance.router.bounds import (
 from conformance.router.case import RouterCase
 from conformance.router.draw import BIASES, LOGITS
 from conformance.router.kind import requires
-from conformance.router.observation import observe
+from conformance.router.observation import Observation, observe
 from conformance.router.predicates import (
     BIASED,
     MODERATE,
@@ -178,6 +178,12 @@ def the_learned_scale_multiplies_once_by_id(judge, case):
     hold_weights(judge, case, "not multiplied by the learned scale, once")
 
 
+def only_masked_T(case: RouterCase, seen: Observation) -> np.ndarray:
+    """Tokens that have experts, all of logit -inf: a softmax over them is not defined."""
+    masked_TK = np.isneginf(gather(case.reference.scaled_logits_TE, seen.expert_ids_TK))
+    return np.logical_and(masked_TK.any(axis=-1), (masked_TK | unused(seen.expert_ids_TK)).all(axis=-1))
+
+
 # Twice "far": only there are all scores 0.
 def hold_finite(judge, case, *, underflow: bool) -> None:
     """Weights are finite where the largest selected score is, or is not, a normal number of the dtype.
@@ -188,9 +194,9 @@ def hold_finite(judge, case, *, underflow: bool) -> None:
     tiny = max(smallest(case, judge.subject.compute_dtype), TINY["float32"])
     scores_TE = case.reference.scores_TE
     largest_T = np.ones(case.num_tokens) if scores_TE is None else gather(scores_TE, seen.expert_ids_TK).max(axis=-1)
-    masked_TK = np.isneginf(gather(case.reference.scaled_logits_TE, seen.expert_ids_TK))
-    finite_T = ~masked_TK.any(axis=-1) | ~(masked_TK | unused(seen.expert_ids_TK)).all(axis=-1)
-    wrong_T = ~np.isfinite(seen.weights_TK).all(axis=-1) & ((largest_T < tiny) == underflow) & finite_T
+    wrong_T = (
+        ~np.isfinite(seen.weights_TK).all(axis=-1) & ((largest_T < tiny) == underflow) & ~only_masked_T(case, seen)
+    )
     for t in np.flatnonzero(wrong_T):
         accuse(
             "a weight is not finite", token=int(t), expected="finite weights", received=str(seen.weights_TK[t].tolist())
@@ -336,7 +342,7 @@ def everything_combines(judge, case):
         )
     if spec.selector == "sparsemixer":
         return  # its weights are those of its own selection alone: WGT-15
-    normal_T = scores_are_normal(judge, case, seen.expert_ids_TK)
+    normal_T = scores_are_normal(judge, case, seen.expert_ids_TK) & ~only_masked_T(case, seen)
     for t in weights_differ(judge, seen):
         if normal_T[t]:
             accuse(
