@@ -349,7 +349,8 @@ def families(options) -> int:
 
     from conformance.run.families import markdown, text
 
-    width = get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize  # whole lines for grep
+    narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
+    width = get_terminal_size().columns if narrow else sys.maxsize  # whole lines for grep
     print(markdown() if options.markdown else text(width))
     return 0
 

@@ -96,3 +96,6 @@ def test_the_table_fits_a_terminal(capsys, monkeypatch):
     assert max(map(len, lines)) <= 120
     assert sum(line.startswith("kimi_k3 ") for line in lines) >= 2
     assert any(re.match(r"deepseek_v3 +0 +\de-07 +\de-07 +0 +\de-07 +\de-03$", line) for line in lines)
+    monkeypatch.delenv("COLUMNS")  # and nobody is there who has a width
+    assert main(["families"]) == 0
+    assert capsys.readouterr().out.count("\nkimi_k3 ") == 1
