@@ -24,6 +24,7 @@ from conformance.run.conclude import CASES
 from conformance.run.plugin import merge
 from conformance.run.watch import where
 
+SUITE = Path(__file__).parents[1] / "suite"
 JAX_KEEPS_PROGRAMS = {
     "JAX_COMPILATION_CACHE_DIR": str(CASES.parent.resolve() / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -228,7 +229,9 @@ def _command(name: str, options, folder: Path) -> list[str]:
     """pytest on the suite, with nothing of the folder that it is called in; a failure is a page, no `assert`."""
     (folder / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "-c", str(folder / "pytest.ini"), "--rootdir", str(folder)]
-    command += ["--pyargs", "conformance.suite", "-p", "no:cacheprovider", "-p", "no:randomly", "-W", "ignore", "-q"]
+    # By its path: for a module pytest reads tests/conftest.py of that folder first.
+    command += [str(SUITE), "--confcutdir", str(SUITE)]
+    command += ["-p", "no:cacheprovider", "-p", "no:randomly", "-W", "ignore", "-q"]
     command += ["--assert", "plain"]  # else pytest compiles every module of ours again
     command += ["--subject", name, "--moe-records", str(folder / "records.jsonl"), "--moe-watch", str(folder / "where")]
     if options.examples:

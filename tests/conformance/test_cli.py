@@ -59,7 +59,9 @@ def run(name: str, *options, cwd, code: int) -> str:
     return moe("run", f"{ROUTERS}:{name}", "--examples", EXAMPLES, *options, cwd=cwd, code=code)
 
 
-def test_a_right_router_is_accused_of_nothing(tmp_path):
+def test_a_right_router_is_accused_of_nothing_whatever_tests_its_folder_has(tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "conftest.py").write_text("raise SystemError('a run reads this')\n")
     printed = run("Sigmoid", cwd=tmp_path, code=0)
     assert "0 NEW" in printed
     assert "ok          SEL-3   An expert of a dropped group is never selected" in printed
