@@ -131,8 +131,8 @@ def unlimited_choice(case: RouterCase) -> np.ndarray:
 
 
 def taken(case: RouterCase, expert_ids_TK: np.ndarray) -> np.ndarray:
-    """(T, E) whether each expert is among a token's ids."""
-    return (expert_ids_TK[:, :, None] == np.arange(case.spec.num_experts)).any(axis=1)
+    """(T, E) whether each choice is among a token's ids."""
+    return (expert_ids_TK[:, :, None] == np.arange(case.spec.num_choices)).any(axis=1)
 
 
 def taken_clearly_T(case: RouterCase, error_TE: np.ndarray) -> np.ndarray:

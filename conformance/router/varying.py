@@ -6,7 +6,7 @@ Legend: T tokens, E choices, K top_k.
 import numpy as np
 
 from conformance.core.rounding import EPSILON
-from conformance.router.bounds import choice_error
+from conformance.router.bounds import choice_error, taken
 from conformance.router.case import RouterCase
 from moe_ref import UNUSED
 
@@ -15,11 +15,7 @@ def explained_T(expert_ids_TK: np.ndarray, case: RouterCase, dtype: str) -> np.n
     """(T,) whether some choice scores within the error make the reference select these experts, in whatever slots."""
     spec, choice_TE, error_TE = case.spec, case.reference.scores_for_choice_TE, choice_error(case, dtype)
     assert choice_TE is not None  # a selector that varies ranks
-    used_TK = expert_ids_TK != UNUSED
-    chosen_TE = np.zeros((len(expert_ids_TK), spec.num_choices), dtype=bool)
-    for t, ids_K in enumerate(expert_ids_TK):
-        chosen_TE[t, ids_K[used_TK[t]]] = True
-    num_T = used_TK.sum(axis=-1)
+    chosen_TE, num_T = taken(case, expert_ids_TK), (expert_ids_TK != UNUSED).sum(axis=-1)
     high_TE, low_TE = choice_TE + error_TE, choice_TE - error_TE
     worst_in_T = np.where(chosen_TE, high_TE, np.inf).min(axis=-1)
     best_out_T = np.where(chosen_TE, -np.inf, low_TE).max(axis=-1, initial=-np.inf)
@@ -44,12 +40,8 @@ def explained_T(expert_ids_TK: np.ndarray, case: RouterCase, dtype: str) -> np.n
 def settled_T(case: RouterCase, error_TE: np.ndarray) -> np.ndarray:
     """(T,) whether the reference selects the same experts for all choice scores within the error, (T, E)."""
     spec, trace = case.spec, case.reference
-    choice_TE, ids_TK = trace.scores_for_choice_TE, trace.expert_ids_TK
+    choice_TE, chosen_TE = trace.scores_for_choice_TE, taken(case, trace.expert_ids_TK)
     assert choice_TE is not None  # a selector that varies ranks
-    chosen_TE = np.zeros(choice_TE.shape, dtype=bool)
-    for k in range(spec.top_k):
-        used_T = np.flatnonzero(ids_TK[:, k] != UNUSED)
-        chosen_TE[used_T, ids_TK[used_T, k]] = True
     low_TE, high_TE = choice_TE - error_TE, choice_TE + error_TE
     if spec.score_func == "relu" and spec.select_by == "score":  # what is far below 0 scores 0 all the same
         z_TE = trace.scaled_logits_TE[:, : spec.num_choices]

@@ -241,6 +241,25 @@ def hold_selection(judge: Judge, case: RouterCase) -> None:
         )
 
 
+def hold_order(judge: Judge, case: RouterCase) -> None:
+    """Slots are in descending choice score, equal ones by lower id, and those that are not used come last."""
+    seen = observe(judge, case)
+    choice_TE, error_TE = unlimited_choice(case), choice_error(case, judge.subject.compute_dtype)
+    for t, ids_K in enumerate(seen.expert_ids_TK):
+        used_K = ids_K != UNUSED
+        ids = ids_K[used_K]
+        choice, error = choice_TE[t, ids], error_TE[t, ids]
+        rises = np.diff(choice) > error[1:] + error[:-1]
+        swapped = (np.diff(choice) == 0) & (np.diff(ids) < 0)
+        if (np.diff(used_K.astype(int)) > 0).any() or (rises | swapped).any():
+            accuse(
+                "slots are in another order",
+                token=t,
+                expected=str(case.reference.expert_ids_TK[t].tolist()),
+                received=str(ids_K.tolist()),
+            )
+
+
 def hold_few_groups(judge: Judge, case: RouterCase) -> None:
     """No token has experts of more groups than are kept."""
     seen, kept_TL = observe(judge, case), case.reference.group_ids_TL

@@ -4,7 +4,6 @@ import numpy as np
 
 from conformance.core.check import given
 from conformance.core.judge import accuse
-from conformance.router.bounds import choice_error, unlimited_choice
 from conformance.router.draw import LOGITS
 from conformance.router.kind import requires
 from conformance.router.observation import observe
@@ -22,6 +21,7 @@ from conformance.router.predicates import (
 from conformance.router.verdicts import (
     differ,
     hold_few_groups,
+    hold_order,
     hold_renamed,
     hold_selection,
     selection_differs,
@@ -101,19 +101,7 @@ def of_equal_experts_the_lower_is_selected(judge, case):
 
 @requires("SEL-6", spec=ranks, logits=("separated", "normal", "tied"))
 def slots_are_in_descending_choice_score(judge, case):
-    seen = observe(judge, case)
-    choice_TE, error_TE = unlimited_choice(case), choice_error(case, judge.subject.compute_dtype)
-    for t, ids_K in enumerate(seen.expert_ids_TK):
-        choice_K, error_K = choice_TE[t, ids_K], error_TE[t, ids_K]
-        rises_K = np.diff(choice_K) > error_K[1:] + error_K[:-1]
-        swapped_K = (np.diff(choice_K) == 0) & (np.diff(ids_K) < 0)
-        if (rises_K | swapped_K).any():
-            accuse(
-                "slots are in another order",
-                token=t,
-                expected=str(case.reference.expert_ids_TK[t].tolist()),
-                received=str(ids_K.tolist()),
-            )
+    hold_order(judge, case)
 
 
 @requires("SEL-7", spec=ranks, bias=("mixed", "negative"), logits=MODERATE, given=(BIASED,), after=("SEL-3",))
@@ -294,20 +282,7 @@ def a_slot_left_unused_weighs_nothing(judge, case):
 
 @requires("SEL-24", spec=lambda s: s.varies, logits=("separated", "normal", "tied"), bias=("none", "mixed"))
 def used_slots_come_first_and_descend(judge, case):
-    seen, choice_TE = observe(judge, case), case.reference.scores_for_choice_TE
-    error_TE = choice_error(case, judge.subject.compute_dtype)
-    for t, ids_K in enumerate(seen.expert_ids_TK):
-        used_K = ids_K != UNUSED
-        ids, choice, error = ids_K[used_K], choice_TE[t, ids_K[used_K]], error_TE[t, ids_K[used_K]]
-        rises = np.diff(choice) > error[1:] + error[:-1]
-        swapped = (np.diff(choice) == 0) & (np.diff(ids) < 0)
-        if (np.diff(used_K.astype(int)) > 0).any() or (rises | swapped).any():
-            accuse(
-                "slots are in another order",
-                token=t,
-                expected=str(case.reference.expert_ids_TK[t].tolist()),
-                received=str(ids_K.tolist()),
-            )
+    hold_order(judge, case)
 
 
 def hold_evened(judge, case, title: str) -> None:

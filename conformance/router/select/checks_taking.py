@@ -6,12 +6,12 @@ Legend: T tokens, E experts, K slots.
 import numpy as np
 
 from conformance.core.judge import Judge, accuse
-from conformance.router.bounds import choice_error, taken, unlimited_choice
+from conformance.router.bounds import taken, unlimited_choice
 from conformance.router.case import RouterCase
 from conformance.router.kind import requires
 from conformance.router.observation import Observation, observe
 from conformance.router.predicates import EXACT, MODERATE, SCORES
-from conformance.router.verdicts import not_the_best_E
+from conformance.router.verdicts import hold_order, not_the_best_E
 from moe_ref import UNUSED, RouterSpec
 
 
@@ -119,18 +119,4 @@ def a_token_of_minus_infinity_is_never_taken(judge, case):
 
 @requires("SEL-35", spec=takes, logits=(*MODERATE, "tied"), bias=("none",))
 def takers_are_in_descending_choice_score(judge, case):
-    seen, choice_TE = observe(judge, case), unlimited_choice(case)
-    error_TE = choice_error(case, judge.subject.compute_dtype)
-    for t, ids_K in enumerate(seen.expert_ids_TK):
-        used = ids_K != UNUSED
-        own = ids_K[used]
-        choice, error = choice_TE[t, own], error_TE[t, own]
-        rises = np.diff(choice) > error[1:] + error[:-1]
-        swapped = (np.diff(choice) == 0) & (np.diff(own) < 0)
-        if (np.diff(used.astype(int)) > 0).any() or (rises | swapped).any():
-            accuse(
-                "slots are in another order",
-                token=t,
-                expected=str(case.reference.expert_ids_TK[t].tolist()),
-                received=str(ids_K.tolist()),
-            )
+    hold_order(judge, case)
