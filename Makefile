@@ -5,6 +5,8 @@
 # make bare: the wheel without any framework, with the oldest NumPy, into .bare.  PYTHON=python3.13 chooses another one.
 PYTHON ?= python3
 BIN := .venv/bin
+# Each of many processes would compile every module again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: check test bare install docs matrix peers
 check: install

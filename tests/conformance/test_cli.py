@@ -62,7 +62,7 @@ def run(name: str, *options, cwd, code: int) -> str:
 def test_a_right_router_is_accused_of_nothing_whatever_tests_its_folder_has(tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "conftest.py").write_text("raise SystemError('a run reads this')\n")
-    printed = run("Sigmoid", cwd=tmp_path, code=0)
+    printed = run("Sigmoid", "--stage", "score", "--stage", "select", cwd=tmp_path, code=0)
     assert "0 NEW" in printed
     assert "ok          SEL-3   An expert of a dropped group is never selected" in printed
     assert "unsupported sigmoid, top-2 groups, sum norm and scale alone: " in printed
@@ -166,7 +166,7 @@ def test_a_subject_that_hangs_or_dies_is_accused_by_its_case_and_the_rest_is_jud
 
 
 def test_two_processes_find_what_one_finds(tmp_path):
-    some = ("--stage", "run", "--stage", "groups", "--stage", "select", "--examples", 4)
+    some = ("--stage", "groups", "--stage", "select", "--examples", 2)
     found = []
     for processes in (1, 2):
         run("MaskedZero", *some, "--processes", processes, "--report", processes, cwd=tmp_path, code=1)
@@ -228,7 +228,7 @@ def test_constants_of_the_subjects_file_change_no_case(tmp_path):
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "router.py").write_text(ROUTERS.read_text() + RECORDING + constants)
-        few = ("--stage", "run", "--examples", 40, "--report", "out")
+        few = ("--stage", "run", "--examples", 20, "--report", "out")
         moe("run", "router.py:Recording", *few, cwd=folder, code=0)
         drawn.append((folder / "drawn.txt").read_text())
         found = requirements_of(folder / "out")
@@ -326,7 +326,7 @@ def test_a_mistyped_declaration_is_a_usage_error_with_the_nearest_name(proposed,
 
 
 def test_a_crash_is_a_violation_with_the_error_and_its_place(tmp_path):
-    printed = run("Crashing", "--stage", "run", cwd=tmp_path, code=1)
+    printed = run("Crashing", "--stage", "run", "--examples", 2, cwd=tmp_path, code=1)
     assert "NEW         RUN-1" in printed
     assert "RuntimeError: kernel launch failed" in printed
     assert "routers.py" in printed
@@ -415,8 +415,8 @@ def test_a_new_subject_has_25_lines_and_holds_what_it_supports(kind, tmp_path):
     assert len([line for line in text.splitlines() if line.strip()]) <= 25
     (tmp_path / "router.py").write_text(text)
     # JAX compiles each operation anew for each size: a router of one size.
-    few = {"numpy": ("--stage", "select"), "jax": ("--stage", "weights", "--family", "qwen3_moe", "--tokens", 3)}
-    how = few.get(kind, ("--stage", "weights"))
+    one = ("--stage", "weights", "--family", "qwen3_moe", "--tokens", 3)
+    how = ("--stage", "select") if kind == "numpy" else one
     printed = moe("run", "router.py:MyRouter", "--examples", 4, *how, cwd=tmp_path, code=0)
     assert "0 NEW" in printed
     assert f"ok          {'SEL-1' if kind == 'numpy' else 'WGT-2'}" in printed

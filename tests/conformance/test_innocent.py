@@ -40,28 +40,19 @@ class Closed(Reference):
         return replace(found, scores_TE=None, group_ids_TL=None)
 
 
-class Reordered(Closed):
-    """The slots of a token in another order, where the selector leaves it free."""
-
-    def order(self, ids_TK):
-        """(T, K) the new order of the slots."""
-        return np.broadcast_to(np.arange(ids_TK.shape[1])[::-1], ids_TK.shape)
+class Shuffled(Closed):
+    """Slots in an order that depends on the token alone, where the selector leaves it free; ids of int32, weights of
+    float64."""
 
     @wraps(Reference.route)
     def route(self, logits_TE, spec, expert_bias_E, **inputs):
         found = super().route(logits_TE, spec, expert_bias_E, **inputs)
-        if spec.selector != "top_k":
-            return found
-        order_TK = self.order(found.expert_ids_TK)
-        ids_TK, weights_TK = (np.take_along_axis(v, order_TK, 1) for v in (found.expert_ids_TK, found.weights_TK))
-        return replace(found, expert_ids_TK=ids_TK, weights_TK=weights_TK)
-
-
-class Shuffled(Reordered):
-    """Slots in an order that depends on the token alone."""
-
-    def order(self, ids_TK):
-        return np.argsort((ids_TK * 7919 + ids_TK.sum(axis=1, keepdims=True) * 31) % 101, axis=1, kind="stable")
+        ids_TK, weights_TK = found.expert_ids_TK, found.weights_TK
+        if spec.selector == "top_k":
+            keys_TK = (ids_TK * 7919 + ids_TK.sum(axis=1, keepdims=True) * 31) % 101
+            order_TK = np.argsort(keys_TK, axis=1, kind="stable")
+            ids_TK, weights_TK = (np.take_along_axis(v, order_TK, 1) for v in (ids_TK, weights_TK))
+        return replace(found, expert_ids_TK=ids_TK.astype(np.int32), weights_TK=weights_TK.astype(np.float64))
 
 
 class HighestIdWins(Closed):
@@ -125,15 +116,6 @@ class ScaledFirst(Closed):
             return super().route(logits_TE, spec, expert_bias_E, **inputs)
 
 
-class Int32Ids(Closed):
-    """Ids of int32."""
-
-    @wraps(Reference.route)
-    def route(self, logits_TE, spec, expert_bias_E, **inputs):
-        found = super().route(logits_TE, spec, expert_bias_E, **inputs)
-        return replace(found, expert_ids_TK=found.expert_ids_TK.astype(np.int32))
-
-
 class Uint8Ids(Closed):
     """Ids of uint8, where no slot is unused."""
 
@@ -149,27 +131,14 @@ class Uint8Ids(Closed):
         return replace(found, expert_ids_TK=found.expert_ids_TK.astype(np.uint8))
 
 
-class Float64Weights(Closed):
-    """Scores in float32, weights returned as float64."""
-
-    @wraps(Reference.route)
-    def route(self, logits_TE, spec, expert_bias_E, **inputs):
-        found = super().route(logits_TE, spec, expert_bias_E, **inputs)
-        return replace(found, weights_TK=found.weights_TK.astype(np.float64))
-
-
 INNOCENT: dict[type[Subject], frozenset[str]] = {
     Reference: frozenset(),
     Float64: frozenset(),
-    Closed: frozenset(),
-    Reordered: frozenset({"SEL-6"}),
-    Shuffled: frozenset({"SEL-6", "SEL-24", "SEL-35"}),
+    Shuffled: frozenset({"SEL-6"}),
     HighestIdWins: frozenset({"GRP-4", "SEL-5", "SEL-6", "SEL-24", "SEL-35"}),
     NoisyRanking: frozenset({"SEL-6", "SEL-24", "SEL-35"}),
     ScaledFirst: frozenset(),
-    Int32Ids: frozenset(),
     Uint8Ids: frozenset(),
-    Float64Weights: frozenset(),
 }
 """Each with the SHOULDs that it does not keep."""
 
@@ -186,7 +155,7 @@ def test_what_is_right_is_not_accused(subject):
         assert [name for name in ROUTING if judge.ledger[name].judged == 0] == []
 
 
-@pytest.mark.parametrize("subject", [Reordered, HighestIdWins], ids=lambda subject: subject.__name__)
+@pytest.mark.parametrize("subject", [Shuffled, HighestIdWins], ids=lambda subject: subject.__name__)
 def test_the_shoulds_that_are_not_kept_are_noticed(subject):
     ids = sorted(INNOCENT[subject])
     assert accuse(Judge(subject()), seed=0, ids=ids).keys() == set(ids)
