@@ -5,7 +5,7 @@ Legend: T tokens, C columns, E choices.
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Any
 
@@ -80,8 +80,8 @@ def _differing(spec: RouterSpec, other: RouterSpec, takes_bias: bool) -> dict[st
         own, others = normal(spec, takes_bias)[0], normal(other.replace(**sizes), takes_bias)[0]
     except ValueError:  # it has no router of these sizes
         return {"sizes": "others"}
-    fields = {name: getattr(others, name) for name in vars(own)}
-    return {name: value for name, value in fields.items() if not _alike(value, getattr(own, name))}
+    found = {each.name: getattr(others, each.name) for each in fields(own)}
+    return {name: value for name, value in found.items() if not _alike(value, getattr(own, name))}
 
 
 def _alike(value: Any, other: Any) -> bool:
@@ -90,9 +90,9 @@ def _alike(value: Any, other: Any) -> bool:
     return value == other
 
 
-def _shown(fields: dict[str, Any]) -> str:
+def _shown(values: dict[str, Any]) -> str:
     return " ".join(
-        f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}" for name, value in fields.items()
+        f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
     )
 
 

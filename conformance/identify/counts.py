@@ -16,6 +16,7 @@ import numpy as np
 from conformance.core.rounding import EPSILON
 from conformance.identify.box import Question
 from conformance.identify.choice import Guess
+from conformance.identify.law import rankings
 from conformance.router.case import held
 from moe_ref import UNUSED, RouterSpec
 from moe_ref.routing import bias_choice, scale_logits, score
@@ -186,7 +187,7 @@ def varying(
 ) -> Iterator[tuple[RouterSpec, str]]:
     """(spec, a sentence about its number) of each selector and law that the numbers of used slots allow."""
     for shape in shapes:
-        for by in ("score", "logit") if shape.get("score_over") != "selected" else ("logit",):
+        for by in rankings(shape):
             spec = RouterSpec(**sizes, **shape, selector="threshold", select_by=by)
             if threshold_between(spec, questions).is_possible:
                 between = narrowed_threshold(spec, questions, ask)
