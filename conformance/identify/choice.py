@@ -75,11 +75,16 @@ def missing_TK(ids_TK: np.ndarray, wanted_TK: np.ndarray) -> np.ndarray:
     return ~(ids_TK[:, :, None] == wanted_TK[:, None, :]).any(axis=-1)
 
 
-def chosen(spec: RouterSpec, logits_TC: np.ndarray, bias_E: np.ndarray | None) -> np.ndarray:
-    """(T, K) the choice of a spec that ranks each token alone, ascending; ties go to the lower id."""
+def choice_scores(spec: RouterSpec, logits_TC: np.ndarray, bias_E: np.ndarray | None = None) -> np.ndarray:
+    """(T, E) what is ranked, before any group is dropped."""
     scaled_TE = scale_logits(logits_TC[:, : spec.num_choices], spec)
     scores_TE = round_to(score(scaled_TE, spec), spec.router_dtype) if spec.select_by == "score" else None
-    choice_TE = bias_choice(scaled_TE, scores_TE, np.zeros(1) if bias_E is None else bias_E, spec)
+    return bias_choice(scaled_TE, scores_TE, np.zeros(1) if bias_E is None else bias_E, spec)
+
+
+def chosen(spec: RouterSpec, logits_TC: np.ndarray, bias_E: np.ndarray | None) -> np.ndarray:
+    """(T, K) the choice of a spec that ranks each token alone, ascending; ties go to the lower id."""
+    choice_TE = choice_scores(spec, logits_TC, bias_E)
     if spec.num_expert_groups is not None:
         choice_TE = limit_groups(choice_TE, spec)[0]
     if spec.quota_groups is not None:
@@ -159,9 +164,8 @@ class Holder:
     def _takes_best(self, guess: Guess, question: Question) -> bool:
         """Whether each expert takes as many tokens as the guess has it, the best ones, near ties forgiven."""
         seen = self._seen(guess, question, shared=False)
-        took_E, takes_E = (
-            taken(seen.case, ids_TK).sum(axis=0) for ids_TK in (seen.expert_ids_TK, seen.case.reference.expert_ids_TK)
-        )
+        both = (seen.expert_ids_TK, seen.case.reference.expert_ids_TK)
+        took_E, takes_E = (taken(ids_TK, guess.spec.num_choices).sum(axis=0) for ids_TK in both)
         return bool((took_E == takes_E).all()) and not not_the_best_E(self.judge, seen)
 
     def _other_quotas_T(self, guess: Guess, question: Question) -> np.ndarray:

@@ -15,11 +15,11 @@ import numpy as np
 
 from conformance.core.rounding import EPSILON
 from conformance.identify.box import Question
-from conformance.identify.choice import Guess
+from conformance.identify.choice import Guess, choice_scores
 from conformance.identify.law import rankings
+from conformance.router.bounds import taken
 from conformance.router.case import held
 from moe_ref import UNUSED, RouterSpec
-from moe_ref.routing import bias_choice, scale_logits, score
 from moe_ref.specs.router import TAKE_ROUNDINGS
 
 ASKED, ROUNDS = 34, 5
@@ -58,18 +58,6 @@ class Between:
         return next((x for x in tried if self.low - self.slack <= x <= self.high + self.slack), middle)
 
 
-def choice_scores(spec: RouterSpec, logits_TC: np.ndarray) -> np.ndarray:
-    """(T, E) what is ranked, without a bias."""
-    scaled_TE = scale_logits(logits_TC[:, : spec.num_choices], spec)
-    scores_TE = score(scaled_TE, spec) if spec.select_by == "score" else None
-    return bias_choice(scaled_TE, scores_TE, np.zeros(1), spec)
-
-
-def chosen_TE(question: Question, num_choices: int) -> np.ndarray:
-    """(T, E) whether an expert is among a token's used slots."""
-    return (question.expert_ids_TK[:, :, None] == np.arange(num_choices)).any(axis=1)
-
-
 def has_unused(questions: Sequence[Question]) -> bool:
     """Whether some slot was left unused."""
     return any((question.expert_ids_TK == UNUSED).any() for question in questions)
@@ -82,7 +70,7 @@ def threshold_between(spec: RouterSpec, questions: Sequence[Question]) -> Betwee
     """The best score that was not chosen though a slot was free, and the least that was chosen."""
     low, high = -np.inf, np.inf
     for question in questions:
-        values_TE, taken_TE = choice_scores(spec, question.logits_TC), chosen_TE(question, spec.num_choices)
+        values_TE, taken_TE = choice_scores(spec, question.logits_TC), taken(question.expert_ids_TK, spec.num_choices)
         free_T1 = (question.expert_ids_TK == UNUSED).any(axis=-1, keepdims=True)
         low = max(low, values_TE[~taken_TE & free_T1].max(initial=-np.inf))
         high = min(high, values_TE[taken_TE].min(initial=np.inf))
@@ -93,7 +81,7 @@ def share_between(spec: RouterSpec, questions: Sequence[Question]) -> Between:
     """The largest sum after which a further expert was chosen, and the least after which none was."""
     low, high = 0.0, 1.0
     for question in questions:
-        values_TE, taken_TE = choice_scores(spec, question.logits_TC), chosen_TE(question, spec.num_choices)
+        values_TE, taken_TE = choice_scores(spec, question.logits_TC), taken(question.expert_ids_TK, spec.num_choices)
         used_T = taken_TE.sum(axis=-1)
         sum_T = np.where(taken_TE, values_TE, 0).sum(axis=-1)
         before_T = sum_T - np.where(taken_TE, values_TE, np.inf).min(axis=-1)
@@ -149,7 +137,7 @@ def _least_chosen(spec: RouterSpec, questions: Sequence[Question]) -> tuple[np.n
     """The logits of a token, and its expert whose choice score is the least of all that were chosen."""
     found = []
     for question in questions:
-        taken_TE = chosen_TE(question, spec.num_choices)
+        taken_TE = taken(question.expert_ids_TK, spec.num_choices)
         if taken_TE.any():
             values_TE = np.where(taken_TE, choice_scores(spec, question.logits_TC), np.inf)
             t, e = np.unravel_index(int(values_TE.argmin()), values_TE.shape)
@@ -235,7 +223,7 @@ def taken_of(ask: Ask, num_experts: int, logits: Callable[[int], np.ndarray]) ->
         question = ask(logits(T))
         if question is None or len(question.logits_TC) != T:
             return None
-        counts_E = chosen_TE(question, num_experts).sum(axis=0)
+        counts_E = taken(question.expert_ids_TK, num_experts).sum(axis=0)
         if (counts_E != counts_E[0]).any():
             return None
         found[T] = int(counts_E[0])

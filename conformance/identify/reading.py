@@ -8,7 +8,8 @@ import numpy as np
 from conformance.identify.asking import Asking
 from conformance.identify.box import Question
 from conformance.identify.choice import other_ids_T
-from conformance.identify.rounding import NARROW, narrow_of, rounds_logits
+from conformance.identify.rounding import narrow_of, rounds_logits
+from moe_ref.rounding import NARROW
 
 
 def columns(asking: Asking) -> tuple[int, int, int, str]:

@@ -14,9 +14,8 @@ from conformance.identify.choice import Guess, other_ids_T
 from conformance.identify.law import FITS, SMALLEST, Data
 from conformance.router.bounds import expected_weights
 from moe_ref import UNUSED
-from moe_ref.rounding import round_to
+from moe_ref.rounding import NARROW, round_to
 
-NARROW = ("bfloat16", "float16")
 LEAST_VARIED = 0.2
 """The least part of the weights that are different numbers: a weight that is always the same shows nothing."""
 ROUNDED = 6

@@ -21,8 +21,9 @@ from conformance.identify.counts import has_unused, of_batch, varying
 from conformance.identify.law import FITS, Data, Law, laws, rankings
 from conformance.identify.near import nearest
 from conformance.identify.neighbours import Open, open_neighbours
-from conformance.identify.rounding import NARROW, as_held, exact, nearest_first
+from conformance.identify.rounding import as_held, exact, nearest_first
 from moe_ref import RouterSpec
+from moe_ref.rounding import NARROW
 
 MOST_LAWS = 6
 """Laws of which choices are tried, the best first."""
