@@ -30,7 +30,6 @@ from moe_ref import (
 from moe_ref import experts as experts_room
 from moe_ref.backward.routing import scale_logits_backward
 from moe_ref.backward.sharded import sharded_backward
-from moe_ref.balance import pooled_inputs
 from moe_ref.dispatch import plan
 from moe_ref.fused import fused_layer
 from moe_ref.permute import permute, unpermute
@@ -210,19 +209,6 @@ class Reference(Subject):
         num_layers: int = 1,
     ) -> dict[str, Any]:
         """The balancing bias enters no score of a loss."""
-        if num_layers > 1 and balance.over_layers == "separate":
-            rows = zip(np.split(logits_TE, num_layers), np.split(expert_ids_TK, num_layers), strict=True)
-            cut: dict[str, Any] = {"sequence_lengths": sequence_lengths, "tokens_per_shard": tokens_per_shard}
-            found = [self.balance_loss(*each, balance, router, token_mask_T=token_mask_T, **cut) for each in rows]
-            return {"loss": sum(each["loss"] for each in found)} | {
-                "d_logits_TE": np.concatenate([each["d_logits_TE"] for each in found])
-            }
-        if num_layers > 1:
-            order_TL = np.arange(len(logits_TE)).reshape(num_layers, -1).T  # a token's rows follow each other
-            cut = pooled_inputs(num_layers, len(order_TL), token_mask_T, sequence_lengths, tokens_per_shard)
-            order_T = order_TL.ravel()
-            found = self.balance_loss(logits_TE[order_T], expert_ids_TK[order_T], balance, router, **cut)
-            return found | {"d_logits_TE": found["d_logits_TE"][np.argsort(order_T)]}
         how: dict[str, Any] = {
             "dtype": self.compute_dtype,
             "token_mask_T": token_mask_T,
@@ -230,9 +216,10 @@ class Reference(Subject):
             "tokens_per_shard": tokens_per_shard,
         }
         scaled_TE = scale_logits(logits_TE.astype(self.compute_dtype), router)
-        d_scaled_TE = moe_ref.balance_loss_backward(scaled_TE, expert_ids_TK, balance, **how)
+        by_layer = np.split(scaled_TE, num_layers), np.split(expert_ids_TK, num_layers)
+        d_scaled_TE = np.concatenate(moe_ref.balance_layers_backward(*by_layer, balance, **how))
         return {
-            "loss": moe_ref.balance_loss(scaled_TE, expert_ids_TK, balance, **how),
+            "loss": sum(trace.loss for trace in moe_ref.balance_layers(*by_layer, balance, **how)),
             "d_logits_TE": scale_logits_backward(d_scaled_TE, scaled_TE, router),
         }
 
