@@ -173,9 +173,7 @@ def row_of(values: Fields) -> Row:
     Raises:
         ValueError: it names none, one without experts, or an unknown one.
     """
-    named = values.get("model_type")
-    require(named is None or isinstance(named, str), f"model_type is {named!r}; it is a name")
-    name = _model_type(values)
+    named, name = values.get("model_type"), _model_type(values)
     if name in BY_MODEL_TYPE:
         return BY_MODEL_TYPE[name]
     require(name not in NO_ROUTER, f"no RouterSpec describes the routing of {name}: {NO_ROUTER.get(str(name))}")
@@ -197,7 +195,7 @@ def _has_type(values: Fields) -> bool:
 
 
 def _model_type(values: Fields) -> str | None:
-    """The model type, or what its architecture says where there is none."""
+    """The model type, or what its architecture says where there is none; None too for what is no name."""
     name = values.get("model_type")
     if not isinstance(name, str | None):
         return None
@@ -232,12 +230,7 @@ def _depth(config: Config, row: Row) -> int:
         said = config.get(row.depth, None)
         require(said in (None, depth), f"{row.depth} is {said!r}, but {depth} layers are listed")
         return depth
-    depth = config.get(row.depth)
-    require(
-        isinstance(depth, int) and not isinstance(depth, bool) and depth >= 1,
-        f"{row.depth} is {depth!r}; it is an integer of at least 1",
-    )
-    return depth
+    return config.whole(row.depth, low=1)
 
 
 def _router(config: Config, row: Row, kind: str) -> Fields:
