@@ -8,7 +8,7 @@ Legend: T tokens, D model dim, E choices, K top_k.
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -124,9 +124,8 @@ def _block(subject: "Transformers", name: str, dtype: str) -> float:
     drawn = LayerParams.init(spec, SEED)
     drawn = drawn if FAMILIES[name].expert_bias else replace(drawn, expert_bias_E=None)
     # The balancing bias of a checkpoint is float32: what a family makes of it is the family's.
-    dtypes = {field.name: dtype for field in fields(drawn)} | {"expert_bias_E": "float32"}
-    given = {field: value for field in dtypes if (value := getattr(drawn, field)) is not None}
-    params = replace(drawn, **{field: rounded_to(value, dtypes[field]) for field, value in given.items()})
+    dtypes = {field: "float32" if field == "expert_bias_E" else dtype for field in drawn.by_name()}
+    params = LayerParams(**{field: rounded_to(value, dtypes[field]) for field, value in drawn.by_name().items()})
     x_TD = rounded_to(np.random.default_rng(SEED).normal(size=(TOKENS, DIM)), dtype)
     wanted = moe_layer(x_TD, params, spec)
     kept_T = _decided(wanted, params, spec.router)

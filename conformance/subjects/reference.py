@@ -1,7 +1,6 @@
 """conformance, subject: the reference itself, in a dtype of your choice. The judge never accuses it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any, Unpack
 
@@ -125,7 +124,7 @@ class Reference(Subject):
     ) -> dict[str, np.ndarray]:
         trace = self._traced(x_TD, params, spec, inputs)
         grads = moe_ref.layer_backward(trace, params, spec, d_output_TD, capacity=inputs.get("capacity"))
-        return {"x_TD": grads.x_TD} | named(grads.params)
+        return {"x_TD": grads.x_TD} | grads.params.by_name()
 
     def record(
         self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Unpack[CutLayerInputs]
@@ -180,7 +179,7 @@ class Reference(Subject):
         trace = self._sharded_trace(x_by_shard, params, spec, layout, inputs)
         grads = sharded_backward(trace, params, spec, d_output_by_shard)
         shards = [layout.shard_of(rank) for rank in range(layout.num_ranks)]
-        return [{"x_TD": grads.x_by_shard[shard]} | named(grads.params) for shard in shards]
+        return [{"x_TD": grads.x_by_shard[shard]} | grads.params.by_name() for shard in shards]
 
     def _sharded_trace(
         self, x_by_shard, params: LayerParams, spec: LayerSpec, layout: ShardLayout, inputs: DrawnShardedInputs
@@ -287,9 +286,3 @@ class Reference(Subject):
     def train(self, events: Sequence[Event], stack: StackSpec, params: list[LayerParams]) -> list[dict]:
         states = moe_ref.train(events, stack, params, dtype=self.compute_dtype)
         return [{name: getattr(each, name) for name in ("counts_by_layer", "bias_by_layer", "loss")} for each in states]
-
-
-def named(params: LayerParams) -> dict[str, np.ndarray]:
-    """Field -> value, of the parameters that there are."""
-    found = {f.name: getattr(params, f.name) for f in fields(params)}
-    return {name: value for name, value in found.items() if value is not None}

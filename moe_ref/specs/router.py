@@ -301,8 +301,8 @@ class RouterSpec(Spec):
         if self.num_scored_shared_experts:
             require(
                 self.score_func not in ("softmax", "relu"),
-                f"num_scored_shared_experts is {self.num_scored_shared_experts}; then score_func is of one logit alone, "
-                f"above 0: not {self.score_func!r}",
+                f"num_scored_shared_experts is {self.num_scored_shared_experts}; then score_func is of one logit "
+                f"alone, above 0: not {self.score_func!r}",
             )
         for field in ("num_constant_experts", "num_zero_experts"):
             require(
