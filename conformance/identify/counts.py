@@ -28,7 +28,7 @@ BATCHES = (*range(1, 25), 29, 37, 50, 61)
 """Sizes of the batches of which it is counted what an expert takes; and a large one."""
 LARGE, MOST_FACTORS = 4096, 64
 """Tokens of the large one, and factors of one number of digits that are tried."""
-DIGITS = range(10)
+DIGITS = range(1, 10)
 
 Ask = Callable[[np.ndarray], Question | None]
 
@@ -54,7 +54,7 @@ class Between:
     def written(self) -> float:
         """The shortest decimal number of them; within rounding, what is between."""
         middle = (self.low + self.high) / 2
-        tried = [0.0, *(float(f"{middle:.{n}g}") for n in DIGITS if n)]
+        tried = [0.0, *(float(f"{middle:.{n}g}") for n in DIGITS)]
         return next((x for x in tried if self.low - self.slack <= x <= self.high + self.slack), middle)
 
 
@@ -64,6 +64,17 @@ def has_unused(questions: Sequence[Question]) -> bool:
 
 
 # threshold and top_p
+
+
+@dataclass(frozen=True, kw_only=True)
+class Number:
+    """A field of RouterSpec that the numbers of used slots bound."""
+
+    field: str
+    bounds: Callable[[RouterSpec, Sequence[Question]], Between]
+    """By the answers to some questions."""
+    probe: Callable[[RouterSpec, Between, Sequence[Question]], np.ndarray]
+    """Logits whose answers bring the bounds together."""
 
 
 def threshold_between(spec: RouterSpec, questions: Sequence[Question]) -> Between:
@@ -108,29 +119,46 @@ def _targets(between: Between) -> np.ndarray:
     return spread(low, high, ASKED)[1:-1]
 
 
-def narrowed_threshold(spec: RouterSpec, questions: list[Question], ask: Ask) -> Between:
-    """Bounds that questions between them brought together: of the least choice that was made, the logit moves."""
+def _narrowed(spec: RouterSpec, number: Number, questions: Sequence[Question], ask: Ask) -> Between:
+    """Bounds that questions between them brought together."""
     asked = list(questions)
     for _ in range(ROUNDS):
-        between = threshold_between(spec, asked)
+        between = number.bounds(spec, asked)
         if not between.is_possible or between.high - between.low <= between.slack:
             break
-        base_C, e = _least_chosen(spec, asked)
-
-        def moved(x_T: np.ndarray, base_C=base_C, e=e) -> np.ndarray:
-            logits_TC = np.tile(base_C, (len(x_T), 1))
-            logits_TC[:, e] = x_T
-            return logits_TC
-
-        x_T = _solved(lambda x_T, e=e, moved=moved: choice_scores(spec, moved(x_T))[:, e], _targets(between))
-        values_TE = choice_scores(spec, moved(x_T))
-        # A score that has no slot is not chosen whatever it is.
-        has_slot_T = (values_TE > values_TE[:, [e]]).sum(axis=-1) < spec.top_k
-        question = ask(moved(x_T)[has_slot_T]) if has_slot_T.any() else None
+        logits_TC = number.probe(spec, between, asked)
+        question = ask(logits_TC) if len(logits_TC) else None
         if question is None:
             break
         asked.append(question)
-    return threshold_between(spec, asked)
+    return number.bounds(spec, asked)
+
+
+def _probe_threshold(spec: RouterSpec, between: Between, asked: Sequence[Question]) -> np.ndarray:
+    """(T, C) the token of the least choice that was made, the logit of which moves."""
+    base_C, e = _least_chosen(spec, asked)
+    x_T = _solved(lambda x_T: choice_scores(spec, _moved(base_C, e, x_T))[:, e], _targets(between))
+    logits_TC = _moved(base_C, e, x_T)
+    values_TE = choice_scores(spec, logits_TC)
+    # A score that has no slot is not chosen whatever it is.
+    return logits_TC[(values_TE > values_TE[:, [e]]).sum(axis=-1) < spec.top_k]
+
+
+def _probe_share(spec: RouterSpec, between: Between, asked: Sequence[Question]) -> np.ndarray:
+    """(T, C) tokens whose best score alone is the sum; none where there is one slot."""
+    others_C = -0.01 * np.arange(spec.num_logits)
+    if spec.top_k < 2:
+        return others_C[None][:0]
+    targets = _targets(between)
+    x_T = _solved(lambda x_T: choice_scores(spec, _moved(others_C, 0, x_T))[:, 0], targets[targets > 0])
+    return _moved(others_C, 0, x_T[x_T > others_C[1]])  # below, another one is the best
+
+
+def _moved(base_C: np.ndarray, column: int, x_T: np.ndarray) -> np.ndarray:
+    """(T, C) a token again and again, with another logit in one column."""
+    logits_TC = np.tile(base_C, (len(x_T), 1))
+    logits_TC[:, column] = x_T
+    return logits_TC
 
 
 def _least_chosen(spec: RouterSpec, questions: Sequence[Question]) -> tuple[np.ndarray, int]:
@@ -146,54 +174,36 @@ def _least_chosen(spec: RouterSpec, questions: Sequence[Question]) -> tuple[np.n
     return logits_C, e
 
 
-def narrowed_share(spec: RouterSpec, questions: list[Question], ask: Ask) -> Between:
-    """Bounds that questions between them brought together: tokens whose best score alone is the sum."""
-    asked = list(questions)
-    others_C = -0.01 * np.arange(spec.num_logits)
-    for _ in range(ROUNDS):
-        between = share_between(spec, asked)
-        if not between.is_possible or between.high - between.low <= between.slack or spec.top_k < 2:
-            break
-
-        def moved(x_T: np.ndarray) -> np.ndarray:
-            logits_TC = np.tile(others_C, (len(x_T), 1))
-            logits_TC[:, 0] = x_T
-            return logits_TC
-
-        targets = _targets(between)
-        x_T = _solved(lambda x_T, moved=moved: choice_scores(spec, moved(x_T))[:, 0], targets[targets > 0])
-        x_T = x_T[x_T > others_C[1]]  # below, another one is the best
-        question = ask(moved(x_T)) if len(x_T) else None
-        if question is None:
-            break
-        asked.append(question)
-    return share_between(spec, asked)
+THRESHOLD = Number(field="threshold", bounds=threshold_between, probe=_probe_threshold)
+SHARE = Number(field="top_p", bounds=share_between, probe=_probe_share)
 
 
 def varying(
     shapes: Sequence[dict[str, Any]], sizes: dict[str, Any], questions: list[Question], ask: Ask
 ) -> Iterator[tuple[RouterSpec, str]]:
     """(spec, a sentence about its number) of each selector and law that the numbers of used slots allow."""
-    for shape in shapes:
-        for by in rankings(shape):
-            spec = RouterSpec(**sizes, **shape, selector="threshold", select_by=by)
-            if threshold_between(spec, questions).is_possible:
-                between = narrowed_threshold(spec, questions, ask)
-                if between.is_possible:
-                    yield spec.replace(threshold=between.written), _sentence("threshold", between)
-        if shape.get("score_func") == "softmax" and shape.get("score_over", "all") == "all":
-            spec = RouterSpec(**sizes, **shape, selector="top_p", top_p=0.5)
-            if share_between(spec, questions).is_possible:
-                between = narrowed_share(spec, questions, ask)
-                if between.is_possible and 0 < between.written < 1:
-                    yield spec.replace(top_p=between.written), _sentence("top_p", between)
+    for spec, number in _numbered(shapes, sizes):
+        if not number.bounds(spec, questions).is_possible:
+            continue
+        between = _narrowed(spec, number, questions, ask)
+        if between.is_possible and (number is THRESHOLD or 0 < between.written < 1):
+            yield spec.replace(**{number.field: between.written}), _sentence(number.field, between)
 
 
-def _sentence(name: str, between: Between) -> str:
+def _sentence(field: str, between: Between) -> str:
     return (
-        f"{name} is known to lie between {between.low:.8g} and {between.high:.8g}: {between.written:.8g} is the "
+        f"{field} is known to lie between {between.low:.8g} and {between.high:.8g}: {between.written:.8g} is the "
         "shortest number there"
     )
+
+
+def _numbered(shapes: Sequence[dict[str, Any]], sizes: dict[str, Any]) -> Iterator[tuple[RouterSpec, Number]]:
+    """The specs of each law, and the number that is to be found of it."""
+    for shape in shapes:
+        for by in rankings(shape):
+            yield RouterSpec(**sizes, **shape, selector="threshold", select_by=by), THRESHOLD
+        if shape.get("score_func") == "softmax" and shape.get("score_over", "all") == "all":
+            yield RouterSpec(**sizes, **shape, selector="top_p", top_p=0.5), SHARE
 
 
 # expert_choice and sinkhorn
