@@ -237,13 +237,7 @@ def _router(config: Config, row: Row, kind: str) -> Fields:
     found = dict(row.fixed)
     for field, key in row.router.items():
         found[field] = config.get(key, field=field)
-    for field in INTEGERS & row.router.keys():
-        value = found[field]
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        require(value is None or whole, f"{config.names[field]} is {value!r}; it is an integer")
-    for field in NUMBERS & row.router.keys():
-        if found[field] is not None:
-            number(config.names[field], found[field])
+    _hold_numbers(config, {field: found[field] for field in row.router if found[field] is not None})
     for field, key in (("route_scale", "scale"), ("output_scale", "scale")):
         if field in row.router:
             value = found[field]
@@ -272,6 +266,15 @@ def _router(config: Config, row: Row, kind: str) -> Fields:
         found = {key: value for key, value in found.items() if key not in ("mask_fill", "num_limited_groups")}
         found.pop("num_expert_groups", None)
     return found
+
+
+def _hold_numbers(config: Config, router: Fields) -> None:
+    """What is to be an integer or a number is one."""
+    for field in INTEGERS & router.keys():
+        whole = isinstance(router[field], int) and not isinstance(router[field], bool)
+        require(whole, f"{config.names[field]} is {router[field]!r}; it is an integer")
+    for field in NUMBERS & router.keys():
+        number(config.names[field], router[field])
 
 
 def _no_groups(config: Config, router: Fields) -> None:
