@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from conformance.core.judge import Judge
 from conformance.core.subject import Subject, Unsupported
 from conformance.identify.box import Box, Question
 from conformance.identify.choice import Guess, Holder
@@ -25,7 +24,7 @@ class Asking:
 
     def __init__(self, subject: Subject, handed: RouterSpec):
         self.box = Box.opened(subject, handed)
-        self.holder = Holder(self.box, Judge(subject))
+        self.holder = Holder(self.box)
         self.rng = np.random.default_rng(0)
         self.questions: list[Question] = []
         self.notes: list[str] = []

@@ -115,10 +115,10 @@ def answered(guess: Guess, logits_TC: np.ndarray, bias_E: np.ndarray | None, box
 
 
 class Holder:
-    """Holds guesses against answers, within what rounding explains."""
+    """Holds guesses against answers, within what rounding explains: of the subject, or of another one's judge."""
 
-    def __init__(self, box: Box, judge: Judge):
-        self.box, self.judge = box, judge
+    def __init__(self, box: Box, judge: Judge | None = None):
+        self.box, self.judge = box, judge or Judge(box.subject)
 
     def _seen(self, guess: Guess, question: Question, shared: bool = True) -> Observation:
         return Observation(
