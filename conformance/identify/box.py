@@ -11,8 +11,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from conformance.core.capabilities import named_inputs
 from conformance.core.judge import cast
-from conformance.core.subject import Subject, Unsupported, named_inputs
+from conformance.core.subject import Subject, Unsupported
 from conformance.core.usage import UsageError
 from conformance.router.case import held
 from moe_ref import UNUSED, RouterSpec

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from conformance.core.capabilities import named_inputs
 from conformance.core.check import Condition
 from conformance.core.holding import hold
 from conformance.core.judge import Judge, NotRun, Violation, accuse
-from conformance.core.subject import named_inputs
 from conformance.layer import bounds
 from conformance.layer.verdicts import array_of, dtypes, hold_parameter, judged_T, wanted_gradients
 from conformance.sharded.case import ShardedCase
