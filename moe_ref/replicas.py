@@ -7,7 +7,7 @@ The router never knows: ids, counts and records stay those of experts.
 Legend: T tokens, K top_k, E experts, P places.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -65,5 +65,4 @@ def home_gradients(grads: LayerParams, spec: ReplicaSpec) -> LayerParams:
 
 
 def _of_routed(params: LayerParams, change) -> LayerParams:
-    own = {field.name: getattr(params, field.name) for field in fields(LayerParams) if field.name in ROUTED}
-    return replace(params, **{name: change(value) for name, value in own.items() if value is not None})
+    return replace(params, **{name: change(value) for name, value in params.by_name().items() if name in ROUTED})

@@ -153,14 +153,23 @@ def select(scores_for_choice_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
 
 
 def select_above(scores_for_choice_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
-    """Of the top_k best choices those above the threshold are selected, best first; none, where none is. [SEL-21]"""
+    """(T, K): of the top_k best choices those above the threshold, best first; none, where none is. [SEL-21]
+
+    Source: ReLURouter of thu-ml/ReMoE, and kexue.fm/archives/11626.
+    """
     expert_ids_TK = top_k(scores_for_choice_TE, spec.top_k)
     above_TK = np.take_along_axis(scores_for_choice_TE, expert_ids_TK, axis=-1) > spec.threshold
     return np.where(above_TK, expert_ids_TK, UNUSED)
 
 
 def select_share(scores_for_choice_TE: np.ndarray, spec: RouterSpec) -> np.ndarray:
-    """The best choices, each while those before it sum to at most top_p: at least one, at most top_k. [SEL-22]"""
+    """(T, K): the best choices, each while those before it sum to at most top_p: one at least, top_k at most. [SEL-22]
+
+    Raises:
+        ValueError: a token has no choice above -inf.
+
+    Source: arXiv:2403.07652, as ZhenweiAn/Dynamic_MoE computes it.
+    """
     some_T = np.asarray((scores_for_choice_TE > -np.inf).any(axis=-1))
     entries("scores_for_choice_TE", scores_for_choice_TE, some_T, "an entry is above -inf")
     expert_ids_TK = top_k(scores_for_choice_TE, spec.top_k)
@@ -223,7 +232,7 @@ def sparsemixer(scaled_logits_TE: np.ndarray, spec: RouterSpec) -> tuple[np.ndar
 def choose(
     scores_for_choice_TE: np.ndarray | None, num_tokens: int, spec: RouterSpec, inputs: RouterInputs
 ) -> np.ndarray:
-    """Expert ids by the spec's selector; all but those that rank look at no score. [SEL-14 .. SEL-35]"""
+    """(T, K) expert ids by the spec's selector; those that do not rank look at no score. [SEL-14 .. SEL-35]"""
     T, K = num_tokens, spec.top_k
     if spec.ranks:
         assert scores_for_choice_TE is not None  # they are what is ranked

@@ -21,6 +21,9 @@ def next_coefficient(coeff: float, counts_LE: np.ndarray, num_tokens: int, spec:
 
     Returns:
         The coefficient of the next step.
+
+    Raises:
+        ValueError: coeff is not above 0, or a count or num_tokens is negative.
     """
     number("coeff", coeff, above=0.0)
     counts_LE = array("counts_LE", counts_LE, (None, None), kind="int").astype(np.int64)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, ParamSpec, Self, TypeVar
 
 import numpy as np
 
+from conformance.core.rounding import Precision
 from conformance.core.subject import Subject
 
 P = ParamSpec("P")
@@ -103,14 +104,18 @@ class Case(ABC):
 
 
 def found_once(function: Callable[P, R]) -> Callable[P, R]:
-    """What a function finds of a case and hashable arguments is kept with the case; nobody writes into it."""
+    """What a function finds of a case, its first argument, and hashable others is kept with the case.
+
+    An array is read-only.
+    """
 
     @wraps(function)
     def found(*arguments: P.args, **named: P.kwargs) -> R:
         case, *others = arguments
         kept = vars(case).setdefault("_found", {})
         # A Precision is equal to the dtype without its coarse stages.
-        key = (function, *(getattr(each, "words", each) for each in others), *named.items())
+        keys = (each.words if isinstance(each, Precision) else each for each in others)
+        key = (function, *keys, *named.items())
         if key not in kept:
             kept[key] = function(*arguments, **named)
             if isinstance(kept[key], np.ndarray):

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from conformance.core.capabilities import capabilities
 from conformance.core.case import Case
 from conformance.core.check import CHECKS, Check
 from conformance.core.fault import Fault
 from conformance.core.judge import Crash, Judge, NotRun, Violation
 from conformance.core.register import REQUIREMENTS
 from conformance.core.rounding import EPSILON, TINY
-from conformance.core.subject import Subject, capabilities
+from conformance.core.subject import Subject
 
 ROUNDINGS = 2**6
 """Granted to a number, of the largest one of its array: the reference of a fault and the subject are both rounded."""

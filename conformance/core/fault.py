@@ -119,7 +119,11 @@ def patched(patches: Mapping[str, Callable]):
 
 @lru_cache(maxsize=1024)
 def _places(path: str, number_of_modules: int) -> list[Any]:
-    """The modules that know the function. Each call of a faulty method asks, and few load further modules."""
+    """The modules that know the function. Each call of a faulty method asks, and few load further modules.
+
+    Args:
+        number_of_modules: of those that are loaded; another one asks anew.
+    """
     clean, name = function_named(path), path.rpartition(".")[2]
     return [module for module in _rooms().values() if getattr(module, name, None) is clean]
 

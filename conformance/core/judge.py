@@ -9,12 +9,13 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from conformance.core.capabilities import capabilities, named_inputs
 from conformance.core.case import Case
 from conformance.core.check import CHECKS, Check
 from conformance.core.chosen import Chosen
 from conformance.core.register import REQUIREMENTS
 from conformance.core.rounding import ARRAYS, EPSILON, Precision
-from conformance.core.subject import Subject, Unsupported, capabilities, named_inputs
+from conformance.core.subject import Subject, Unsupported
 from moe_ref.specs.checks import require
 
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})

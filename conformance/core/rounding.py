@@ -107,4 +107,4 @@ def rounded_to(values: np.ndarray, dtype: str, *, to: DTypeLike = np.float64) ->
         number = np.arange(single.shape[-1], dtype=np.uint32)
         # A negative number is smaller the larger its mantissa is.
         rounded = (bits & ~mask) | np.where(single < 0, number, mask - number)
-    return np.where(np.isfinite(single), rounded.view(np.float32), single).astype(to)
+    return np.where(np.isfinite(single), rounded.view(np.float32), single).astype(to).reshape(np.shape(values))

@@ -4,11 +4,10 @@ A subject is one class. The methods it defines are its capabilities; `route` is 
 comes out; a framework lives inside the subject alone.
 """
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, wraps
-from typing import Any, Unpack, get_args, get_origin
+from functools import wraps
+from typing import Any
 
 import numpy as np
 
@@ -426,20 +425,6 @@ class Subject:
         raise NotImplementedError
 
 
-METHODS = (
-    "route", "gate", "configure", "permute", "align", "experts", "combine", "layer", "layer_gradients",
-    "place_slots", "home", "fused_layer", "upcycled_layer",
-    "dispatch", "sharded_layer", "sharded_gradients",
-    "load", "balance_loss", "z_loss", "bias_update", "quantile_update", "next_coefficient", "capacity", "record",
-    "replay", "train",
-)  # fmt: skip
-
-
-def capabilities(subject: Subject) -> set[str]:
-    """Names of the optional methods that the subject defines."""
-    return {name for name in METHODS if getattr(type(subject), name) is not getattr(Subject, name)}
-
-
 def _refusing(supports: Callable) -> Callable:
     @wraps(supports)
     def asked(self, *arguments: Any, **more: Any) -> str | None:
@@ -449,27 +434,3 @@ def _refusing(supports: Callable) -> Callable:
             return f"{supports.__name__}() raises a ValueError: {error}"
 
     return asked
-
-
-def named_inputs(subject: Subject, method: str) -> set[str]:
-    """The parameters that a method names; where it has `**inputs`, those of the one that it overrides too.
-
-    With `**inputs: Unpack[SomeTypedDict]` they are those of the typed dict.
-    """
-    found: set[str] = set()
-    defined = [vars(cls)[method] for cls in type(subject).__mro__ if method in vars(cls) and cls is not Subject]
-    for function in ([getattr(subject, method)] if method in vars(subject) else []) + defined:
-        parameters = _signature(function).parameters
-        found |= parameters.keys()
-        rest = next((each.annotation for each in parameters.values() if each.kind is each.VAR_KEYWORD), None)
-        if get_origin(rest) is Unpack:
-            return found | get_args(rest)[0].__annotations__.keys()
-        if rest is None:
-            break
-    return found
-
-
-@lru_cache(maxsize=256)
-def _signature(function: Callable) -> inspect.Signature:
-    # Each call of a subject asks.
-    return inspect.signature(function)

@@ -11,8 +11,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from conformance.core.capabilities import named_inputs
 from conformance.core.judge import cast
-from conformance.core.subject import Subject, Unsupported, named_inputs
+from conformance.core.subject import Subject, Unsupported
 from conformance.core.usage import UsageError
 from conformance.router.case import held
 from moe_ref import UNUSED, RouterSpec
@@ -20,6 +21,8 @@ from moe_ref import UNUSED, RouterSpec
 MOST_RETRIED = 64
 """Tokens of a refused call that are asked one by one."""
 TABLE_ROWS = 7
+BY_TOKEN = ("token_ids_T", "given_ids_TK")
+"""Inputs with an entry for each token."""
 
 
 class Malformed(Exception):
@@ -39,12 +42,11 @@ class Question:
 
     def tokens(self, rows: Any) -> Self:
         """The question about some of its tokens."""
-        by_token = ("token_ids_T", "given_ids_TK")
         shared_TS = self.shared_weights_TS
         return replace(
             self,
             logits_TC=self.logits_TC[rows],
-            inputs={name: value[rows] if name in by_token else value for name, value in self.inputs.items()},
+            inputs={name: value[rows] if name in BY_TOKEN else value for name, value in self.inputs.items()},
             expert_ids_TK=self.expert_ids_TK[rows],
             weights_TK=self.weights_TK[rows],
             shared_weights_TS=None if shared_TS is None else shared_TS[rows],
@@ -113,8 +115,7 @@ class Box:
             return _joined(answered)
 
     def _one(self, logits_TC, bias_E, inputs, t: int) -> Question | None:
-        by_token = ("token_ids_T", "given_ids_TK")
-        own = {name: value[t : t + 1] if name in by_token else value for name, value in inputs.items()}
+        own = {name: value[t : t + 1] if name in BY_TOKEN else value for name, value in inputs.items()}
         try:
             return self._call(logits_TC[t : t + 1], bias_E, own)
         except Malformed:
@@ -233,13 +234,12 @@ def _sentence(error: Exception) -> str:
 def _joined(questions: list[Question]) -> Question:
     """One question of the tokens of several, asked with one bias."""
     first, concat = questions[0], np.concatenate
-    by_token = ("token_ids_T", "given_ids_TK")
     shared = [each.shared_weights_TS for each in questions if each.shared_weights_TS is not None]
     return Question(
         logits_TC=concat([each.logits_TC for each in questions]),
         bias_E=first.bias_E,
         inputs={
-            name: concat([each.inputs[name] for each in questions]) if name in by_token else value
+            name: concat([each.inputs[name] for each in questions]) if name in BY_TOKEN else value
             for name, value in first.inputs.items()
         },
         expert_ids_TK=concat([each.expert_ids_TK for each in questions]),

@@ -65,11 +65,26 @@ def quotas(num_experts: int, num_chosen: int) -> Iterator[dict[str, Any]]:
             yield {"selector": "group_top_k", "quota_groups": G}
 
 
-def chosen(spec: RouterSpec, logits_TC: np.ndarray, bias_E: np.ndarray | None) -> np.ndarray:
-    """(T, K) the choice of a spec that ranks each token alone, ascending; ties go to the lower id."""
+def other_ids_T(ids_TK: np.ndarray, wanted_TK: np.ndarray) -> np.ndarray:
+    """(T,) whether a token has other ids, in whatever order."""
+    return (np.sort(ids_TK) != np.sort(wanted_TK)).any(axis=-1)
+
+
+def missing_TK(ids_TK: np.ndarray, wanted_TK: np.ndarray) -> np.ndarray:
+    """(T, K) whether an id of a token is not among the wanted ones."""
+    return ~(ids_TK[:, :, None] == wanted_TK[:, None, :]).any(axis=-1)
+
+
+def choice_scores(spec: RouterSpec, logits_TC: np.ndarray, bias_E: np.ndarray | None = None) -> np.ndarray:
+    """(T, E) what is ranked, before any group is dropped."""
     scaled_TE = scale_logits(logits_TC[:, : spec.num_choices], spec)
     scores_TE = round_to(score(scaled_TE, spec), spec.router_dtype) if spec.select_by == "score" else None
-    choice_TE = bias_choice(scaled_TE, scores_TE, np.zeros(1) if bias_E is None else bias_E, spec)
+    return bias_choice(scaled_TE, scores_TE, np.zeros(1) if bias_E is None else bias_E, spec)
+
+
+def chosen(spec: RouterSpec, logits_TC: np.ndarray, bias_E: np.ndarray | None) -> np.ndarray:
+    """(T, K) the choice of a spec that ranks each token alone, ascending; ties go to the lower id."""
+    choice_TE = choice_scores(spec, logits_TC, bias_E)
     if spec.num_expert_groups is not None:
         choice_TE = limit_groups(choice_TE, spec)[0]
     if spec.quota_groups is not None:
@@ -100,10 +115,10 @@ def answered(guess: Guess, logits_TC: np.ndarray, bias_E: np.ndarray | None, box
 
 
 class Holder:
-    """Holds guesses against answers, within what rounding explains."""
+    """Holds guesses against answers, within what rounding explains: of the subject, or of another one's judge."""
 
-    def __init__(self, box: Box, judge: Judge):
-        self.box, self.judge = box, judge
+    def __init__(self, box: Box, judge: Judge | None = None):
+        self.box, self.judge = box, judge or Judge(box.subject)
 
     def _seen(self, guess: Guess, question: Question, shared: bool = True) -> Observation:
         return Observation(
@@ -120,45 +135,38 @@ class Holder:
             bounds: whether a near tie is forgiven.
         """
         spec = guess.spec
-        if spec.reads_batch or spec.varies:
-            return self._other_counts(guess, question) if bounds else self._different(guess, question)
-        if spec.selector in ("table", "given"):
-            wanted_TK = guess.case(question, self.box.dtype).reference.expert_ids_TK
-        elif spec.selector == "round_robin":
-            T = len(question.logits_TC)
-            wanted_TK = (np.arange(T * spec.top_k) % spec.num_experts).reshape(T, -1)
-        elif spec.selector == "random":
+        if spec.selector == "random":
             return []
-        else:
-            wanted_TK = chosen(spec, question.logits_TC, question.bias_E if guess.bias_used else None)
-        different_T = (np.sort(wanted_TK) != np.sort(question.expert_ids_TK)).any(axis=-1)
-        tokens = np.flatnonzero(different_T)
-        if not (bounds and len(tokens)) or spec.selector not in ("top_k", "group_top_k", "sparsemixer"):
+        tokens = np.flatnonzero(other_ids_T(question.expert_ids_TK, self._wanted(guess, question)))
+        if not (bounds and len(tokens)) or (not spec.ranks and spec.selector != "sparsemixer"):
             return tokens.tolist()
         if spec.selector == "group_top_k":
             return tokens[self._other_quotas_T(guess, question.tokens(tokens))].tolist()
+        if spec.selector == "expert_choice":
+            return [] if self._takes_best(guess, question) else tokens.tolist()
+        if spec.reads_batch or spec.varies:
+            return selection_differs(self.judge, self._seen(guess, question, shared=False))
         # The ids of sparsemixer are those of the best logits.
         plain = RouterSpec(num_experts=spec.num_choices, top_k=spec.top_k, select_by="logit")
         alike = guess if spec.selector == "top_k" else Guess(spec=plain)
         some = self._seen(alike, question.tokens(tokens), shared=False)
         return [int(tokens[t]) for t in selection_differs(self.judge, some)]
 
-    def _different(self, guess: Guess, question: Question) -> list[int]:
-        """Tokens whose experts are others than those of the reference, which is given the batch whole."""
-        wanted_TK = guess.case(question, self.box.dtype).reference.expert_ids_TK
-        return np.flatnonzero((np.sort(wanted_TK) != np.sort(question.expert_ids_TK)).any(axis=-1)).tolist()
+    def _wanted(self, guess: Guess, question: Question) -> np.ndarray:
+        """(T, K) what the guess chooses, in whatever order."""
+        spec, T = guess.spec, len(question.logits_TC)
+        if spec.selector == "round_robin":
+            return (np.arange(T * spec.top_k) % spec.num_experts).reshape(T, -1)
+        if spec.selector in ("top_k", "group_top_k", "sparsemixer"):
+            return chosen(spec, question.logits_TC, question.bias_E if guess.bias_used else None)
+        return guess.case(question, self.box.dtype).reference.expert_ids_TK
 
-    def _other_counts(self, guess: Guess, question: Question) -> list[int]:
-        """The same, near ties forgiven."""
+    def _takes_best(self, guess: Guess, question: Question) -> bool:
+        """Whether each expert takes as many tokens as the guess has it, the best ones, near ties forgiven."""
         seen = self._seen(guess, question, shared=False)
-        if guess.spec.selector != "expert_choice":
-            return selection_differs(self.judge, seen)
-        took_E, takes_E = (
-            taken(seen.case, ids_TK).sum(axis=0) for ids_TK in (seen.expert_ids_TK, seen.case.reference.expert_ids_TK)
-        )
-        if (took_E == takes_E).all() and not not_the_best_E(self.judge, seen):
-            return []
-        return self._different(guess, question)
+        both = (seen.expert_ids_TK, seen.case.reference.expert_ids_TK)
+        took_E, takes_E = (taken(ids_TK, guess.spec.num_choices).sum(axis=0) for ids_TK in both)
+        return bool((took_E == takes_E).all()) and not not_the_best_E(self.judge, seen)
 
     def _other_quotas_T(self, guess: Guess, question: Question) -> np.ndarray:
         """(T,) whether some group does not give its best, near ties forgiven."""
@@ -182,7 +190,7 @@ class Holder:
             assert wanted_TS is not None
             if shared_TS.shape != wanted_TS.shape:
                 return list(range(len(question.logits_TC)))
-            same_T = (np.sort(seen.expert_ids_TK) == np.sort(seen.case.reference.expert_ids_TK)).all(axis=-1)
+            same_T = ~other_ids_T(seen.expert_ids_TK, seen.case.reference.expert_ids_TK)
             worst_T1 = 4 * weight_error(seen.case, seen.expert_ids_TK, self.judge.subject.compute_dtype).max(
                 axis=-1, keepdims=True, initial=0
             )
@@ -223,8 +231,7 @@ class Holder:
         if not tokens or guess.spec.selector not in ("top_k", "group_top_k"):
             return len(tokens)
         some = question.tokens(np.array(tokens))
-        wanted_TK = chosen(guess.spec, some.logits_TC, some.bias_E if guess.bias_used else None)
-        return int((~(some.expert_ids_TK[:, :, None] == wanted_TK[:, None, :]).any(axis=-1)).sum())
+        return int(missing_TK(some.expert_ids_TK, self._wanted(guess, some)).sum())
 
     def distance(self, guess: Guess, questions: list[Question]) -> float:
         """How far the answers are: of each token the share of other experts, of other weights and of weights moved."""
@@ -238,7 +245,7 @@ class Holder:
             size_T = np.maximum(np.abs(dense_2TE).sum(axis=-1).max(axis=0), 1e-30)
             moved_T = np.abs(dense_2TE[0] - dense_2TE[1]).sum(axis=-1) / size_T
             changed_T = np.abs(np.sort(found_TK) - np.sort(trace.weights_TK)).sum(axis=-1) / size_T
-            other_T = (~(ids_TK[:, :, None] == trace.expert_ids_TK[:, None, :]).any(axis=-1)).mean(axis=-1)
+            other_T = missing_TK(ids_TK, trace.expert_ids_TK).mean(axis=-1)
             total += float((other_T + np.minimum(changed_T, 2) + np.minimum(moved_T, 2) / 4).sum())
         return total
 
@@ -246,10 +253,9 @@ class Holder:
 def prefiltered(guesses: list[Guess], question: Question) -> list[Guess]:
     """The guesses that choose most like the answers on the first few tokens, without a look at near ties."""
     some = question.tokens(np.arange(min(AT_FIRST, len(question.logits_TC))))
-    seen_TK = np.sort(some.expert_ids_TK)
     counts = []
     for guess in guesses:
         wanted_TK = chosen(guess.spec, some.logits_TC, some.bias_E if guess.bias_used else None)
-        counts.append(int((~(seen_TK[:, :, None] == wanted_TK[:, None, :]).any(axis=-1)).sum()))
+        counts.append(int(missing_TK(some.expert_ids_TK, wanted_TK).sum()))
     least = min(counts, default=0)
     return [guess for guess, count in zip(guesses, counts, strict=True) if count <= least + 1]

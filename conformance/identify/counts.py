@@ -15,10 +15,11 @@ import numpy as np
 
 from conformance.core.rounding import EPSILON
 from conformance.identify.box import Question
-from conformance.identify.choice import Guess
+from conformance.identify.choice import Guess, choice_scores
+from conformance.identify.law import rankings
+from conformance.router.bounds import taken
 from conformance.router.case import held
 from moe_ref import UNUSED, RouterSpec
-from moe_ref.routing import bias_choice, scale_logits, score
 from moe_ref.specs.router import TAKE_ROUNDINGS
 
 ASKED, ROUNDS = 34, 5
@@ -27,7 +28,7 @@ BATCHES = (*range(1, 25), 29, 37, 50, 61)
 """Sizes of the batches of which it is counted what an expert takes; and a large one."""
 LARGE, MOST_FACTORS = 4096, 64
 """Tokens of the large one, and factors of one number of digits that are tried."""
-DIGITS = range(10)
+DIGITS = range(1, 10)
 
 Ask = Callable[[np.ndarray], Question | None]
 
@@ -53,20 +54,8 @@ class Between:
     def written(self) -> float:
         """The shortest decimal number of them; within rounding, what is between."""
         middle = (self.low + self.high) / 2
-        tried = [0.0, *(float(f"{middle:.{n}g}") for n in DIGITS if n)]
+        tried = [0.0, *(float(f"{middle:.{n}g}") for n in DIGITS)]
         return next((x for x in tried if self.low - self.slack <= x <= self.high + self.slack), middle)
-
-
-def choice_scores(spec: RouterSpec, logits_TC: np.ndarray) -> np.ndarray:
-    """(T, E) what is ranked, without a bias."""
-    scaled_TE = scale_logits(logits_TC[:, : spec.num_choices], spec)
-    scores_TE = score(scaled_TE, spec) if spec.select_by == "score" else None
-    return bias_choice(scaled_TE, scores_TE, np.zeros(1), spec)
-
-
-def chosen_TE(question: Question, num_choices: int) -> np.ndarray:
-    """(T, E) whether an expert is among a token's used slots."""
-    return (question.expert_ids_TK[:, :, None] == np.arange(num_choices)).any(axis=1)
 
 
 def has_unused(questions: Sequence[Question]) -> bool:
@@ -77,11 +66,22 @@ def has_unused(questions: Sequence[Question]) -> bool:
 # threshold and top_p
 
 
+@dataclass(frozen=True, kw_only=True)
+class Number:
+    """A field of RouterSpec that the numbers of used slots bound."""
+
+    field: str
+    bounds: Callable[[RouterSpec, Sequence[Question]], Between]
+    """By the answers to some questions."""
+    probe: Callable[[RouterSpec, Between, Sequence[Question]], np.ndarray]
+    """Logits whose answers bring the bounds together."""
+
+
 def threshold_between(spec: RouterSpec, questions: Sequence[Question]) -> Between:
     """The best score that was not chosen though a slot was free, and the least that was chosen."""
     low, high = -np.inf, np.inf
     for question in questions:
-        values_TE, taken_TE = choice_scores(spec, question.logits_TC), chosen_TE(question, spec.num_choices)
+        values_TE, taken_TE = choice_scores(spec, question.logits_TC), taken(question.expert_ids_TK, spec.num_choices)
         free_T1 = (question.expert_ids_TK == UNUSED).any(axis=-1, keepdims=True)
         low = max(low, values_TE[~taken_TE & free_T1].max(initial=-np.inf))
         high = min(high, values_TE[taken_TE].min(initial=np.inf))
@@ -92,7 +92,7 @@ def share_between(spec: RouterSpec, questions: Sequence[Question]) -> Between:
     """The largest sum after which a further expert was chosen, and the least after which none was."""
     low, high = 0.0, 1.0
     for question in questions:
-        values_TE, taken_TE = choice_scores(spec, question.logits_TC), chosen_TE(question, spec.num_choices)
+        values_TE, taken_TE = choice_scores(spec, question.logits_TC), taken(question.expert_ids_TK, spec.num_choices)
         used_T = taken_TE.sum(axis=-1)
         sum_T = np.where(taken_TE, values_TE, 0).sum(axis=-1)
         before_T = sum_T - np.where(taken_TE, values_TE, np.inf).min(axis=-1)
@@ -119,36 +119,53 @@ def _targets(between: Between) -> np.ndarray:
     return spread(low, high, ASKED)[1:-1]
 
 
-def narrowed_threshold(spec: RouterSpec, questions: list[Question], ask: Ask) -> Between:
-    """Bounds that questions between them brought together: of the least choice that was made, the logit moves."""
+def _narrowed(spec: RouterSpec, number: Number, questions: Sequence[Question], ask: Ask) -> Between:
+    """Bounds that questions between them brought together."""
     asked = list(questions)
     for _ in range(ROUNDS):
-        between = threshold_between(spec, asked)
+        between = number.bounds(spec, asked)
         if not between.is_possible or between.high - between.low <= between.slack:
             break
-        base_C, e = _least_chosen(spec, asked)
-
-        def moved(x_T: np.ndarray, base_C=base_C, e=e) -> np.ndarray:
-            logits_TC = np.tile(base_C, (len(x_T), 1))
-            logits_TC[:, e] = x_T
-            return logits_TC
-
-        x_T = _solved(lambda x_T, e=e, moved=moved: choice_scores(spec, moved(x_T))[:, e], _targets(between))
-        values_TE = choice_scores(spec, moved(x_T))
-        # A score that has no slot is not chosen whatever it is.
-        has_slot_T = (values_TE > values_TE[:, [e]]).sum(axis=-1) < spec.top_k
-        question = ask(moved(x_T)[has_slot_T]) if has_slot_T.any() else None
+        logits_TC = number.probe(spec, between, asked)
+        question = ask(logits_TC) if len(logits_TC) else None
         if question is None:
             break
         asked.append(question)
-    return threshold_between(spec, asked)
+    return number.bounds(spec, asked)
+
+
+def _probe_threshold(spec: RouterSpec, between: Between, asked: Sequence[Question]) -> np.ndarray:
+    """(T, C) the token of the least choice that was made, the logit of which moves."""
+    base_C, e = _least_chosen(spec, asked)
+    x_T = _solved(lambda x_T: choice_scores(spec, _moved(base_C, e, x_T))[:, e], _targets(between))
+    logits_TC = _moved(base_C, e, x_T)
+    values_TE = choice_scores(spec, logits_TC)
+    # A score that has no slot is not chosen whatever it is.
+    return logits_TC[(values_TE > values_TE[:, [e]]).sum(axis=-1) < spec.top_k]
+
+
+def _probe_share(spec: RouterSpec, between: Between, asked: Sequence[Question]) -> np.ndarray:
+    """(T, C) tokens whose best score alone is the sum; none where there is one slot."""
+    others_C = -0.01 * np.arange(spec.num_logits)
+    if spec.top_k < 2:
+        return others_C[None][:0]
+    targets = _targets(between)
+    x_T = _solved(lambda x_T: choice_scores(spec, _moved(others_C, 0, x_T))[:, 0], targets[targets > 0])
+    return _moved(others_C, 0, x_T[x_T > others_C[1]])  # below, another one is the best
+
+
+def _moved(base_C: np.ndarray, column: int, x_T: np.ndarray) -> np.ndarray:
+    """(T, C) a token again and again, with another logit in one column."""
+    logits_TC = np.tile(base_C, (len(x_T), 1))
+    logits_TC[:, column] = x_T
+    return logits_TC
 
 
 def _least_chosen(spec: RouterSpec, questions: Sequence[Question]) -> tuple[np.ndarray, int]:
     """The logits of a token, and its expert whose choice score is the least of all that were chosen."""
     found = []
     for question in questions:
-        taken_TE = chosen_TE(question, spec.num_choices)
+        taken_TE = taken(question.expert_ids_TK, spec.num_choices)
         if taken_TE.any():
             values_TE = np.where(taken_TE, choice_scores(spec, question.logits_TC), np.inf)
             t, e = np.unravel_index(int(values_TE.argmin()), values_TE.shape)
@@ -157,54 +174,36 @@ def _least_chosen(spec: RouterSpec, questions: Sequence[Question]) -> tuple[np.n
     return logits_C, e
 
 
-def narrowed_share(spec: RouterSpec, questions: list[Question], ask: Ask) -> Between:
-    """Bounds that questions between them brought together: tokens whose best score alone is the sum."""
-    asked = list(questions)
-    others_C = -0.01 * np.arange(spec.num_logits)
-    for _ in range(ROUNDS):
-        between = share_between(spec, asked)
-        if not between.is_possible or between.high - between.low <= between.slack or spec.top_k < 2:
-            break
-
-        def moved(x_T: np.ndarray) -> np.ndarray:
-            logits_TC = np.tile(others_C, (len(x_T), 1))
-            logits_TC[:, 0] = x_T
-            return logits_TC
-
-        targets = _targets(between)
-        x_T = _solved(lambda x_T, moved=moved: choice_scores(spec, moved(x_T))[:, 0], targets[targets > 0])
-        x_T = x_T[x_T > others_C[1]]  # below, another one is the best
-        question = ask(moved(x_T)) if len(x_T) else None
-        if question is None:
-            break
-        asked.append(question)
-    return share_between(spec, asked)
+THRESHOLD = Number(field="threshold", bounds=threshold_between, probe=_probe_threshold)
+SHARE = Number(field="top_p", bounds=share_between, probe=_probe_share)
 
 
 def varying(
     shapes: Sequence[dict[str, Any]], sizes: dict[str, Any], questions: list[Question], ask: Ask
 ) -> Iterator[tuple[RouterSpec, str]]:
     """(spec, a sentence about its number) of each selector and law that the numbers of used slots allow."""
-    for shape in shapes:
-        for by in ("score", "logit") if shape.get("score_over") != "selected" else ("logit",):
-            spec = RouterSpec(**sizes, **shape, selector="threshold", select_by=by)
-            if threshold_between(spec, questions).is_possible:
-                between = narrowed_threshold(spec, questions, ask)
-                if between.is_possible:
-                    yield spec.replace(threshold=between.written), _sentence("threshold", between)
-        if shape.get("score_func") == "softmax" and shape.get("score_over", "all") == "all":
-            spec = RouterSpec(**sizes, **shape, selector="top_p", top_p=0.5)
-            if share_between(spec, questions).is_possible:
-                between = narrowed_share(spec, questions, ask)
-                if between.is_possible and 0 < between.written < 1:
-                    yield spec.replace(top_p=between.written), _sentence("top_p", between)
+    for spec, number in _numbered(shapes, sizes):
+        if not number.bounds(spec, questions).is_possible:
+            continue
+        between = _narrowed(spec, number, questions, ask)
+        if between.is_possible and (number is THRESHOLD or 0 < between.written < 1):
+            yield spec.replace(**{number.field: between.written}), _sentence(number.field, between)
 
 
-def _sentence(name: str, between: Between) -> str:
+def _sentence(field: str, between: Between) -> str:
     return (
-        f"{name} is known to lie between {between.low:.8g} and {between.high:.8g}: {between.written:.8g} is the "
+        f"{field} is known to lie between {between.low:.8g} and {between.high:.8g}: {between.written:.8g} is the "
         "shortest number there"
     )
+
+
+def _numbered(shapes: Sequence[dict[str, Any]], sizes: dict[str, Any]) -> Iterator[tuple[RouterSpec, Number]]:
+    """The specs of each law, and the number that is to be found of it."""
+    for shape in shapes:
+        for by in rankings(shape):
+            yield RouterSpec(**sizes, **shape, selector="threshold", select_by=by), THRESHOLD
+        if shape.get("score_func") == "softmax" and shape.get("score_over", "all") == "all":
+            yield RouterSpec(**sizes, **shape, selector="top_p", top_p=0.5), SHARE
 
 
 # expert_choice and sinkhorn
@@ -234,7 +233,7 @@ def taken_of(ask: Ask, num_experts: int, logits: Callable[[int], np.ndarray]) ->
         question = ask(logits(T))
         if question is None or len(question.logits_TC) != T:
             return None
-        counts_E = chosen_TE(question, num_experts).sum(axis=0)
+        counts_E = taken(question.expert_ids_TK, num_experts).sum(axis=0)
         if (counts_E != counts_E[0]).any():
             return None
         found[T] = int(counts_E[0])

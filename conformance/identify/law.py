@@ -100,6 +100,11 @@ class Data:
 SHAPE = ("score_func", "score_over", "logit_scale", "logit_softcap")
 
 
+def rankings(fields: dict[str, Any]) -> tuple[str, ...]:
+    """What a choice may rank under the law of these fields: scores or logits; logits where scores come after it."""
+    return ("logit",) if fields.get("score_over") == "selected" else ("score", "logit")
+
+
 def laws(data: Data) -> list[Law]:
     """What explains the weights, the best first; several where they explain them alike."""
     if not data.used_TK.any():

@@ -4,18 +4,18 @@ Legend: T tokens, C columns, K top_k.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from conformance.core.rounding import EPSILON, TINY
 from conformance.identify.box import Question
-from conformance.identify.choice import Guess
+from conformance.identify.choice import Guess, other_ids_T
 from conformance.identify.law import FITS, SMALLEST, Data
 from conformance.router.bounds import expected_weights
 from moe_ref import UNUSED
-from moe_ref.rounding import round_to
+from moe_ref.rounding import NARROW, round_to
 
-NARROW = ("bfloat16", "float16")
 LEAST_VARIED = 0.2
 """The least part of the weights that are different numbers: a weight that is always the same shows nothing."""
 ROUNDED = 6
@@ -63,11 +63,11 @@ def as_held(data: Data, dtype: str) -> Data:
 
 def exact(best: Guess, questions: Sequence[Question], dtype: str) -> Guess:
     """The guess in float64, where the weights are nearer to its own than float32 has numbers."""
-    wide = Guess(spec=best.spec.replace(router_dtype="float64"), bias_used=best.bias_used)
+    wide = replace(best, spec=best.spec.replace(router_dtype="float64"))
     seen = 0
     for question in questions:
         case = wide.case(question, dtype)
-        own_T = (np.sort(case.reference.expert_ids_TK) == np.sort(question.expert_ids_TK)).all(axis=-1)
+        own_T = ~other_ids_T(question.expert_ids_TK, case.reference.expert_ids_TK)
         wanted_TK = expected_weights(case, question.expert_ids_TK)[own_T]
         held_TK = wanted_TK > SMALLEST
         if (np.abs(question.weights_TK[own_T] - wanted_TK)[held_TK] > EXACT * wanted_TK[held_TK]).any():
@@ -86,9 +86,7 @@ def nearest_first(guesses: list[Guess], questions: Sequence[Question], dtype: st
     if router_dtype not in NARROW:
         return guesses
     if router_dtype == dtype:
-        at_end = [
-            Guess(spec=guess.spec.replace(router_dtype="float32"), bias_used=guess.bias_used) for guess in guesses
-        ]
+        at_end = [replace(guess, spec=guess.spec.replace(router_dtype="float32")) for guess in guesses]
         guesses = [*at_end, *guesses]
 
     def to_the_bit(guess: Guess) -> int:

@@ -17,6 +17,7 @@ from conformance.layer.case import LayerCase
 from conformance.router.bounds import (
     ROUNDINGS,
     choice_error,
+    edges,
     taken_clearly_T,
     unlimited_choice,
     weight_error,
@@ -346,8 +347,7 @@ def stable_T(case: LayerCase, dtype: str) -> np.ndarray:
     chosen_TE = np.zeros(error_TE.shape, dtype=bool)
     np.put_along_axis(chosen_TE, np.maximum(trace.expert_ids_TK, 0), True, axis=-1)
     choice_TE = trace.scores_for_choice_TE
-    worst_in_T = np.where(chosen_TE, choice_TE - error_TE, np.inf).min(axis=-1)
-    best_out_T = np.where(chosen_TE, -np.inf, choice_TE + error_TE).max(axis=-1)
+    worst_in_T, best_out_T = edges(chosen_TE, choice_TE - error_TE, choice_TE + error_TE)
     return (worst_in_T > best_out_T) & stable_groups_T(router, error_TE, dtype) | ~case.valid_T
 
 

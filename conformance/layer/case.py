@@ -107,11 +107,10 @@ class LayerCase(Case):
 
     def to_json(self) -> dict:
         """Plain data."""
-        params = {f.name: getattr(self.params, f.name) for f in fields(self.params)}
         return {
             "spec": plain(self.spec.to_dict()),
             "x_TD": plain(self.x_TD),
-            "params": {name: plain(value) for name, value in params.items() if value is not None},
+            "params": {name: plain(value) for name, value in self.params.by_name().items()},
             "d_output_TD": plain(self.d_output_TD),
             "inputs": {name: plain(_as_data(value)) for name, value in self.inputs.items()},
             "seed": self.seed,

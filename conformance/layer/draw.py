@@ -283,9 +283,8 @@ def params_of_kind(spec: LayerSpec, bias: str, rng: np.random.Generator) -> Laye
 
     Biases of the projections are as large as their products, so that one of the wrong expert shows.
     """
-    made = LayerParams.init(spec, int(rng.integers(2**31)))
-    values: dict[str, Any] = {f.name: getattr(made, f.name) for f in fields(made) if getattr(made, f.name) is not None}
-    values = {name: on_grid(5 * v if name.startswith("b_") else v) for name, v in values.items()}
+    made = LayerParams.init(spec, int(rng.integers(2**31))).by_name().items()
+    values: dict[str, Any] = {name: on_grid(5 * v if name.startswith("b_") else v) for name, v in made}
     values["gate_ED"] = on_grid(1.5 * values["gate_ED"])
     if "learned_scale" in values:
         values["learned_scale"] = np.maximum(values["learned_scale"], 0.5)

@@ -6,7 +6,7 @@ tried, and the tokens of one case have logits of all kinds.
 Legend: T tokens, D model dim, E columns of the logits, K top_k.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -70,9 +70,7 @@ def make_case(spec: LayerSpec, seed: int) -> LayerCase:
     inputs: dict[str, Any] = inputs_of(router, T, (), rng)
     learned_scale = inputs.pop("learned_scale", None)
     made = LayerParams.init(spec, int(rng.integers(2**31)))
-    values: dict[str, Any] = {f.name: getattr(made, f.name) for f in fields(made)}
-    values = {name: value if value is None else float32(value) for name, value in values.items()}
-    params = LayerParams(**values)
+    params = LayerParams(**{name: float32(value) for name, value in made.by_name().items()})
     params = replace(
         params,
         gate_ED=SCALE * np.eye(E, D),

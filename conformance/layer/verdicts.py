@@ -6,7 +6,6 @@ Legend: T tokens, K top_k, D model dim, E experts, N used slots, R rows, used on
 """
 
 from collections.abc import Iterable
-from dataclasses import fields
 
 import numpy as np
 
@@ -100,7 +99,7 @@ def hold_unchanged(judge: Judge, case: LayerCase, method: str, arguments: tuple)
     """A method leaves the arrays that it is given as they are. The arrays are writable."""
     given = {f"argument {number}": value for number, value in enumerate(arguments) if isinstance(value, np.ndarray)}
     for params in (value for value in arguments if isinstance(value, LayerParams)):
-        given |= {f.name: getattr(params, f.name) for f in fields(params) if getattr(params, f.name) is not None}
+        given |= params.by_name()
     before = {name: value.copy() for name, value in given.items()}
     judge.call(case, method, *arguments, **case.inputs)
     for name, value in given.items():
@@ -132,10 +131,8 @@ def gradients_of_subject(judge: Judge, case: LayerCase) -> dict[str, np.ndarray]
 
 def wanted_gradients(case: LayerCase) -> dict[str, np.ndarray]:
     """The reference's gradients by name, but for that of expert_bias_E."""
-    grads = case.gradients.params
-    named = {f.name: getattr(grads, f.name) for f in fields(LayerParams) if f.name != "expert_bias_E"}
-    found = {name: np.asarray(value) for name, value in named.items() if value is not None}
-    return {"x_TD": case.gradients.x_TD} | found
+    named = case.gradients.params.by_name().items()
+    return {"x_TD": case.gradients.x_TD} | {n: np.asarray(value) for n, value in named if n != "expert_bias_E"}
 
 
 def array_of(value: object, shape: tuple[int, ...], name: str = "output") -> np.ndarray:

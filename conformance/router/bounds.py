@@ -130,27 +130,34 @@ def unlimited_choice(case: RouterCase) -> np.ndarray:
     return np.where(never_TE, -np.inf, ranked_TE + bias_E)
 
 
-def taken(case: RouterCase, expert_ids_TK: np.ndarray) -> np.ndarray:
+def taken(expert_ids_TK: np.ndarray, num_choices: int) -> np.ndarray:
     """(T, E) whether each choice is among a token's ids."""
-    return (expert_ids_TK[:, :, None] == np.arange(case.spec.num_choices)).any(axis=1)
+    return (expert_ids_TK[:, :, None] == np.arange(num_choices)).any(axis=1)
+
+
+def edges(chosen: np.ndarray, inside: np.ndarray, outside: np.ndarray, axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
+    """The worst of the chosen, of the numbers `inside`, and the best of the others, of those `outside`, along an axis.
+
+    Of no number they are inf and -inf.
+    """
+    worst_in = np.where(chosen, inside, np.inf).min(axis=axis, initial=np.inf)
+    return worst_in, np.where(chosen, -np.inf, outside).max(axis=axis, initial=-np.inf)
 
 
 def taken_clearly_T(case: RouterCase, error_TE: np.ndarray) -> np.ndarray:
     """(T,) whether each expert takes the token, or leaves it, for all choice scores within the error."""
-    choice_TE, taken_TE = unlimited_choice(case), taken(case, case.reference.expert_ids_TK)
+    choice_TE, taken_TE = unlimited_choice(case), taken(case.reference.expert_ids_TK, case.spec.num_choices)
     low_TE, high_TE = choice_TE - error_TE, choice_TE + error_TE
-    worst_in_E = np.where(taken_TE, low_TE, np.inf).min(axis=0, initial=np.inf)
-    best_out_E = np.where(taken_TE, -np.inf, high_TE).max(axis=0, initial=-np.inf)
+    worst_in_E, best_out_E = edges(taken_TE, low_TE, high_TE, axis=0)
     doubtful_TE = np.where(taken_TE, low_TE <= best_out_E, high_TE >= worst_in_E)
-    return ~doubtful_TE.any(axis=-1)
+    return ~np.any(doubtful_TE, axis=-1)
 
 
 def best_T(expert_ids_TK: np.ndarray, choice_TE: np.ndarray, error_TE: np.ndarray) -> np.ndarray:
     """(T,) whether some choice scores within the error make these ids the best ones."""
     chosen_TE = np.zeros(choice_TE.shape, dtype=bool)
     np.put_along_axis(chosen_TE, expert_ids_TK, True, axis=-1)
-    worst_in_T = np.where(chosen_TE, choice_TE + error_TE, np.inf).min(axis=-1)
-    best_out_T = np.where(chosen_TE, -np.inf, choice_TE - error_TE).max(axis=-1)
+    worst_in_T, best_out_T = edges(chosen_TE, choice_TE + error_TE, choice_TE - error_TE)
     return worst_in_T >= best_out_T
 
 
@@ -236,14 +243,12 @@ def _admissible_with_fill_0(ids_K, choice_E, error_E, spec: RouterSpec, dtype: s
         kept[np.arange(len(some))[:, None], np.array(some)] = True
         kept_NE = np.repeat(kept, P, axis=-1)
         masked_NE, masked_error_NE = np.where(kept_NE, choice_E, 0), np.where(kept_NE, error_E, 0)
-        worst_in_N1 = np.where(chosen_E, masked_NE + masked_error_NE, np.inf).min(axis=-1, keepdims=True)
-        best_out_N1 = np.where(chosen_E, -np.inf, masked_NE - masked_error_NE).max(axis=-1, keepdims=True)
-        in_kept_NE = np.where(chosen_E, choice_E + error_E, np.minimum(choice_E + error_E, worst_in_N1))
+        worst_in_N, best_out_N = edges(chosen_E, masked_NE + masked_error_NE, masked_NE - masked_error_NE)
+        in_kept_NE = np.where(chosen_E, choice_E + error_E, np.minimum(choice_E + error_E, worst_in_N[:, None]))
         favourable_NE = np.where(kept_NE, in_kept_NE, choice_E - error_E)
         scores_NG, slack = sums_of_best(favourable_NE.reshape(len(some), G, P), spec, dtype)
-        worst_kept_N = np.where(kept, scores_NG, np.inf).min(axis=-1)
-        keeps_N = worst_kept_N + slack >= np.where(kept, -np.inf, scores_NG).max(axis=-1)
-        if ((worst_in_N1 >= best_out_N1)[:, 0] & keeps_N).any():
+        worst_kept_N, best_dropped_N = edges(kept, scores_NG, scores_NG)
+        if ((worst_in_N >= best_out_N) & (worst_kept_N + slack >= best_dropped_N)).any():
             return True
     return False
 

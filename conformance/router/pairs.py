@@ -16,7 +16,7 @@ from conformance.router.case import RouterCase
 from conformance.router.check import RouterCheck
 from conformance.router.draw import BIASES, LOGITS, SPECS, THIN_SPECS, make_case
 from moe_ref import RouterSpec
-from moe_ref.specs.router import SELECTORS
+from moe_ref.specs.router import ROUTER_DTYPES, SCORE_FUNCS, SELECTORS, TAKE_ROUNDINGS
 
 
 class Setting(NamedTuple):
@@ -44,8 +44,8 @@ SHAPES: dict[str, dict[str, tuple[int, int, int]]] = {
 """Groups -> experts -> (num_experts, num_expert_groups, num_limited_groups)."""
 
 FIELDS: dict[str, tuple] = {
-    "router_dtype": ("float32", "float64", "bfloat16", "float16"),
-    "score_func": ("softmax", "sigmoid", "sqrtsoftplus", "relu"),
+    "router_dtype": ROUTER_DTYPES,
+    "score_func": SCORE_FUNCS,
     "score_over": ("all", "selected"),
     "logit_scale": (1.0, 0.25),
     "logit_softcap": (None, 1.5),
@@ -53,7 +53,7 @@ FIELDS: dict[str, tuple] = {
     "mask_fill": (-np.inf, 0.0),
     "selector": SELECTORS,
     "take_factor": (1.0, 2.0),
-    "take_rounding": ("ceil", "floor", "round"),
+    "take_rounding": TAKE_ROUNDINGS,
     "take_least": (0, 3),
     "threshold": (0.0, 0.5),
     "top_p": (None, 0.5),

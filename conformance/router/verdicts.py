@@ -9,6 +9,7 @@ from conformance.router.bounds import (
     best_in_some_groups,
     best_T,
     choice_error,
+    edges,
     expected_weights,
     groups_of,
     known_factor,
@@ -60,10 +61,9 @@ def not_the_best_E(judge: Judge, seen: Observation) -> list[int]:
     """
     case = seen.case
     choice_TE, error_TE = unlimited_choice(case), choice_error(case, judge.subject.compute_dtype)
-    taken_TE = taken(case, seen.expert_ids_TK)
-    other_E = (taken_TE != taken(case, case.reference.expert_ids_TK)).any(axis=0)
-    worst_in_E = np.where(taken_TE, choice_TE + error_TE, np.inf).min(axis=0, initial=np.inf)
-    best_out_E = np.where(taken_TE, -np.inf, choice_TE - error_TE).max(axis=0, initial=-np.inf)
+    taken_TE = taken(seen.expert_ids_TK, case.spec.num_choices)
+    other_E = (taken_TE != taken(case.reference.expert_ids_TK, case.spec.num_choices)).any(axis=0)
+    worst_in_E, best_out_E = edges(taken_TE, choice_TE + error_TE, choice_TE - error_TE, axis=0)
     wrong_E = other_E & (worst_in_E < best_out_E)
     judge.near_ties(int((other_E & ~wrong_E).sum()))
     return np.flatnonzero(wrong_E).tolist()
@@ -227,14 +227,15 @@ def unused(expert_ids_TK) -> np.ndarray:
 # holding a case against the reference
 
 
-def hold_selection(judge: Judge, case: RouterCase) -> None:
-    """The selected experts are the best ones, of whichever groups they come from."""
+def hold_selection(judge: Judge, case: RouterCase, title: str = "another selection") -> None:
+    """The selected experts are the best ones, of whichever groups they come from, and as many as the reference's."""
     seen = observe(judge, case)
     for t in wrong_selections(judge, seen):
         choice_E = unlimited_choice(case)[t]
-        wanted, found = case.reference.expert_ids_TK[t].tolist(), seen.expert_ids_TK[t].tolist()
+        both = (case.reference.expert_ids_TK[t], seen.expert_ids_TK[t])
+        wanted, found = (ids_K[ids_K != UNUSED].tolist() for ids_K in both)
         accuse(
-            "another selection",
+            title,
             token=t,
             expected=f"experts {wanted} with choice scores {choice_E[wanted].round(6).tolist()}",
             received=f"experts {found} with choice scores {choice_E[found].round(6).tolist()}",

@@ -55,6 +55,68 @@ def parser() -> Parser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     run = commands.add_parser("run", help="judge subjects; without one, every built-in subject that is importable")
+    _add_run_options(run)
+
+    listing = commands.add_parser("list", help="the requirements, a line each")
+    listing.add_argument("--stage", choices=STAGES, metavar="STAGE", help="of this stage alone")
+
+    replay = commands.add_parser("replay", help="one case again, stage by stage beside the reference")
+    replay.add_argument("case", metavar="ID", help="such as SEL-3-b254db, or the path of a case file")
+    replay.add_argument("--subject", metavar="SUBJECT", help="default: the one that failed")
+    replay.add_argument("--device", metavar="DEVICE", help="as of run")
+
+    changes = commands.add_parser("compare", help="two report.json: which requirements changed their status")
+    changes.add_argument("before", type=Path, metavar="BEFORE", help="report.json, or the folder of --report")
+    changes.add_argument("after", type=Path, metavar="AFTER", help="the same, later")
+
+    seen = commands.add_parser("report", help="views of a stored report: HTML with pictures, summary, JUnit, badge")
+    seen.add_argument("file", type=Path, metavar="REPORT", help="report.json, or the folder of --report")
+    add_view_options(seen)
+
+    faults = commands.add_parser("faults", help="the known wrong routers and layers, and what catches each")
+    faults.add_argument(
+        "--seeds", type=_positive, default=1, metavar="N", help="how many seeds (default 1: the cases of a run)"
+    )
+    faults.add_argument("--only", metavar="NAME", help="one fault")
+    faults.add_argument("--all", action="store_true", help="every requirement that catches it, not the first")
+    faults.add_argument(
+        "--diagnose", action="store_true", help="in place of that: does the first page of a run name it (minutes)"
+    )
+
+    two = commands.add_parser("diff", help="two routers, or two files of routing records, against each other")
+    add_diff_options(two, _positive)
+
+    named = commands.add_parser("identify", help="which RouterSpec, and whose, an unknown router computes")
+    add_identify_options(named, _positive)
+
+    moved = commands.add_parser("traffic", help="rows and bytes across nodes, for each strategy of a layout")
+    traffic.add_options(moved, _positive)
+
+    evened = commands.add_parser("load", help="the load of experts over steps, without bias updates and with them")
+    balance_picture.add_options(evened, _positive)
+
+    exact = commands.add_parser("precision", help="what a coarse stage does to a routing (docs/precision.md)")
+    add_precision_options(exact, _positive)
+
+    stored = commands.add_parser(
+        "vectors", help="stored calls with what they return, for any language (docs/vectors.md)"
+    )
+    add_vectors_options(stored)
+
+    commands.add_parser("glossary", help="our names, and those of other code bases, as Markdown")
+    commands.add_parser("options", help="this table")
+    spec = commands.add_parser(
+        "spec", help="SPEC.md; with --config the layer of a published config, as JSON for run --spec"
+    )
+    _add_spec_options(spec)
+    public = commands.add_parser("families", help="how public models route, and what each row is verified against")
+    public.add_argument("--markdown", action="store_true", help="as docs/families.md has it")
+    new = commands.add_parser("new-subject", help="a file of 25 lines to start from, on standard output")
+    new.add_argument("kind", choices=("numpy", "torch", "jax"), metavar="KIND", help="numpy, torch or jax")
+    return top
+
+
+def _add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("subjects", nargs="*", metavar="SUBJECT", help="a name, module:Class or path/to/file.py:Class")
     run.add_argument(
         "--family",
@@ -116,57 +178,8 @@ def parser() -> Parser:
         help="for each requirement (default 300); one that takes longer is accused, and the rest is judged",
     )
 
-    listing = commands.add_parser("list", help="the requirements, a line each")
-    listing.add_argument("--stage", choices=STAGES, metavar="STAGE", help="of this stage alone")
 
-    replay = commands.add_parser("replay", help="one case again, stage by stage beside the reference")
-    replay.add_argument("case", metavar="ID", help="such as SEL-3-b254db, or the path of a case file")
-    replay.add_argument("--subject", metavar="SUBJECT", help="default: the one that failed")
-    replay.add_argument("--device", metavar="DEVICE", help="as of run")
-
-    changes = commands.add_parser("compare", help="two report.json: which requirements changed their status")
-    changes.add_argument("before", type=Path, metavar="BEFORE", help="report.json, or the folder of --report")
-    changes.add_argument("after", type=Path, metavar="AFTER", help="the same, later")
-
-    seen = commands.add_parser("report", help="views of a stored report: HTML with pictures, summary, JUnit, badge")
-    seen.add_argument("file", type=Path, metavar="REPORT", help="report.json, or the folder of --report")
-    add_view_options(seen)
-
-    faults = commands.add_parser("faults", help="the known wrong routers and layers, and what catches each")
-    faults.add_argument(
-        "--seeds", type=_positive, default=1, metavar="N", help="how many seeds (default 1: the cases of a run)"
-    )
-    faults.add_argument("--only", metavar="NAME", help="one fault")
-    faults.add_argument("--all", action="store_true", help="every requirement that catches it, not the first")
-    faults.add_argument(
-        "--diagnose", action="store_true", help="in place of that: does the first page of a run name it (minutes)"
-    )
-
-    two = commands.add_parser("diff", help="two routers, or two files of routing records, against each other")
-    add_diff_options(two, _positive)
-
-    named = commands.add_parser("identify", help="which RouterSpec, and whose, an unknown router computes")
-    add_identify_options(named, _positive)
-
-    moved = commands.add_parser("traffic", help="rows and bytes across nodes, for each strategy of a layout")
-    traffic.add_options(moved, _positive)
-
-    evened = commands.add_parser("load", help="the load of experts over steps, without bias updates and with them")
-    balance_picture.add_options(evened, _positive)
-
-    exact = commands.add_parser("precision", help="what a coarse stage does to a routing (docs/precision.md)")
-    add_precision_options(exact, _positive)
-
-    stored = commands.add_parser(
-        "vectors", help="stored calls with what they return, for any language (docs/vectors.md)"
-    )
-    add_vectors_options(stored)
-
-    commands.add_parser("glossary", help="our names, and those of other code bases, as Markdown")
-    commands.add_parser("options", help="this table")
-    spec = commands.add_parser(
-        "spec", help="SPEC.md; with --config the layer of a published config, as JSON for run --spec"
-    )
+def _add_spec_options(spec: argparse.ArgumentParser) -> None:
     spec.add_argument("--config", type=Path, metavar="FILE", help="a config.json of huggingface, or a file of --from")
     spec.add_argument(
         "--from",
@@ -179,11 +192,6 @@ def parser() -> Parser:
     spec.add_argument("--layers", action="store_true", help="one for each decoder layer, null where it is dense")
     spec.add_argument("--router", action="store_true", help="its router alone, which more models have")
     spec.add_argument("--ignore", nargs="+", default=[], metavar="KEY", help="keys that do not concern the MoE layers")
-    public = commands.add_parser("families", help="how public models route, and what each row is verified against")
-    public.add_argument("--markdown", action="store_true", help="as docs/families.md has it")
-    new = commands.add_parser("new-subject", help="a file of 25 lines to start from, on standard output")
-    new.add_argument("kind", choices=("numpy", "torch", "jax"), metavar="KIND", help="numpy, torch or jax")
-    return top
 
 
 def options_markdown() -> str:

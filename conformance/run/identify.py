@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from conformance.core.subject import Subject, capabilities
+from conformance.core.capabilities import capabilities
+from conformance.core.subject import Subject
 from conformance.core.usage import UsageError
 from conformance.identify import answer
 from conformance.identify.box import Malformed

@@ -6,7 +6,8 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from conformance.core.subject import Subject, capabilities
+from conformance.core.capabilities import capabilities
+from conformance.core.subject import Subject
 from conformance.core.usage import UsageError
 from conformance.run.deviations import Deviation, read
 from moe_ref.specs.checks import nearest

@@ -8,7 +8,7 @@ Legend: T tokens, D model dim, E choices, K top_k.
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,8 +87,8 @@ def _measured(subject: "Transformers", name: str, dtype: str) -> Verified:
     others, weight = _router(subject, name, dtype)
     output = _block(subject, name, dtype) if name in BLOCKS else None
     # Two digits are what is shown, and what another machine finds again.
-    return Verified(others=others, weight=float(f"{weight:.1e}"), output=None if output is None else
-                    float(f"{output:.1e}"))  # fmt: skip
+    shown = None if output is None else float(f"{output:.1e}")
+    return Verified(others=others, weight=float(f"{weight:.1e}"), output=shown)
 
 
 def _router(subject: "Transformers", name: str, dtype: str) -> tuple[int, float]:
@@ -96,7 +96,7 @@ def _router(subject: "Transformers", name: str, dtype: str) -> tuple[int, float]
     family = FAMILIES[name]
     own = batch(family.tiny, tokens=2 * TOKENS, seed=SEED, expert_bias=family.expert_bias)
     if (scale := own.inputs.get("learned_scale")) is not None:  # as a checkpoint of that dtype has it
-        own.inputs["learned_scale"] = rounded_to(scale, dtype).reshape(np.shape(scale))
+        own.inputs["learned_scale"] = rounded_to(scale, dtype)
     logits_TE = rounded_to(own.x_TD @ own.gate_ED.T, "bfloat16")
     # Who wins a tie is another question (SEL-5), and bfloat16 has many.
     distinct_T = np.flatnonzero((np.diff(np.sort(logits_TE, axis=1)) > 0).all(axis=1))[:TOKENS]
@@ -122,15 +122,10 @@ def _block(subject: "Transformers", name: str, dtype: str) -> float:
     """The largest error over tokens whose experts the rounding of the logits does not decide."""
     spec = BLOCKS[name].example(FAMILIES[name].tiny, DIM, WIDTH)
     drawn = LayerParams.init(spec, SEED)
-    rounded = {
-        field.name: rounded_to(value, dtype).reshape(value.shape)
-        for field in fields(drawn)
-        if (value := getattr(drawn, field.name)) is not None and np.size(value)
-    }
+    drawn = drawn if FAMILIES[name].expert_bias else replace(drawn, expert_bias_E=None)
     # The balancing bias of a checkpoint is float32: what a family makes of it is the family's.
-    bias_E = None if drawn.expert_bias_E is None or not FAMILIES[name].expert_bias else (
-        rounded_to(drawn.expert_bias_E, "float32"))  # fmt: skip
-    params = replace(drawn, **rounded | {"expert_bias_E": bias_E})
+    dtypes = {field: "float32" if field == "expert_bias_E" else dtype for field in drawn.by_name()}
+    params = LayerParams(**{field: rounded_to(value, dtypes[field]) for field, value in drawn.by_name().items()})
     x_TD = rounded_to(np.random.default_rng(SEED).normal(size=(TOKENS, DIM)), dtype)
     wanted = moe_layer(x_TD, params, spec)
     kept_T = _decided(wanted, params, spec.router)

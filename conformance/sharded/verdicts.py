@@ -7,15 +7,14 @@ Legend: T tokens, D model dim.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
+from conformance.core.capabilities import named_inputs
 from conformance.core.check import Condition
 from conformance.core.holding import hold
 from conformance.core.judge import Judge, NotRun, Violation, accuse
-from conformance.core.subject import named_inputs
 from conformance.layer import bounds
 from conformance.layer.verdicts import array_of, dtypes, hold_parameter, judged_T, wanted_gradients
 from conformance.sharded.case import ShardedCase
@@ -52,8 +51,7 @@ def gradients_of_subject(judge: Judge, case: ShardedCase, **more: Any) -> list[G
     d_output_by_shard = case.by_shard(case.d_output_TD.astype(np.float32))
     given = (x_by_shard, case.params.astype(np.float32), case.spec, case.layout, d_output_by_shard)
     found = _of_every_rank(case, judge.call(case, "sharded_gradients", *given, **case.inputs_by_shard, **more))
-    values = {f.name: getattr(case.params, f.name) for f in fields(case.params)}
-    shapes = {name: np.shape(value) for name, value in values.items() if value is not None}
+    shapes = {name: np.shape(value) for name, value in case.params.by_name().items()}
     optional, by_rank = {"expert_bias_E"}, []
     for rank, grads in enumerate(found):
         wanted = shapes | {"x_TD": x_by_shard[case.layout.shard_of(rank)].shape}

@@ -1,7 +1,6 @@
 """conformance, subject: the reference itself, in a dtype of your choice. The judge never accuses it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any, Unpack
 
@@ -30,7 +29,6 @@ from moe_ref import (
 from moe_ref import experts as experts_room
 from moe_ref.backward.routing import scale_logits_backward
 from moe_ref.backward.sharded import sharded_backward
-from moe_ref.balance import pooled_inputs
 from moe_ref.dispatch import plan
 from moe_ref.fused import fused_layer
 from moe_ref.permute import permute, unpermute
@@ -126,7 +124,7 @@ class Reference(Subject):
     ) -> dict[str, np.ndarray]:
         trace = self._traced(x_TD, params, spec, inputs)
         grads = moe_ref.layer_backward(trace, params, spec, d_output_TD, capacity=inputs.get("capacity"))
-        return {"x_TD": grads.x_TD} | named(grads.params)
+        return {"x_TD": grads.x_TD} | grads.params.by_name()
 
     def record(
         self, x_TD: np.ndarray, params: LayerParams, spec: LayerSpec, **inputs: Unpack[CutLayerInputs]
@@ -181,7 +179,7 @@ class Reference(Subject):
         trace = self._sharded_trace(x_by_shard, params, spec, layout, inputs)
         grads = sharded_backward(trace, params, spec, d_output_by_shard)
         shards = [layout.shard_of(rank) for rank in range(layout.num_ranks)]
-        return [{"x_TD": grads.x_by_shard[shard]} | named(grads.params) for shard in shards]
+        return [{"x_TD": grads.x_by_shard[shard]} | grads.params.by_name() for shard in shards]
 
     def _sharded_trace(
         self, x_by_shard, params: LayerParams, spec: LayerSpec, layout: ShardLayout, inputs: DrawnShardedInputs
@@ -210,19 +208,6 @@ class Reference(Subject):
         num_layers: int = 1,
     ) -> dict[str, Any]:
         """The balancing bias enters no score of a loss."""
-        if num_layers > 1 and balance.over_layers == "separate":
-            rows = zip(np.split(logits_TE, num_layers), np.split(expert_ids_TK, num_layers), strict=True)
-            cut: dict[str, Any] = {"sequence_lengths": sequence_lengths, "tokens_per_shard": tokens_per_shard}
-            found = [self.balance_loss(*each, balance, router, token_mask_T=token_mask_T, **cut) for each in rows]
-            return {"loss": sum(each["loss"] for each in found)} | {
-                "d_logits_TE": np.concatenate([each["d_logits_TE"] for each in found])
-            }
-        if num_layers > 1:
-            order_TL = np.arange(len(logits_TE)).reshape(num_layers, -1).T  # a token's rows follow each other
-            cut = pooled_inputs(num_layers, len(order_TL), token_mask_T, sequence_lengths, tokens_per_shard)
-            order_T = order_TL.ravel()
-            found = self.balance_loss(logits_TE[order_T], expert_ids_TK[order_T], balance, router, **cut)
-            return found | {"d_logits_TE": found["d_logits_TE"][np.argsort(order_T)]}
         how: dict[str, Any] = {
             "dtype": self.compute_dtype,
             "token_mask_T": token_mask_T,
@@ -230,9 +215,10 @@ class Reference(Subject):
             "tokens_per_shard": tokens_per_shard,
         }
         scaled_TE = scale_logits(logits_TE.astype(self.compute_dtype), router)
-        d_scaled_TE = moe_ref.balance_loss_backward(scaled_TE, expert_ids_TK, balance, **how)
+        by_layer = np.split(scaled_TE, num_layers), np.split(expert_ids_TK, num_layers)
+        d_scaled_TE = np.concatenate(moe_ref.balance_layers_backward(*by_layer, balance, **how))
         return {
-            "loss": moe_ref.balance_loss(scaled_TE, expert_ids_TK, balance, **how),
+            "loss": sum(trace.loss for trace in moe_ref.balance_layers(*by_layer, balance, **how)),
             "d_logits_TE": scale_logits_backward(d_scaled_TE, scaled_TE, router),
         }
 
@@ -300,9 +286,3 @@ class Reference(Subject):
     def train(self, events: Sequence[Event], stack: StackSpec, params: list[LayerParams]) -> list[dict]:
         states = moe_ref.train(events, stack, params, dtype=self.compute_dtype)
         return [{name: getattr(each, name) for name in ("counts_by_layer", "bias_by_layer", "loss")} for each in states]
-
-
-def named(params: LayerParams) -> dict[str, np.ndarray]:
-    """Field -> value, of the parameters that there are."""
-    found = {f.name: getattr(params, f.name) for f in fields(params)}
-    return {name: value for name, value in found.items() if value is not None}

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from conformance.core.subject import METHODS, Routing, Subject, Unsupported
+from conformance.core.capabilities import METHODS
+from conformance.core.subject import Routing, Subject, Unsupported
 from conformance.subjects.reference import Reference
 from conformance.vectors.container import laid_out, packed, to_json, unpacked
 from moe_ref import RoutingRecord

@@ -21,6 +21,7 @@ from conformance.layer.verdicts import radius_of_experts, sums_ball
 from conformance.router.bounds import (
     ROUNDINGS,
     choice_error,
+    edges,
     score_error,
     score_floor,
     taken_clearly_T,
@@ -234,12 +235,10 @@ def hold_clear(case: RouterCase) -> bool:
     assert choice_TE is not None
     chosen_TE = np.zeros(error_TE.shape, dtype=bool)
     np.put_along_axis(chosen_TE, np.maximum(trace.expert_ids_TK, 0), True, axis=-1)
-    gap_T = np.where(chosen_TE, choice_TE - error_TE, np.inf).min(axis=-1)
-    gap_T = gap_T - np.where(chosen_TE, -np.inf, choice_TE + error_TE).max(axis=-1, initial=-np.inf)
-    level_T = np.where(chosen_TE, choice_TE, np.inf).min(axis=-1)
-    equal_T = level_T == np.where(chosen_TE, -np.inf, choice_TE).max(axis=-1, initial=-np.inf)
+    worst_in_T, best_out_T = edges(chosen_TE, choice_TE - error_TE, choice_TE + error_TE)
+    equal_T = np.equal(*edges(chosen_TE, choice_TE, choice_TE))
     groups_T = layer_bounds.stable_groups_T(case, error_TE, DTYPE)
-    wrong_T = case.valid_T & ~(groups_T & ((gap_T > 0) | equal_T))
+    wrong_T = case.valid_T & ~(groups_T & ((worst_in_T > best_out_T) | equal_T))
     if wrong_T.any():
         raise Unclear("its choice hangs on rounding")
     return bool((equal_T & case.valid_T).any())

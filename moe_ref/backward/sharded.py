@@ -6,7 +6,7 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, R rows o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -167,6 +167,5 @@ def _start_backward(
 
 def _zeros(params: LayerParams, parts: dict | None) -> dict[str, np.ndarray]:
     """Zeros for each parameter, or for a part of it; what has no gradient stays 0, as expert_bias_E does."""
-    values = {field.name: getattr(params, field.name) for field in fields(params)}
-    given = {name: np.zeros_like(value) for name, value in values.items() if value is not None}
+    given = {name: np.zeros_like(value) for name, value in params.by_name().items()}
     return given if parts is None else {name: take(value, parts[name]) for name, value in given.items()}

@@ -43,6 +43,13 @@ def one_of(field: str, value: Any, valid: Collection[str]) -> None:
         raise ValueError(f"{field} is {value!r}, not one of {sorted(valid)}{nearest(value, valid)}")
 
 
+def only(spec: Any, when: str, **values: Any) -> None:
+    """Fields of a spec have the one value that they can have `when`: "with selector 'top_p'"."""
+    for field, value in values.items():
+        found = getattr(spec, field)
+        require(found == value, f"{field} is {found!r}; {when} it is {value!r}")
+
+
 def integer(field: str, value: Any, low: int, high: int | None = None, *, why: str = "") -> None:
     """The value is an int in [low, high]."""
     is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -23,7 +23,7 @@ GLOSSARY: dict[str, tuple[str, tuple[str, ...]]] = {
         "2 (1 without bias)", "2 (1 in deepseek_v2)", "2", "2", "K // L", "2 (1 without bias)", "")),
     "router_dtype": ("what logits, scores and weights are held in", (
         "", "router_dtype", "float32", "float32_gate_logits", "moe-router-dtype", "router_dtype", "")),
-    "score_func": ("softmax, sigmoid, sqrtsoftplus", (
+    "score_func": ("softmax, sigmoid, sqrtsoftplus, relu", (
         "score_func", "scoring_func", "score_func", "routed_score_func",
         "moe-router-score-function", "scoring_func", "routing_method_type")),
     "score_over": ("softmax over all or over the selected", (

@@ -106,13 +106,13 @@ class LayerParams:
                 require(value is not None, f"{name} is None; the spec needs an array of shape {shape}")
                 array(name, value, shape)
 
+    def by_name(self) -> dict[str, Any]:
+        """Field -> value, of the parameters that there are, in the order of the fields."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+
     def astype(self, dtype: DTypeLike) -> "LayerParams":
         """The same parameters in another dtype."""
-        values: dict = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            values[field.name] = None if value is None else np.asarray(value).astype(dtype)
-        return LayerParams(**values)
+        return LayerParams(**{name: np.asarray(value).astype(dtype) for name, value in self.by_name().items()})
 
     def expert(self, expert_id: int) -> FeedForward:
         """The weights of one routed expert."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from moe_ref.specs import names
 from moe_ref.specs.base import Spec, first_difference
-from moe_ref.specs.checks import integer, number, one_of, require
+from moe_ref.specs.checks import integer, number, one_of, only, require
 from moe_ref.specs.readers import hf
 
 SCORE_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus", "relu")
@@ -167,7 +167,6 @@ class RouterSpec(Spec):
             number(field, getattr(self, field), above=0.0)
         for field in ("norm_eps", "route_scale", "output_scale"):
             number(field, getattr(self, field), low=0.0)
-        number("threshold", self.threshold)
         if self.logit_softcap is not None:
             number("logit_softcap", self.logit_softcap, above=0.0)
         require(
@@ -202,11 +201,8 @@ class RouterSpec(Spec):
             f"top_k is {self.top_k}, but the {self.num_limited_groups} kept groups of {self.experts_per_group} "
             f"experts hold {kept}",
         )
-        require(self.num_null_experts == 0, f"num_null_experts is {self.num_null_experts}; with groups it is 0")
-        require(
-            self.selector == "top_k",
-            f"selector is {self.selector!r}; with num_expert_groups it is 'top_k'",
-        )
+        only(self, "with groups", num_null_experts=0)
+        only(self, "with num_expert_groups", selector="top_k")
 
     def _check_quotas(self):
         if self.selector != "group_top_k":
@@ -221,10 +217,7 @@ class RouterSpec(Spec):
                 getattr(self, field) % (self.quota_groups or 1) == 0,
                 f"quota_groups is {self.quota_groups}, which does not divide {field} ({getattr(self, field)})",
             )
-        require(
-            self.num_null_experts == 0,
-            f"num_null_experts is {self.num_null_experts}; with selector 'group_top_k' it is 0",
-        )
+        only(self, "with selector 'group_top_k'", num_null_experts=0)
 
     def _check_taking(self):
         number("take_factor", self.take_factor, above=0.0)
@@ -243,10 +236,7 @@ class RouterSpec(Spec):
         # Kept, since a compiler of any shape (torch.compile with dynamic=True) does not know the digits of a float.
         object.__setattr__(self, "_share", (share.numerator, share.denominator * self.num_experts))
         E = self.num_experts
-        require(
-            self.num_null_experts == 0,
-            f"num_null_experts is {self.num_null_experts}; with selector 'expert_choice' it is 0",
-        )
+        only(self, "with selector 'expert_choice'", num_null_experts=0)
         require(
             self.top_k == E,
             f"top_k is {self.top_k} with selector 'expert_choice'; it is num_experts ({E}), as any of them may take a "
@@ -274,11 +264,8 @@ class RouterSpec(Spec):
             return
         require(self.top_p is not None, "top_p is None; with selector 'top_p' it is a number")
         require((self.top_p or 0) < 1, f"top_p is {self.top_p!r}; it is less than 1, the sum of all scores")
-        for field, only in (("score_func", "softmax"), ("score_over", "all"), ("select_by", "score")):
-            require(
-                getattr(self, field) == only,
-                f"{field} is {getattr(self, field)!r}; with selector 'top_p', a share of probabilities, it is {only!r}",
-            )
+        shares = {"score_func": "softmax", "score_over": "all", "select_by": "score"}
+        only(self, "with selector 'top_p', a share of probabilities,", **shares)
 
     def _check_combinations(self):
         if self.score_over == "selected":
@@ -287,22 +274,35 @@ class RouterSpec(Spec):
                 f"score_over is 'selected' with score_func {self.score_func!r}; only a softmax has a support",
             )
             # Nothing is scored before the selection, so there is nothing else to rank.
-            require(self.select_by == "logit", "score_over is 'selected'; then select_by is 'logit'")
+            require(
+                self.select_by == "logit",
+                f"score_over is 'selected'; then select_by is 'logit', not {self.select_by!r}",
+            )
         if self.selector == "sparsemixer":
-            require(self.select_by == "logit", "selector is 'sparsemixer'; then select_by is 'logit'")
+            require(
+                self.select_by == "logit",
+                f"selector is 'sparsemixer'; then select_by is 'logit', not {self.select_by!r}",
+            )
             require(
                 self.score_func == "softmax",
                 f"selector is 'sparsemixer' with score_func {self.score_func!r}; its weights are banded softmaxes",
             )
-            require(self.score_over == "all", "selector is 'sparsemixer'; then score_over is 'all'")
+            require(
+                self.score_over == "all",
+                f"selector is 'sparsemixer'; then score_over is 'all', not {self.score_over!r}",
+            )
         if self.selector == "sinkhorn":
-            require(self.select_by == "logit", "selector is 'sinkhorn'; then select_by is 'logit'")
+            require(
+                self.select_by == "logit",
+                f"selector is 'sinkhorn'; then select_by is 'logit', not {self.select_by!r}",
+            )
         if self.selector == "round_robin":
             integer("top_k", self.top_k, 1, self.num_experts, why="num_experts; round_robin takes no null expert")
         if self.num_scored_shared_experts:
             require(
                 self.score_func not in ("softmax", "relu"),
-                f"num_scored_shared_experts needs a score_func of one logit alone, above 0: not {self.score_func!r}",
+                f"num_scored_shared_experts is {self.num_scored_shared_experts}; then score_func is of one logit "
+                f"alone, above 0: not {self.score_func!r}",
             )
         for field in ("num_constant_experts", "num_zero_experts"):
             require(

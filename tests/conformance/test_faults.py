@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from conformance.balance.kind import BALANCE
+from conformance.core.capabilities import capabilities
 from conformance.core.check import CHECKS
 from conformance.core.fault import FAULTS, first_killer, killers, patched, replaces
 from conformance.core.judge import Judge, Violation
 from conformance.core.register import REQUIREMENTS, STAGES, of_stage, stage_order
-from conformance.core.subject import Subject, capabilities
+from conformance.core.subject import Subject
 from conformance.core.trial import accuse
 from conformance.router.draw import SPECS, make_case
 from conformance.router.faulty import FaultyRouter, routing_under

@@ -4,8 +4,9 @@ from typing import TypedDict, Unpack
 
 import pytest
 
+from conformance.core.capabilities import named_inputs
 from conformance.core.judge import Judge
-from conformance.core.subject import Subject, named_inputs
+from conformance.core.subject import Subject
 from conformance.core.trial import accuse
 from conformance.run import kinds  # noqa: F401  (its chapters register)
 from conformance.subjects.reference import Reference

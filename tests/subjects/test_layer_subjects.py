@@ -20,7 +20,8 @@ from layer_agreement import (
     tokens,
 )
 
-from conformance.core.subject import Unsupported, capabilities
+from conformance.core.capabilities import capabilities
+from conformance.core.subject import Unsupported
 from moe_ref import LayerSpec, RouterInputs, RouterSpec, moe_layer
 from moe_ref.permute import dispatch, permute
 from moe_ref.specs.families import tiny

@@ -16,7 +16,8 @@ from layer_agreement import (
     tokens,
 )
 
-from conformance.core.subject import Unsupported, capabilities
+from conformance.core.capabilities import capabilities
+from conformance.core.subject import Unsupported
 from moe_ref import ExpertSpec, LayerSpec, RouterSpec, SharedSpec
 from moe_ref.specs.families import FAMILIES, tiny
 

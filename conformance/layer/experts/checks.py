@@ -4,7 +4,7 @@ Legend: N used rows, R rows, those past the counts too, D model dim, E experts.
 """
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -184,11 +184,10 @@ def zero_rows_give_zero_outputs(judge, case):
 @requires("EXP-10", method="experts", after=FORMS)
 def experts_of_any_size_are_exact(judge, case):
     sizes_E = 10.0 ** case.rng().integers(-2, 3, case.spec.router.num_experts)
-    values = {f.name: getattr(case.params, f.name) for f in fields(case.params)}
     scaled = {
         name: float32(value * sizes_E.reshape(-1, *[1] * (value.ndim - 1)))
-        for name, value in values.items()
-        if value is not None and name.startswith(("w_", "b_"))
+        for name, value in case.params.by_name().items()
+        if name.startswith(("w_", "b_"))
     }
     changed = case.with_params(**scaled)
     hold_experts(judge, changed, *rows_of(changed), f"with experts of sizes {sizes_E.tolist()}")

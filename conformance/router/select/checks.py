@@ -28,7 +28,6 @@ from conformance.router.verdicts import (
     unused,
     weights_differ,
 )
-from moe_ref import UNUSED
 
 
 def ungrouped(spec) -> bool:
@@ -230,20 +229,6 @@ def each_group_gives_its_quota(judge, case):
     hold_ids(judge, case, "not the quota of each group")
 
 
-def hold_number(judge, case, title: str) -> None:
-    """As many experts are selected as the reference selects, the best ones, but for near ties."""
-    seen, choice_TE = observe(judge, case), case.reference.scores_for_choice_TE
-    for t in selection_differs(judge, seen):
-        both = (case.reference.expert_ids_TK[t], seen.expert_ids_TK[t])
-        wanted, found = (ids_K[ids_K != UNUSED] for ids_K in both)
-        accuse(
-            title,
-            token=t,
-            expected=f"experts {wanted.tolist()} with choice scores {choice_TE[t, wanted].round(6).tolist()}",
-            received=f"experts {found.tolist()} with choice scores {choice_TE[t, found].round(6).tolist()}",
-        )
-
-
 @requires(
     "SEL-21",
     spec=lambda s: s.selector == "threshold",
@@ -252,7 +237,7 @@ def hold_number(judge, case, title: str) -> None:
     after=("SEL-11",),
 )
 def what_is_above_the_threshold_is_selected(judge, case):
-    hold_number(judge, case, f"not the best choices above {case.spec.threshold:g}")
+    hold_selection(judge, case, f"not the best choices above {case.spec.threshold:g}")
 
 
 @requires(
@@ -263,7 +248,7 @@ def what_is_above_the_threshold_is_selected(judge, case):
     after=("SEL-11",),
 )
 def choices_are_taken_until_their_sum_is_above_top_p(judge, case):
-    hold_number(judge, case, f"not the best choices that reach {case.spec.top_p:g}")
+    hold_selection(judge, case, f"not the best choices that reach {case.spec.top_p:g}")
 
 
 @requires("SEL-23", spec=lambda s: s.varies, logits=MODERATE, bias=("none", "mixed"))

@@ -23,8 +23,8 @@ def takes(spec: RouterSpec) -> bool:
 def hold_numbers(seen: Observation, title: str) -> None:
     """Each expert takes as many tokens as the reference's."""
     case = seen.case
-    wanted_E = taken(case, case.reference.expert_ids_TK).sum(axis=0)
-    found_E = taken(case, seen.expert_ids_TK).sum(axis=0)
+    wanted_E = taken(case.reference.expert_ids_TK, case.spec.num_choices).sum(axis=0)
+    found_E = taken(seen.expert_ids_TK, case.spec.num_choices).sum(axis=0)
     for e in np.flatnonzero(found_E != wanted_E)[:1]:
         accuse(
             title,
@@ -37,8 +37,8 @@ def hold_taken(judge: Judge, case: RouterCase, title: str) -> None:
     """Each expert takes the tokens that rank best for it, near ties forgiven."""
     seen = observe(judge, case)
     for e in not_the_best_E(judge, seen)[:1]:
-        wanted_T = np.flatnonzero(taken(case, case.reference.expert_ids_TK)[:, e]).tolist()
-        found_T = np.flatnonzero(taken(case, seen.expert_ids_TK)[:, e]).tolist()
+        wanted_T = np.flatnonzero(taken(case.reference.expert_ids_TK, case.spec.num_choices)[:, e]).tolist()
+        found_T = np.flatnonzero(taken(seen.expert_ids_TK, case.spec.num_choices)[:, e]).tolist()
         accuse(
             title,
             token=next(iter(sorted(set(found_T) ^ set(wanted_T)))),
@@ -87,7 +87,7 @@ def of_equal_tokens_the_lower_is_taken(judge, case):
     # Equal rows: the scores of the two are equal in any arithmetic.
     case = case.tokens(np.repeat(np.arange(case.num_tokens), 2)[: case.num_tokens])
     seen = observe(judge, case)
-    taken_TE, logits_TE = taken(case, seen.expert_ids_TK), case.logits_TE
+    taken_TE, logits_TE = taken(seen.expert_ids_TK, case.spec.num_choices), case.logits_TE
     twins_T = np.flatnonzero((logits_TE[1:] == logits_TE[:-1]).all(axis=-1))
     for t in twins_T:
         for e in np.flatnonzero(taken_TE[t + 1] & ~taken_TE[t])[:1]:
@@ -106,7 +106,7 @@ def a_token_of_minus_infinity_is_never_taken(judge, case):
     logits_TE[1:, 0] = -np.inf
     case = case.with_logits(logits_TE)
     seen = observe(judge, case)
-    never_TE = taken(case, seen.expert_ids_TK) & np.isneginf(logits_TE[:, : case.spec.num_experts])
+    never_TE = taken(seen.expert_ids_TK, case.spec.num_choices) & np.isneginf(logits_TE[:, : case.spec.num_experts])
     for t, e in np.argwhere(never_TE)[:1]:
         accuse(
             f"expert {e} takes a token of -inf",

@@ -331,8 +331,9 @@ def everything_combines(judge, case):
         wrong = np.flatnonzero((seen.expert_ids_TK != case.reference.expert_ids_TK).any(axis=-1) & case.valid_T)
     elif spec.selector == "expert_choice":
         experts = not_the_best_E(judge, seen)
-        other_TE = taken(case, seen.expert_ids_TK) != taken(case, case.reference.expert_ids_TK)
-        wrong = np.flatnonzero(other_TE[:, experts].any(axis=-1))
+        both = (seen.expert_ids_TK, case.reference.expert_ids_TK)
+        found_TE, wanted_TE = (taken(ids_TK, spec.num_choices) for ids_TK in both)
+        wrong = np.flatnonzero((found_TE != wanted_TE)[:, experts].any(axis=-1))
     for t in wrong:
         accuse(
             "another selection",

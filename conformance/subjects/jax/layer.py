@@ -1,7 +1,7 @@
 """conformance, subject jax: the layer of moe_jax on one device, compiled."""
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Unpack
 
@@ -106,8 +106,7 @@ class JaxLayer(Subject):
         d_x_TD, d_params = _layer_gradients(
             narrow(x_TD), narrow_params(with_bias(params, spec)), narrow(d_output_TD), spec=spec, how=how, **limits
         )
-        given = [field.name for field in fields(LayerParams) if getattr(params, field.name) is not None]
-        return {"x_TD": np.asarray(d_x_TD)} | {name: np.asarray(getattr(d_params, name)) for name in given}
+        return {"x_TD": np.asarray(d_x_TD)} | {name: np.asarray(getattr(d_params, name)) for name in params.by_name()}
 
     def place_slots(self, expert_ids_TK: np.ndarray, replicas: ReplicaSpec) -> np.ndarray:
         """By a table that is data, so that one program serves every placement of as many replicas at most."""

@@ -5,7 +5,7 @@ return `Pieces`: what each device of their process holds. The classes put togeth
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Unpack
 
@@ -168,12 +168,10 @@ class JaxLayouts(Subject):
             np.float32(buffer_fill),
         )
         found: list[dict] = [{"x_TD": d_x_TD} for d_x_TD in d_x_TD.by_rank()]
-        given = [f.name for f in fields(LayerParams) if getattr(params, f.name) is not None]
-        whole = {name: d_params[name].whole_by_rank(layout) for name in given}
+        whole = {name: d_params[name].whole_by_rank(layout) for name in params.by_name()}
         for rank, mine in enumerate(found):
-            blank: dict = {field.name: None for field in fields(LayerParams)}
-            own = unplace(LayerParams(**blank | {name: whole[name][rank] for name in given}), layout)
-            mine |= {name: getattr(own, name) for name in given}
+            own = unplace(LayerParams(**{name: by_rank[rank] for name, by_rank in whole.items()}), layout)
+            mine |= {name: getattr(own, name) for name in whole}
         return found
 
 
@@ -231,8 +229,7 @@ def gradients_on_devices(spec: LayerSpec, layout: ShardLayout, *arrays: Any) -> 
     """Of the tokens, and of each parameter."""
     mesh = mesh_of(layout)
     d_x_TD, d_params = _gradients(spec, layout)(*arrays)
-    by_name = {field.name: getattr(d_params, field.name) for field in fields(LayerParams)}
-    return Pieces.of(d_x_TD, mesh), {n: Pieces.of(array, mesh) for n, array in by_name.items() if array is not None}
+    return Pieces.of(d_x_TD, mesh), {name: Pieces.of(array, mesh) for name, array in d_params.by_name().items()}
 
 
 @lru_cache(maxsize=PROGRAMS)

@@ -5,7 +5,7 @@ which fields of RouterSpec it has under which config name (`free`), and which va
 others are the identity. Checked against maxtext 0.2.5.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from conformance.subjects.fitting import Row, first_that_fits
@@ -96,7 +96,7 @@ def settings_of(spec: LayerSpec, *, expert_bias: bool = False) -> tuple[Block, d
     if spec.latent is not None:
         raise ValueError("latent is given; MaxText's experts see the tokens")
     block = block_of(spec.router, expert_bias=expert_bias)
-    values = {each.name: getattr(spec.router, each.name) for each in fields(spec.router)}
+    values = asdict(spec.router)
     found = block.entries(values) | _experts(spec.experts)
     if spec.experts.alpha != 1:
         if block.name not in ("mixtral", "qwen3_moe"):

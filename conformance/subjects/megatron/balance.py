@@ -32,11 +32,11 @@ LOSSES = {
     "global_aux_loss": ("global_load_balancing_loss", "batch", ("running", "running_mean")),
 }
 """moe_router_load_balancing_type -> its name in the tracker, the unit, and the scopes that it is for."""
-SCORES: dict[str, dict[str, Any]] = {
-    "softmax": {},
-    "sigmoid": {"score_func": "sigmoid", "norm_scores": True, "score_eps": 1e-20},
-    "sqrtsoftplus": {"score_func": "sqrtsoftplus", "norm_scores": True, "score_eps": 1e-20},
-}
+SCORES: tuple[dict[str, Any], ...] = (
+    {"score_func": "softmax"},
+    *({"score_func": name, "norm_scores": True, "score_eps": 1e-20} for name in ("sigmoid", "sqrtsoftplus")),
+)
+"""What its losses score with."""
 MOST_TOKENS = 2**24
 
 
@@ -102,13 +102,10 @@ class MegatronBalance(Subject):
             raise Unsupported("Megatron's losses score as the router does")
         more = {"moe_router_load_balancing_type": kind, "moe_aux_loss_coeff": balance.coeff}
         module = built_router(router, expert_bias=expert_bias_E is not None, more=tuple(more.items()))
-        if expert_bias_E is not None:
-            set_bias(module, expert_bias_E)
+        set_bias(module, expert_bias_E)
         module.reset_global_aux_loss_tracker()
         given_TE, padding_T, losses, pulls = single(logits_TE).requires_grad_(), padding(token_mask_T), [], []
-        for own in slices(tokens_per_shard, len(given_TE)):
-            if own.start == own.stop:
-                raise Unsupported("a micro-batch of Megatron has a token")
+        for own in micro_batches(tokens_per_shard, len(given_TE)):
             lengths = None if balance.per == "batch" else sequence_lengths
             place_SB, mask_SB = batch_of(own, lengths, padding_T)
             tracker().clear()
@@ -157,9 +154,7 @@ class MegatronBalance(Subject):
             raise Unsupported("Megatron's quantile balancing ranks logits")
         set_bias(module, expert_bias_E)
         finalize.reset_model_temporary_tensors(module.config, [module])
-        for own in slices(tokens_per_shard, len(logits_TE)):
-            if own.start == own.stop:
-                raise Unsupported("a micro-batch of Megatron has a token")
+        for own in micro_batches(tokens_per_shard, len(logits_TE)):
             hold_slots(module, own.stop - own.start)
             module.routing(single(logits_TE[own])[:, None])
         finalize._update_router_qb_beta([module], module.config, dp_cp_group=groups_of_one().tp_dp_cp)
@@ -209,12 +204,24 @@ class MegatronBalance(Subject):
 def loss_type(spec: BalanceSpec) -> str | None:
     """Which of its losses a spec is; None: none of them."""
     for kind, (_, per, scopes) in LOSSES.items():
-        for scores in SCORES.values():
+        for scores in SCORES:
             if spec.scope in scopes and spec == BalanceSpec(
                 coeff=spec.coeff, counts="unbiased", per=per, scope=spec.scope, **scores
             ):
                 return kind
     return None
+
+
+def micro_batches(tokens_per_shard: tuple[int, ...] | None, num_tokens: int) -> list[slice]:
+    """The tokens of each forward pass.
+
+    Raises:
+        Unsupported: one has none.
+    """
+    found = slices(tokens_per_shard, num_tokens)
+    if any(own.start == own.stop for own in found):
+        raise Unsupported("a micro-batch of Megatron has a token")
+    return found
 
 
 def tracked(name: str) -> float:

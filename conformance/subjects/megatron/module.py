@@ -1,9 +1,9 @@
 """conformance, subject megatron: its modules TopKRouter and MoELayer, built without a trainer, on a CPU.
 
 megatron-core asks for a GPU in a few places of its MoE layer. What stands in for one is all here (`_Stream`,
-`SUBSTITUTES`): a device that is the CPU, streams that do nothing, split sizes that
-are handed to a collective as NumPy arrays, as they are for tensors of a GPU; and a mean over ranks, which gloo has not.
-`torch.compile` leaves functions as they are.
+`SUBSTITUTES`): a device that is the CPU, streams that do nothing, split sizes that are handed to a collective as NumPy
+arrays, as they are for tensors of a GPU; and a mean over ranks, which gloo has not. `torch.compile` leaves functions as
+they are.
 """
 
 import contextlib

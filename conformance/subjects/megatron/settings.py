@@ -3,7 +3,7 @@
 Rows are those of `fitting`. Checked against megatron-core 0.19.2 without Transformer Engine.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from conformance.subjects.fitting import Row, first_that_fits, inert_fields
@@ -131,11 +131,11 @@ def router_entries(spec: RouterSpec, *, expert_bias: bool = False) -> dict[str, 
     Raises:
         ValueError: Megatron has no such router; a sentence that says why.
     """
-    values = {each.name: getattr(spec, each.name) for each in fields(spec)}
+    values = asdict(spec)
     if spec.route_scale == 0:
         raise ValueError("route_scale is 0, which is no scale in Megatron")
     found = way_of(spec, expert_bias=expert_bias).entries(values)
-    of_quantiles = BALANCING in found and found[BALANCING] == QUANTILES[BALANCING]
+    of_quantiles = found.get(BALANCING) == QUANTILES[BALANCING]
     if of_quantiles and spec.top_k == spec.num_experts:
         raise ValueError("Megatron's quantile balancing looks at the expert after the chosen ones, so that one is left")
     return found | {"moe_router_enable_expert_bias": expert_bias and not of_quantiles}

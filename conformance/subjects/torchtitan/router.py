@@ -6,7 +6,7 @@ It is built from its own Config, without a trainer or a mesh. To route logits, i
 
 import warnings
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
@@ -30,7 +30,7 @@ class TorchtitanRouter(Subject):
     def supports(self, spec: RouterSpec, layout: ShardLayout | None = None) -> str | None:
         if layout is not None:
             return "torchtitan's router has no layout"
-        values = {each.name: getattr(spec, each.name) for each in fields(spec)}
+        values = asdict(spec)
         if not spec.route_norm:
             values |= {"norm_eps": 1e-20, "norm_form": "add_eps", "norm_p": 1.0}
         values |= {} if spec.selector == "sparsemixer" else {"mixer_eps": 0.01}

@@ -116,9 +116,8 @@ class Config:
         """
         value = self.get(name, default)
         value = none if value is None else value
-        key = next((each for each in self.names_of(name)), name)
-        integer(key, value, low)
-        return int(value)  # type: ignore[arg-type]  # as was just checked
+        integer(next(iter(self.names_of(name)), name), value, low)
+        return int(cast(int, value))  # as was just checked
 
     def flag(self, name: str) -> bool:
         """As `get`, for a key that is a bool; a null is False.

@@ -173,9 +173,7 @@ def row_of(values: Fields) -> Row:
     Raises:
         ValueError: it names none, one without experts, or an unknown one.
     """
-    named = values.get("model_type")
-    require(named is None or isinstance(named, str), f"model_type is {named!r}; it is a name")
-    name = _model_type(values)
+    named, name = values.get("model_type"), _model_type(values)
     if name in BY_MODEL_TYPE:
         return BY_MODEL_TYPE[name]
     require(name not in NO_ROUTER, f"no RouterSpec describes the routing of {name}: {NO_ROUTER.get(str(name))}")
@@ -197,7 +195,7 @@ def _has_type(values: Fields) -> bool:
 
 
 def _model_type(values: Fields) -> str | None:
-    """The model type, or what its architecture says where there is none."""
+    """The model type, or what its architecture says where there is none; None too for what is no name."""
     name = values.get("model_type")
     if not isinstance(name, str | None):
         return None
@@ -232,25 +230,14 @@ def _depth(config: Config, row: Row) -> int:
         said = config.get(row.depth, None)
         require(said in (None, depth), f"{row.depth} is {said!r}, but {depth} layers are listed")
         return depth
-    depth = config.get(row.depth)
-    require(
-        isinstance(depth, int) and not isinstance(depth, bool) and depth >= 1,
-        f"{row.depth} is {depth!r}; it is an integer of at least 1",
-    )
-    return depth
+    return config.whole(row.depth, low=1)
 
 
 def _router(config: Config, row: Row, kind: str) -> Fields:
     found = dict(row.fixed)
     for field, key in row.router.items():
         found[field] = config.get(key, field=field)
-    for field in INTEGERS & row.router.keys():
-        value = found[field]
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        require(value is None or whole, f"{config.names[field]} is {value!r}; it is an integer")
-    for field in NUMBERS & row.router.keys():
-        if found[field] is not None:
-            number(config.names[field], found[field])
+    _hold_numbers(config, {field: found[field] for field in row.router if found[field] is not None})
     for field, key in (("route_scale", "scale"), ("output_scale", "scale")):
         if field in row.router:
             value = found[field]
@@ -279,6 +266,15 @@ def _router(config: Config, row: Row, kind: str) -> Fields:
         found = {key: value for key, value in found.items() if key not in ("mask_fill", "num_limited_groups")}
         found.pop("num_expert_groups", None)
     return found
+
+
+def _hold_numbers(config: Config, router: Fields) -> None:
+    """What is to be an integer or a number is one."""
+    for field in INTEGERS & router.keys():
+        whole = isinstance(router[field], int) and not isinstance(router[field], bool)
+        require(whole, f"{config.names[field]} is {router[field]!r}; it is an integer")
+    for field in NUMBERS & router.keys():
+        number(config.names[field], router[field])
 
 
 def _no_groups(config: Config, router: Fields) -> None:

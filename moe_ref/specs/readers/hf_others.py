@@ -7,6 +7,7 @@ the model does is read; one that says something else is an error, never ignored.
 from typing import Any
 
 from moe_ref.specs.checks import require
+from moe_ref.specs.names import METHODS
 from moe_ref.specs.readers.config import ABSENT, Config
 from moe_ref.specs.readers.hf_row import Fields, flagged, listed, prefix, steps, types
 
@@ -32,7 +33,6 @@ SHARED_WIDTH = (
     "share_expert_dim",
 )  # fmt: skip
 WIDTH = ("moe_intermediate_size", "expert_ffn_hidden_size", "expert_hidden_dim", "moe_ffn_hidden_size")
-METHODS = {"noaux_tc", "greedy", "group_limited_greedy"}
 FLAGS = {
     "moe_apply_router_weight_on_input": lambda router: router.get("weight_on", "output") == "input",
     "apply_router_weight_on_input": lambda router: router.get("weight_on", "output") == "input",

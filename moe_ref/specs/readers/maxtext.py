@@ -80,7 +80,10 @@ def read(config: Any, *, ignore: Iterable[str] = ()) -> tuple[Fields, Config]:
     )
     found.only("use_random_routing", (False,))
     found.only("first_num_hash_layers", (0,))
-    found.only("fuse_expert_scales", (False,)) if block != "gemma4" else found.get("fuse_expert_scales")
+    if block == "gemma4":
+        found.get("fuse_expert_scales")
+    else:
+        found.only("fuse_expert_scales", (False,))
     capacity = found.get("capacity_factor")
     require(
         found.get("sparse_matmul") or capacity is None or capacity < 0,
@@ -103,44 +106,59 @@ def read(config: Any, *, ignore: Iterable[str] = ()) -> tuple[Fields, Config]:
 
 
 def _router(config: Config, block: str) -> Fields:
-    score, name = config.get("routed_score_func"), str(config.get("model_name"))
-    groups, limited = config.get("n_routing_groups"), config.get("topk_routing_group")
-    scale, bias, norm = config.get("routed_scaling_factor"), config.get("routed_bias"), config.get("norm_topk_prob")
+    """The fields of RouterSpec besides its sizes."""
+    score, bias, norm = (config.get(key) for key in ("routed_score_func", "routed_bias", "norm_topk_prob"))
+    groups, _ = config.get("n_routing_groups"), config.get("topk_routing_group")
+    scale, _ = config.get("routed_scaling_factor"), config.get("model_name")
     config.names |= {"num_expert_groups": "n_routing_groups", "num_limited_groups": "topk_routing_group",
                      "route_scale": "routed_scaling_factor", "score_func": "routed_score_func"}  # fmt: skip
-    grouped = name.startswith(GROUPED)
-    if block not in OF_DEEPSEEK:
-        require(groups in (-1, None), f"n_routing_groups is {groups!r}; decoder_block {block!r} has no groups")
-        require(scale == 1.0, f"routed_scaling_factor is {scale!r}; decoder_block {block!r} does not read it")
-        require(score in ("", None),
-        f"routed_score_func is {score!r}; with decoder_block {block!r} it would come on top of "
-                                     "the softmax or the sigmoid that this has")  # fmt: skip
+    if block in OF_DEEPSEEK:
+        return _router_of_deepseek(config, block)
+    require(groups in (-1, None), f"n_routing_groups is {groups!r}; decoder_block {block!r} has no groups")
+    require(scale == 1.0, f"routed_scaling_factor is {scale!r}; decoder_block {block!r} does not read it")
+    require(
+        score in ("", None),
+        f"routed_score_func is {score!r}; with decoder_block {block!r} it would come on top of the softmax or the "
+        "sigmoid that this has",
+    )
     if block == "llama4":
         return {"score_func": "sigmoid", "select_by": "logit", "weight_on": "input"}
     if block == "gemma4":
         # norm_topk_prob, then the trained scale of each expert
         return {"select_by": "logit", "route_norm": bool(norm), "learned_scale": "per_expert"}
-    if block not in OF_DEEPSEEK:
-        require(not bias or block == "gpt_oss",
-        f"routed_bias is True; with decoder_block {block!r} it would be part of the "
-                                                "weights, as in no public model")  # fmt: skip
-        return dict(SELECTED)
-    require(score in ("softmax", "sigmoid", "sqrtsoftplus"),
-    f"routed_score_func is {score!r}; decoder_block {block!r} needs "
-                                                             "softmax, sigmoid or sqrtsoftplus")  # fmt: skip
-    require(grouped or not bias,
-    f"routed_bias is True; with model_name {name!r} it is part of the weights, which it is not "
-                                 f"in those that begin with {', '.join(GROUPED)}")  # fmt: skip
-    found: Fields = {"score_func": score, "route_scale": scale}
+    require(
+        not bias or block == "gpt_oss",
+        f"routed_bias is True; with decoder_block {block!r} it would be part of the weights, as in no public model",
+    )
+    return dict(SELECTED)
+
+
+def _router_of_deepseek(config: Config, block: str) -> Fields:
+    """The same of a block that reads routed_score_func; the beginning of model_name says whether it knows groups."""
+    score, name = config.get("routed_score_func"), str(config.get("model_name"))
+    groups, limited = config.get("n_routing_groups"), config.get("topk_routing_group")
+    grouped = name.startswith(GROUPED)
+    require(
+        score in ("softmax", "sigmoid", "sqrtsoftplus"),
+        f"routed_score_func is {score!r}; decoder_block {block!r} needs softmax, sigmoid or sqrtsoftplus",
+    )
+    require(
+        grouped or not config.get("routed_bias"),
+        f"routed_bias is True; with model_name {name!r} it is part of the weights, which it is not in those that begin "
+        f"with {', '.join(GROUPED)}",
+    )
+    found: Fields = {"score_func": score, "route_scale": config.get("routed_scaling_factor")}
     if score != "softmax":
         found |= {"route_norm": True, "norm_eps": 1e-20}
-    if groups not in (-1, None):
-        require(grouped, f"n_routing_groups is {groups!r}; MaxText reads it in models {', '.join(GROUPED)} alone, and "
-                         f"model_name is {name!r}")  # fmt: skip
-        found |= {"num_expert_groups": groups, "num_limited_groups": limited}
-    else:
+    if groups in (-1, None):
         require(limited in (-1, None), f"topk_routing_group is {limited!r}, but n_routing_groups is {groups!r}")
-    return found
+        return found
+    require(
+        grouped,
+        f"n_routing_groups is {groups!r}; MaxText reads it in models {', '.join(GROUPED)} alone, and model_name is "
+        f"{name!r}",
+    )
+    return found | {"num_expert_groups": groups, "num_limited_groups": limited}
 
 
 def _experts(config: Config, block: str) -> Fields:
