@@ -37,12 +37,6 @@ def a_case(spec, seed: int = 0, **choices) -> LayerCase:
     return make_case(spec, CHECK, **({"x": "normal", "bias": "mixed", "tokens": 7, "seed": seed} | choices))
 
 
-class Float64(Reference):
-    """The oracle itself."""
-
-    compute_dtype = expert_dtype = "float64"
-
-
 class Backwards(Reference):
     """The slots of a token summed from the last to the first, and features in another order inside an expert."""
 
@@ -81,7 +75,7 @@ class Bfloat16(Reference):
         return rounded(super().experts(rounded(rows_RD), tokens_per_expert_E, params, spec))
 
 
-HOW = {"seed": 0, "examples": 48}
+HOW = {"seed": 0, "examples": 24}
 
 
 def not_accused(judge: Judge) -> None:
@@ -90,7 +84,7 @@ def not_accused(judge: Judge) -> None:
     assert {name for name in IDS if judge.ledger[name].judged == 0} == set()
 
 
-@pytest.mark.parametrize("subject", [Float64, Backwards, Bfloat16], ids=lambda subject: subject.__name__)
+@pytest.mark.parametrize("subject", [Backwards, Bfloat16], ids=lambda subject: subject.__name__)
 def test_what_is_right_is_not_accused(subject):
     not_accused(Judge(subject()))
 
