@@ -108,3 +108,11 @@ def test_a_mesh_of_explicit_axes_is_a_mesh():
         jax.tree.map(np.testing.assert_array_equal, run(x_TD, PARAMS, explicit), wanted)
         with pytest.raises(ValueError, match="give the layer the mesh that is set"):
             run(tokens(4), PARAMS, mesh)
+
+
+def test_the_output_has_the_dtype_of_the_tokens_also_where_parameters_are_wider():
+    x_TD, layout = jax.ShapeDtypeStruct((2, D), jnp.bfloat16), ShardLayout()
+    sharded = partial(sharded_sparse_matmul, spec=SPEC, layout=layout, mesh=make_mesh(layout))
+    for layer in (partial(sparse_matmul, spec=SPEC), partial(dense_matmul, spec=SPEC), sharded):
+        output = jax.tree.leaves(jax.eval_shape(layer, x_TD, PARAMS))[0]
+        assert (output.shape, output.dtype) == ((2, D), jnp.bfloat16)
