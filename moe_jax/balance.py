@@ -19,9 +19,11 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from moe_jax.arrays import AxisName, wide_dtype
+from moe_jax.explicit import everywhere, in_any_mode
 from moe_ref.specs.balance import BiasUpdateSpec
 
 
+@in_any_mode(everywhere)
 def tokens_per_expert(
     expert_ids_TK: jax.Array, num_experts: int, token_mask_T: jax.Array | None = None, *, axis_name: AxisName = None
 ) -> jax.Array:

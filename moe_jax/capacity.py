@@ -18,6 +18,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from moe_jax.arrays import AxisName
+from moe_jax.explicit import by_token, in_any_mode
 from moe_jax.permute import _stable_order
 from moe_ref.specs.balance import CapacitySpec
 
@@ -37,6 +38,7 @@ class KeptSlots:
     """The place of a kept slot among its expert's in its unit, in drop order; -1 for others."""
 
 
+@in_any_mode(by_token)
 def apply_capacity(
     expert_ids_TK: jax.Array,
     weights_TK: jax.Array,

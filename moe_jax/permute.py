@@ -14,6 +14,8 @@ import jax.export  # jax alone does not import it
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax.explicit import everywhere, in_any_mode
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,7 @@ class RouteMetadata:
         return values_TK.reshape(-1).at[self.slot_of_row_R].get(mode="promise_in_bounds", unique_indices=True)
 
 
+@in_any_mode(everywhere)
 def permute(expert_ids_TK: jax.Array, num_experts: int, *, most_rows: int | None = None) -> RouteMetadata:
     """Rows are sorted by expert id, and stay in the order of the tokens within an expert.
 

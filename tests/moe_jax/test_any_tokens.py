@@ -1,5 +1,6 @@
 """moe_jax, tests of tokens whose number is left open, and of those that lie over explicit axes of a mesh."""
 
+import importlib.util
 from functools import partial
 
 import jax
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from moe_jax.balance import tokens_per_expert
 from moe_jax.dense_matmul import dense_matmul
+from moe_jax.losses import balance_loss
 from moe_jax.parallel import make_mesh, sharded_sparse_matmul
 from moe_jax.sparse_matmul import sparse_matmul
 from moe_ref.specs.align import AlignSpec
-from moe_ref.specs.balance import CapacitySpec
+from moe_ref.specs.balance import BalanceSpec, CapacitySpec
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.params import LayerParams
@@ -46,6 +49,8 @@ def test_a_layer_is_exported_for_every_number_of_tokens():
         wanted_TD, wanted = layer(x_TD, PARAMS)
         np.testing.assert_allclose(output_TD, wanted_TD, **CLOSE)
         np.testing.assert_array_equal(decided.expert_ids_TK, wanted.expert_ids_TK)
+    if importlib.util.find_spec("flatbuffers"):  # which JAX writes programs with
+        program = jax.export.deserialize(program.serialize(vjp_order=1))
     found, expected = (
         jax.jit(jax.grad(lambda x_TD, params, run=run: (run(x_TD, params)[0] ** 2).sum(), argnums=(0, 1)))(
             tokens(5), PARAMS
@@ -82,17 +87,21 @@ def test_tokens_over_explicit_axes_are_the_same_tokens():
         by_expert = jax.tree.map(
             lambda a: jax.sharding.reshard(a, PartitionSpec("data") if a.ndim == 3 else PartitionSpec()), PARAMS
         )
-        run = jax.jit(lambda x, params: (sparse_matmul(x, params, SPEC), jax.grad(loss)(x, params)))
+        run = jax.jit(lambda x, params: (sparse_matmul(x, params, SPEC), jax.grad(loss, has_aux=True)(x, params)))
 
         def loss(x, params):
-            return (sparse_matmul(x, params, SPEC)[0] ** 2).sum()
+            output, decided = sparse_matmul(x, params, SPEC)
+            balance = balance_loss(decided.logits_TE, decided.expert_ids_TK, BalanceSpec.of("switch"))
+            return (output**2).sum() + balance, tokens_per_expert(decided.expert_ids_TK, 4)
 
-        (output_BLD, decided), d_x_BLD = run(x, by_expert)
+        (output_BLD, decided), (d_x_BLD, counts_E) = run(x, by_expert)
+        wanted_d_x_BLD, wanted_counts_E = run(x_BLD, PARAMS)[1]  # nothing is sharded, under the same mesh
     assert jax.typeof(output_BLD).sharding.spec[0] == jax.typeof(decided.weights_TK).sharding.spec[0] == "data"
     np.testing.assert_allclose(output_BLD, wanted_BLD, **CLOSE)
     np.testing.assert_array_equal(decided.expert_ids_TK, wanted.expert_ids_TK)
-    np.testing.assert_allclose(d_x_BLD, jax.jit(jax.grad(loss))(x_BLD, PARAMS), **CLOSE)
-    with pytest.raises(ValueError, match=r"'data'.* of an explicit mesh; call the layer under jax\.set_mesh"):
+    np.testing.assert_allclose(d_x_BLD, wanted_d_x_BLD, **CLOSE)
+    np.testing.assert_array_equal(counts_E, wanted_counts_E)
+    with pytest.raises(ValueError, match=r"'data'.* of an explicit mesh; call sparse_matmul under its jax\.set_mesh"):
         jax.eval_shape(lambda: sparse_matmul(x, PARAMS, SPEC))
 
 
