@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.align import AlignedMetadata, align_rows
-from moe_jax.arrays import take
+from moe_jax.arrays import places_in, take
 from moe_jax.parallel.collectives import ragged_all_to_all, rows_of_all, same_on_ranks, vary
 from moe_jax.permute import RouteMetadata
 from moe_jax.permute import permute as local_permute
@@ -162,9 +162,7 @@ class Blocks(_OfSlots):
         sent_R = (in_block_SC < wanted_SS[me][:, None]).reshape(-1)
         row_SC = jnp.minimum(begins_S[:, None] + in_block_SC, max(T * K - 1, 0))
         # A place without a row reads any slot; it is not read in turn.
-        owner_TK = jnp.clip(
-            jnp.searchsorted(begins_S, home.row_of_slot_TK, side="right").astype(jnp.int32) - 1, 0, S - 1
-        )
+        owner_TK = jnp.clip(places_in(begins_S, home.row_of_slot_TK, side="right") - 1, 0, S - 1)
         block_row_TK = owner_TK * C + home.row_of_slot_TK - begins_S[owner_TK]
         slots = SentMetadata(
             group_sizes_E=home.group_sizes_E,
@@ -209,7 +207,7 @@ class Runs(_OfSlots):
         admitted_SS = ends_SS - begins_SS
         input_offsets_S = _starts(wanted_SS[me])
         row_R = lax.iota(jnp.int32, T * K)
-        owner_R = jnp.clip(jnp.searchsorted(input_offsets_S, row_R, side="right") - 1, 0, S - 1)
+        owner_R = jnp.clip(places_in(input_offsets_S, row_R, side="right") - 1, 0, S - 1)
         sent_R = row_R - input_offsets_S[owner_R] < admitted_SS[me][owner_R]
         slots = SentMetadata(
             group_sizes_E=home.group_sizes_E,
@@ -435,4 +433,4 @@ def _starts(sizes_S):
 
 def _expert_of_row(sizes_E, row_R):
     """The expert that each of these rows belongs to, rows being sorted by expert; E past the last."""
-    return jnp.searchsorted(jnp.cumsum(sizes_E, dtype=jnp.int32), row_R, side="right").astype(jnp.int32)
+    return places_in(jnp.cumsum(sizes_E, dtype=jnp.int32), row_R, side="right")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from moe_jax.arrays import places_in
 from moe_jax.balance import tokens_per_expert
 from moe_jax.dense_matmul import dense_matmul
 from moe_jax.losses import balance_loss
@@ -125,3 +126,25 @@ def test_the_output_has_the_dtype_of_the_tokens_also_where_parameters_are_wider(
     for layer in (partial(sparse_matmul, spec=SPEC), partial(dense_matmul, spec=SPEC), sharded):
         output = jax.tree.leaves(jax.eval_shape(layer, x_TD, PARAMS))[0]
         assert (output.shape, output.dtype) == ((2, D), jnp.bfloat16)
+
+
+def test_a_layer_runs_in_a_shard_map_over_some_axes_of_a_mesh():
+    """As a stage of a pipeline does: the other axes stay the compiler's."""
+    mesh = jax.make_mesh((2, 2), ("stage", "other"), axis_types=(AxisType.Auto,) * 2)
+    by_stage, x_TD = PartitionSpec("stage"), tokens(4)
+
+    def stage(x_TD, params):
+        return sparse_matmul(x_TD, params, SPEC)[0]
+
+    specs = {"in_specs": (by_stage, PartitionSpec()), "out_specs": by_stage, "axis_names": {"stage"}}
+    found_TD = jax.jit(jax.shard_map(stage, mesh=mesh, **specs))(x_TD, PARAMS)
+    np.testing.assert_allclose(found_TD, jax.jit(stage)(x_TD, PARAMS), **CLOSE)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_places_in_sorted_numbers_are_those_of_numpy(side):
+    sought = np.arange(-1, 11, dtype=np.int32)
+    for size in (0, 1, 7):
+        sorted_N = np.sort(np.random.default_rng(size).integers(0, 9, size)).astype(np.int32)
+        wanted = np.searchsorted(sorted_N, sought, side=side)
+        np.testing.assert_array_equal(places_in(sorted_N, sought, side=side), wanted)
