@@ -108,9 +108,10 @@ def _jvp(product: Primitive):
 
     def rule(primals, tangents, **static):
         out = product.bind(*primals, **static)
-        if all(type(tangent) is ad.Zero for tangent in tangents[:2]):
-            return out, ad.Zero.from_primal_value(out)
-        moved = (ad.instantiate_zeros(tangent) for tangent in tangents[:2])
+        moved = [
+            jnp.zeros_like(primal) if type(tangent) is ad.Zero else tangent
+            for primal, tangent in zip(primals[:2], tangents[:2], strict=True)
+        ]
         return out, product.bind(*moved, *primals[2:], **static)
 
     return rule
