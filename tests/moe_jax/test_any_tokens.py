@@ -102,7 +102,7 @@ def test_tokens_over_explicit_axes_are_the_same_tokens():
     np.testing.assert_array_equal(decided.expert_ids_TK, wanted.expert_ids_TK)
     np.testing.assert_allclose(d_x_BLD, wanted_d_x_BLD, **CLOSE)
     np.testing.assert_array_equal(counts_E, wanted_counts_E)
-    with pytest.raises(ValueError, match=r"'data'.* of an explicit mesh; call sparse_matmul under its jax\.set_mesh"):
+    with pytest.raises(ValueError, match=r"'data'.* of an explicit mesh; call sparse_matmul under jax\.set_mesh"):
         jax.eval_shape(lambda: sparse_matmul(x, PARAMS, SPEC))
 
 
