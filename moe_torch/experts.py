@@ -333,7 +333,7 @@ def expert_loop_backward(
             if train:
                 _add_product(d_w3[e], d_up_RF, rows_RD, d_b3[e], keep_sum)
         d_x_TD.index_add_(0, tokens_R, d_x_RD.to(wide))
-    return d_x_TD.to(x_TD.dtype), d_weights_N.view(-1, top_k), *grads
+    return d_x_TD.to(x_TD.dtype), d_weights_N.view(-1, top_k), *grads  # type: ignore[return-value]  # of six
 
 
 def _add_product(d_w_OI: Tensor, d_out_RO: Tensor, rows_RI: Tensor, d_b_O: Tensor | None, keep_sum: int) -> None:

@@ -107,7 +107,7 @@ def expert_tiles_backward(
     trained = (w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF)
     if x_TD.numel() == 0:
         grads = [x_TD.new_zeros(w.shape) if w is not None and train else x_TD.new_empty(0) for w in trained]
-        return torch.empty_like(x_TD), _weights_like(x_TD, weights_TK, top_k), *grads
+        return torch.empty_like(x_TD), _weights_like(x_TD, weights_TK, top_k), *grads  # type: ignore[return-value]  # of six
     p = _pass(
         launch, x_TD, order_R, counts_E, top_k, w1_EFD, (name, alpha, up_offset, clamp, clamp_at, beta, linear_beta)
     )
@@ -116,7 +116,7 @@ def expert_tiles_backward(
         p, d_out_TD.contiguous(), gate_RF, None if w3_EFD is None else up_RF, _dense(weights_TK), weights, train
     )
     d_weights_TK = _weights_like(x_TD, weights_TK, top_k) if d_weights_R is None else d_weights_R.view(-1, top_k)
-    return d_x_TD, d_weights_TK, *(x_TD.new_empty(0) if grad is None else grad for grad in found)
+    return d_x_TD, d_weights_TK, *(x_TD.new_empty(0) if grad is None else grad for grad in found)  # type: ignore[return-value]  # of six
 
 
 @expert_tiles_backward.register_fake
