@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax.arrays import column, take
+from moe_jax.arrays import column, places_in, take
 from moe_jax.permute import RouteMetadata
 from moe_ref.specs.align import AlignSpec
 from moe_ref.specs.ids import UNUSED
@@ -61,7 +61,7 @@ def align_rows(metadata: RouteMetadata, spec: AlignSpec) -> AlignedMetadata:
         slot_of_row_A, row_of_slot_TK = jnp.full(A, UNUSED, jnp.int32), metadata.row_of_slot_TK
     else:
         row_A = lax.iota(jnp.int32, A)
-        expert_A = jnp.minimum(jnp.searchsorted(aligned_ends_E, row_A, side="right"), E - 1)
+        expert_A = jnp.minimum(places_in(aligned_ends_E, row_A, side="right"), E - 1)
         place_A = row_A - take(aligned_starts_E, expert_A)
         is_slot_A = place_A < take(counts_E, expert_A)
         row_of_own_A = jnp.where(is_slot_A, take(starts_E, expert_A) + place_A, 0)

@@ -20,6 +20,26 @@ def take(values: jax.Array, places: jax.Array) -> jax.Array:
     return jnp.asarray(values).at[places].get(mode="promise_in_bounds")
 
 
+def places_in(sorted_N: jax.Array, values: jax.Array, *, side: str) -> jax.Array:
+    """int32, how many of the sorted numbers are below each value ("left"), or at most it ("right").
+
+    `jnp.searchsorted`, which fails in a shard_map over some axes of a mesh (jax 0.10.2), and for a length left open.
+    """
+    sorted_N, values = vary_alike(jnp.asarray(sorted_N), jnp.asarray(values))
+    N = sorted_N.shape[0]
+
+    def halve(_, ends):
+        low, high = ends
+        middle = (low + high) // 2
+        pivots = take(sorted_N, jnp.minimum(middle, N - 1))
+        is_past = (low < high) & (pivots < values if side == "left" else pivots <= values)
+        return jnp.where(is_past, middle + 1, low), jnp.where(is_past, high, middle)
+
+    none = jnp.zeros_like(values, dtype=jnp.int32)
+    steps = N.bit_length() if isinstance(N, int) else 31
+    return lax.fori_loop(0, steps, halve, (none, none + N))[0]
+
+
 def column(values_T: jax.Array, ndim: int) -> jax.Array:
     """The values along the first of ndim axes."""
     return values_T.reshape(-1, *[1] * (ndim - 1))

@@ -18,10 +18,12 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from moe_jax.arrays import AxisName, wide_dtype
+from moe_jax.arrays import AxisName, places_in, wide_dtype
+from moe_jax.explicit import everywhere, in_any_mode
 from moe_ref.specs.balance import BiasUpdateSpec
 
 
+@in_any_mode(everywhere)
 def tokens_per_expert(
     expert_ids_TK: jax.Array, num_experts: int, token_mask_T: jax.Array | None = None, *, axis_name: AxisName = None
 ) -> jax.Array:
@@ -45,7 +47,7 @@ def tokens_per_expert(
 def count(keys_N: jax.Array, num_keys: int) -> jax.Array:
     """How often each key in [0, num_keys) occurs."""
     # A sort and a search: XLA for CPU adds one entry at a time into a histogram, and for GPU in no fixed order.
-    edges = jnp.searchsorted(jnp.sort(keys_N), jnp.arange(num_keys + 1, dtype=jnp.int32), side="left")
+    edges = places_in(jnp.sort(keys_N), jnp.arange(num_keys + 1, dtype=jnp.int32), side="left")
     return jnp.diff(edges).astype(jnp.int32)
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from moe_jax.arrays import AxisName
+from moe_jax.arrays import AxisName, places_in
+from moe_jax.explicit import by_token, in_any_mode
 from moe_jax.permute import _stable_order
 from moe_ref.specs.balance import CapacitySpec
 
@@ -37,6 +38,7 @@ class KeptSlots:
     """The place of a kept slot among its expert's in its unit, in drop order; -1 for others."""
 
 
+@in_any_mode(by_token)
 def apply_capacity(
     expert_ids_TK: jax.Array,
     weights_TK: jax.Array,
@@ -189,7 +191,7 @@ def _places(keys_N, bound: int) -> jax.Array:
     N = keys_N.size
     order_N = _stable_order(keys_N, bound + 1)
     sorted_N = keys_N[order_N]
-    starts = jnp.searchsorted(sorted_N, jnp.arange(bound + 1, dtype=keys_N.dtype), side="left").astype(jnp.int32)
+    starts = places_in(sorted_N, jnp.arange(bound + 1, dtype=keys_N.dtype), side="left")
     places_N = lax.iota(jnp.int32, N) - starts[sorted_N]
     return jnp.zeros_like(places_N).at[order_N].set(places_N, unique_indices=True)
 

@@ -15,7 +15,7 @@ from moe_jax import routing
 from moe_jax.arrays import AxisName
 from moe_jax.capacity import most_slots, slot_places
 from moe_jax.experts import hide, join, keep_tokens, null_output
-from moe_jax.explicit import in_any_mode
+from moe_jax.explicit import in_any_mode, output_and_choice
 from moe_jax.latent import compress, expand
 from moe_jax.sparse_matmul import RouteOutput, limit, route_tokens
 from moe_jax.tokens import check_open, flat, flat_tokens, like_tokens, sequences_of
@@ -25,7 +25,7 @@ from moe_ref.specs.layer import LayerSpec
 from moe_ref.specs.params import LayerParams
 
 
-@in_any_mode
+@in_any_mode(output_and_choice)
 def dense_matmul(
     x: jax.Array,
     params: LayerParams,

@@ -23,6 +23,7 @@ from jax.typing import ArrayLike, DTypeLike
 from moe_jax import blocked, ragged
 from moe_jax.arrays import array_like, vary_alike
 from moe_jax.choice import WAYS, Chosen, chosen, computed_in, named, say_once
+from moe_jax.explicit import by_token, in_any_mode
 
 IMPLEMENTATIONS = ("auto", *WAYS)
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -35,6 +36,7 @@ class Options(NamedTuple):
     implementation: str
 
 
+@in_any_mode(by_token)
 def grouped_matmul(
     rows_RD: ArrayLike,
     kernel_EDF: ArrayLike,

@@ -15,6 +15,7 @@ from jax import lax
 
 from moe_jax.arrays import AxisName, wide_dtype
 from moe_jax.balance import count, sum_over
+from moe_jax.explicit import everywhere, in_any_mode
 from moe_jax.routing import SMALL_LOGIT, score, softmax, top_k
 from moe_ref.specs.balance import RUNNING_SCOPES, BalanceSpec
 from moe_ref.specs.router import RouterSpec
@@ -72,6 +73,7 @@ def balance_loss(
     return loss_of_sums(sums, spec, earlier=earlier, num_earlier=num_earlier, axis_name=axis_name)
 
 
+@in_any_mode(everywhere)
 def balance_sums(
     logits_TE: jax.Array,
     expert_ids_TK: jax.Array,

@@ -14,6 +14,9 @@ import jax.export  # jax alone does not import it
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax.arrays import places_in
+from moe_jax.explicit import everywhere, in_any_mode
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,7 @@ class RouteMetadata:
     def expert_of_row_R(self) -> jax.Array:
         """(R,) int32; E for rows of the tail."""
         ends_E = jnp.cumsum(self.group_sizes_E, dtype=jnp.int32)
-        return jnp.searchsorted(ends_E, lax.iota(jnp.int32, self.slot_of_row_R.size), side="right").astype(jnp.int32)
+        return places_in(ends_E, lax.iota(jnp.int32, self.slot_of_row_R.size), side="right")
 
     def blank(self, rows_R: jax.Array) -> jax.Array:
         """The rows as they are: each is a slot's."""
@@ -57,6 +60,7 @@ class RouteMetadata:
         return values_TK.reshape(-1).at[self.slot_of_row_R].get(mode="promise_in_bounds", unique_indices=True)
 
 
+@in_any_mode(everywhere)
 def permute(expert_ids_TK: jax.Array, num_experts: int, *, most_rows: int | None = None) -> RouteMetadata:
     """Rows are sorted by expert id, and stay in the order of the tokens within an expert.
 
@@ -77,13 +81,9 @@ def permute(expert_ids_TK: jax.Array, num_experts: int, *, most_rows: int | None
     row_of_slot_R = inverse(slot_of_row_R)
     if most_rows is not None and most_rows + 1 < R:
         slot_of_row_R, row_of_slot_R = slot_of_row_R[: most_rows + 1], jnp.minimum(row_of_slot_R, most_rows)
-    if jax.export.is_symbolic_dim(R):  # in an array of such a length JAX does not search
-        group_sizes_E = jnp.zeros(E + 1, jnp.int32).at[expert_of_slot_R].add(1)[:E]
-    else:
-        ends_E = jnp.searchsorted(expert_of_slot_R[slot_of_row_R], jnp.arange(E), side="right").astype(jnp.int32)
-        group_sizes_E = jnp.diff(ends_E, prepend=jnp.int32(0))
+    ends_E = places_in(expert_of_slot_R[slot_of_row_R], jnp.arange(E), side="right")
     return RouteMetadata(
-        group_sizes_E=group_sizes_E,
+        group_sizes_E=jnp.diff(ends_E, prepend=jnp.int32(0)),
         slot_of_row_R=slot_of_row_R,
         row_of_slot_TK=row_of_slot_R.reshape(expert_ids_TK.shape),
     )

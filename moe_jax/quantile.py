@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from moe_jax.arrays import AxisName, wide_dtype
 from moe_jax.balance import sum_over
+from moe_jax.explicit import everywhere, in_any_mode
 from moe_jax.routing import scale_logits, score
 from moe_jax.top_k import top_k as largest
 from moe_ref.specs.quantile import QuantileSpec
@@ -42,6 +43,7 @@ def ranked(logits_TE: jax.Array, router: RouterSpec) -> jax.Array:
     return scaled_TE if router.select_by == "logit" else score(scaled_TE, router)
 
 
+@in_any_mode(everywhere)
 def total_of(
     logits_TE: jax.Array,
     router: RouterSpec,
@@ -110,6 +112,7 @@ def bias_of_total(total: jax.Array, update: QuantileSpec, expert_bias_E: jax.Arr
     return jnp.where(number > 0, _mixed(found_E, update, before_E), before_E).astype(bias_E.dtype)
 
 
+@in_any_mode(everywhere)
 def quantile_bias(
     logits_TE: jax.Array,
     router: RouterSpec,

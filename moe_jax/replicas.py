@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.arrays import places_in
 from moe_ref.specs.params import LayerParams
 from moe_ref.specs.replicas import ReplicaSpec
 
@@ -41,7 +42,7 @@ def place_by_table(
         # A stable sort has the slots of an expert side by side, in their order.
         order_S = jnp.argsort(ids_S, stable=True)
         sorted_S = ids_S[order_S]
-        turn_S = number_S - jnp.searchsorted(sorted_S, sorted_S, side="left").astype(ids_S.dtype)
+        turn_S = number_S - places_in(sorted_S, sorted_S, side="left").astype(ids_S.dtype)
         number_S = jnp.zeros_like(ids_S).at[order_S].set(turn_S)
     expert_S = jnp.clip(ids_S, 0, E - 1)
     place_S = table_ER[expert_S, number_S % counts_E[expert_S]].astype(ids_S.dtype)

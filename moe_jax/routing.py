@@ -14,6 +14,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from moe_jax.arrays import wide_dtype
+from moe_jax.explicit import by_token, in_any_mode
+from moe_jax.pytrees import tree_of_arrays
 from moe_jax.rounding import dtype_of_router, round_to
 from moe_jax.sinkhorn import sinkhorn
 from moe_jax.taking import take_tokens
@@ -27,7 +29,7 @@ SMALL_LOGIT = -40.0
 """Below it, log(1 + exp(z)) is exp(z) to the last bit of float64."""
 
 
-@jax.tree_util.register_dataclass
+@tree_of_arrays
 @dataclass(frozen=True, kw_only=True)
 class RoutingTrace:
     """What `route` computes; None where a spec has no such stage.
@@ -76,6 +78,7 @@ def gate(
     return logits_TE + _array("gate_bias_E", gate_bias_E, (gate_ED.shape[0],), "float").astype(dtype)[None]
 
 
+@in_any_mode(by_token)
 def route(
     logits_TE: jax.Array,
     spec: RouterSpec,

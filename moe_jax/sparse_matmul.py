@@ -24,11 +24,12 @@ from moe_jax.align import align_rows
 from moe_jax.arrays import AxisName
 from moe_jax.capacity import apply_capacity
 from moe_jax.experts import hide, join, keep_tokens, null_output
-from moe_jax.explicit import in_any_mode
+from moe_jax.explicit import in_any_mode, output_and_choice
 from moe_jax.grouped_matmul import grouped_matmul
 from moe_jax.invariant import of_each_token
 from moe_jax.latent import compress, expand
 from moe_jax.permute import RouteMetadata, permute
+from moe_jax.pytrees import tree_of_arrays
 from moe_jax.rows import dispatch, unpermute
 from moe_jax.tokens import check_open, flat, flat_tokens, like_tokens, sequences_of
 from moe_ref.specs.align import AlignSpec
@@ -40,7 +41,7 @@ from moe_ref.specs.params import LayerParams
 from moe_ref.specs.router import RouterSpec
 
 
-@jax.tree_util.register_dataclass
+@tree_of_arrays
 @dataclass(frozen=True, kw_only=True)
 class RouteOutput:
     """What the router decided for each token."""
@@ -58,7 +59,7 @@ class RouteOutput:
     """The choice before a capacity dropped slots: what counts and losses are of."""
 
 
-@in_any_mode
+@in_any_mode(output_and_choice)
 def sparse_matmul(
     x: jax.Array,
     params: LayerParams,

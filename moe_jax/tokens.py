@@ -83,5 +83,5 @@ def sequences_of(x: jax.Array, sequence_of_T: jax.Array | None, num_sequences: i
 
 
 def like_tokens(output_TD: jax.Array, x: jax.Array) -> jax.Array:
-    """The output in the shape of the tokens."""
-    return output_TD if jnp.ndim(x) == 2 else output_TD.reshape(jnp.shape(x))
+    """The output in the shape and the dtype of the tokens, also where parameters are wider."""
+    return (output_TD if jnp.ndim(x) == 2 else output_TD.reshape(jnp.shape(x))).astype(jnp.result_type(x))

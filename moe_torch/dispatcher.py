@@ -231,7 +231,8 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         (order_N,) = ctx.saved_tensors
-        return grads[0].flatten(0, 1).index_select(0, order_N), None, None, None
+        # reshape, not flatten: vmap over a gradient (`is_grads_batched`) has no rule for that.
+        return grads[0].reshape(-1, grads[0].shape[2]).index_select(0, order_N), None, None, None
 
 
 class _DispatchAligned(torch.autograd.Function):
@@ -258,7 +259,7 @@ class _UnpermuteAligned(torch.autograd.Function):
         (slot_of_row_A,) = ctx.saved_tensors
         if not grads[0].numel():
             return grads[0].new_zeros(len(slot_of_row_A), grads[0].shape[2]), None, None, None
-        return _rows_of(grads[0].flatten(0, 1), slot_of_row_A, 1), None, None, None
+        return _rows_of(grads[0].reshape(-1, grads[0].shape[2]), slot_of_row_A, 1), None, None, None
 
 
 def _rows_of(values: Tensor, slot_of_row_A: Tensor, slots_of_value: int) -> Tensor:

@@ -19,7 +19,7 @@ from moe_ref.specs.layer import ExpertSpec
 from moe_torch.activation import Activation, hide, hide_backward
 from moe_torch.dispatcher import LocalTokenDispatcher, Permutation, weighted_sum
 from moe_torch.kernels.choice import for_experts, say_once
-from moe_torch.kernels.expert_ops import expert_tiles, expert_tiles_backward
+from moe_torch.kernels.expert_ops import EightGradients, expert_tiles, expert_tiles_backward
 from moe_torch.modes import transformed
 from moe_torch.parts import OverRanks
 from moe_torch.transforms import differentiable_gradients, sum_of_slots
@@ -283,7 +283,7 @@ def expert_loop_backward(
     beta: float,
     linear_beta: float | None,
     train: bool,
-) -> list[Tensor]:
+) -> EightGradients:
     """Gradients of x_TD, weights_TK, w1, w2, w3, b1, b2 and b3; one that does not exist has no rows.
 
     An expert without rows gets exactly 0. The output of a row is not needed: weight * w2(h) = w2(weight * h).
@@ -333,7 +333,7 @@ def expert_loop_backward(
             if train:
                 _add_product(d_w3[e], d_up_RF, rows_RD, d_b3[e], keep_sum)
         d_x_TD.index_add_(0, tokens_R, d_x_RD.to(wide))
-    return [d_x_TD.to(x_TD.dtype), d_weights_N.view(-1, top_k), *grads]
+    return d_x_TD.to(x_TD.dtype), d_weights_N.view(-1, top_k), *grads  # type: ignore[return-value]  # of six
 
 
 def _add_product(d_w_OI: Tensor, d_out_RO: Tensor, rows_RI: Tensor, d_b_O: Tensor | None, keep_sum: int) -> None:
@@ -349,7 +349,7 @@ def _(d_out_TD, gate_NF, up_NF, x_TD, order_N, counts_E, weights_TK, top_k, *wei
     wide = torch.promote_types(x_TD.dtype, torch.float32)
     d_weights_TK = x_TD.new_empty(0 if weights_TK is None else weights_TK.shape[0], top_k, dtype=wide)
     grads = (torch.empty_like(w) if w is not None and train else x_TD.new_empty(0) for w in trained)
-    return [torch.empty_like(x_TD), d_weights_TK, *grads]
+    return torch.empty_like(x_TD), d_weights_TK, *grads
 
 
 # Both operators have the same arguments, and so the same gradient but for what computes it.
@@ -375,5 +375,16 @@ def _gradients(backward, ctx, d_out_TD: Tensor, _gate, _up):
     return d_x_TD, None, None, d_weights_TK, None, *d_experts, *(None,) * (len(act) + 1)
 
 
+def _one_by_one(operator, info, in_dims, *arguments):
+    """torch.vmap over gradients of the output, as of a Jacobian: one after the other."""
+    found = [
+        operator(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    stacked = tuple(torch.stack(of_all) for of_all in zip(*found, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
 for operator, its_backward in ((expert_loop, expert_loop_backward), (expert_tiles, expert_tiles_backward)):
     operator.register_autograd(partial(_gradients, its_backward), setup_context=_keep_for_backward)
+    its_backward.register_vmap(partial(_one_by_one, its_backward))

@@ -202,7 +202,12 @@ class MoE(nn.Module):
         sequence_lengths: Sequence[int] | None = None,
         router_spec: RouterSpec | None = None,
     ) -> tuple[Tensor, Routing]:
-        """The output, and what the router decided, for losses, counts and records; arguments as in `forward`."""
+        """The output, and what the router decided, for losses, counts and records; arguments as in `forward`.
+
+        Raises:
+            ValueError: x is not floats of the spec's width, or token_mask not a bool for each token.
+        """
+        _check(x, token_mask, self.spec.experts.dim)
         if self.batch_invariant:
             return self._each_alone(x, token_mask, inputs, router_spec)
         return self._of_batch(x, token_mask, inputs, sequence_lengths, router_spec)
@@ -355,6 +360,18 @@ class MoE(nn.Module):
         _copy(shared.w2.weight, _turned(params.shared_w_down_SFD.reshape(-1, self.spec.experts.dim)))
         _copy(None if shared.w3 is None else shared.w3.weight, _turned(params.shared_w_up_SDF))
         _copy(None if shared.token_gate is None else shared.token_gate.weight, params.shared_token_gate_D)
+
+
+def _check(x: Tensor, token_mask: Tensor | None, D: int) -> None:
+    if x.ndim == 0 or x.shape[-1] != D or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}{list(x.shape)}; it is floats of shape (..., {D})")
+    if token_mask is None:
+        return
+    lead = x.shape[:-1]
+    is_of_tokens = token_mask.shape == lead or (token_mask.ndim == 1 and token_mask.numel() == lead.numel())
+    if token_mask.dtype != torch.bool or not is_of_tokens:
+        # A mask of one token would be broadcast to all.
+        raise ValueError(f"token_mask is {token_mask.dtype}{list(token_mask.shape)}; it is bools of {list(lead)}")
 
 
 def _forget_counts(moe: nn.Module, _keys: Any) -> None:

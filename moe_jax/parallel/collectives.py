@@ -1,18 +1,23 @@
-"""moe_jax, collectives: the ragged all-to-all, on every platform. To be called inside shard_map.
+"""moe_jax, collectives: the ragged all-to-all, on every platform, and a gather by it. To be called inside shard_map.
 
-Legend: N rows to send, M rows of the output, S ranks of the axis, C rows of a block.
+Both move rows and change none: they are primitives of JAX, linear in rows, each with another move as its transpose, so
+that their derivatives of any order and mode are such moves too.
+
+Legend: N rows to send, M rows of the output, S ranks of the axis, C rows of a block; of the gather R rows here, N in
+all, D their width.
 """
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import ad, batching, mlir
 
-from moe_jax.arrays import column, take
+from moe_jax.arrays import array_like, column, take
 
 
 def ragged_all_to_all(
@@ -28,7 +33,8 @@ def ragged_all_to_all(
     """Each rank sends a run of rows to each rank; rows of `output` that nobody sent keep what they hold.
 
     `jax.lax.ragged_all_to_all` where the platform has it. XLA has none for CPU (jax-ml/jax#34755): there it is an
-    all_to_all of blocks. Differentiable in reverse mode, once; the runs that a rank sends do not overlap.
+    all_to_all of blocks. Differentiable any number of times, forward and in reverse; the runs that a rank sends do not
+    overlap.
 
     Args:
         operand: (N, ...) rows to send.
@@ -50,35 +56,113 @@ def ragged_all_to_all(
         return vary(output, axes)
     sizes = (input_offsets_S, send_sizes_S, output_offsets_S, recv_sizes_S)
     varying = (vary(array, axes) for array in (operand, output, *(size.astype(jnp.int32) for size in sizes)))
-    return _ragged_all_to_all(axis_name, *varying)
+    return ragged_p.bind(*varying, axis_name=axis_name)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ragged_all_to_all(axis_name: str, *arrays):
-    return _on_platform(partial(_in_blocks, axis_name), partial(_native, axis_name), *arrays)
+def rows_of_all(rows_RD: jax.Array, output_ND: jax.Array, sizes_S: jax.Array, *, axis_name: str) -> jax.Array:
+    """Every rank gets the first sizes_S[s] rows of each rank s, one rank after the other; the same on all of them.
+
+    A ragged all-gather. The gradient of a row is in that of the result, which every rank has: nothing is sent for it.
+
+    Args:
+        rows_RD: (R, D) rows of this rank.
+        output_ND: (N, D), what the result holds past those rows; it has no gradient.
+        sizes_S: (S,) int32, the same on all ranks.
+
+    Returns:
+        (N, D) rows, which do not vary over the axis.
+    """
+    axes = jax.typeof(rows_RD).mat.varying | jax.typeof(output_ND).mat.varying | {axis_name}
+    if len(rows_RD) == 0 or len(output_ND) == 0:
+        return same_on_ranks(vary(output_ND, axes), axis_name)
+    arrays = (rows_RD, lax.stop_gradient(output_ND), sizes_S.astype(jnp.int32))
+    return gather_p.bind(*(vary(array, axes) for array in arrays), axis_name=axis_name)
 
 
-def _forward(axis_name: str, operand, output, *sizes):
-    return _ragged_all_to_all(axis_name, operand, output, *sizes), (operand, sizes)
+# the two as primitives, linear in the rows that are sent and in those that lie there
 
 
-def _backward(axis_name: str, residuals, d_result):
+ragged_p, gather_p = Primitive("ragged_all_to_all_of_rows"), Primitive("rows_of_all_ranks")
+
+
+@ragged_p.def_abstract_eval
+def _(operand, output, *_: Any, axis_name: str):
+    return array_like(output, output.shape, output.dtype)
+
+
+@gather_p.def_abstract_eval
+def _(rows_RD, output_ND, _, *, axis_name: str):
+    return _unvaried(array_like(output_ND, output_ND.shape, output_ND.dtype), axis_name)
+
+
+def _gather(axis_name: str, rows_RD, output_ND, sizes_S):
+    """Each rank sends the same run to all."""
+    me, begins_S = lax.axis_index(axis_name), jnp.cumsum(sizes_S, dtype=jnp.int32) - sizes_S
+    none_S = jnp.zeros_like(sizes_S)
+    sent = (none_S, none_S + sizes_S[me], none_S + begins_S[me], sizes_S)
+    return same_on_ranks(ragged_p.bind(rows_RD, output_ND, *sent, axis_name=axis_name), axis_name)
+
+
+def _jvp(product: Primitive):
+    """Rows that were sent, and rows that lay there, move as their numbers do."""
+
+    def rule(primals, tangents, **static):
+        out = product.bind(*primals, **static)
+        moved = [
+            jnp.zeros_like(primal) if type(tangent) is ad.Zero else tangent
+            for primal, tangent in zip(primals[:2], tangents[:2], strict=True)
+        ]
+        return out, product.bind(*moved, *primals[2:], **static)
+
+    return rule
+
+
+def _ragged_transpose(d_result, operand, output, input_offsets_S, send_sizes_S, output_offsets_S, recv_sizes_S, *,
+                      axis_name: str):  # fmt: skip
     """What was received goes back to where it came from; what was not sent has gradient 0."""
-    operand, (input_offsets_S, send_sizes_S, output_offsets_S, recv_sizes_S) = residuals
-    begins_S, back_to_S = _begins(axis_name, output_offsets_S), _begins(axis_name, input_offsets_S)
-    d_operand = _ragged_all_to_all(
-        axis_name, d_result, jnp.zeros_like(operand), begins_S, recv_sizes_S, back_to_S, send_sizes_S
-    )
-    _, received_M = _source_of_row(begins_S, recv_sizes_S, len(d_result))
-    return d_operand, jnp.where(column(received_M, d_result.ndim), 0, d_result), None, None, None, None
+    d_operand = d_output = None
+    if type(d_result) is not ad.Zero:
+        begins_S, back_to_S = _begins(axis_name, output_offsets_S), _begins(axis_name, input_offsets_S)
+        if ad.is_undefined_primal(operand):
+            there = vary(jnp.zeros(operand.aval.shape, d_result.dtype), jax.typeof(d_result).mat.varying)
+            d_operand = ragged_p.bind(
+                d_result, there, begins_S, recv_sizes_S, back_to_S, send_sizes_S, axis_name=axis_name
+            )
+        if ad.is_undefined_primal(output):
+            _, received_M = _source_of_row(begins_S, recv_sizes_S, len(d_result))
+            d_output = jnp.where(column(received_M, d_result.ndim), 0, d_result)
+    return d_operand, d_output, None, None, None, None
 
 
-_ragged_all_to_all.defvjp(_forward, _backward)
+def _gather_transpose(d_result_ND, rows_RD, output_ND, sizes_S, *, axis_name: str):
+    """A rank reads the part that its own rows are in."""
+    if type(d_result_ND) is ad.Zero:
+        return None, None, None
+    assert not ad.is_undefined_primal(output_ND)
+    me, row_R = lax.axis_index(axis_name), lax.iota(jnp.int32, rows_RD.aval.shape[0])
+    place_R = jnp.cumsum(sizes_S, dtype=jnp.int32)[me] - sizes_S[me] + row_R
+    found_RD = take(vary(d_result_ND, {axis_name}), jnp.minimum(place_R, len(d_result_ND) - 1))
+    return jnp.where(column(row_R < sizes_S[me], found_RD.ndim), found_RD, 0), None, None
 
 
-def _on_platform(in_blocks: Callable, native: Callable, *arrays):
-    """The one place where a platform is told from another, at lowering time."""
-    return lax.platform_dependent(*arrays, cpu=in_blocks, default=native)
+def _one_by_one(product: Primitive):
+    """The examples of vmap, one after the other."""
+
+    def rule(arrays, axes, **static):
+        size = next(a.shape[axis] for a, axis in zip(arrays, axes, strict=True) if axis is not None)
+        moved = [a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in zip(arrays, axes, strict=True)]
+        found = [
+            product.bind(*(a if axis is None else a[i] for a, axis in zip(moved, axes, strict=True)), **static)
+            for i in range(size)
+        ]
+        return jnp.stack(found), 0
+
+    return rule
+
+
+def _computed(function: Callable) -> Callable:
+    """As a function of arrays and of the axis by name."""
+    return lambda *arrays, axis_name: function(axis_name, *arrays)
 
 
 def _native(axis_name: str, *arrays):
@@ -117,11 +201,18 @@ def vary(array: jax.Array, axes: Iterable[str]) -> jax.Array:
     return lax.pcast(array, missing, to="varying") if missing else array
 
 
+def _unvaried(array: Any, axis_name: str) -> Any:
+    """The type of an array that does not vary over an axis."""
+    return array.update(manual_axis_type=array.mat.update(varying=array.mat.varying - {axis_name}))
+
+
 _same_on_ranks = Primitive("same_on_ranks")
-_same_on_ranks.def_abstract_eval(
-    lambda array, *, axis_name: array.update(manual_axis_type=array.mat.update(varying=array.mat.varying - {axis_name}))
-)
+_same_on_ranks.def_abstract_eval(lambda array, *, axis_name: _unvaried(array, axis_name))
 mlir.register_lowering(_same_on_ranks, lambda _, array, *, axis_name: [array])
+batching.primitive_batchers[_same_on_ranks] = lambda arrays, axes, **static: (
+    _same_on_ranks.bind(*arrays, **static),
+    axes[0],
+)
 
 
 def same_on_ranks(array: jax.Array, axis_name: str) -> jax.Array:
@@ -131,3 +222,13 @@ def same_on_ranks(array: jax.Array, axis_name: str) -> jax.Array:
     send once more what every rank has.
     """
     return _same_on_ranks.bind(array, axis_name=axis_name) if axis_name in jax.typeof(array).mat.varying else array
+
+
+for _product, _way, _transpose in ((ragged_p, _native, _ragged_transpose), (gather_p, _gather, _gather_transpose)):
+    _product.def_impl(jax.jit(partial(_product.bind), static_argnames="axis_name"))
+    ad.primitive_jvps[_product] = _jvp(_product)
+    ad.primitive_transposes[_product] = _transpose
+    batching.primitive_batchers[_product] = _one_by_one(_product)
+    mlir.register_lowering(_product, mlir.lower_fun(_computed(_way), multiple_results=False))
+# The one place where a platform is told from another, at lowering time.
+mlir.register_lowering(ragged_p, mlir.lower_fun(_computed(_in_blocks), multiple_results=False), platform="cpu")

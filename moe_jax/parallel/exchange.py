@@ -95,8 +95,10 @@ def unpermute(
     Rows of tensor ranks are partial sums; so is the result, which differs between them. A row that was not admitted
     is 0.
     """
-    weights_TK = None if output_weights_TK is None else vary(output_weights_TK, AXES)
-    return exchange_of(layout).unpermute(rows_RD, weights_TK, metadata, jnp.asarray(buffer_fill, rows_RD.dtype))
+    exchange = exchange_of(layout)
+    axes = set(AXES) - ({"expert"} if exchange.returns_alike else set())
+    weights_TK = None if output_weights_TK is None else vary(output_weights_TK, axes)
+    return exchange.unpermute(rows_RD, weights_TK, metadata, jnp.asarray(buffer_fill, rows_RD.dtype))
 
 
 def _places(expert_ids_TK, layout: ShardLayout, router: RouterSpec):

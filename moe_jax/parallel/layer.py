@@ -32,6 +32,7 @@ from moe_jax.parallel.stages import (
     split,
     token_axes,
 )
+from moe_jax.pytrees import tree_of_arrays
 from moe_jax.sparse_matmul import RouteOutput
 from moe_jax.tokens import flat, flat_tokens, like_tokens
 from moe_ref.specs.align import AlignSpec
@@ -41,7 +42,7 @@ from moe_ref.specs.layout import AXES, ShardLayout
 from moe_ref.specs.params import LayerParams
 
 
-@jax.tree_util.register_dataclass
+@tree_of_arrays
 @dataclass(frozen=True, kw_only=True)
 class ShardedOutput:
     """What the layer returns; arrays of the mesh."""

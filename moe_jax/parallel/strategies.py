@@ -9,14 +9,15 @@ C rows of a block, A rows that arrive, R rows worked on.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.align import AlignedMetadata, align_rows
-from moe_jax.arrays import take
-from moe_jax.parallel.collectives import ragged_all_to_all, same_on_ranks, vary
+from moe_jax.arrays import places_in, take
+from moe_jax.parallel.collectives import ragged_all_to_all, rows_of_all, same_on_ranks, vary
 from moe_jax.permute import RouteMetadata
 from moe_jax.permute import permute as local_permute
 from moe_jax.rows import dispatch as local_dispatch
@@ -89,6 +90,8 @@ class Exchange:
 
     sends_tokens = False
     """Whole tokens travel, not the rows of slots."""
+    returns_alike = False
+    """All ranks of the expert axis sum the same rows with the same weights; else each has rows of its own."""
 
     def plan(self, places_TK: jax.Array, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
         """Where the slots of a shard go, by the places of their experts."""
@@ -159,9 +162,7 @@ class Blocks(_OfSlots):
         sent_R = (in_block_SC < wanted_SS[me][:, None]).reshape(-1)
         row_SC = jnp.minimum(begins_S[:, None] + in_block_SC, max(T * K - 1, 0))
         # A place without a row reads any slot; it is not read in turn.
-        owner_TK = jnp.clip(
-            jnp.searchsorted(begins_S, home.row_of_slot_TK, side="right").astype(jnp.int32) - 1, 0, S - 1
-        )
+        owner_TK = jnp.clip(places_in(begins_S, home.row_of_slot_TK, side="right") - 1, 0, S - 1)
         block_row_TK = owner_TK * C + home.row_of_slot_TK - begins_S[owner_TK]
         slots = SentMetadata(
             group_sizes_E=home.group_sizes_E,
@@ -206,7 +207,7 @@ class Runs(_OfSlots):
         admitted_SS = ends_SS - begins_SS
         input_offsets_S = _starts(wanted_SS[me])
         row_R = lax.iota(jnp.int32, T * K)
-        owner_R = jnp.clip(jnp.searchsorted(input_offsets_S, row_R, side="right") - 1, 0, S - 1)
+        owner_R = jnp.clip(places_in(input_offsets_S, row_R, side="right") - 1, 0, S - 1)
         sent_R = row_R - input_offsets_S[owner_R] < admitted_SS[me][owner_R]
         slots = SentMetadata(
             group_sizes_E=home.group_sizes_E,
@@ -304,6 +305,8 @@ class Replicated(Exchange):
 class ReplicatedRagged(Replicated):
     """replicated_ragged: every rank has the tokens; each sends its rows to all, and all sum those of every token."""
 
+    returns_alike = True
+
     def plan(self, places_TK: jax.Array, layout: ShardLayout, router: RouterSpec) -> ShardMetadata:
         """The rows of a rank come to lie behind those of the ranks before it: all rows, sorted by place."""
         places_TK, me = vary(places_TK, ("expert",)), lax.axis_index("expert")
@@ -320,34 +323,15 @@ class ReplicatedRagged(Replicated):
     def unpermute(
         self, rows_RD: jax.Array, weights_TK: jax.Array | None, metadata: ShardMetadata, fill: jax.Array
     ) -> jax.Array:
-        return _sum_of_all_rows(rows_RD, weights_TK, metadata, fill)
-
-
-@jax.custom_vjp
-def _sum_of_all_rows(rows_RD, weights_TK, metadata: ShardMetadata, fill):
-    """What every rank makes of the rows of all ranks, which is the same on each."""
-    assert metadata.slots is not None
-    back_ND = ragged_all_to_all(
-        _unpadded(rows_RD, metadata, metadata.slots),
-        jnp.full((metadata.slots.slot_of_row_R.size, rows_RD.shape[1]), fill),
-        metadata.input_offsets_S,
-        metadata.send_sizes_S,
-        metadata.output_offsets_S,
-        metadata.recv_sizes_S,
-        axis_name="expert",
-    )
-    return same_on_ranks(local_unpermute(back_ND, metadata.slots, weights_TK), "expert")
-
-
-def _sum_of_all_rows_forward(rows_RD, weights_TK, metadata: ShardMetadata, fill):
-    return _sum_of_all_rows(rows_RD, weights_TK, metadata, fill), (rows_RD, weights_TK, metadata.rows)
-
-
-def _sum_of_all_rows_backward(residuals, d_output_TD):
-    """Every rank has the gradient of every token: nothing is sent for that of its own rows, and of their weights."""
-    rows_RD, weights_TK, metadata = residuals
-    _, pull = jax.vjp(lambda rows_RD, weights_TK: local_unpermute(rows_RD, metadata, weights_TK), rows_RD, weights_TK)
-    return *pull(vary(d_output_TD, ("expert",))), None, None
+        assert metadata.slots is not None
+        slots = jax.tree.map(partial(same_on_ranks, axis_name="expert"), metadata.slots)
+        back_ND = rows_of_all(
+            _unpadded(rows_RD, metadata, metadata.slots),
+            jnp.full((slots.slot_of_row_R.size, rows_RD.shape[1]), fill),
+            metadata.recv_sizes_S,
+            axis_name="expert",
+        )
+        return local_unpermute(back_ND, slots, weights_TK)
 
 
 def _unpadded(rows_RD, metadata: ShardMetadata, home: RouteMetadata):
@@ -357,9 +341,6 @@ def _unpadded(rows_RD, metadata: ShardMetadata, home: RouteMetadata):
     N = home.slot_of_row_R.size
     place_N = jnp.minimum(metadata.output_offsets_S[0] + lax.iota(jnp.int32, N), N - 1)
     return take(rows_RD, take(metadata.rows.row_of_slot_TK.reshape(-1), take(home.slot_of_row_R, place_N)))
-
-
-_sum_of_all_rows.defvjp(_sum_of_all_rows_forward, _sum_of_all_rows_backward)
 
 
 class Alone(Replicated):
@@ -452,4 +433,4 @@ def _starts(sizes_S):
 
 def _expert_of_row(sizes_E, row_R):
     """The expert that each of these rows belongs to, rows being sorted by expert; E past the last."""
-    return jnp.searchsorted(jnp.cumsum(sizes_E, dtype=jnp.int32), row_R, side="right").astype(jnp.int32)
+    return places_in(jnp.cumsum(sizes_E, dtype=jnp.int32), row_R, side="right")

@@ -8,6 +8,9 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, R = T * 
 import torch
 from torch import Tensor
 
+EightGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Each a result of its own, not a list of them: autograd has a vmap of gradients that knows no lists."""
+
 
 @torch.library.custom_op("moe_torch::expert_tiles", mutates_args=())
 def expert_tiles(
@@ -91,7 +94,7 @@ def expert_tiles_backward(
     beta: float,
     linear_beta: float | None,
     train: bool,
-) -> list[Tensor]:
+) -> EightGradients:
     """Gradients of x_TD, weights_TK, w1, w2, w3, b1, b2 and b3; one that does not exist has no rows.
 
     An expert without rows gets exactly 0.
@@ -104,7 +107,7 @@ def expert_tiles_backward(
     trained = (w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF)
     if x_TD.numel() == 0:
         grads = [x_TD.new_zeros(w.shape) if w is not None and train else x_TD.new_empty(0) for w in trained]
-        return [torch.empty_like(x_TD), _weights_like(x_TD, weights_TK, top_k), *grads]
+        return torch.empty_like(x_TD), _weights_like(x_TD, weights_TK, top_k), *grads  # type: ignore[return-value]  # of six
     p = _pass(
         launch, x_TD, order_R, counts_E, top_k, w1_EFD, (name, alpha, up_offset, clamp, clamp_at, beta, linear_beta)
     )
@@ -113,7 +116,7 @@ def expert_tiles_backward(
         p, d_out_TD.contiguous(), gate_RF, None if w3_EFD is None else up_RF, _dense(weights_TK), weights, train
     )
     d_weights_TK = _weights_like(x_TD, weights_TK, top_k) if d_weights_R is None else d_weights_R.view(-1, top_k)
-    return [d_x_TD, d_weights_TK, *(x_TD.new_empty(0) if grad is None else grad for grad in found)]
+    return d_x_TD, d_weights_TK, *(x_TD.new_empty(0) if grad is None else grad for grad in found)  # type: ignore[return-value]  # of six
 
 
 @expert_tiles_backward.register_fake
@@ -121,7 +124,7 @@ def _(d_out_TD, gate_RF, up_RF, x_TD, order_R, counts_E, weights_TK, top_k, *wei
     train, trained = weights_and_rest[-1], weights_and_rest[:6]
     grads = (x_TD.new_empty(w.shape) if w is not None and train else x_TD.new_empty(0) for w in trained)
     d_x_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
-    return [d_x_TD, _weights_like(x_TD, weights_TK, top_k), *grads]
+    return d_x_TD, _weights_like(x_TD, weights_TK, top_k), *grads
 
 
 def _pass(launch, x_TD, order_R, counts_E, top_k, w1_EFD, act):

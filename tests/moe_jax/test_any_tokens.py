@@ -1,5 +1,6 @@
 """moe_jax, tests of tokens whose number is left open, and of those that lie over explicit axes of a mesh."""
 
+import importlib.util
 from functools import partial
 
 import jax
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from moe_jax.arrays import places_in
+from moe_jax.balance import tokens_per_expert
 from moe_jax.dense_matmul import dense_matmul
+from moe_jax.losses import balance_loss
 from moe_jax.parallel import make_mesh, sharded_sparse_matmul
 from moe_jax.sparse_matmul import sparse_matmul
 from moe_ref.specs.align import AlignSpec
-from moe_ref.specs.balance import CapacitySpec
+from moe_ref.specs.balance import BalanceSpec, CapacitySpec
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
 from moe_ref.specs.layout import ShardLayout
 from moe_ref.specs.params import LayerParams
@@ -46,6 +50,8 @@ def test_a_layer_is_exported_for_every_number_of_tokens():
         wanted_TD, wanted = layer(x_TD, PARAMS)
         np.testing.assert_allclose(output_TD, wanted_TD, **CLOSE)
         np.testing.assert_array_equal(decided.expert_ids_TK, wanted.expert_ids_TK)
+    if importlib.util.find_spec("flatbuffers"):  # which JAX writes programs with
+        program = jax.export.deserialize(program.serialize(vjp_order=1))
     found, expected = (
         jax.jit(jax.grad(lambda x_TD, params, run=run: (run(x_TD, params)[0] ** 2).sum(), argnums=(0, 1)))(
             tokens(5), PARAMS
@@ -82,17 +88,21 @@ def test_tokens_over_explicit_axes_are_the_same_tokens():
         by_expert = jax.tree.map(
             lambda a: jax.sharding.reshard(a, PartitionSpec("data") if a.ndim == 3 else PartitionSpec()), PARAMS
         )
-        run = jax.jit(lambda x, params: (sparse_matmul(x, params, SPEC), jax.grad(loss)(x, params)))
+        run = jax.jit(lambda x, params: (sparse_matmul(x, params, SPEC), jax.grad(loss, has_aux=True)(x, params)))
 
         def loss(x, params):
-            return (sparse_matmul(x, params, SPEC)[0] ** 2).sum()
+            output, decided = sparse_matmul(x, params, SPEC)
+            balance = balance_loss(decided.logits_TE, decided.expert_ids_TK, BalanceSpec.of("switch"))
+            return (output**2).sum() + balance, tokens_per_expert(decided.expert_ids_TK, 4)
 
-        (output_BLD, decided), d_x_BLD = run(x, by_expert)
+        (output_BLD, decided), (d_x_BLD, counts_E) = run(x, by_expert)
+        wanted_d_x_BLD, wanted_counts_E = run(x_BLD, PARAMS)[1]  # nothing is sharded, under the same mesh
     assert jax.typeof(output_BLD).sharding.spec[0] == jax.typeof(decided.weights_TK).sharding.spec[0] == "data"
     np.testing.assert_allclose(output_BLD, wanted_BLD, **CLOSE)
     np.testing.assert_array_equal(decided.expert_ids_TK, wanted.expert_ids_TK)
-    np.testing.assert_allclose(d_x_BLD, jax.jit(jax.grad(loss))(x_BLD, PARAMS), **CLOSE)
-    with pytest.raises(ValueError, match=r"'data'.* of an explicit mesh; call the layer under jax\.set_mesh"):
+    np.testing.assert_allclose(d_x_BLD, wanted_d_x_BLD, **CLOSE)
+    np.testing.assert_array_equal(counts_E, wanted_counts_E)
+    with pytest.raises(ValueError, match=r"'data'.* of an explicit mesh; call sparse_matmul under jax\.set_mesh"):
         jax.eval_shape(lambda: sparse_matmul(x, PARAMS, SPEC))
 
 
@@ -108,3 +118,33 @@ def test_a_mesh_of_explicit_axes_is_a_mesh():
         jax.tree.map(np.testing.assert_array_equal, run(x_TD, PARAMS, explicit), wanted)
         with pytest.raises(ValueError, match="give the layer the mesh that is set"):
             run(tokens(4), PARAMS, mesh)
+
+
+def test_the_output_has_the_dtype_of_the_tokens_also_where_parameters_are_wider():
+    x_TD, layout = jax.ShapeDtypeStruct((2, D), jnp.bfloat16), ShardLayout()
+    sharded = partial(sharded_sparse_matmul, spec=SPEC, layout=layout, mesh=make_mesh(layout))
+    for layer in (partial(sparse_matmul, spec=SPEC), partial(dense_matmul, spec=SPEC), sharded):
+        output = jax.tree.leaves(jax.eval_shape(layer, x_TD, PARAMS))[0]
+        assert (output.shape, output.dtype) == ((2, D), jnp.bfloat16)
+
+
+def test_a_layer_runs_in_a_shard_map_over_some_axes_of_a_mesh():
+    """As a stage of a pipeline does: the other axes stay the compiler's."""
+    mesh = jax.make_mesh((2, 2), ("stage", "other"), axis_types=(AxisType.Auto,) * 2)
+    by_stage, x_TD = PartitionSpec("stage"), tokens(4)
+
+    def stage(x_TD, params):
+        return sparse_matmul(x_TD, params, SPEC)[0]
+
+    specs = {"in_specs": (by_stage, PartitionSpec()), "out_specs": by_stage, "axis_names": {"stage"}}
+    found_TD = jax.jit(jax.shard_map(stage, mesh=mesh, **specs))(x_TD, PARAMS)
+    np.testing.assert_allclose(found_TD, jax.jit(stage)(x_TD, PARAMS), **CLOSE)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_places_in_sorted_numbers_are_those_of_numpy(side):
+    sought = np.arange(-1, 11, dtype=np.int32)
+    for size in (0, 1, 7):
+        sorted_N = np.sort(np.random.default_rng(size).integers(0, 9, size)).astype(np.int32)
+        wanted = np.searchsorted(sorted_N, sought, side=side)
+        np.testing.assert_array_equal(places_in(sorted_N, sought, side=side), wanted)

@@ -19,6 +19,7 @@ from moe_jax.parallel import (
     unplace,
     use_cpu_devices,
 )
+from moe_jax.sparse_matmul import sparse_matmul
 from moe_ref.backward.layer import layer_backward
 from moe_ref.backward.sharded import sharded_backward
 from moe_ref.layer import moe_layer
@@ -56,6 +57,7 @@ LLAMA = LayerSpec(
     ),
     experts=ExpertSpec(dim=D, hidden_dim=F, activation="gelu", bias=True),
 )
+PLAIN = LayerSpec(router=RouterSpec(num_experts=4, top_k=2), experts=ExpertSpec(dim=D, hidden_dim=F))
 INKLING = LayerSpec(
     router=RouterSpec(
         num_experts=4, top_k=2, score_func="sigmoid", route_norm=True, norm_with_shared=True,
@@ -200,6 +202,34 @@ def test_aligned_rows_of_each_rank_change_neither_output_nor_gradient(name):
 def test_what_buffer_rows_held_that_nobody_sent_reaches_nothing(name, fill):
     spec, layout, tokens = CASES[name]
     check_whole(spec, layout, *case(spec, layout, tokens, seed=1), fill)
+
+
+@lru_cache
+def moved_gradients(strategy: str | None):
+    """The gradients of a layer, and how they move with its tokens and parameters; None: on one device."""
+    layout = ShardLayout(expert=2, strategy=strategy or "all_to_all")
+    mesh, (x_TD, v_TD) = make_mesh(layout), np.random.default_rng(0).normal(size=(2, 6, D))
+
+    def loss(x_TD, params):
+        if strategy is None:
+            return (sparse_matmul(x_TD, params, PLAIN)[0] ** 2).sum()
+        return (sharded_sparse_matmul(x_TD, params, PLAIN, layout, mesh).output_TD ** 2).sum()
+
+    def run(x_TD, v_TD, params):
+        return jax.jvp(jax.grad(loss, argnums=(0, 1)), (x_TD, params), (v_TD, params))
+
+    with jax.enable_x64(True):
+        return jax.jit(run)(x_TD, v_TD, LayerParams.init(PLAIN))
+
+
+@pytest.mark.parametrize("strategy", ["ragged_all_to_all", "replicated_ragged"])
+def test_forward_derivatives_of_gradients_are_those_of_one_device(strategy):
+    """The other strategies have collectives of JAX alone."""
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11),
+        moved_gradients(strategy),
+        moved_gradients(None),
+    )
 
 
 @pytest.mark.parametrize("crowded", [[0], [3, 5], slice(0, 2)])

@@ -386,3 +386,18 @@ def test_a_choice_that_depends_on_the_batch_is_not_batch_invariant(router, capac
     spec = LayerSpec(router=RouterSpec(num_experts=4, top_k=1, **router), experts=ExpertSpec(dim=8, hidden_dim=8))
     with pytest.raises(ValueError, match="batch_invariant"):
         MoE(spec, capacity=capacity, batch_invariant=True)(torch.zeros(2, 8))
+
+
+@pytest.mark.parametrize(
+    ("x", "mask", "message"),
+    [
+        (torch.zeros(3, 7), None, r"x is torch\.float32\[3, 7\]; it is floats of shape \(\.\.\., 8\)"),
+        (torch.zeros(3, 8, dtype=torch.int64), None, r"x is torch\.int64\[3, 8\]"),
+        (torch.zeros(2, 3, 8), torch.ones(1, dtype=torch.bool), r"token_mask is torch\.bool\[1\]; .* of \[2, 3\]"),
+        (torch.zeros(3, 8), torch.ones(3), r"token_mask is torch\.float32\[3\]"),
+    ],
+)
+def test_tokens_and_masks_that_do_not_fit_are_errors_that_say_so(x, mask, message):
+    spec = LayerSpec(router=RouterSpec(num_experts=4, top_k=1), experts=ExpertSpec(dim=8, hidden_dim=8))
+    with pytest.raises(ValueError, match=message):
+        MoE(spec)(x, mask)

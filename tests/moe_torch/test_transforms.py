@@ -80,7 +80,7 @@ def test_a_gradient_of_a_gradient_is_right_in_every_mode(name):
 def test_gradcheck_holds_in_both_modes_and_for_the_second_order(name):
     moe, (x_TD, _) = built(name), x_and_tangent(3)
     x_TD = x_TD.requires_grad_()
-    assert torch.autograd.gradcheck(moe, (x_TD,), check_forward_ad=True)
+    assert torch.autograd.gradcheck(moe, (x_TD,), check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(moe, (x_TD,))
 
 
@@ -88,6 +88,19 @@ def test_jacobians_and_hessians_are_those_of_each_other():
     moe, (x_TD, _) = built("deepseek_v3"), x_and_tangent(2)
     function = partial(loss, moe, parameters(moe))
     torch.testing.assert_close(hessian(function)(x_TD), jacfwd(jacfwd(function))(x_TD))
+
+
+def test_vmap_over_gradients_gives_the_jacobian_of_one_after_the_other():
+    moe, (x_TD, _) = built("gpt_oss"), x_and_tangent(2)
+    asked = [x_TD.requires_grad_(), *moe.parameters()]
+    out_TD = moe(x_TD)
+    each = torch.eye(out_TD.numel(), dtype=out_TD.dtype).view(-1, *out_TD.shape)
+    one_by_one = [torch.autograd.grad(out_TD, asked, one_TD, retain_graph=True) for one_TD in each]
+    in_vmap = vmap(lambda one_TD: torch.autograd.grad(out_TD, asked, one_TD, retain_graph=True))(each)
+    batched = torch.autograd.grad(out_TD, asked, each, is_grads_batched=True)
+    for found, again, wanted in zip(in_vmap, batched, zip(*one_by_one, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.stack(wanted))
+        torch.testing.assert_close(again, torch.stack(wanted))
 
 
 @pytest.mark.parametrize("name", NAMES)
