@@ -164,7 +164,7 @@ def _weighs_alike_with_more_bias(judge: Judge, case: RouterCase) -> bool:
     for token in weights_differ(judge, observe(judge, case)):
         alone = case.tokens(np.array([token]))
         seen = observe(judge, alone)
-        if not weights_differ(judge, seen):
+        if alone.expert_bias_E is None or not weights_differ(judge, seen):
             return False  # another fault, of which a token alone says nothing
         raised_E = alone.expert_bias_E.copy()
         raised_E[seen.expert_ids_TK[0]] += np.resize(STEPS, case.spec.top_k)
