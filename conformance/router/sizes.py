@@ -56,7 +56,7 @@ PUBLISHED = (
     Size(2049, 8, 2), Size(2, 8, 2), Size(1, 64, 8), Size(3, 72, 6), Size(3, 1024, 8), Size(5, 96, 8),
     Size(1, 256, 8, 8, 4), Size(4, 256, 8, 8, 4), Size(16, 160, 6, 8, 3), Size(1, 384, 8, 1, 1), Size(64, 128, 8, 8, 4),
 )  # fmt: skip
-"""Experts of public models, for which a kernel has a path of its own; tokens that fill a tile to its end, or are one."""
+"""Experts of public models, for which a kernel has its own path; tokens that fill a tile to its end, or are one."""
 PLAINLY = ("separated", "normal")
 """Logits under which any weight that is wrong shows."""
 COMPILED = (
