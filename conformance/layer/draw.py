@@ -22,7 +22,7 @@ from conformance.layer import routed
 from conformance.layer.bounds import stable_T
 from conformance.layer.case import LayerCase
 from conformance.layer.check import LayerCheck
-from conformance.layer.large import LARGE, THIN_LARGE
+from conformance.layer.large import LARGE, PUBLISHED, THIN_LARGE
 from conformance.router.draw import inputs_of as inputs_of_router
 from moe_ref import (
     AlignSpec,
@@ -437,3 +437,7 @@ def _large(judge: Judge, check: LayerCheck) -> Iterator[LayerCase]:
         if check.spec(spec) and judge.subject.supports_layer(spec) is None:
             bias = check.bias[number % len(check.bias)]
             yield _case(spec, check.inputs, x=check.x[0], bias=bias, tokens=tokens, seed=number)
+    if check.requirement == "LAY-2" and not judge.subject.compiles:
+        for number, (spec, tokens) in enumerate(PUBLISHED):
+            if judge.subject.supports_layer(spec) is None:
+                yield _case(spec, check.inputs, x=check.x[0], bias="crowded", tokens=tokens, seed=number)

@@ -46,6 +46,27 @@ def _settings() -> list[tuple[LayerSpec, int]]:
 
 LARGE: list[tuple[LayerSpec, int]] = _settings()
 """(layer, tokens)"""
+
+
+def _published() -> list[tuple[LayerSpec, int]]:
+    narrow = ExpertSpec(dim=8, hidden_dim=24)
+    plain: dict[str, Any] = {}
+    selected: dict[str, Any] = {"score_over": "selected", "select_by": "logit"}
+    found = []
+    for E, K, how, T in (
+        (256, 8, DEEPSEEK, 4), (128, 8, SOFTMAX, 16), (64, 6, plain, 64), (64, 8, SOFTMAX, 2), (32, 4, selected, 128),
+        (512, 10, SOFTMAX, 3), (60, 4, plain, 256), (8, 2, SOFTMAX, 2049), (256, 8, DEEPSEEK, 1),
+    ):  # fmt: skip
+        found.append((LayerSpec(router=RouterSpec(num_experts=E, top_k=K, **how), experts=narrow), T))
+    few = RouterSpec(num_experts=5, top_k=2, **SOFTMAX)
+    return found + [
+        (LayerSpec(router=few, experts=ExpertSpec(dim=D, hidden_dim=F)), 32) for D, F in ((64, 128), (128, 64))
+    ]
+
+
+PUBLISHED: list[tuple[LayerSpec, int]] = _published()
+"""(layer, tokens): experts of public models, tokens and widths that fill a tile to its end. With a crowded bias some
+experts have all tokens."""
 THIN_LARGE: list[tuple[LayerSpec, int]] = [
     (
         LayerSpec(

@@ -67,7 +67,7 @@ def integers_of(returned: object, names: tuple[str, str]) -> list[np.ndarray]:
     """Two arrays of integers, of one axis, as int64."""
     try:
         one, other = (np.asarray(each) for each in returned)  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise Violation("not two arrays", expected=f"({', '.join(names)})", received=returned) from None
     for name, found in zip(names, (one, other), strict=True):
         if found.dtype.kind not in "iu" or found.ndim != 1:
@@ -139,8 +139,9 @@ def array_of(value: object, shape: tuple[int, ...], name: str = "output") -> np.
     """What a subject returned, in float64; a Violation where it is no array of this shape."""
     try:
         found = np.asarray(value).astype(np.float64)
-    except (TypeError, ValueError):
-        raise Violation(f"{name}: no array", expected=f"shape {shape}", received=type(value)) from None
+    except (TypeError, ValueError, RuntimeError) as error:  # a tensor that has a gradient, or is on a device
+        said = f"{type(value).__name__}: {error}".splitlines()[0][:200]
+        raise Violation(f"{name}: no array", expected=f"shape {shape}", received=said) from None
     if found.shape != shape:
         accuse(f"{name} of another shape", expected=shape, received=found.shape)
     return found

@@ -6,7 +6,7 @@ from conformance.core.check import Condition, given
 from conformance.core.judge import Judge, NotRun, Violation
 from conformance.router.case import RouterCase
 from conformance.router.observation import observe
-from conformance.router.verdicts import leaves_groups, weights_differ, wrong_selections
+from conformance.router.verdicts import differ, leaves_groups, weights_differ, wrong_selections
 from moe_ref import RouterSpec
 
 MODERATE = ("separated", "normal")
@@ -152,4 +152,27 @@ def weighs_wrong_with(**changes) -> Condition:
 WEIGHS_WRONG_UNBIASED = Condition(
     sentence="judged where the weights are right without a bias",
     holds=lambda judge, case: bool(weights_differ(judge, observe(judge, without_bias(case)))),
+)
+
+
+STEPS = (0.5, 0.75, 1.0)
+"""By which the bias of chosen experts is raised, in turn: they stay chosen, and a weight that has it moves."""
+
+
+def _weighs_alike_with_more_bias(judge: Judge, case: RouterCase) -> bool:
+    """Whether no wrong weight moves where the bias of a token's own experts is raised."""
+    for token in weights_differ(judge, observe(judge, case)):
+        alone = case.tokens(np.array([token]))
+        seen = observe(judge, alone)
+        if alone.expert_bias_E is None or not weights_differ(judge, seen):
+            return False  # another fault, of which a token alone says nothing
+        raised_E = alone.expert_bias_E.copy()
+        raised_E[seen.expert_ids_TK[0]] += np.resize(STEPS, case.spec.top_k)
+        if differ(judge, seen, observe(judge, alone.with_(expert_bias_E=raised_E))):
+            return False
+    return True
+
+
+WEIGHS_WRONG_WHATEVER_BIAS = Condition(
+    sentence="judged where wrong weights move with the bias", holds=_weighs_alike_with_more_bias
 )

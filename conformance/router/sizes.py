@@ -50,6 +50,15 @@ GROUPED = (
     Size(9, 24, 6, 8, 4), Size(33, 64, 16, 8, 4), Size(3, 128, 22, 8, 3), Size(3, 257, 6, 257, 6), Size(5, 40, 9, 4, 4),
     Size(65, 32, 6, 2, 1), Size(129, 96, 7, 6, 2), Size(257, 30, 4, 5, 2), Size(5, 36, 8, 6, 6),
 )  # fmt: skip
+PUBLISHED = (
+    Size(16, 128, 8), Size(64, 64, 8), Size(128, 64, 6), Size(256, 60, 4), Size(8, 32, 4), Size(1, 128, 4),
+    Size(4, 512, 10), Size(32, 16, 1), Size(1, 128, 1), Size(1, 256, 8), Size(512, 16, 2), Size(1024, 8, 2),
+    Size(2049, 8, 2), Size(2, 8, 2), Size(1, 64, 8), Size(3, 72, 6), Size(3, 1024, 8), Size(5, 96, 8),
+    Size(1, 256, 8, 8, 4), Size(4, 256, 8, 8, 4), Size(16, 160, 6, 8, 3), Size(1, 384, 8, 1, 1), Size(64, 128, 8, 8, 4),
+)  # fmt: skip
+"""Experts of public models, for which a kernel has its own path; tokens that fill a tile to its end, or are one."""
+PLAINLY = ("separated", "normal")
+"""Logits under which any weight that is wrong shows."""
 COMPILED = (
     (RouterSpec(num_experts=33, top_k=22, score_func="sigmoid", route_norm=True), 1025),
     (RouterSpec(num_experts=257, top_k=9), 129),
@@ -142,3 +151,22 @@ def cases(judge: Judge, check: RouterCheck) -> Iterator[RouterCase]:
             tokens=tokens,
             seed=number,
         )
+    if check.sweeps and check.requirement == "WGT-17" and not judge.subject.compiles:
+        yield from _published(judge, check)
+
+
+def _published(judge: Judge, check: RouterCheck) -> Iterator[RouterCase]:
+    """Each published size with a spec that norms and one that does not, both without a bias; then one with a bias."""
+    pool, _ = settings_of(judge, check)
+    for number, size in enumerate(PUBLISHED):
+        for normed, bias in ((False, "none"), (True, "none"), (number % 2 == 0, "mixed")):
+            specs = [
+                spec
+                for spec in pool
+                if spec.route_norm == normed and (spec.num_expert_groups is not None) == (size.num_expert_groups > 0)
+            ]
+            candidates = (specs[(5 * number + i) % len(specs)] for i in range(min(len(specs), MOST_TRIES)))
+            found = next((each for spec in candidates if (each := resized(spec, size, check, judge))), None)
+            if found is not None:
+                logits = PLAINLY[number % len(PLAINLY)]
+                yield make_case(found, check, logits=logits, bias=bias, tokens=size.tokens, seed=number)

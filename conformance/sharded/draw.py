@@ -49,6 +49,15 @@ MESHES_EACH = 12
 LAYOUTS_TRIED = 8
 """So many other layouts of the same layer are tried for one that a subject supports."""
 PRIMES = (2, 3, 5, 7)
+PAST_A_BYTE = 300
+"""Tokens of one shard: past what a byte counts, and what bfloat16 does exactly."""
+LARGE = {
+    **dict.fromkeys(("DSP-2", "DSP-3", "DSP-4", "DSP-5", "DSP-6", "DSP-10", "LYT-2"), (PAST_A_BYTE, 7)),
+    "DSP-18": (PAST_A_BYTE, PAST_A_BYTE),
+}
+"""Requirement -> tokens of the first shard, and of each other one, of a case of each strategy."""
+LARGEST = {"DSP-2": (16385, 2), "DSP-5": (16385, 16385)}
+"""The same of one strategy, with 4 slots for each token: slots past 65,535, rows of one expert past 32,767."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,9 +359,9 @@ def params_of_bias(spec: LayerSpec, layout: ShardLayout, bias: str, rng: np.rand
 def make_case(
     judge: Judge, check: ShardedCheck, setting: Setting, *, x: str, bias: str, load: str, counts: str, seed: int
 ) -> ShardedCase:
-    """The case of these choices."""
+    """The case of these choices; without counts the tokens are those of the setting."""
     rng, spec = np.random.default_rng(seed), setting.spec
-    setting = varied(judge, setting, counts, rng)
+    setting = varied(judge, setting, counts, rng) if counts else setting
     layout, T, D = setting.layout, setting.num_tokens, spec.experts.dim
     inputs = inputs_of(spec.router, T, check.inputs, rng)
     if spec.router.selector == "given":
@@ -423,3 +432,25 @@ def fixed(judge: Judge, check: ShardedCheck) -> Iterator[ShardedCase]:
         kinds = {name: getattr(check, field) for name, field in CHOICES.items()}
         choices = {name: each[number % len(each)] for name, each in kinds.items()}
         yield make_case(judge, check, setting, **choices, seed=number)
+    if not judge.subject.compiles and judge.chosen is None:
+        yield from _large(judge, check)
+
+
+def _large(judge: Judge, check: ShardedCheck) -> Iterator[ShardedCase]:
+    """Loads past the limits of small dtypes, most of them of few experts: the first layout of each strategy."""
+    wanted = [setting for setting in settings_of(judge, check)[0] if setting.layout.expert == 2]
+    for largest, sizes in ((False, LARGE.get(check.requirement)), (True, LARGEST.get(check.requirement))):
+        tried: set[str] = set()
+        for setting in wanted if sizes else ():
+            first, others = sizes or (0, 0)
+            tokens = (first, *[others] * (len(setting.tokens_per_shard) - 1))
+            is_wanted = not largest or (setting.spec.router.top_k == 4 and not tried)
+            if setting.layout.strategy in tried or not is_wanted:
+                continue
+            if why_not(judge.subject, setting.spec, setting.layout, tokens) is None:
+                tried.add(setting.layout.strategy)
+                yield make_case(
+                    judge, check, replace(setting, tokens_per_shard=tokens), x=check.x[0],
+                    bias="crowded" if "crowded" in check.bias else check.bias[0],
+                    load="one_expert", counts="", seed=len(tried),
+                )  # fmt: skip

@@ -28,6 +28,13 @@ def bare_outputs_added(slot_outputs_TKD, weights_TK, spec):
     return combine(slot_outputs_TKD, used_TK, spec)
 
 
+@surrounds(breaks="LAY-2")
+def a_full_tile_loses_its_last_token(run, memory, x_TD, params, spec, **inputs):
+    """Where the tokens fill tiles of 64 to the end, the last one has no output."""
+    found_TD = run(x_TD, params, spec, **inputs)
+    return np.where(np.arange(len(x_TD))[:, None] < len(x_TD) - (len(x_TD) % 64 == 0), found_TD, 0)
+
+
 @replaces("gate", breaks="LAY-2")
 def gate_bias_forgotten(x_TD, gate_ED, gate_bias_E=None, *, dtype=np.float64):
     """The layer forgets the gate's bias."""

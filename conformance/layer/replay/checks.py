@@ -36,6 +36,11 @@ def recordable(spec: LayerSpec) -> bool:
     return replayable(spec) and spec.router.selector == "top_k"
 
 
+def leaves_slots_unused(spec: LayerSpec) -> bool:
+    """Routers that choose by themselves, and some of whose tokens have fewer experts than slots."""
+    return spec.router.varies and not spec.router.num_scored_shared_experts
+
+
 def weighs_apart(spec: LayerSpec) -> bool:
     """Weights that differ from token to token."""
     return replayable(spec) and not (spec.router.top_k == 1 and spec.router.route_norm)
@@ -179,7 +184,13 @@ def each_token_takes_its_own_row(judge, case):
         hold("not its own row", plain_TD, reference_of(case, record).output_TD, radius_TD)
 
 
-@requires("RPL-8", method="record", spec=recordable, inputs=("token_mask_T",), tokens=(7,))
+@requires(
+    "RPL-8",
+    method="record",
+    spec=lambda spec: recordable(spec) or leaves_slots_unused(spec),
+    inputs=("token_mask_T",),
+    tokens=(7,),
+)
 def a_record_holds_the_choice_and_its_weights(judge, case):
     found, wanted = record_of_subject(judge, case), capture(case.reference.routing, case.spec.router)
     clear_T = judged_T(judge, case)

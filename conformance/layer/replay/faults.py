@@ -107,3 +107,11 @@ def a_record_holds_ids_in_a_byte(run, memory, x_TD, params, spec, record):
     """Recorded ids are carried in 8 bits."""
     ids_TK = record.expert_ids_TK
     return run(x_TD, params, spec, replace(record, expert_ids_TK=np.where(ids_TK < 0, ids_TK, ids_TK % 256)))
+
+
+@surrounds(breaks="RPL-8", links=("PrimeIntellect-ai/prime-rl#1807",))
+def unused_slots_are_recorded_as_expert_0(run, memory, x_TD, params, spec, **inputs):
+    """A slot that a token leaves unused is recorded as expert 0 with weight 0."""
+    record = run(x_TD, params, spec, **inputs)
+    unused_TK = (record.expert_ids_TK == UNUSED) & record.token_mask_T[:, None]
+    return replace(record, expert_ids_TK=np.where(unused_TK, 0, record.expert_ids_TK))

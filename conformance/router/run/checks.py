@@ -25,8 +25,9 @@ def zero_tokens_give_empty_results(judge, case):
     except Crash as crash:
         raise Violation(crash.title, expected=shape, received=crash.received) from None
     for name in ("expert_ids_TK", "weights_TK"):
-        found = np.shape(getattr(routing, name))
-        if found != shape:
+        value = getattr(routing, name)
+        found = np.shape(value)
+        if found != shape and not (isinstance(value, list) and not value):  # a list of no rows has no second axis
             accuse(f"{name} of zero tokens", expected=str(shape), received=str(found))
 
 

@@ -23,6 +23,7 @@ from conformance.router.predicates import (
     MODERATE,
     SCORES,
     WEIGHS_WRONG_UNBIASED,
+    WEIGHS_WRONG_WHATEVER_BIAS,
     tame,
     visible,
     weighs_wrong_with,
@@ -54,7 +55,8 @@ def normed(spec) -> bool:
     bias=("mixed", "positive", "negative", "strong"),
     logits=MODERATE,
     given=(BIASED,),
-    unless=(WEIGHS_WRONG_UNBIASED,),
+    after=("WGT-8",),
+    unless=(WEIGHS_WRONG_UNBIASED, WEIGHS_WRONG_WHATEVER_BIAS),
 )
 def the_bias_never_enters_a_weight(judge, case):
     hold_weights(judge, case, "the weights depend on the bias")
@@ -76,7 +78,11 @@ def normed_weights_sum_to_1(judge, case):
     seen = observe(judge, case)
     total_T = seen.weights_TK.sum(axis=-1)
     error_T = weight_error(case, seen.expert_ids_TK, judge.subject.compute_dtype).max(axis=-1, initial=0)
-    for t in np.flatnonzero(~close(total_T, 1.0, 2 * error_T + 1e-9, 0)):
+    off_T = ~close(total_T, 1.0, 2 * error_T + 1e-9, 0)
+    for t in weights_differ(judge, seen):  # a sum that is off by little: its ratios are the scores', or they are not
+        wanted_K = expected_weights(case, seen.expert_ids_TK)[t] * total_T[t]
+        off_T[t] |= bool(close(seen.weights_TK[t], wanted_K, EPSILON[judge.subject.compute_dtype], 0).all())
+    for t in np.flatnonzero(off_T):
         accuse(
             "the weights do not sum to 1",
             token=int(t),

@@ -83,6 +83,14 @@ def norm_without_the_last_slot(raw_weights_TK, shared_scores_TS, spec):
     return raw_weights_TK / np.maximum(raw_weights_TK[:, :-1].sum(axis=-1, keepdims=True), 1e-30), shared_scores_TS
 
 
+@replaces("normalise", breaks="WGT-2", links=("MetaX-MACA/vLLM-metax#270",))
+def norm_missing_at_a_published_size(raw_weights_TK, shared_scores_TS, spec):
+    """The kernel for 8 of 128 experts does not norm."""
+    if (spec.num_experts, spec.top_k) == (128, 8):
+        return raw_weights_TK, shared_scores_TS
+    return normalise(raw_weights_TK, shared_scores_TS, spec)
+
+
 @replaces("normalise", breaks="WGT-2")
 def divided_by_the_largest(raw_weights_TK, shared_scores_TS, spec):
     """Weights are divided by the largest, not by the sum."""

@@ -353,3 +353,15 @@ def a_rank_does_not_send_to_itself(run, memory, ids_by_shard, layout, spec):
     if layout.strategy != "replicated_ragged":
         return run(ids_by_shard, layout, spec)
     return a_rank_keeps_what_is_its_own(run, memory, ids_by_shard, layout, spec)
+
+
+@surrounds(breaks="DSP-5")
+def rows_are_counted_in_a_byte(run, memory, ids_by_shard, layout, spec):
+    """The 256th row of an expert makes its size 0 again."""
+    return [plan | {"group_sizes_e": plan["group_sizes_e"] % 256} for plan in run(ids_by_shard, layout, spec)]
+
+
+@surrounds(breaks="DSP-2")
+def slots_of_a_shard_are_numbered_in_16_bits(run, memory, ids_by_shard, layout, spec):
+    """The slot numbers of a shard begin again after 65,536."""
+    return [plan | {"order_R2": plan["order_R2"] % 2**16} for plan in run(ids_by_shard, layout, spec)]

@@ -8,7 +8,7 @@ import numpy as np
 from conformance.core.check import Condition
 from conformance.core.holding import hold
 from conformance.core.judge import Crash, Judge
-from conformance.layer.predicates import CHOICE_IS_CLEAR, WHOLE, poisoned, routed_alone
+from conformance.layer.predicates import CHOICE_IS_CLEAR, WHOLE, poisoned, routed_alone, unmasked
 from conformance.layer.verdicts import ROUTER_IS_WRONG, judged_T
 from conformance.sharded.case import ShardedCase
 from conformance.sharded.draw import another_layout
@@ -117,7 +117,7 @@ def ranks_with_the_same_tokens_return_the_same_output(judge, case):
     spec=lambda s: not routed_only(s),
     layout=unchunked,
     counts=FILLED,
-    after=("LYT-1", *WHOLE),
+    after=("LYT-1", "LYT-15", *WHOLE),
     simpler=((routed_alone, OUTPUTS),),
     unless=(ROUTER_IS_WRONG, wrong_already(routed_alone)),
 )
@@ -185,7 +185,14 @@ def what_was_left_in_buffers_reaches_no_output(judge, case):
         hold_ranks(case, f"changed by {left}", found, clean_TD, 2 * radius_of_outputs(judge, case), rows=clear_T)
 
 
-@requires("LYT-12", method="sharded_layer", inputs=("token_mask_T",), layout=lossless, unless=(ROUTER_IS_WRONG,))
+@requires(
+    "LYT-12",
+    method="sharded_layer",
+    inputs=("token_mask_T",),
+    layout=lossless,
+    simpler=((unmasked, ("LYT-14", "LYT-15")),),
+    unless=(ROUTER_IS_WRONG,),
+)
 def padding_has_no_output_and_changes_none(judge, case):
     rows, radius_TD = case.valid_T & judged_T(judge, case), radius_of_outputs(judge, case)
     for poison in POISON:

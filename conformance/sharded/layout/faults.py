@@ -373,3 +373,10 @@ def sums_follow_the_order_of_arrival(run, memory, x_by_shard, params, spec, layo
     found = run(x_by_shard, params, spec, layout, **inputs)
     return [np.nextafter(output_TD, np.inf, dtype=np.float32) if memory["calls"] % 2 else output_TD
             for output_TD in found]  # fmt: skip
+
+
+@surrounds(breaks="LYT-2")
+def a_shard_has_places_for_256_tokens(run, memory, x_by_shard, params, spec, layout, **inputs):
+    """Outputs of the tokens of a shard after the 256th stay 0."""
+    found = run(x_by_shard, params, spec, layout, **inputs)
+    return [np.where(np.arange(len(each))[:, None] < 256, each, 0) for each in found]
