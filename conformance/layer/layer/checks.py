@@ -278,6 +278,17 @@ def the_same_input_gives_the_same_output(judge, case):
     hold("another output in a second call", second_TD, first_TD)
 
 
+@requires("LAY-28", method="layer", tokens=(7,), after=("LAY-1", "LAY-16"))
+def what_a_layer_returned_stays(judge, case):
+    returned = judge.call(case, "layer", *arguments_of(case), **case.inputs)
+    first_TD = array_of(returned, case.x_TD.shape).copy()
+    output_of_subject(judge, case.with_(x_TD=-case.x_TD))
+    later_TD = array_of(returned, case.x_TD.shape)
+    for t in np.flatnonzero(~((first_TD == later_TD) | (np.isnan(first_TD) & np.isnan(later_TD))).all(axis=-1))[:1]:
+        title = "the output is another after the next call"
+        accuse(title, token=int(t), expected=shown(first_TD[t]), received=shown(later_TD[t]))
+
+
 @requires(
     "LAY-17",
     method="layer",

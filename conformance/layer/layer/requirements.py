@@ -48,4 +48,5 @@ chapter(
     ("LAY-26", MUST, "Counts of a layer in that form are of its routed experts alone."),
     ("LAY-27", MUST, "A layer made of a dense feed-forward, its experts copies or parts of it, returns what that does "
                   "until it is trained, where a token's weights sum to a constant and it has each part as often."),
+    ("LAY-28", MUST, "What a layer returned stays as it is when it is given other tokens."),
 )  # fmt: skip

@@ -6,7 +6,7 @@ from conformance.core.judge import Crash, Judge, Violation, accuse
 from conformance.router.case import RouterCase
 from conformance.router.draw import LOGITS
 from conformance.router.kind import requires
-from conformance.router.observation import RUNS, Observation, given_to, observe, routed
+from conformance.router.observation import RUNS, Observation, given_to, observe, routed, well_formed
 from conformance.router.predicates import by_token
 from conformance.router.verdicts import differ, unused
 from moe_ref import UNUSED
@@ -187,6 +187,19 @@ def the_same_token_gets_the_same_experts(judge, case):
                 expected=str(ids_TK[rows[place]].tolist()),
                 received=str(other_TK[place].tolist()),
             )
+
+
+@requires("RUN-10", logits=("normal",), after=("RUN-4",))
+def what_a_router_returned_stays(judge, case):
+    returned = routed(judge, case, blame=RUNS)
+    first = well_formed(case, returned)
+    routed(judge, case.with_(logits_TE=-case.logits_TE), blame=RUNS)
+    later = well_formed(case, returned)
+    for name in ("expert_ids_TK", "weights_TK"):
+        one_TK, other_TK = getattr(first, name), getattr(later, name)
+        for t in np.flatnonzero(~((one_TK == other_TK) | (np.isnan(one_TK) & np.isnan(other_TK))).all(axis=-1))[:1]:
+            title = f"{name} is another after the next call"
+            accuse(title, token=int(t), expected=one_TK[t].tolist(), received=other_TK[t].tolist())
 
 
 def pairs(seen, token) -> str:

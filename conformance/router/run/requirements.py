@@ -20,4 +20,5 @@ chapter(
                  "vllm-project/vllm#55514"),
     ("RUN-9", MUST, "A token whose logits are all -inf is refused, goes nowhere (ids -1, weights 0), or has "
                  "distinct ids in range; it leaves every other token as it is.", "vllm-project/vllm#39391"),
+    ("RUN-10", MUST, "What a router returned stays as it is when other tokens are routed."),
 )  # fmt: skip
