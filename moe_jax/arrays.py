@@ -40,6 +40,11 @@ def places_in(sorted_N: jax.Array, values: jax.Array, *, side: str) -> jax.Array
     return lax.fori_loop(0, steps, halve, (none, none + N))[0]
 
 
+def starts(sizes_S: jax.Array) -> jax.Array:
+    """int32, where each of some runs of these sizes begins, which lie one after the other."""
+    return jnp.cumsum(sizes_S, dtype=jnp.int32) - sizes_S
+
+
 def column(values_T: jax.Array, ndim: int) -> jax.Array:
     """The values along the first of ndim axes."""
     return values_T.reshape(-1, *[1] * (ndim - 1))

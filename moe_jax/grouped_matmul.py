@@ -24,6 +24,7 @@ from moe_jax import blocked, ragged
 from moe_jax.arrays import array_like, vary_alike
 from moe_jax.choice import WAYS, Chosen, chosen, computed_in, named, say_once
 from moe_jax.explicit import by_token, in_any_mode
+from moe_jax.linear import jvp_in_each, one_by_one
 
 IMPLEMENTATIONS = ("auto", *WAYS)
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -127,22 +128,6 @@ outer_p.def_impl(_outer_alone)
 # their derivatives
 
 
-def _jvp(product: Primitive):
-    """It is linear in its first array and in its second."""
-
-    def rule(primals, tangents, **static):
-        a, b, group_sizes_E = primals
-        parts = [
-            product.bind(*pair, group_sizes_E, **static)
-            for tangent, pair in ((tangents[0], (tangents[0], b)), (tangents[1], (a, tangents[1])))
-            if type(tangent) is not ad.Zero
-        ]
-        out = product.bind(a, b, group_sizes_E, **static)
-        return out, sum(parts[1:], start=parts[0]) if parts else jnp.zeros_like(out)
-
-    return rule
-
-
 def _matmul_transpose(d_rows_RO, rows_RI, kernel_EDF, group_sizes_E, *, contract: int, out_dtype, options: Options):
     if type(d_rows_RO) is ad.Zero:
         return None, None, None
@@ -163,28 +148,10 @@ def _outer_transpose(d_out_EDF, rows_RD, rows_RF, group_sizes_E, *, out_dtype, o
     return (found, None, None) if is_left else (None, found, None)
 
 
-def _one_by_one(product: Primitive):
-    """A batch is a loop: its groups differ."""
-
-    def rule(arrays, axes, **static):
-        moved = [a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in zip(arrays, axes, strict=True)]
-        in_batch = [a for a, axis in zip(moved, axes, strict=True) if axis is not None]
-
-        def one(own):
-            left = iter(own)
-            return product.bind(
-                *(a if axis is None else next(left) for a, axis in zip(moved, axes, strict=True)), **static
-            )
-
-        return lax.map(one, in_batch), 0
-
-    return rule
-
-
 for _product, _transpose in ((matmul_p, _matmul_transpose), (outer_p, _outer_transpose)):
-    ad.primitive_jvps[_product] = _jvp(_product)
+    ad.primitive_jvps[_product] = jvp_in_each(_product, lambda _: 1)
     ad.primitive_transposes[_product] = _transpose
-    batching.primitive_batchers[_product] = _one_by_one(_product)
+    batching.primitive_batchers[_product] = one_by_one(_product)  # the groups of a batch differ
 
 
 # their ways

@@ -48,8 +48,7 @@ class RouteMetadata:
     @property
     def expert_of_row_R(self) -> jax.Array:
         """(R,) int32; E for rows of the tail."""
-        ends_E = jnp.cumsum(self.group_sizes_E, dtype=jnp.int32)
-        return places_in(ends_E, lax.iota(jnp.int32, self.slot_of_row_R.size), side="right")
+        return expert_of_row(self.group_sizes_E, lax.iota(jnp.int32, self.slot_of_row_R.size))
 
     def blank(self, rows_R: jax.Array) -> jax.Array:
         """The rows as they are: each is a slot's."""
@@ -58,6 +57,11 @@ class RouteMetadata:
     def of_rows(self, values_TK: jax.Array) -> jax.Array:
         """(R,) the value of each row's slot."""
         return values_TK.reshape(-1).at[self.slot_of_row_R].get(mode="promise_in_bounds", unique_indices=True)
+
+
+def expert_of_row(group_sizes_E: jax.Array, row_R: jax.Array) -> jax.Array:
+    """int32, the expert of each of these rows, where rows are sorted by expert; E past the last."""
+    return places_in(jnp.cumsum(group_sizes_E, dtype=jnp.int32), row_R, side="right")
 
 
 @in_any_mode(everywhere)

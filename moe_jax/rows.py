@@ -20,6 +20,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from moe_jax.arrays import array_like, column, take, vary_alike, wide_dtype
+from moe_jax.linear import jvp_in_each
 from moe_jax.permute import RouteMetadata
 
 
@@ -117,23 +118,6 @@ def _shape(product: Primitive, *operands, tree, dtype, lead: int, **static):
 # their derivatives
 
 
-def _jvp(product: Primitive):
-    """It is linear in each of its arrays."""
-
-    def rule(primals, tangents, *, tree, **static):
-        count = len(primals) - tree.num_leaves
-        out = product.bind(*primals, tree=tree, **static)
-        parts = []
-        for at, tangent in enumerate(tangents[:count]):
-            if type(tangent) is not ad.Zero:
-                moved = [*primals[:at], tangent, *primals[at + 1 :]]
-                # The tail of a tangent reaches nothing, as that of a row.
-                parts.append(product.bind(*moved, tree=tree, **static))
-        return out, sum(parts[1:], start=parts[0]) if parts else jnp.zeros_like(out)
-
-    return rule
-
-
 def _transpose(product: Primitive):
     """Of the form's three arrays, of which two are in a product, the gradient of one is the product of the others."""
 
@@ -176,7 +160,8 @@ for _product in _COMPUTED:
     _computed = partial(_compute, _product)
     _product.def_impl(jax.jit(_computed, static_argnames=("tree", "dtype", "lead", "masked")))
     _product.def_abstract_eval(partial(_shape, _product))
-    ad.primitive_jvps[_product] = _jvp(_product)
+    # The tail of a tangent reaches nothing, as that of a row.
+    ad.primitive_jvps[_product] = jvp_in_each(_product, lambda static: static["tree"].num_leaves)
     ad.primitive_transposes[_product] = _transpose(_product)
     batching.primitive_batchers[_product] = _batched(_product)
     mlir.register_lowering(_product, mlir.lower_fun(_computed, multiple_results=False))

@@ -17,7 +17,8 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from moe_jax.arrays import array_like, column, take
+from moe_jax.arrays import array_like, column, starts, take
+from moe_jax.linear import one_by_one
 
 
 def ragged_all_to_all(
@@ -97,9 +98,8 @@ def _(rows_RD, output_ND, _, *, axis_name: str):
 
 def _gather(axis_name: str, rows_RD, output_ND, sizes_S):
     """Each rank sends the same run to all."""
-    me, begins_S = lax.axis_index(axis_name), jnp.cumsum(sizes_S, dtype=jnp.int32) - sizes_S
-    none_S = jnp.zeros_like(sizes_S)
-    sent = (none_S, none_S + sizes_S[me], none_S + begins_S[me], sizes_S)
+    me, none_S = lax.axis_index(axis_name), jnp.zeros_like(sizes_S)
+    sent = (none_S, none_S + sizes_S[me], none_S + starts(sizes_S)[me], sizes_S)
     return same_on_ranks(ragged_p.bind(rows_RD, output_ND, *sent, axis_name=axis_name), axis_name)
 
 
@@ -140,24 +140,9 @@ def _gather_transpose(d_result_ND, rows_RD, output_ND, sizes_S, *, axis_name: st
         return None, None, None
     assert not ad.is_undefined_primal(output_ND)
     me, row_R = lax.axis_index(axis_name), lax.iota(jnp.int32, rows_RD.aval.shape[0])
-    place_R = jnp.cumsum(sizes_S, dtype=jnp.int32)[me] - sizes_S[me] + row_R
+    place_R = starts(sizes_S)[me] + row_R
     found_RD = take(vary(d_result_ND, {axis_name}), jnp.minimum(place_R, len(d_result_ND) - 1))
     return jnp.where(column(row_R < sizes_S[me], found_RD.ndim), found_RD, 0), None, None
-
-
-def _one_by_one(product: Primitive):
-    """The examples of vmap, one after the other."""
-
-    def rule(arrays, axes, **static):
-        size = next(a.shape[axis] for a, axis in zip(arrays, axes, strict=True) if axis is not None)
-        moved = [a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in zip(arrays, axes, strict=True)]
-        found = [
-            product.bind(*(a if axis is None else a[i] for a, axis in zip(moved, axes, strict=True)), **static)
-            for i in range(size)
-        ]
-        return jnp.stack(found), 0
-
-    return rule
 
 
 def _computed(function: Callable) -> Callable:
@@ -228,7 +213,7 @@ for _product, _way, _transpose in ((ragged_p, _native, _ragged_transpose), (gath
     _product.def_impl(jax.jit(partial(_product.bind), static_argnames="axis_name"))
     ad.primitive_jvps[_product] = _jvp(_product)
     ad.primitive_transposes[_product] = _transpose
-    batching.primitive_batchers[_product] = _one_by_one(_product)
+    batching.primitive_batchers[_product] = one_by_one(_product)
     mlir.register_lowering(_product, mlir.lower_fun(_computed(_way), multiple_results=False))
 # The one place where a platform is told from another, at lowering time.
 mlir.register_lowering(ragged_p, mlir.lower_fun(_computed(_in_blocks), multiple_results=False), platform="cpu")

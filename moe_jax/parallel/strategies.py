@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.align import AlignedMetadata, align_rows
-from moe_jax.arrays import places_in, take
+from moe_jax.arrays import places_in, starts, take
 from moe_jax.parallel.collectives import ragged_all_to_all, rows_of_all, same_on_ranks, vary
-from moe_jax.permute import RouteMetadata
+from moe_jax.permute import RouteMetadata, expert_of_row
 from moe_jax.permute import permute as local_permute
 from moe_jax.rows import dispatch as local_dispatch
 from moe_jax.rows import unpermute as local_unpermute
@@ -157,7 +157,7 @@ class Blocks(_OfSlots):
         S, (T, K) = layout.expert, home.row_of_slot_TK.shape
         C, me = T * slots_per_rank(layout, router), lax.axis_index("expert")
         wanted_SS = sizes_SSe.sum(axis=-1, dtype=jnp.int32)
-        begins_S = _starts(wanted_SS[me])
+        begins_S = starts(wanted_SS[me])
         in_block_SC = jnp.broadcast_to(lax.iota(jnp.int32, C), (S, C))
         sent_R = (in_block_SC < wanted_SS[me][:, None]).reshape(-1)
         row_SC = jnp.minimum(begins_S[:, None] + in_block_SC, max(T * K - 1, 0))
@@ -172,7 +172,7 @@ class Blocks(_OfSlots):
             sent_R=sent_R,
         )
         arrived_Se = sizes_SSe[:, me]
-        expert_SC = jax.vmap(_expert_of_row)(arrived_Se, in_block_SC)
+        expert_SC = jax.vmap(expert_of_row)(arrived_Se, in_block_SC)
         block_begins_S = C * lax.iota(jnp.int32, S)
         return ShardMetadata(
             slots=slots,
@@ -205,7 +205,7 @@ class Runs(_OfSlots):
         ends_SS = jnp.minimum(jnp.cumsum(wanted_SS, axis=0), room)
         begins_SS = jnp.concatenate([jnp.zeros_like(ends_SS[:1]), ends_SS[:-1]])
         admitted_SS = ends_SS - begins_SS
-        input_offsets_S = _starts(wanted_SS[me])
+        input_offsets_S = starts(wanted_SS[me])
         row_R = lax.iota(jnp.int32, T * K)
         owner_R = jnp.clip(places_in(input_offsets_S, row_R, side="right") - 1, 0, S - 1)
         sent_R = row_R - input_offsets_S[owner_R] < admitted_SS[me][owner_R]
@@ -219,7 +219,7 @@ class Runs(_OfSlots):
         # Of each source the first rows are admitted: its later experts lose theirs.
         ends_Se = jnp.minimum(jnp.cumsum(sizes_SSe[:, me], axis=-1), admitted_SS[:, me, None])
         kept_Se = jnp.diff(ends_Se, axis=-1, prepend=0)
-        flat_expert_A = _expert_of_row(kept_Se.reshape(-1), lax.iota(jnp.int32, room))
+        flat_expert_A = expert_of_row(kept_Se.reshape(-1), lax.iota(jnp.int32, room))
         e = router.num_experts // S
         expert_A = jnp.where(flat_expert_A < S * e, flat_expert_A % e, e)
         return ShardMetadata(
@@ -317,7 +317,7 @@ class ReplicatedRagged(Replicated):
             slots=home,
             send_sizes_S=jnp.full_like(sizes_S, sizes_S[me]),
             recv_sizes_S=sizes_S,
-            output_offsets_S=jnp.full_like(sizes_S, _starts(sizes_S)[me]),
+            output_offsets_S=jnp.full_like(sizes_S, starts(sizes_S)[me]),
         )
 
     def unpermute(
@@ -425,12 +425,3 @@ def _gather_tokens(values_TD):
 def _swap(of_each: jax.Array) -> jax.Array:
     """What this rank has for each rank, in equal parts: what each rank has for this one."""
     return lax.all_to_all(of_each, "expert", split_axis=0, concat_axis=0, tiled=True)
-
-
-def _starts(sizes_S):
-    return jnp.cumsum(sizes_S, dtype=jnp.int32) - sizes_S
-
-
-def _expert_of_row(sizes_E, row_R):
-    """The expert that each of these rows belongs to, rows being sorted by expert; E past the last."""
-    return places_in(jnp.cumsum(sizes_E, dtype=jnp.int32), row_R, side="right")
