@@ -21,7 +21,7 @@ from conformance.balance.bounds import (
 )
 from conformance.balance.case import BalanceCase
 from conformance.balance.draw import cut
-from conformance.core.holding import hold
+from conformance.core.holding import array_from, hold
 from conformance.core.judge import Judge, NotRun, Violation, accuse
 from moe_ref import UNUSED, next_coefficient, quantile_update
 
@@ -29,7 +29,7 @@ from moe_ref import UNUSED, next_coefficient, quantile_update
 def counts_of_subject(judge: Judge, case: BalanceCase) -> np.ndarray:
     """The subject's (E,) counts, as int64."""
     E = case.spec.num_experts
-    found = np.asarray(judge.call(case, "load", case.expert_ids_TK.copy(), E, **mask_of(case)))
+    found = array_from(judge.call(case, "load", case.expert_ids_TK.copy(), E, **mask_of(case)), "counts: no array")
     if found.dtype.kind not in "iu" or found.shape != (E,):
         received = f"{found.dtype}{list(found.shape)}"
         accuse("not a count for each expert", expected=f"{E} integers", received=received)
@@ -51,9 +51,10 @@ def z_loss_of_subject(judge: Judge, case: BalanceCase) -> Loss:
 def _loss(case: BalanceCase, returned: Any) -> Loss:
     """A number and a gradient of the shape of the logits, in float64."""
     try:
-        loss, d_logits_TE = (np.asarray(returned[name], dtype=np.float64) for name in ("loss", "d_logits_TE"))
-    except (TypeError, KeyError, ValueError):
+        named = {name: returned[name] for name in ("loss", "d_logits_TE")}
+    except (TypeError, KeyError):
         raise Violation("no loss and d_logits_TE", expected="both", received=str(returned)[:200]) from None
+    loss, d_logits_TE = (array_from(v, f"{name}: no array").astype(np.float64) for name, v in named.items())
     if loss.shape or d_logits_TE.shape != case.logits_TE.shape:
         expected, received = f"() and {case.logits_TE.shape}", f"{loss.shape} and {d_logits_TE.shape}"
         accuse("loss or gradient of another shape", expected=expected, received=received)
@@ -63,7 +64,7 @@ def _loss(case: BalanceCase, returned: Any) -> Loss:
 def bias_of_subject(judge: Judge, case: BalanceCase) -> np.ndarray:
     """The subject's (E,) bias after a step."""
     given = (case.counts_SE.copy(), case.spec.update, case.expert_bias_E.astype(np.float32))
-    found = np.asarray(judge.call(case, "bias_update", *given), dtype=np.float64)
+    found = array_from(judge.call(case, "bias_update", *given), "bias: no array").astype(np.float64)
     if found.shape != case.expert_bias_E.shape:
         accuse("bias of another shape", expected=case.expert_bias_E.shape, received=found.shape)
     return found
@@ -72,7 +73,8 @@ def bias_of_subject(judge: Judge, case: BalanceCase) -> np.ndarray:
 def quantile_of_subject(judge: Judge, case: BalanceCase) -> np.ndarray:
     """The subject's (E,) bias after a step of quantile balancing."""
     given = (case.logits_TE.astype(np.float32), case.router, case.spec.quantile, case.expert_bias_E.astype(np.float32))
-    found = np.asarray(judge.call(case, "quantile_update", *given, **case.inputs), dtype=np.float64)
+    returned = judge.call(case, "quantile_update", *given, **case.inputs)
+    found = array_from(returned, "bias: no array").astype(np.float64)
     if found.shape != case.expert_bias_E.shape:
         accuse("bias of another shape", expected=case.expert_bias_E.shape, received=found.shape)
     return found
@@ -91,7 +93,7 @@ def tokens_of_counts(case: BalanceCase) -> int:
 def coefficient_of_subject(judge: Judge, case: BalanceCase) -> float:
     """The subject's coefficient after a step of that many tokens; the counts are those of its layers."""
     given = (COEFF, case.counts_SE.copy(), tokens_of_counts(case), case.spec.sparsity)
-    found = np.asarray(judge.call(case, "next_coefficient", *given), dtype=np.float64)
+    found = array_from(judge.call(case, "next_coefficient", *given), "no number").astype(np.float64)
     if found.shape:
         accuse("no number", expected="a coefficient", received=f"an array of {found.shape}")
     return float(found)
@@ -124,10 +126,11 @@ def kept_by_subject(judge: Judge, case: BalanceCase, *, gradient: bool = False) 
     returned = judge.call(case, "capacity", *given, **case.inputs, **more)
     shape = case.expert_ids_TK.shape
     try:
-        ids_TK, weights_TK = np.asarray(returned["expert_ids_TK"]), np.asarray(returned["weights_TK"])
-        d_weights_TK = np.asarray(returned["d_weights_TK"], dtype=np.float64) if gradient else None
+        named = {name: returned[name] for name in ("expert_ids_TK", "weights_TK", "d_weights_TK")[: 2 + gradient]}
     except (TypeError, KeyError):
         raise Violation("no ids and weights", expected="both", received=str(returned)[:200]) from None
+    ids_TK, weights_TK, *more_TK = (array_from(value, f"{name}: no array") for name, value in named.items())
+    d_weights_TK = more_TK[0].astype(np.float64) if gradient else None
     if ids_TK.shape != shape or weights_TK.shape != shape or ids_TK.dtype.kind not in "iu":
         received = f"{ids_TK.dtype}{list(ids_TK.shape)} and {weights_TK.shape}"
         accuse("ids or weights of another form", expected=f"two of {shape}", received=received)

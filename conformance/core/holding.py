@@ -1,11 +1,31 @@
 """conformance, holding: an array that a subject returned against the wanted one, row by row."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from conformance.core.judge import accuse
+from conformance.core.judge import Violation, accuse
 from conformance.core.show import shown_apart
+
+
+def array_from(value: object, title: str, *, expected: object = "an array of numbers", **blame: Any) -> np.ndarray:
+    """What a subject returned, as an array.
+
+    Args:
+        blame: the requirement and the case of the violation, as `Violation` takes them.
+
+    Raises:
+        Violation: it is not of numbers, or NumPy does not read it: a tensor that has a gradient, or is on a device.
+    """
+    try:
+        found = np.asarray(value)
+        if found.dtype.kind not in "biuf":
+            found.astype(np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        said = f"{type(value).__name__}: {error}".splitlines()[0][:200]
+        raise Violation(title, expected=expected, received=said, **blame) from None
+    return found
 
 
 def hold(

@@ -11,6 +11,7 @@ import numpy as np
 
 from conformance.core.case import Case, plain
 from conformance.core.judge import Judge, NotRun, Violation
+from conformance.core.rounding import equal
 
 R = TypeVar("R")
 C = TypeVar("C", bound=Case)
@@ -96,7 +97,7 @@ def differing(wanted: np.ndarray, found: np.ndarray, part: float = APART) -> np.
     """Bools: where two numbers differ by more than a part of the larger one, or one alone is a number."""
     with np.errstate(all="ignore"):
         near = np.abs(found - wanted) <= part * np.maximum(np.abs(found), np.abs(wanted))
-    return ~(near | (found == wanted) | (np.isnan(found) & np.isnan(wanted)))
+    return ~(near | equal(found, wanted))
 
 
 def distance(wanted: np.ndarray, found: np.ndarray) -> float:
@@ -106,7 +107,7 @@ def distance(wanted: np.ndarray, found: np.ndarray) -> float:
     """
     wanted, found = np.asarray(wanted, np.float64), np.asarray(found, np.float64)
     with np.errstate(all="ignore"):
-        apart = np.where((found == wanted) | (np.isnan(found) & np.isnan(wanted)), 0, np.abs(found - wanted))
+        apart = np.where(equal(found, wanted), 0, np.abs(found - wanted))
     largest = max(float(np.abs(wanted[np.isfinite(wanted)]).max(initial=0)), float(np.finfo(np.float32).tiny))
     part = float(np.nan_to_num(apart, nan=np.inf, posinf=np.inf).max(initial=0)) / largest
     return part if part > APART else 0.0

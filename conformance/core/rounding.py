@@ -16,6 +16,11 @@ ARRAYS = tuple(name for name in EPSILON if name != "tf32")
 """dtypes that an array can have; the others are of products alone."""
 
 
+def equal(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Bools: which numbers are the same ones; NaN is equal to NaN."""
+    return (one == other) | (np.isnan(one) & np.isnan(other))
+
+
 def close(found, expected, relative_error, floor) -> np.ndarray:
     """Entry by entry: |found - expected| <= relative_error * |expected| + floor. NaN and inf are never close."""
     with np.errstate(invalid="ignore"):

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from conformance.core.check import Condition
-from conformance.core.holding import hold
+from conformance.core.holding import array_from, hold
 from conformance.core.judge import Judge, NotRun, Violation, accuse
 from conformance.core.show import shown
 from conformance.layer import bounds
@@ -66,9 +66,12 @@ def aligned_of_subject(
 def integers_of(returned: object, names: tuple[str, str]) -> list[np.ndarray]:
     """Two arrays of integers, of one axis, as int64."""
     try:
-        one, other = (np.asarray(each) for each in returned)  # type: ignore[attr-defined]
-    except (TypeError, ValueError, RuntimeError):
-        raise Violation("not two arrays", expected=f"({', '.join(names)})", received=returned) from None
+        pair = (*returned,)  # type: ignore[misc]
+    except TypeError:
+        pair = ()
+    if len(pair) != 2:
+        accuse("not two arrays", expected=f"({', '.join(names)})", received=returned)
+    one, other = (array_from(each, f"the {name}: no array") for name, each in zip(names, pair, strict=True))
     for name, found in zip(names, (one, other), strict=True):
         if found.dtype.kind not in "iu" or found.ndim != 1:
             received = f"{found.dtype}{list(found.shape)}"
@@ -137,11 +140,7 @@ def wanted_gradients(case: LayerCase) -> dict[str, np.ndarray]:
 
 def array_of(value: object, shape: tuple[int, ...], name: str = "output") -> np.ndarray:
     """What a subject returned, in float64; a Violation where it is no array of this shape."""
-    try:
-        found = np.asarray(value).astype(np.float64)
-    except (TypeError, ValueError, RuntimeError) as error:  # a tensor that has a gradient, or is on a device
-        said = f"{type(value).__name__}: {error}".splitlines()[0][:200]
-        raise Violation(f"{name}: no array", expected=f"shape {shape}", received=said) from None
+    found = array_from(value, f"{name}: no array", expected=f"shape {shape}").astype(np.float64)
     if found.shape != shape:
         accuse(f"{name} of another shape", expected=shape, received=found.shape)
     return found

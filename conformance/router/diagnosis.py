@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from conformance.core.diagnosis import Call, Rounding, same, same_result
-from conformance.core.rounding import TINY, close
+from conformance.core.rounding import TINY, close, equal
 from conformance.router.bounds import weight_error
 from conformance.router.case import RouterCase
 
@@ -44,8 +44,7 @@ def _error(case: RouterCase, ids_TK: np.ndarray, rounding: Rounding) -> np.ndarr
 
 def _near(found: np.ndarray, wanted: np.ndarray, error: np.ndarray, floor: float) -> bool:
     found, wanted = found.astype(np.float64), wanted.astype(np.float64)
-    alike = (found == wanted) | (np.isnan(found) & np.isnan(wanted))
-    return bool((alike | close(found, wanted, error, floor)).all())
+    return bool((equal(found, wanted) | close(found, wanted, error, floor)).all())
 
 
 def _by_id(routing: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,10 @@
 """conformance, router: what a subject returned for a case, checked for its form."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from conformance.core.holding import array_from
 from conformance.core.judge import Judge, NotRun, Violation, cast
 from conformance.core.subject import Routing
 from conformance.router.case import RouterCase
@@ -66,7 +66,10 @@ def well_formed(case: RouterCase, routing: Routing) -> Observation:
     def wrong(title, expected, received, token=None):
         return Violation(title, token=token, expected=expected, received=received, requirement=WELL_FORMED, case=case)
 
-    ids_TK, weights_TK = _read("expert ids", routing.expert_ids_TK, wrong), _read("weights", routing.weights_TK, wrong)
+    def read(name, value):
+        return array_from(value, f"{name} that NumPy does not read", requirement=WELL_FORMED, case=case)
+
+    ids_TK, weights_TK = read("expert ids", routing.expert_ids_TK), read("weights", routing.weights_TK)
     shape = (T, spec.top_k)
     if ids_TK.shape != shape:
         raise wrong("expert ids of another shape", shape, ids_TK.shape)
@@ -93,20 +96,9 @@ def well_formed(case: RouterCase, routing: Routing) -> Observation:
     ):
         value = getattr(routing, name)
         if value is not None:
-            value = _read(name, value, wrong)
+            value = read(name, value)
             if value.shape != wanted:
                 raise wrong(f"{name} of another shape", wanted, value.shape)
             value = value.astype(np.int64 if name == "group_ids_TL" else np.float64)
         optional[name] = value
     return Observation(case=case, expert_ids_TK=ids_TK, weights_TK=weights_TK.astype(np.float64), **optional)
-
-
-def _read(name: str, value: object, wrong: Callable[[str, object, object], Violation]) -> np.ndarray:
-    """What a subject returned, as an array of numbers; a Violation where it is none that NumPy reads."""
-    try:
-        found = np.asarray(value)
-        found.astype(np.float64)
-    except (TypeError, ValueError, RuntimeError) as error:  # no numbers; a tensor that has a gradient, or a device
-        said = f"{type(value).__name__}: {error}".splitlines()[0][:200]
-        raise wrong(f"{name} that NumPy does not read", "an array of numbers", said) from None
-    return found

@@ -3,7 +3,7 @@
 import numpy as np
 
 from conformance.core.judge import Judge, accuse
-from conformance.core.rounding import EPSILON, close
+from conformance.core.rounding import EPSILON, close, equal
 from conformance.router.bounds import (
     admissible,
     best_in_some_groups,
@@ -195,11 +195,9 @@ def differ(judge: Judge, seen: Observation, other: Observation, *, ids_alone: bo
     error_TK = weight_error(seen.case, ids_TK, dtype) + weight_error(other.case, ids_TK, dtype)
     floor_T1 = 2 * weight_floor(seen.case, ids_TK, expected_weights(seen.case, ids_TK), dtype)
     # Unused slots, non-finite weights: equal is equal.
-    close_T = (
-        close(other_weights_TK, weights_TK, error_TK, floor_T1)
-        | (other_weights_TK == weights_TK)
-        | (np.isnan(other_weights_TK) & np.isnan(weights_TK))
-    ).all(axis=-1)
+    close_T = (close(other_weights_TK, weights_TK, error_TK, floor_T1) | equal(other_weights_TK, weights_TK)).all(
+        axis=-1
+    )
     wrong = set() if ids_alone else set(np.flatnonzero(same_T & ~close_T).tolist())
     moved = np.flatnonzero(~same_T)
     if len(moved) and seen.case.spec.varies:

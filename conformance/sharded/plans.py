@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from conformance.core.holding import array_from
 from conformance.core.judge import Judge, NotRun, accuse
 from conformance.sharded.case import ShardedCase
 from moe_ref.dispatch import plan
@@ -54,7 +55,7 @@ def _plan(case: ShardedCase, rank: int, returned: Any) -> Plan:
         accuse(f"{name_of_place(case, rank)}: no plan", expected=", ".join(shapes), received=received)
     found = {}
     for name, shape in shapes.items():
-        value = np.asarray(returned[name])
+        value = array_from(returned[name], f"{name_of_place(case, rank)}: {name}: no array")
         fits = value.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, value.shape, strict=True))
         if value.dtype.kind not in "iu" or not fits:
             title = f"{name_of_place(case, rank)}: {name} of another kind"

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from conformance.core.holding import array_from
 from conformance.core.judge import Judge, Violation, accuse
 from conformance.core.rounding import EPSILON, TINY
 from conformance.core.show import numbers
@@ -69,7 +70,8 @@ def _state(case: TrainingCase, number: int, returned: Any) -> TrainingState:
     where = f"after event {number}, {name_of(case.events[number])}"
     try:
         counts, biases = (
-            [np.asarray(each) for each in returned[name]] for name in ("counts_by_layer", "bias_by_layer")
+            [array_from(each, f"{name} {where}: no array") for each in returned[name]]
+            for name in ("counts_by_layer", "bias_by_layer")
         )
         loss = returned.get("loss")
         loss = None if loss is None else float(loss)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from conformance.core.holding import array_from
 from conformance.core.judge import accuse
 from conformance.core.rounding import EPSILON
 from conformance.router.kind import requires
@@ -18,7 +19,7 @@ def hold_gate(judge, case, *, with_bias: bool) -> None:
     x_TD, gate_ED = (rng.normal(size=n).astype(np.float32) for n in ((case.num_tokens, D), (E, D)))
     bias_E = rng.normal(size=E).astype(np.float32) if with_bias else None
     returned = judge.call(case, "gate", x_TD.copy(), gate_ED.copy(), bias_E)
-    found_TE = np.asarray(returned, dtype=np.float64)
+    found_TE = array_from(returned, "logits: no array").astype(np.float64)
     wanted_TE = gate(x_TD, gate_ED, bias_E)
     size_TE = np.abs(x_TD) @ np.abs(gate_ED).T + (0 if bias_E is None else np.abs(bias_E))
     if found_TE.shape != wanted_TE.shape:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from conformance.core.judge import Crash, Judge, Violation, accuse
+from conformance.core.rounding import equal
 from conformance.router.case import RouterCase
 from conformance.router.draw import LOGITS
 from conformance.router.kind import requires
@@ -60,15 +61,15 @@ def a_token_is_routed_by_itself(judge, case):
 @requires("RUN-4", logits=("normal", "tied", "equal"))
 def the_same_input_gives_the_same_output(judge, case):
     first, second = observe(judge, case), observe(judge, case.with_())
+    hold_the_same(first, second, "differs between two equal calls")
+
+
+def hold_the_same(first: Observation, second: Observation, what: str) -> None:
+    """Two results have the same bits."""
     for name in ("expert_ids_TK", "weights_TK"):
-        a, b = getattr(first, name), getattr(second, name)
-        for t in np.flatnonzero(~((a == b) | (np.isnan(a) & np.isnan(b))).all(axis=-1)):
-            accuse(
-                f"{name} differs between two equal calls",
-                token=int(t),
-                expected=str(a[t].tolist()),
-                received=str(b[t].tolist()),
-            )
+        one_TK, other_TK = getattr(first, name), getattr(second, name)
+        for t in np.flatnonzero(~equal(one_TK, other_TK).all(axis=-1)):
+            accuse(f"{name} {what}", token=int(t), expected=one_TK[t].tolist(), received=other_TK[t].tolist())
 
 
 def hold_spoiled(judge: Judge, case: RouterCase, spoiled_T: np.ndarray, what: str) -> None:
@@ -157,7 +158,7 @@ def hold_unchanged(arrays: dict[str, tuple]) -> None:
             continue
         # What is given in float32 was rounded to it before.
         before, after = (np.asarray(each).astype(np.float32) for each in (before, after))
-        for place in np.argwhere(~((before == after) | (np.isnan(before) & np.isnan(after))))[:1]:
+        for place in np.argwhere(~equal(before, after))[:1]:
             accuse(
                 f"{name}{place.tolist()} is another number after the call",
                 expected=f"{before[tuple(place)]:.7g}",
@@ -194,12 +195,7 @@ def what_a_router_returned_stays(judge, case):
     returned = routed(judge, case, blame=RUNS)
     first = well_formed(case, returned)
     routed(judge, case.with_(logits_TE=-case.logits_TE), blame=RUNS)
-    later = well_formed(case, returned)
-    for name in ("expert_ids_TK", "weights_TK"):
-        one_TK, other_TK = getattr(first, name), getattr(later, name)
-        for t in np.flatnonzero(~((one_TK == other_TK) | (np.isnan(one_TK) & np.isnan(other_TK))).all(axis=-1))[:1]:
-            title = f"{name} is another after the next call"
-            accuse(title, token=int(t), expected=one_TK[t].tolist(), received=other_TK[t].tolist())
+    hold_the_same(first, well_formed(case, returned), "is another after the next call")
 
 
 def pairs(seen, token) -> str:
