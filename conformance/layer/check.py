@@ -20,5 +20,7 @@ class LayerCheck(Check):
     """Whether it is tried on the layers of `routed.py`, whose logits are prescribed."""
     large: int = 0
     """Every so many of the layers of `large.py`, past the limits of tiles and tables, are tried as well; 0: none."""
+    published: bool = False
+    """Whether it is tried on the experts of public models too, and where tokens fill a tile to its end."""
     few: bool = False
     """Whether each of its cases costs a program of its own; then a subject that compiles is tried on one spec."""

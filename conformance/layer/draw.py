@@ -423,6 +423,8 @@ def fixed(judge: Judge, check: LayerCheck) -> Iterator[LayerCase]:
             )  # fmt: skip
     if check.large and judge.chosen is None and not (judge.subject.compiles and check.large > 1):
         yield from _large(judge, check)
+    if check.published and judge.chosen is None and not judge.subject.compiles:
+        yield from _published(judge, check)
 
 
 def _limits(judge: Judge) -> int:
@@ -437,7 +439,10 @@ def _large(judge: Judge, check: LayerCheck) -> Iterator[LayerCase]:
         if check.spec(spec) and judge.subject.supports_layer(spec) is None:
             bias = check.bias[number % len(check.bias)]
             yield _case(spec, check.inputs, x=check.x[0], bias=bias, tokens=tokens, seed=number)
-    if check.requirement == "LAY-2" and not judge.subject.compiles:
-        for number, (spec, tokens) in enumerate(PUBLISHED):
-            if judge.subject.supports_layer(spec) is None:
-                yield _case(spec, check.inputs, x=check.x[0], bias="crowded", tokens=tokens, seed=number)
+
+
+def _published(judge: Judge, check: LayerCheck) -> Iterator[LayerCase]:
+    """Those that a subject has, with a bias that leaves some experts without tokens."""
+    for number, (spec, tokens) in enumerate(PUBLISHED):
+        if judge.subject.supports_layer(spec) is None:
+            yield _case(spec, check.inputs, x=check.x[0], bias="crowded", tokens=tokens, seed=number)

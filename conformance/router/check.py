@@ -21,6 +21,8 @@ class RouterCheck(Check):
     """Of the logits; of these, those that the subject declares."""
     sweeps: bool = False
     """Whether it is tried at every size of `sizes.py`; the others share them."""
+    published: bool = False
+    """Whether it is tried at the sizes of public models too, and where tokens fill a tile to its end."""
     pairs: bool = False
     """Whether it is tried on every pair of what a case is made of (`pairs.py`)."""
     few: bool = False

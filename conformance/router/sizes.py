@@ -105,6 +105,14 @@ def resized(spec: RouterSpec, size: Size, check: RouterCheck, judge: Judge) -> R
     return None
 
 
+def one_resized(
+    specs: list[RouterSpec], number: int, size: Size, check: RouterCheck, judge: Judge
+) -> RouterSpec | None:
+    """The first of some specs that can have the size; those tried depend on the number of the size."""
+    candidates = (specs[(5 * number + i) % len(specs)] for i in range(min(len(specs), MOST_TRIES)))
+    return next((found for spec in candidates if (found := resized(spec, size, check, judge))), None)
+
+
 def sizes_of(check: RouterCheck) -> list[Size]:
     """The sizes at which a requirement is tried; the largest number of tokens is among them."""
     if check.sweeps:
@@ -120,10 +128,7 @@ def specs_of(judge: Judge, check: RouterCheck) -> Iterator[tuple[RouterSpec, int
     of_groups = {grouped: [spec for spec in pool if (spec.num_expert_groups is not None) == grouped]
                  for grouped in (False, True)}  # fmt: skip
     for number, size in enumerate(() if judge.subject.compiles else sizes_of(check)):
-        specs = of_groups[size.num_expert_groups > 0]
-        tries = min(len(specs), MOST_TRIES)
-        candidates = (specs[(5 * number + i) % len(specs)] for i in range(tries))
-        found = next((each for spec in candidates if (each := resized(spec, size, check, judge))), None)
+        found = one_resized(of_groups[size.num_expert_groups > 0], number, size, check, judge)
         if found is not None:
             yield found, size.tokens
     models = [(spec, TOKENS_OF_MODEL) for spec in MODELS]
@@ -151,7 +156,7 @@ def cases(judge: Judge, check: RouterCheck) -> Iterator[RouterCase]:
             tokens=tokens,
             seed=number,
         )
-    if check.sweeps and check.requirement == "WGT-17" and not judge.subject.compiles:
+    if check.published and not judge.subject.compiles:
         yield from _published(judge, check)
 
 
@@ -165,8 +170,7 @@ def _published(judge: Judge, check: RouterCheck) -> Iterator[RouterCase]:
                 for spec in pool
                 if spec.route_norm == normed and (spec.num_expert_groups is not None) == (size.num_expert_groups > 0)
             ]
-            candidates = (specs[(5 * number + i) % len(specs)] for i in range(min(len(specs), MOST_TRIES)))
-            found = next((each for spec in candidates if (each := resized(spec, size, check, judge))), None)
+            found = one_resized(specs, number, size, check, judge)
             if found is not None:
                 logits = PLAINLY[number % len(PLAINLY)]
                 yield make_case(found, check, logits=logits, bias=bias, tokens=size.tokens, seed=number)

@@ -8,6 +8,9 @@ from conformance.layer.check import LayerCheck
 from conformance.sharded.case import ShardedCase
 from moe_ref.specs.layout import ShardLayout
 
+PAST_A_BYTE = (300, 7)
+"""A crowd past what a byte counts, and what bfloat16 does exactly."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardedCheck(LayerCheck):
@@ -23,6 +26,12 @@ class ShardedCheck(LayerCheck):
     """Kinds of ids where they are given."""
     counts: tuple[str, ...] = ("equal", "uneven", "prime", "some_empty")
     """Kinds of token counts of the shards."""
+
+    crowd: tuple[int, int] | None = None
+    """Tokens of the first shard and of each other one, past what small dtypes count, in a further case of each
+    strategy; None: there is no such case."""
+    greatest_crowd: tuple[int, int] | None = None
+    """The same in one case, of 4 slots for each token: past 65,535 slots, or past 32,767 rows of one expert."""
 
     def wants(self, case: Case) -> bool:
         return isinstance(case, ShardedCase) and super().wants(case) and self.layout(case.layout)

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 import numpy as np
@@ -49,15 +49,6 @@ MESHES_EACH = 12
 LAYOUTS_TRIED = 8
 """So many other layouts of the same layer are tried for one that a subject supports."""
 PRIMES = (2, 3, 5, 7)
-PAST_A_BYTE = 300
-"""Tokens of one shard: past what a byte counts, and what bfloat16 does exactly."""
-LARGE = {
-    **dict.fromkeys(("DSP-2", "DSP-3", "DSP-4", "DSP-5", "DSP-6", "DSP-10", "LYT-2"), (PAST_A_BYTE, 7)),
-    "DSP-18": (PAST_A_BYTE, PAST_A_BYTE),
-}
-"""Requirement -> tokens of the first shard, and of each other one, of a case of each strategy."""
-LARGEST = {"DSP-2": (16385, 2), "DSP-5": (16385, 16385)}
-"""The same of one strategy, with 4 slots for each token: slots past 65,535, rows of one expert past 32,767."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -433,24 +424,29 @@ def fixed(judge: Judge, check: ShardedCheck) -> Iterator[ShardedCase]:
         choices = {name: each[number % len(each)] for name, each in kinds.items()}
         yield make_case(judge, check, setting, **choices, seed=number)
     if not judge.subject.compiles and judge.chosen is None:
-        yield from _large(judge, check)
+        yield from _crowded(judge, check)
 
 
-def _large(judge: Judge, check: ShardedCheck) -> Iterator[ShardedCase]:
-    """Loads past the limits of small dtypes, most of them of few experts: the first layout of each strategy."""
-    wanted = [setting for setting in settings_of(judge, check)[0] if setting.layout.expert == 2]
-    for largest, sizes in ((False, LARGE.get(check.requirement)), (True, LARGEST.get(check.requirement))):
-        tried: set[str] = set()
-        for setting in wanted if sizes else ():
-            first, others = sizes or (0, 0)
-            tokens = (first, *[others] * (len(setting.tokens_per_shard) - 1))
-            is_wanted = not largest or (setting.spec.router.top_k == 4 and not tried)
-            if setting.layout.strategy in tried or not is_wanted:
-                continue
-            if why_not(judge.subject, setting.spec, setting.layout, tokens) is None:
-                tried.add(setting.layout.strategy)
-                yield make_case(
-                    judge, check, replace(setting, tokens_per_shard=tokens), x=check.x[0],
-                    bias="crowded" if "crowded" in check.bias else check.bias[0],
-                    load="one_expert", counts="", seed=len(tried),
-                )  # fmt: skip
+def _crowded(judge: Judge, check: ShardedCheck) -> Iterator[ShardedCase]:
+    """Most tokens of one expert: a layout of each strategy with the check's crowd, and one with its greatest."""
+    pool = [setting for setting in settings_of(judge, check)[0] if setting.layout.expert == 2]
+    of_4_slots = [setting for setting in pool if setting.spec.router.top_k == 4]
+    greatest = islice(_of_each_strategy(judge, of_4_slots, check.greatest_crowd), 1)
+    for settings in (_of_each_strategy(judge, pool, check.crowd), greatest):
+        for number, setting in enumerate(settings, 1):
+            bias = "crowded" if "crowded" in check.bias else check.bias[0]
+            how = {"x": check.x[0], "bias": bias, "load": "one_expert", "counts": ""}
+            yield make_case(judge, check, setting, **how, seed=number)
+
+
+def _of_each_strategy(judge: Judge, settings: list[Setting], crowd: tuple[int, int] | None) -> Iterator[Setting]:
+    """The first setting of each strategy that the subject has with such a crowd."""
+    found: set[str] = set()
+    if crowd is None:
+        return
+    for setting in settings:
+        tokens = (crowd[0], *[crowd[1]] * (len(setting.tokens_per_shard) - 1))
+        spec, layout = setting.spec, setting.layout
+        if layout.strategy not in found and why_not(judge.subject, spec, layout, tokens) is None:
+            found.add(layout.strategy)
+            yield replace(setting, tokens_per_shard=tokens)

@@ -90,6 +90,7 @@ def a_layer_runs_and_returns_one_output_for_each_token(judge, case):
 @requires(
     "LAY-2",
     large=1,
+    published=True,
     method="layer",
     spec=weighs_outputs_alone,
     x=("normal", "large"),

@@ -325,6 +325,7 @@ OF_THE_WEIGHTS = tuple(f"WGT-{number}" for number in (8, 2, 3, 4, 5, 6, 7, 9, 11
     after=(*SCORES, "SCR-14", *OF_THE_CHOICE),
     simpler=((plainer, (*SCORES, *OF_THE_CHOICE, *OF_THE_WEIGHTS)),),
     sweeps=True,
+    published=True,
     pairs=True,
 )
 def everything_combines(judge, case):

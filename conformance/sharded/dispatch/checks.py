@@ -8,6 +8,7 @@ import numpy as np
 from conformance.core.check import given
 from conformance.core.judge import Crash, NotRun, accuse
 from conformance.sharded.case import ShardedCase
+from conformance.sharded.check import PAST_A_BYTE
 from conformance.sharded.draw import ids_of_kind
 from conformance.sharded.kind import requires
 from conformance.sharded.plans import (
@@ -47,12 +48,20 @@ def dispatch_runs_and_returns_a_plan_for_every_rank(judge, case):
     plans_of_subject(judge, case)
 
 
-@requires("DSP-2", method="dispatch", layout=unplaced, counts=FILLED, after=("DSP-1",))
+@requires(
+    "DSP-2",
+    method="dispatch",
+    layout=unplaced,
+    counts=FILLED,
+    crowd=PAST_A_BYTE,
+    greatest_crowd=(16385, 2),
+    after=("DSP-1",),
+)
 def the_slot_of_an_expert_is_a_row_of_its_owner_once(judge, case):
     hold_rows(case, plans_of_subject(judge, case), case.plans)
 
 
-@requires("DSP-3", method="dispatch", layout=any_layout, after=("DSP-1",))
+@requires("DSP-3", method="dispatch", layout=any_layout, crowd=PAST_A_BYTE, after=("DSP-1",))
 def what_a_sends_to_b_is_what_b_receives_from_a(judge, case):
     hold_matching(case, plans_of_subject(judge, case))
 
@@ -67,18 +76,27 @@ def returns_rows(layout: ShardLayout) -> bool:
     method="dispatch",
     layout=lambda layout: unplaced(layout) and not returns_rows(layout),
     counts=FILLED,
+    crowd=PAST_A_BYTE,
     after=("DSP-1", "DSP-2", "DSP-3"),
 )
 def a_rank_sends_what_the_strategy_has_travel(judge, case):
     hold_exchanged_sizes(case, plans_of_subject(judge, case), case.plans)
 
 
-@requires("DSP-5", method="dispatch", layout=unplaced, counts=FILLED, after=("DSP-1", "DSP-2"))
+@requires(
+    "DSP-5",
+    method="dispatch",
+    layout=unplaced,
+    counts=FILLED,
+    crowd=PAST_A_BYTE,
+    greatest_crowd=(16385, 16385),
+    after=("DSP-1", "DSP-2"),
+)
 def each_local_expert_has_the_rows_of_its_global_id(judge, case):
     hold_group_sizes(case, plans_of_subject(judge, case), case.plans)
 
 
-@requires("DSP-6", method="dispatch", after=("DSP-1", "DSP-2", "DSP-14"))
+@requires("DSP-6", method="dispatch", crowd=PAST_A_BYTE, after=("DSP-1", "DSP-2", "DSP-14"))
 def the_rows_of_a_rank_are_sorted_by_local_expert(judge, case):
     hold_sorted(case, plans_of_subject(judge, case))
 
@@ -109,6 +127,7 @@ def unused_slots_and_null_experts_are_no_rows(judge, case):
     method="dispatch",
     layout=lambda layout: unplaced(layout) and layout.expert > 1,
     loads=("one_expert", "one_rank"),
+    crowd=PAST_A_BYTE,
     after=("DSP-1",),
 )
 def no_load_loses_a_row(judge, case):
@@ -201,6 +220,13 @@ def a_small_buffer_of_the_ring_keeps_the_first_rows(judge, case):
     hold_plan(case, plans_of_subject(judge, case), case.plans)
 
 
-@requires("DSP-18", method="dispatch", layout=returns_rows, counts=FILLED, after=("DSP-1", "DSP-2", "DSP-3"))
+@requires(
+    "DSP-18",
+    method="dispatch",
+    layout=returns_rows,
+    counts=FILLED,
+    crowd=(300, 300),
+    after=("DSP-1", "DSP-2", "DSP-3"),
+)
 def all_rows_of_a_rank_go_back_to_every_rank(judge, case):
     hold_exchanged_sizes(case, plans_of_subject(judge, case), case.plans)

@@ -11,6 +11,7 @@ from conformance.core.judge import Crash, Judge
 from conformance.layer.predicates import CHOICE_IS_CLEAR, WHOLE, poisoned, routed_alone, unmasked
 from conformance.layer.verdicts import ROUTER_IS_WRONG, judged_T
 from conformance.sharded.case import ShardedCase
+from conformance.sharded.check import PAST_A_BYTE
 from conformance.sharded.draw import another_layout
 from conformance.sharded.kind import requires
 from conformance.sharded.predicates import (
@@ -69,6 +70,7 @@ def a_sharded_layer_runs_and_returns_an_output_for_every_rank(judge, case):
     layout=is_plain,
     counts=FILLED,
     x=("normal", "large"),
+    crowd=PAST_A_BYTE,
     after=("LYT-1", *WHOLE),
     unless=(ROUTER_IS_WRONG,),
 )
