@@ -5,7 +5,6 @@ text is what the script prints. What takes seconds to import is imported once: s
 that has imported it and has done nothing else.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -14,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from conformance.run.running import missing
 
 PAGES = sorted((Path(__file__).parents[1] / "docs" / "findings").glob("*-*.md"))
 MOST_LINES = 60
@@ -98,8 +99,8 @@ def test_a_finding_can_be_filed_as_it_stands(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_script_of_a_finding_prints_what_its_page_says(page, run_script):
-    if importlib.util.find_spec(package_of(page)) is None:
-        pytest.skip(f"{package_of(page)} is not installed here")
+    if why := missing(package_of(page)):
+        pytest.skip(why)
     code, output, errors = run_script(page)
     assert code == 0, errors
     assert output == block_of(page, "text")

@@ -36,7 +36,7 @@ def run_subjects(options) -> int:
     names = options.subjects or list(DEFAULT)
     installed = []
     for name in names:
-        if (why := _missing(name)) is None:
+        if (why := missing(name)) is None:
             installed.append(name)
         elif options.subjects:
             raise UsageError(why)
@@ -64,7 +64,7 @@ def run_subjects(options) -> int:
     return EXIT_NEW if failing or any(each.code not in (0, 1) for each in finished) else 0
 
 
-def _missing(name: str) -> str | None:
+def missing(name: str) -> str | None:
     """Why a subject cannot be judged here: a package that is not installed. A wrong name is a UsageError."""
     import importlib.util
 

@@ -67,7 +67,7 @@ def test_what_it_has_not_is_named(spec, message):
 
 def test_a_run_without_it_says_what_is_needed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    sentence = running._missing("maxtext-layouts") or ""
+    sentence = running.missing("maxtext-layouts") or ""
     assert sentence.startswith("maxtext is not installed; it has an environment of its own, of Python 3.12")
     assert "make peers" in sentence
 

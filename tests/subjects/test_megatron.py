@@ -106,7 +106,7 @@ def test_a_drop_order_is_a_policy():
 
 def test_a_run_without_it_says_what_is_needed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    sentence = running._missing("megatron-alltoall") or ""
+    sentence = running.missing("megatron-alltoall") or ""
     assert sentence.startswith("megatron is not installed; it has an environment of its own, of Python 3.12")
     assert "make peers" in sentence
 
