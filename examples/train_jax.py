@@ -6,7 +6,7 @@
 
 On CPUs. What a cluster needs besides is its own `jax.distributed.initialize()` in place of `launch`. Read `loss_of` and
 `train_step`: layers are scanned and rematerialised, and the balancing biases are updated in the program of the step.
-The model is that of `train_torch.py`.
+The model and its text are those of `train_torch.py`: `--beside train_torch` draws the curves of both.
 
 Legend: B sequences, L tokens of each, V vocabulary, D model dim, H heads, N layers, E experts.
 """
@@ -44,8 +44,8 @@ BALANCE = BiasUpdateSpec(rate=0.02)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(5e-3, weight_decay=0.01))
 SEQUENCES = ("data", "fsdp", "expert")
 """The axes of the mesh that sequences are divided over."""
-TEXT = np.frombuffer(Path(__file__).read_bytes(), np.uint8).clip(max=V - 1).astype(np.int32)
-"""What is learned: this file."""
+TEXT = np.frombuffer(Path(__file__).with_name("train_torch.py").read_bytes(), np.uint8).clip(max=V - 1).astype(np.int32)
+"""What is learned: the example of PyTorch, as there."""
 
 
 # the model
@@ -200,7 +200,10 @@ def train(args: argparse.Namespace) -> None:
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "history.json").write_text(json.dumps(history))
-        plot(history, folder / "history.png")
+        runs = {"jax": history}
+        if args.beside is not None:
+            runs[args.beside.name] = json.loads((args.beside / "history.json").read_text())
+        plot(runs, folder / "history.png")
 
 
 def show(now: dict, steps: int) -> None:
@@ -211,8 +214,8 @@ def show(now: dict, steps: int) -> None:
     print(f"\r{text}", end="\n" if done == steps else "", flush=True)
 
 
-def plot(history: list[dict], path: Path) -> None:
-    """Loss and load by step, where matplotlib is installed."""
+def plot(runs: dict[str, list[dict]], path: Path) -> None:
+    """Loss and load by step of each run, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -221,8 +224,10 @@ def plot(history: list[dict], path: Path) -> None:
     figure = Figure(figsize=(8, 3), layout="constrained")
     names = {"loss": "loss", "load": "busiest expert / mean"}
     for axes, (name, title) in zip(figure.subplots(1, 2), names.items(), strict=True):
-        axes.plot([now["step"] for now in history], [now[name] for now in history])
+        for run, history in runs.items():
+            axes.plot([now["step"] for now in history], [now[name] for now in history], label=run)
         axes.set(xlabel="step", title=title)
+        axes.legend()
     figure.savefig(path)
     print(f"loss and load: {path}")
 
@@ -261,9 +266,12 @@ def main() -> None:
         "--resume", action="store_true", help="go on from the checkpoint, which any devices have written"
     )
     parser.add_argument("--folder", type=Path, default=Path("train_jax"), help="for checkpoint, losses and picture")
+    parser.add_argument("--beside", type=Path, help="the folder of another run, whose curves are drawn beside its own")
     parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--coordinator", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.beside is not None and not (args.beside / "history.json").is_file():
+        parser.error(f"--beside is {args.beside}; a run that ended there has left a history.json")
     devices = args.expert * args.fsdp
     if devices % args.processes or B % devices:
         parser.error(f"--expert x --fsdp is {devices}; it is a multiple of --processes and divides {B} sequences")

@@ -15,6 +15,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -98,8 +99,7 @@ def over_ranks(model: Model, mesh: DeviceMesh, layout: ShardLayout) -> None:
 
 def batch(step: int, part: int, parts: int) -> tuple[Tensor, Tensor]:
     """Bytes and next bytes of one of the parts of a step's sequences; a step has the same for any number of parts."""
-    generator = torch.Generator().manual_seed(step)
-    starts = torch.randint(len(TEXT) - L - 1, (B,), generator=generator).tolist()
+    starts = np.random.default_rng(step).integers(len(TEXT) - L - 1, size=B).tolist()
     rows = [list(TEXT[start : start + L + 1]) for start in starts[part * B // parts : (part + 1) * B // parts]]
     ids = torch.tensor(rows).clamp(max=V - 1)
     return ids[:, :-1], ids[:, 1:]
