@@ -204,8 +204,10 @@ def logits_of_kind(kind: str, shape: tuple[int, int], rng: np.random.Generator) 
     if kind == "negative":
         logits_TE = logits_TE - rng.uniform(60, 80, (T, 1))
     if kind == "barred":
-        # At least one stays.
-        logits_TE = np.where((rng.random((T, E)) < 0.4) & (steps_TE < (E - 1) / 2), -np.inf, logits_TE)
+        # At least one stays, and of the first token no other one.
+        barred_TE = (rng.random((T, E)) < 0.4) & (steps_TE < (E - 1) / 2)
+        barred_TE[:1] = steps_TE[:1] < steps_TE[:1].max(initial=-np.inf)
+        logits_TE = np.where(barred_TE, -np.inf, logits_TE)
     return float32(logits_TE)
 
 

@@ -125,20 +125,23 @@ def _places(path: str, number_of_modules: int) -> list[Any]:
         number_of_modules: of those that are loaded; another one asks anew.
     """
     clean, name = function_named(path), path.rpartition(".")[2]
-    return [module for module in _rooms().values() if getattr(module, name, None) is clean]
+    return [module for module in _rooms(number_of_modules).values() if getattr(module, name, None) is clean]
 
 
 def function_named(path: str) -> Callable:
     """The one function of moe_ref that a patch names; it is an error of a fault if there is none, or another one."""
     place, _, name = path.rpartition(".")
-    known = [getattr(module, name, None) for where, module in _rooms().items() if where.endswith(place)]
+    rooms = _rooms(len(sys.modules))
+    known = [getattr(module, name, None) for where, module in rooms.items() if where.endswith(place)]
     functions = {id(function): function for function in known if isfunction(function)}
     assert len(functions) == 1, f"{len(functions)} functions of moe_ref have the name {path!r}"
     (found,) = functions.values()
     return found
 
 
-def _rooms() -> dict[str, Any]:
+@lru_cache(maxsize=1)
+def _rooms(number_of_modules: int) -> dict[str, Any]:
+    """The modules of moe_ref."""
     return {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "moe_ref"}
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import hypothesis
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -31,6 +32,8 @@ UNHELPFUL = [
 # string costs a third of the time of 32 booleans.
 BYTES = st.characters(min_codepoint=0xE000, max_codepoint=0xE0FF, categories=["Co"])
 SEEDS = st.text(BYTES, min_size=4, max_size=4).map(lambda text: int.from_bytes(ord(byte) & 0xFF for byte in text))
+TOGETHER = 10
+"""Cases of one example of hypothesis, at most: an example costs it as much as some small cases cost."""
 
 
 def as_test(check: Check, *, examples: int = DEFAULT_EXAMPLES, seed: int | None = None) -> Callable[[Judge], None]:
@@ -45,13 +48,16 @@ def as_test(check: Check, *, examples: int = DEFAULT_EXAMPLES, seed: int | None 
     """
 
     kind = kind_of(check.requirement)
+    cases = -(-examples // kind.cost)
+    drawn = -(-cases // TOGETHER)
 
-    @given(number=SEEDS)
-    def test(judge: Judge, number: int):
+    @given(seed=SEEDS)
+    def test(judge: Judge, seed: int):
         if sentence := why_not(judge, check):
             pytest.skip(f"unsupported: {sentence}")
         examine_fixed(judge, check)
-        judge.examine(check, kind.draw(judge, check, number))
+        for number in np.random.SeedSequence(seed).generate_state(-(-cases // drawn)):
+            judge.examine(check, kind.draw(judge, check, int(number)))
 
     row = REQUIREMENTS[check.requirement]
     # `pytest -k select`, `-k SEL_3` and `-k dropped` find it.
@@ -61,7 +67,7 @@ def as_test(check: Check, *, examples: int = DEFAULT_EXAMPLES, seed: int | None 
     test.requirement = check.requirement  # type: ignore[attr-defined]
     of_case = zlib.crc32(f"{check.requirement} {SPEC_VERSION} {'' if seed is None else seed}".encode())
     profile = settings(
-        max_examples=-(-examples // kind.cost),
+        max_examples=drawn,
         deadline=None,
         database=None,
         report_multiple_bugs=False,

@@ -9,6 +9,8 @@ from moe_ref import ExpertSpec, LayerSpec, RouterSpec, SharedSpec
 
 TOKENS = (17, 33, 65, 129, 257, 1025)
 """One more than a power of 2, where a tile, a warp or a block of rows ends."""
+ONE_LESS = (15, 31, 63)
+"""Tokens, of one slot each, that leave one row of the last tile free."""
 EXPERTS = ((33, 6), (64, 7), (127, 9), (128, 6), (129, 16), (255, 6), (256, 9), (257, 7), (300, 6), (384, 6))
 """(num_experts, top_k): around a warp, a byte and a bfloat16's whole numbers; more slots than a table of 8 holds."""
 WIDTHS = ((65, 96), (96, 65), (129, 192), (192, 129), (96, 192), (192, 96), (96, 96))
@@ -41,7 +43,9 @@ def _settings() -> list[tuple[LayerSpec, int]]:
         found.append((LayerSpec(router=few, experts=experts, shared=shared), FEW))
     # More choices than a warp has lanes, most of them null, and a token has one.
     single = RouterSpec(num_experts=24, top_k=1, num_null_experts=41, route_scale=6.0)
-    return [*found, (LayerSpec(router=single, experts=narrow), FEW)]
+    found.append((LayerSpec(router=single, experts=narrow), FEW))
+    one = RouterSpec(num_experts=4, top_k=1)
+    return found + [(LayerSpec(router=one, experts=narrow), T) for T in ONE_LESS]
 
 
 LARGE: list[tuple[LayerSpec, int]] = _settings()

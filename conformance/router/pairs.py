@@ -6,6 +6,7 @@ field, kind of logits, kind of bias, dtype and class of size meets each other on
 
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -272,17 +273,18 @@ def covering_pairs(settings: Sequence[Setting], known: Sequence[Setting] = ()) -
 
 @cache
 def every_pair() -> tuple[Setting, ...]:
-    """A setting for each pair of facts that some valid spec allows."""
+    """Settings that have, together, every pair of facts that some valid spec allows."""
     rng = np.random.default_rng(0)
     of_part = [[(part, value) for value in values] for part, values in PARTS.items()]
-    pairs = [
-        (first, second)
-        for i, some in enumerate(of_part)
-        for others in of_part[i + 1 :]
-        for first in some
-        for second in others
-    ]
-    return tuple(found for first, second in pairs if (found := setting_with(first, second, rng)) is not None)
+    place = {fact: number for number, fact in enumerate(fact for some in of_part for fact in some)}
+    seen, settings = np.zeros((len(place), len(place)), dtype=bool), []
+    for number, some in enumerate(of_part):
+        for first, second in product(some, chain(*of_part[number + 1 :])):
+            if not seen[place[first], place[second]] and (found := setting_with(first, second, rng)) is not None:
+                places = [place[fact] for fact in facts(found)]
+                seen[np.ix_(places, places)] = True
+                settings.append(found)
+    return tuple(settings)
 
 
 @cache

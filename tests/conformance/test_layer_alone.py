@@ -13,6 +13,7 @@ from conformance.core.register import REQUIREMENTS
 from conformance.core.subject import Subject
 from conformance.core.trial import accuse
 from conformance.layer.kind import LAYER
+from conformance.layer.verdicts import output_of_subject
 from conformance.router.kind import ROUTER
 from conformance.run.kinds import load_faults
 from moe_ref import RouterInputs
@@ -172,3 +173,13 @@ def test_what_no_output_betrays_is_accused_by_no_must(name, routed_cases):
     place = sorted(SILENT).index(name)
     some, one = routed_cases[place % EVERY :: EVERY], (OTHERS[place % len(OTHERS)],)
     assert accused_by(Judge(LayerAlone(FAULTS[name])), some, ids=one) is None
+
+
+def test_no_must_accuses_a_weight_that_is_no_number_where_every_selected_score_underflows(routed_cases):
+    judge = Judge(LayerAlone(FAULTS["zero-over-zero"]))
+    by_score = [case for case in routed_cases if case.spec.router.selector == "top_k"]
+    assert not all(np.isfinite(output_of_subject(judge, case)).all() for case in by_score)
+    assert accused_by(judge, by_score, ids=()) is None
+    # Of given experts, and those of a table, ordinary logits underflow.
+    others = [case for case in routed_cases if case.spec.router.selector != "top_k"]
+    assert accused_by(judge, others, ids=()) == "LAY-17"

@@ -167,7 +167,15 @@ def shared_experts_get_the_gradients_of_every_token(judge, case):
     hold_gradients(judge, case, SHARED, "not the gradient of every token")
 
 
-@requires("BWD-11", method="layer_gradients", spec=by_token, tokens=(2,), after=("BWD-1",), given=(CHOICE_IS_CLEAR,))
+@requires(
+    "BWD-11",
+    method="layer_gradients",
+    spec=by_token,
+    tokens=(2,),
+    after=("BWD-1",),
+    given=(CHOICE_IS_CLEAR,),
+    few=True,
+)
 def the_gradients_of_a_batch_are_the_sums_of_its_parts(judge, case):
     whole = gradients_of_subject(judge, case)
     parts = [gradients_of_subject(judge, case.tokens(np.array([t]))) for t in range(2)]

@@ -40,3 +40,11 @@ def slots_past_a_table_are_left_out(slot_outputs_TKD, weights_TK, spec):
     """The last sum has a table of 8 slots."""
     used_K = np.arange(weights_TK.shape[1]) < 8
     return combine(slot_outputs_TKD, weights_TK * used_K, spec)
+
+
+@surrounds(breaks="LAY-2")
+def the_last_row_of_a_tile_is_there_twice(run, memory, x_TD, params, spec, **inputs):
+    """Where the slots fill tiles of 16 but for one row, that row is the last slot once more."""
+    found_TD, T = run(x_TD, params, spec, **inputs), len(x_TD)
+    twice_T = (np.arange(T) == T - 1) & (T * spec.router.top_k % 16 == 15)
+    return found_TD * np.where(twice_T, 2, 1)[:, None]

@@ -4,6 +4,7 @@ import numpy as np
 
 from conformance.core.check import given
 from conformance.core.judge import accuse
+from conformance.router.bounds import choice_error, unlimited_choice
 from conformance.router.draw import LOGITS
 from conformance.router.kind import requires
 from conformance.router.observation import observe
@@ -162,17 +163,28 @@ def no_bias_lifts_a_logit_of_minus_infinity(judge, case):
     hold_masked(judge, case)
 
 
+def most_nulls_T(judge, case) -> np.ndarray:
+    """(T,) null choices that a token has, at most: each may rank as high as rounding allows."""
+    E, ids_TK = case.spec.num_experts, case.reference.expert_ids_TK
+    if ranks(case.spec):
+        error_TE = choice_error(case, judge.subject.compute_dtype)
+        error_TE = np.where(np.arange(case.spec.num_choices) < E, -error_TE, error_TE)
+        ids_TK = np.argsort(-(unlimited_choice(case) + error_TE), axis=-1)[:, : case.spec.top_k]
+    return (ids_TK >= E).sum(axis=-1)
+
+
 @requires("SEL-11", spec=lambda s: s.num_null_experts > 0, logits=MODERATE, bias=("none", "mixed"))
 def a_null_choice_keeps_its_id(judge, case):
-    seen, E = observe(judge, case), case.spec.num_experts
-    for t in selection_differs(judge, seen):
-        wanted, found = case.reference.expert_ids_TK[t], seen.expert_ids_TK[t]
-        if (found >= E).sum() < (wanted >= E).sum() and (seen.weights_TK[t] == 0).any():
+    seen, E, most_T = observe(judge, case), case.spec.num_experts, most_nulls_T(judge, case)
+    # Where rounding decides between a null choice and the expert that is returned for it, the weight tells.
+    for t in sorted({*selection_differs(judge, seen), *weights_differ(judge, seen)}):
+        found_K, weights_K = seen.expert_ids_TK[t], seen.weights_TK[t]
+        if (found_K >= E).sum() < most_T[t] and (weights_K[found_K < E] == 0).any():
             accuse(
                 "a null choice is returned as an expert of weight 0",
                 token=t,
-                expected=str(wanted.tolist()),
-                received=f"{found.tolist()} weigh {seen.weights_TK[t].tolist()}",
+                expected=str(case.reference.expert_ids_TK[t].tolist()),
+                received=f"{found_K.tolist()} weigh {weights_K.tolist()}",
             )
 
 
