@@ -20,7 +20,7 @@ from conformance.identify.law import rankings
 from conformance.router.bounds import taken
 from conformance.router.case import held
 from moe_ref import UNUSED, RouterSpec
-from moe_ref.specs.router import TAKE_ROUNDINGS
+from moe_ref.specs.router_rules import TAKE_ROUNDINGS
 
 ASKED, ROUNDS = 34, 5
 """Tokens of a question between the bounds, and how many such questions are asked."""

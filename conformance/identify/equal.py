@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moe_ref import RouterSpec
-from moe_ref.specs.router import WITHOUT_GROUPS
+from moe_ref.specs.router_rules import WITHOUT_GROUPS
 
 ROUNDING = 2.0**-30
 """A part of a number that float32 does not hold."""

@@ -10,7 +10,7 @@ from conformance.identify.choice import Guess, Holder
 from conformance.identify.equal import normal
 from moe_ref import RouterSpec
 from moe_ref.specs.families import FAMILIES
-from moe_ref.specs.router import WITHOUT_GROUPS
+from moe_ref.specs.router_rules import WITHOUT_GROUPS
 
 AS_NEAR = 1.25
 """What is published counts as nearest where it is not this many times further than what was fitted."""

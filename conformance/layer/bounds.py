@@ -29,7 +29,8 @@ from moe_ref import UNUSED, LayerParams
 from moe_ref.experts import identity_slots, sigmoid
 from moe_ref.routing import gather
 from moe_ref.specs.params import FeedForward
-from moe_ref.specs.router import VARYING, RouterSpec
+from moe_ref.specs.router import RouterSpec
+from moe_ref.specs.router_rules import VARYING
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from conformance.router.case import RouterCase
 from conformance.router.check import RouterCheck
 from conformance.router.draw import BIASES, LOGITS, SPECS, THIN_SPECS, make_case
 from moe_ref import RouterSpec
-from moe_ref.specs.router import ROUTER_DTYPES, SCORE_FUNCS, SELECTORS, TAKE_ROUNDINGS
+from moe_ref.specs.router_rules import ROUTER_DTYPES, SCORE_FUNCS, SELECTORS, TAKE_ROUNDINGS
 
 
 class Setting(NamedTuple):

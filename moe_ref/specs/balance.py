@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Self
 
 from moe_ref.specs.base import Spec, SpecWithForms
 from moe_ref.specs.checks import integer, number, one_axis, one_of, require
-from moe_ref.specs.router import SCORE_FUNCS, RouterSpec
+from moe_ref.specs.router import RouterSpec
+from moe_ref.specs.router_rules import SCORE_FUNCS
 
 BALANCE_FORMS: dict[str, dict[str, Any]] = {
     # arXiv:2101.03961, equations 4 to 6; with K > 1 as in arXiv:2501.11873, so that balance is 1 for every K.

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moe_ref.specs.checks import nearest, require
-from moe_ref.specs.router import WITHOUT_GROUPS, RouterSpec
+from moe_ref.specs.router import RouterSpec
+from moe_ref.specs.router_rules import WITHOUT_GROUPS
 from moe_ref.specs.semantics import (
     DEEPSEEK_V2,
     DEEPSEEK_V3,

@@ -1,35 +1,23 @@
 """moe_ref, the spec of a router: how tokens choose experts, and with which weights.
 
 A spec says *what* a router computes, never how. Each field past the first few defaults to the identity, so a spec
-lists only what a model has. Families with their published sizes are in `families.py`.
+lists only what a model has. What a field can be, and what goes with what, is in `router_rules.py`; families with their
+published sizes are in `families.py`.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from moe_ref.specs import names
+from moe_ref.specs import names, router_rules
 from moe_ref.specs.base import Spec, first_difference
-from moe_ref.specs.checks import integer, number, one_of, only, require
+from moe_ref.specs.checks import one_of, require
 from moe_ref.specs.readers import hf
-
-SCORE_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus", "relu")
-ROUTER_DTYPES = ("float32", "float64", "bfloat16", "float16")
-SELECTORS = ("top_k", "group_top_k", "table", "given", "round_robin", "random", "sparsemixer", "sinkhorn",
-             "expert_choice", "threshold", "top_p")  # fmt: skip
-VARYING = ("threshold", "top_p")
-"""Selectors under which tokens have different numbers of experts: at most top_k, the slots after them unused."""
-WITHOUT_GROUPS: dict[str, Any] = {
-    "num_expert_groups": None, "num_limited_groups": None, "group_score_k": 2, "mask_fill": -np.inf,
-    "weights_from": "scores",
-}  # fmt: skip
-"""What the fields of groups are where a router has none."""
-WITHOUT_TAKING: dict[str, Any] = {"take_factor": 1.0, "take_rounding": "ceil", "take_least": 0}
-"""What the fields of selector expert_choice are with another selector."""
-TAKE_ROUNDINGS = ("ceil", "floor", "round")
+from moe_ref.specs.router_rules import VARYING, WITHOUT_GROUPS, WITHOUT_TAKING
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +32,6 @@ class RouterSpec(Spec):
     """
 
     ALIASES: ClassVar = names.ALIASES
-    _share: ClassVar[tuple[int, int]]  # of each spec of expert_choice: take_factor / num_experts in whole numbers
 
     num_experts: int
     """Routed experts, E. The logits have one column for each of them, and those named below."""
@@ -145,174 +132,7 @@ class RouterSpec(Spec):
 
     def __post_init__(self):
         super().__post_init__()
-        integer("num_experts", self.num_experts, 1)
-        integer("num_null_experts", self.num_null_experts, 0)
-        integer("num_scored_shared_experts", self.num_scored_shared_experts, 0)
-        integer("num_constant_experts", self.num_constant_experts, 0, self.num_null_experts, why="num_null_experts")
-        rest = self.num_null_experts - self.num_constant_experts
-        integer("num_zero_experts", self.num_zero_experts, 0, rest, why="num_null_experts - num_constant_experts")
-        one_of("score_func", self.score_func, SCORE_FUNCS)
-        one_of("router_dtype", self.router_dtype, ROUTER_DTYPES)
-        one_of("score_over", self.score_over, ("all", "selected"))
-        one_of("select_by", self.select_by, ("score", "logit"))
-        one_of("selector", self.selector, SELECTORS)
-        one_of("weights_from", self.weights_from, ("scores", "masked_scores"))
-        one_of("norm_form", self.norm_form, ("add_eps", "clamp"))
-        one_of("learned_scale", self.learned_scale, ("none", "per_expert", "global"))
-        one_of("null_kind", self.null_kind, ("identity", "skip"))
-        one_of("weight_on", self.weight_on, ("output", "input"))
-        for field in ("route_norm", "norm_with_shared"):
-            require(isinstance(getattr(self, field), bool), f"{field} is {getattr(self, field)!r}; it is a bool")
-        for field in ("logit_scale", "norm_p", "mixer_eps"):
-            number(field, getattr(self, field), above=0.0)
-        for field in ("norm_eps", "route_scale", "output_scale"):
-            number(field, getattr(self, field), low=0.0)
-        if self.logit_softcap is not None:
-            number("logit_softcap", self.logit_softcap, above=0.0)
-        require(
-            isinstance(self.mask_fill, (int, float)) and self.mask_fill in (0.0, -np.inf),
-            f"mask_fill is {self.mask_fill!r}; it is -inf, or 0.0 to describe a model that fills with 0",
-        )
-        integer("top_k", self.top_k, 1, self.num_choices, why="num_experts + num_null_experts")
-        self._check_groups()
-        self._check_quotas()
-        self._check_taking()
-        self._check_varying()
-        self._check_combinations()
-
-    def _check_groups(self):
-        if self.num_expert_groups is None:
-            for field, identity in WITHOUT_GROUPS.items():
-                value = getattr(self, field)
-                require(value == identity, f"{field} is {value!r}, but num_expert_groups is None")
-            return
-        integer("num_expert_groups", self.num_expert_groups, 1, self.num_experts, why="num_experts")
-        require(
-            self.num_experts % self.num_expert_groups == 0,
-            f"num_expert_groups is {self.num_expert_groups}, which does not divide num_experts ({self.num_experts})",
-        )
-        require(self.num_limited_groups is not None, "num_limited_groups is None; with groups it is an integer")
-        integer("num_limited_groups", self.num_limited_groups, 1, self.num_expert_groups, why="num_expert_groups")
-        integer("group_score_k", self.group_score_k, 1, self.experts_per_group, why="experts per group")
-        kept = (self.num_limited_groups or 0) * self.experts_per_group
-        # Otherwise the selection falls through to masked experts (huggingface/transformers#48647).
-        require(
-            self.top_k <= kept,
-            f"top_k is {self.top_k}, but the {self.num_limited_groups} kept groups of {self.experts_per_group} "
-            f"experts hold {kept}",
-        )
-        only(self, "with groups", num_null_experts=0)
-        only(self, "with num_expert_groups", selector="top_k")
-
-    def _check_quotas(self):
-        if self.selector != "group_top_k":
-            require(
-                self.quota_groups is None,
-                f"quota_groups is {self.quota_groups!r}, but selector is {self.selector!r}; it goes with 'group_top_k'",
-            )
-            return
-        integer("quota_groups", self.quota_groups, 1, self.num_experts, why="num_experts")
-        for field in ("num_experts", "top_k"):
-            require(
-                getattr(self, field) % (self.quota_groups or 1) == 0,
-                f"quota_groups is {self.quota_groups}, which does not divide {field} ({getattr(self, field)})",
-            )
-        only(self, "with selector 'group_top_k'", num_null_experts=0)
-
-    def _check_taking(self):
-        number("take_factor", self.take_factor, above=0.0)
-        one_of("take_rounding", self.take_rounding, TAKE_ROUNDINGS)
-        integer("take_least", self.take_least, 0)
-        if self.selector != "expert_choice":
-            for field, identity in WITHOUT_TAKING.items():
-                value = getattr(self, field)
-                why = f"{field} is {value!r}, but selector is {self.selector!r}; it goes with 'expert_choice'"
-                require(value == identity, why)
-            return
-        # So that its product with a number of tokens is a number that int64 holds.
-        share = Fraction(str(float(self.take_factor)))
-        parts = share.denominator
-        require(parts <= 10**6, f"take_factor is {self.take_factor!r}; it has at most 6 decimals")
-        # Kept, since a compiler of any shape (torch.compile with dynamic=True) does not know the digits of a float.
-        object.__setattr__(self, "_share", (share.numerator, share.denominator * self.num_experts))
-        E = self.num_experts
-        only(self, "with selector 'expert_choice'", num_null_experts=0)
-        require(
-            self.top_k == E,
-            f"top_k is {self.top_k} with selector 'expert_choice'; it is num_experts ({E}), as any of them may take a "
-            "token: how many do in the mean is take_factor",
-        )
-
-    def _check_varying(self):
-        number("threshold", self.threshold)
-        if self.top_p is not None:
-            number("top_p", self.top_p, above=0.0)
-        require(
-            self.threshold == 0 or self.selector == "threshold",
-            f"threshold is {self.threshold!r}, but selector is {self.selector!r}; it goes with 'threshold'",
-        )
-        require(
-            self.score_func != "relu" or self.selector in ("threshold", "given"),
-            f"score_func is 'relu' with selector {self.selector!r}; scores of 0 are not ranked: it is 'threshold', or "
-            "'given' to replay",
-        )
-        if self.selector != "top_p":
-            require(
-                self.top_p is None,
-                f"top_p is {self.top_p!r}, but selector is {self.selector!r}; it goes with 'top_p'",
-            )
-            return
-        require(self.top_p is not None, "top_p is None; with selector 'top_p' it is a number")
-        require((self.top_p or 0) < 1, f"top_p is {self.top_p!r}; it is less than 1, the sum of all scores")
-        shares = {"score_func": "softmax", "score_over": "all", "select_by": "score"}
-        only(self, "with selector 'top_p', a share of probabilities,", **shares)
-
-    def _check_combinations(self):
-        if self.score_over == "selected":
-            require(
-                self.score_func == "softmax",
-                f"score_over is 'selected' with score_func {self.score_func!r}; only a softmax has a support",
-            )
-            # Nothing is scored before the selection, so there is nothing else to rank.
-            require(
-                self.select_by == "logit",
-                f"score_over is 'selected'; then select_by is 'logit', not {self.select_by!r}",
-            )
-        if self.selector == "sparsemixer":
-            require(
-                self.select_by == "logit",
-                f"selector is 'sparsemixer'; then select_by is 'logit', not {self.select_by!r}",
-            )
-            require(
-                self.score_func == "softmax",
-                f"selector is 'sparsemixer' with score_func {self.score_func!r}; its weights are banded softmaxes",
-            )
-            require(
-                self.score_over == "all",
-                f"selector is 'sparsemixer'; then score_over is 'all', not {self.score_over!r}",
-            )
-        if self.selector == "sinkhorn":
-            require(
-                self.select_by == "logit",
-                f"selector is 'sinkhorn'; then select_by is 'logit', not {self.select_by!r}",
-            )
-        if self.selector == "round_robin":
-            integer("top_k", self.top_k, 1, self.num_experts, why="num_experts; round_robin takes no null expert")
-        if self.num_scored_shared_experts:
-            require(
-                self.score_func not in ("softmax", "relu"),
-                f"num_scored_shared_experts is {self.num_scored_shared_experts}; then score_func is of one logit "
-                f"alone, above 0: not {self.score_func!r}",
-            )
-        for field in ("num_constant_experts", "num_zero_experts"):
-            require(
-                getattr(self, field) == 0 or self.null_kind == "identity",
-                f"{field} is {getattr(self, field)}; then null_kind, of the other null experts, is 'identity'",
-            )
-        require(
-            self.num_scored_shared_experts > 0 or not self.norm_with_shared,
-            "norm_with_shared is True, but num_scored_shared_experts is 0",
-        )
+        router_rules.check(self)
 
     @property
     def num_choices(self) -> int:
@@ -378,13 +198,19 @@ class RouterSpec(Spec):
         """Whether a token that is no padding has an expert in each of its slots."""
         return self.selector not in ("given", "expert_choice", *VARYING)
 
+    @cached_property
+    def share_taken(self) -> tuple[int, int]:
+        """take_factor / num_experts of selector expert_choice, as two whole numbers."""
+        factor = Fraction(str(float(self.take_factor)))
+        return factor.numerator, factor.denominator * self.num_experts
+
     def takes(self, num_tokens: Any) -> Any:
         """C: how many of so many tokens, padding left out, each expert takes with selector expert_choice. [SEL-31]
 
         Args:
             num_tokens: an int, or an array of int64 of any framework; so is what is returned.
         """
-        over, under = self._share
+        over, under = self.share_taken
         wanted = num_tokens * over // under
         rest = num_tokens * over - wanted * under
         # In operators that integers and arrays have alike; without a comparison, which no number of tokens that an

@@ -7,7 +7,7 @@ import pytest
 
 from moe_ref import NO_INPUTS, RouterInputs, RouterSpec, route
 from moe_ref.specs.inputs import BY_TOKEN, READS
-from moe_ref.specs.router import SELECTORS
+from moe_ref.specs.router_rules import SELECTORS
 
 T, K = 5, 2
 GIVEN = {
