@@ -22,3 +22,7 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else libraries report what is left at the end as leaks

@@ -214,6 +214,11 @@ def pytest_collection_finish(session):
         gc.set_threshold(20_000, 10, 10)
 
 
+def pytest_unconfigure(config):
+    if config.getoption("--moe-watch", None):
+        gc.unfreeze()  # else libraries report what is left at the end as leaks
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item):
     """Nothing happens to a test that another process has claimed."""
