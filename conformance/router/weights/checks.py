@@ -30,6 +30,7 @@ from conformance.router.predicates import (
     without_bias,
 )
 from conformance.router.verdicts import hold_weights, not_the_best_E, selection_differs, unused, weights_differ
+from moe_ref import RouterSpec
 from moe_ref.routing import gather
 
 
@@ -221,11 +222,16 @@ def weights_are_finite_where_scores_underflow(judge, case):
     hold_finite(judge, case, underflow=True)
 
 
+def norms_scores_of_other_choices(spec: RouterSpec) -> bool:
+    """Whether scores that did not decide the choice are divided by their sum, which may be 0."""
+    return spec.has_scores and spec.selector != "top_k" and spec.route_norm
+
+
 @requires(
     "WGT-18",
     logits=("large", "huge", "negative", "far"),
     bias=("none",),
-    spec=lambda s: s.has_scores and s.selector != "top_k",
+    spec=norms_scores_of_other_choices,
 )
 def weights_of_given_ids_are_finite_where_scores_underflow(judge, case):
     hold_finite(judge, case, underflow=True)
