@@ -214,7 +214,8 @@ def logits_of_kind(kind: str, shape: tuple[int, int], rng: np.random.Generator) 
 def ids_of_kind(kind: str, logits_TE: np.ndarray, spec: BatchSpec, rng: np.random.Generator) -> np.ndarray:
     """(T, K) distinct choices: of biased scores, the same for every token, with unused slots, or of one hot expert.
 
-    With a hot expert the last token alone begins with another one; of 'idle' the first token, at least, has none.
+    With a hot expert the last token alone begins with another one; the first token, at least, has no expert of 'idle',
+    and its first slot, at least, none of 'unused'.
     """
     T, K = len(logits_TE), spec.top_k
     null_TZ = rng.normal(0, 1.5, (T, spec.num_null_experts))
@@ -227,7 +228,11 @@ def ids_of_kind(kind: str, logits_TE: np.ndarray, spec: BatchSpec, rng: np.rando
     ids_TK = np.argsort(-ranked_TE, axis=-1, kind="stable")[:, :K]
     if kind == "idle":
         return np.where((rng.random(T) < 0.3) | (np.arange(T) == 0), UNUSED, ids_TK.T).T
-    return np.where(rng.random((T, K)) < 0.3, UNUSED, ids_TK) if kind == "unused" else ids_TK
+    if kind == "unused":
+        unused_TK = rng.random((T, K)) < 0.3
+        unused_TK[:1, :1] = True
+        return np.where(unused_TK, UNUSED, ids_TK)
+    return ids_TK
 
 
 def counts_of_kind(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:

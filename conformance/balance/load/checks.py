@@ -27,7 +27,7 @@ from conformance.balance.verdicts import (
 )
 from conformance.core.check import given
 from conformance.core.judge import Judge
-from moe_ref import BalanceSpec, tokens_per_expert
+from moe_ref import UNUSED, BalanceSpec, tokens_per_expert
 
 # counts
 
@@ -324,11 +324,15 @@ def used(case: BalanceCase) -> BalanceCase:
     return case.with_(expert_ids_TK=ids_TK)
 
 
+UNUSED_SLOT = given("judged where a slot is unused", lambda case: bool((case.expert_ids_TK == UNUSED).any()))
+
+
 @requires(
     "LOD-33",
     method="balance_loss",
     ids=("unused", "idle"),
     spec=one_batch,
+    given=(UNUSED_SLOT,),
     after=FORM,
     simpler=((used, ("LOD-6", "LOD-7", "LOD-8", "LOD-12")),),
 )
