@@ -4,7 +4,7 @@ from moe_ref.specs.balance import CapacitySpec
 from moe_ref.specs.checks import require
 from moe_ref.specs.router import RouterSpec
 
-CHOOSE_ALONE = ("top_k", "sparsemixer", "table", "given", "round_robin", "threshold", "top_p")
+CHOOSE_ALONE = ("top_k", "group_top_k", "sparsemixer", "table", "given", "round_robin", "threshold", "top_p")
 """Selectors whose choice for a token depends on no other token; 'round_robin' on its place alone."""
 
 

@@ -1,13 +1,13 @@
-"""moe_ref, the rules of a router's spec: what each field can be, and which fields go together."""
+"""moe_ref, the rules of a router's spec: what each field can be, and which fields go together.
 
-from typing import TYPE_CHECKING, Any
+The spec here is a RouterSpec, which asks for them when it is made.
+"""
+
+from typing import Any
 
 import numpy as np
 
 from moe_ref.specs.checks import integer, number, one_of, only, require
-
-if TYPE_CHECKING:
-    from moe_ref.specs.router import RouterSpec
 
 SCORE_FUNCS = ("softmax", "sigmoid", "sqrtsoftplus", "relu")
 ROUTER_DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -25,7 +25,7 @@ WITHOUT_TAKING: dict[str, Any] = {"take_factor": 1.0, "take_rounding": "ceil", "
 TAKE_ROUNDINGS = ("ceil", "floor", "round")
 
 
-def check(spec: "RouterSpec") -> None:
+def check(spec: Any) -> None:
     """Each field in its range, and none that contradicts another one; else a ValueError that names it."""
     integer("num_experts", spec.num_experts, 1)
     integer("num_null_experts", spec.num_null_experts, 0)
@@ -63,7 +63,7 @@ def check(spec: "RouterSpec") -> None:
     _check_combinations(spec)
 
 
-def _check_groups(spec: "RouterSpec") -> None:
+def _check_groups(spec: Any) -> None:
     if spec.num_expert_groups is None:
         for field, identity in WITHOUT_GROUPS.items():
             value = getattr(spec, field)
@@ -88,7 +88,7 @@ def _check_groups(spec: "RouterSpec") -> None:
     only(spec, "with num_expert_groups", selector="top_k")
 
 
-def _check_quotas(spec: "RouterSpec") -> None:
+def _check_quotas(spec: Any) -> None:
     if spec.selector != "group_top_k":
         require(
             spec.quota_groups is None,
@@ -104,7 +104,7 @@ def _check_quotas(spec: "RouterSpec") -> None:
     only(spec, "with selector 'group_top_k'", num_null_experts=0)
 
 
-def _check_taking(spec: "RouterSpec") -> None:
+def _check_taking(spec: Any) -> None:
     number("take_factor", spec.take_factor, above=0.0)
     one_of("take_rounding", spec.take_rounding, TAKE_ROUNDINGS)
     integer("take_least", spec.take_least, 0)
@@ -129,7 +129,7 @@ def _check_taking(spec: "RouterSpec") -> None:
     )
 
 
-def _check_varying(spec: "RouterSpec") -> None:
+def _check_varying(spec: Any) -> None:
     number("threshold", spec.threshold)
     if spec.top_p is not None:
         number("top_p", spec.top_p, above=0.0)
@@ -154,7 +154,7 @@ def _check_varying(spec: "RouterSpec") -> None:
     only(spec, "with selector 'top_p', a share of probabilities,", **shares)
 
 
-def _check_combinations(spec: "RouterSpec") -> None:
+def _check_combinations(spec: Any) -> None:
     if spec.score_over == "selected":
         require(
             spec.score_func == "softmax",

@@ -334,15 +334,19 @@ def test_exact_gelu_differentiates_any_number_of_times_inside_shard_map():
         mine, its = (jax.grad(lambda z, f=f: f(z).sum()) for f in (mine, its))
 
 
-def test_batch_invariant_tokens_have_their_own_bits():
-    spec = LayerSpec(router=LAYERS["deepseek_v3"].router, experts=ExpertSpec(dim=96, hidden_dim=130))
+QUOTAS = RouterSpec(num_experts=8, top_k=2, selector="group_top_k", quota_groups=2)
+
+
+@pytest.mark.parametrize("router", [LAYERS["deepseek_v3"].router, QUOTAS])
+def test_batch_invariant_tokens_have_their_own_bits(router):
+    spec = LayerSpec(router=router, experts=ExpertSpec(dim=96, hidden_dim=130))
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), LayerParams.init(spec, 0))
     x_TD = np.random.default_rng(0).standard_normal((33, 96)).astype(np.float32)
     run = jax.jit(partial(sparse_matmul, spec=spec, batch_invariant=True))
     output_TD, decided = jax.tree.map(np.asarray, run(x_TD, params))
     np.testing.assert_array_equal(run(x_TD[::-1], params)[0], output_TD[::-1])
     np.testing.assert_array_equal(run(x_TD[[20]], params)[0], output_TD[[20]])
-    assert decided.expert_ids_TK.shape == (33, 3)
+    assert decided.expert_ids_TK.shape == (33, router.top_k)
     with pytest.raises(ValueError, match="batch_invariant"):
         sparse_matmul(x_TD, params, spec, batch_invariant=True, capacity=CapacitySpec(slots=1))
 

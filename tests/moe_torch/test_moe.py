@@ -363,8 +363,11 @@ def test_under_autocast_experts_compute_in_its_dtype():
     assert ROW_BOUND[torch.float32] < errors.max() < 2 * ROW_BOUND[torch.bfloat16]
 
 
-def test_batch_invariant_tokens_have_their_own_bits_and_the_layers_gradients():
-    router = RouterSpec(num_experts=8, top_k=3, score_func="sigmoid", route_norm=True, num_null_experts=2)
+@pytest.mark.parametrize(
+    "router", [{"top_k": 3, "num_null_experts": 2}, {"top_k": 4, "selector": "group_top_k", "quota_groups": 2}]
+)
+def test_batch_invariant_tokens_have_their_own_bits_and_the_layers_gradients(router):
+    router = RouterSpec(num_experts=8, score_func="sigmoid", route_norm=True, **router)
     spec = LayerSpec(router=router, experts=ExpertSpec(dim=96, hidden_dim=130, bias=True))
     torch.manual_seed(0)
     moe, x = MoE(spec, batch_invariant=True), torch.randn(33, 96, requires_grad=True)
