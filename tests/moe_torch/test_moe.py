@@ -364,10 +364,10 @@ def test_under_autocast_experts_compute_in_its_dtype():
 
 
 @pytest.mark.parametrize(
-    "router", [{"top_k": 3, "num_null_experts": 2}, {"top_k": 4, "selector": "group_top_k", "quota_groups": 2}]
+    "fields", [{"top_k": 3, "num_null_experts": 2}, {"top_k": 4, "selector": "group_top_k", "quota_groups": 2}]
 )
-def test_batch_invariant_tokens_have_their_own_bits_and_the_layers_gradients(router):
-    router = RouterSpec(num_experts=8, score_func="sigmoid", route_norm=True, **router)
+def test_batch_invariant_tokens_have_their_own_bits_and_the_layers_gradients(fields):
+    router = RouterSpec(num_experts=8, score_func="sigmoid", route_norm=True, **fields)
     spec = LayerSpec(router=router, experts=ExpertSpec(dim=96, hidden_dim=130, bias=True))
     torch.manual_seed(0)
     moe, x = MoE(spec, batch_invariant=True), torch.randn(33, 96, requires_grad=True)
