@@ -24,6 +24,14 @@ def experts_beyond_256_unseen(scores_for_choice_TE, spec):
     return select(without(scores_for_choice_TE, np.arange(spec.num_choices) >= TABLE, spec), spec)
 
 
+@surrounds(breaks="SEL-2", also=("score",))
+def logits_beyond_256_unread(route, memory, logits_TE, spec, expert_bias_E, **inputs):
+    """The kernel reads 256 logits of a token, where these suffice: no choice and no sum of scores has the others."""
+    read_E = np.arange(logits_TE.shape[-1]) < TABLE
+    suffice_T1 = np.isfinite(logits_TE[:, :TABLE]).sum(axis=-1, keepdims=True) >= spec.top_k
+    return route(np.where(read_E | ~suffice_T1, logits_TE, -np.inf), spec, expert_bias_E, **inputs)
+
+
 @replaces("select", breaks="SEL-2")
 def last_expert_of_an_odd_number_unseen(scores_for_choice_TE, spec):
     """Experts are read two at a time; the last of an odd number, above 32, is left out where the others suffice."""
