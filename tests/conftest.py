@@ -6,23 +6,16 @@ alone, so that the tests of everything else see the CPU's own way.
 Most of the time of JAX is compilation, and most of that LLVM's last passes over programs that run once: they are left
 out, in processes that tests start too. XLA's own passes, which fuse and partition, are not. Such processes also keep
 what Python compiles of our modules, whatever the machine's default.
-
-Python looks for cycles more rarely, and not in the modules: else a tenth of the time is that.
 """
 
-import gc
 import os
+
+from conformance.run.plugin import search_cycles_rarely
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
-def pytest_collection_finish():
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 10, 10)
-
-
-def pytest_unconfigure():
-    gc.unfreeze()  # else libraries report what is left at the end as leaks
+def pytest_collection_finish(session):
+    search_cycles_rarely(session.config)

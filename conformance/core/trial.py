@@ -50,14 +50,15 @@ def as_test(check: Check, *, examples: int = DEFAULT_EXAMPLES, seed: int | None 
     kind = kind_of(check.requirement)
     cases = -(-examples // kind.cost)
     drawn = -(-cases // TOGETHER)
+    each = -(-cases // drawn)
 
-    @given(seed=SEEDS)
-    def test(judge: Judge, seed: int):
+    @given(number=SEEDS)
+    def test(judge: Judge, number: int):
         if sentence := why_not(judge, check):
             pytest.skip(f"unsupported: {sentence}")
         examine_fixed(judge, check)
-        for number in np.random.SeedSequence(seed).generate_state(-(-cases // drawn)):
-            judge.examine(check, kind.draw(judge, check, int(number)))
+        for own in np.random.SeedSequence(number).generate_state(each):
+            judge.examine(check, kind.draw(judge, check, int(own)))
 
     row = REQUIREMENTS[check.requirement]
     # `pytest -k select`, `-k SEL_3` and `-k dropped` find it.

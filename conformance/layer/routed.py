@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from conformance.core.case import float32
-from conformance.core.rounding import EPSILON, TINY
+from conformance.core.rounding import EPSILON
 from conformance.layer.bounds import stable_T
 from conformance.layer.case import LayerCase
-from conformance.router.bounds import score_floor, smallest
+from conformance.router.bounds import score_floor, underflows_T
 from conformance.router.draw import SPECS, bias_of_kind, inputs_of, logits_of_kind
 from moe_ref import UNUSED, ExpertSpec, LayerParams, LayerSpec, RouterSpec, SharedSpec
 from moe_ref.routing import gather
@@ -105,11 +105,8 @@ def clear_T(case: LayerCase, dtype: str) -> np.ndarray:
 
 def may_be_no_number_T(case: LayerCase, dtype: str) -> np.ndarray:
     """(T,) whether all scores underflow that a token chose by its scores: that its weights are finite is a SHOULD."""
-    trace = case.reference.routing
-    if trace.scores_TE is None or case.spec.router.selector != "top_k":
-        return np.zeros(case.num_tokens, dtype=bool)
-    largest_T = gather(trace.scores_TE, trace.expert_ids_TK).max(axis=-1, initial=0)
-    return largest_T < max(smallest(case.router_case, dtype), TINY["float32"])
+    found_T = underflows_T(case.router_case, case.reference.routing.expert_ids_TK, dtype)
+    return found_T & (case.spec.router.selector == "top_k")
 
 
 def _apart_T(logits_TE: np.ndarray) -> np.ndarray:

@@ -51,6 +51,14 @@ def score_floor(case: RouterCase, dtype: str) -> float:
     return tiny**0.5 if case.spec.score_func == "sqrtsoftplus" else tiny
 
 
+def underflows_T(case: RouterCase, expert_ids_TK: np.ndarray, dtype: str) -> np.ndarray:
+    """(T,) whether the scores of all these choices underflow, in float32 too; where there are none, they do not."""
+    if case.reference.scores_TE is None:
+        return np.zeros(case.num_tokens, dtype=bool)
+    largest_T = gather(case.reference.scores_TE, expert_ids_TK).max(axis=-1, initial=0)
+    return largest_T < max(smallest(case, dtype), TINY["float32"])
+
+
 def logit_error(case: RouterCase, dtype: str) -> np.ndarray:
     """Absolute error of each scaled logit."""
     spec = case.spec

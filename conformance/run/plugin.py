@@ -206,17 +206,18 @@ def _resume(config, items, state: dict) -> None:
             item.obj = found_before(item.obj, **state["left"][item.name])
 
 
+def search_cycles_rarely(config):
+    """Of a run a tenth of the time is Python's search for cycles: from here on it is rarer, and not in the modules."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
+    config.add_cleanup(gc.unfreeze)  # else libraries report what is left at the end as leaks
+
+
 def pytest_collection_finish(session):
-    """In a process of `run`, where a tenth of the time is Python's search for cycles: rarer, and not in the modules."""
+    """The processes of `run` are ours alone."""
     if session.config.getoption("--moe-watch"):
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(20_000, 10, 10)
-
-
-def pytest_unconfigure(config):
-    if config.getoption("--moe-watch", None):
-        gc.unfreeze()  # else libraries report what is left at the end as leaks
+        search_cycles_rarely(session.config)
 
 
 @pytest.hookimpl(tryfirst=True)

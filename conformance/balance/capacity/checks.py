@@ -6,8 +6,9 @@ from conformance.balance.bounds import weight_gradient_radius, weights_radius
 from conformance.balance.case import LENGTHS, BalanceCase
 from conformance.balance.draw import weights_of_kind
 from conformance.balance.kind import requires
+from conformance.balance.predicates import SOME_UNUSED
 from conformance.balance.verdicts import hold_arrays, hold_kept, kept_by_subject
-from conformance.core.check import Condition, given
+from conformance.core.check import Condition
 from conformance.core.holding import hold
 from conformance.core.judge import Judge, NotRun, Violation, accuse
 from conformance.core.show import shown
@@ -173,9 +174,6 @@ def each_kept_slot_has_one_place(judge, case):
 @requires("CAP-14", method="capacity", inputs=LENGTHS, spec=lambda s: not one_limit(s), after=("CAP-1",))
 def a_second_limit_holds_for_what_is_kept(judge, case):
     hold_kept(judge, case, "not what both limits keep")
-
-
-SOME_UNUSED = given("judged where some slot is unused", lambda case: (case.expert_ids_TK == UNUSED).any())
 
 
 @requires(

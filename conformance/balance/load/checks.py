@@ -14,6 +14,7 @@ from conformance.balance.bounds import (
 from conformance.balance.case import LENGTHS, BalanceCase
 from conformance.balance.draw import cut, ids_of_kind, logits_of_kind
 from conformance.balance.kind import requires
+from conformance.balance.predicates import SOME_UNUSED
 from conformance.balance.verdicts import (
     counts_of_subject,
     hold_arrays,
@@ -27,7 +28,7 @@ from conformance.balance.verdicts import (
 )
 from conformance.core.check import given
 from conformance.core.judge import Judge
-from moe_ref import UNUSED, BalanceSpec, tokens_per_expert
+from moe_ref import BalanceSpec, tokens_per_expert
 
 # counts
 
@@ -324,15 +325,12 @@ def used(case: BalanceCase) -> BalanceCase:
     return case.with_(expert_ids_TK=ids_TK)
 
 
-UNUSED_SLOT = given("judged where a slot is unused", lambda case: bool((case.expert_ids_TK == UNUSED).any()))
-
-
 @requires(
     "LOD-33",
     method="balance_loss",
     ids=("unused", "idle"),
     spec=one_batch,
-    given=(UNUSED_SLOT,),
+    given=(SOME_UNUSED,),
     after=FORM,
     simpler=((used, ("LOD-6", "LOD-7", "LOD-8", "LOD-12")),),
 )

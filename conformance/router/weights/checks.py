@@ -4,7 +4,7 @@ import numpy as np
 
 from conformance.core.check import given
 from conformance.core.judge import accuse
-from conformance.core.rounding import EPSILON, TINY, close, coarse
+from conformance.core.rounding import EPSILON, close, coarse
 from conformance.router.bounds import (
     ROUNDINGS,
     coarseness,
@@ -12,6 +12,7 @@ from conformance.router.bounds import (
     score_floor,
     smallest,
     taken,
+    underflows_T,
     weight_error,
 )
 from conformance.router.case import RouterCase
@@ -198,12 +199,8 @@ def hold_finite(judge, case, *, underflow: bool) -> None:
     Of a token whose chosen experts are all masked nothing is said: none of its logits that count is finite.
     """
     seen = observe(judge, case)
-    tiny = max(smallest(case, judge.subject.compute_dtype), TINY["float32"])
-    scores_TE = case.reference.scores_TE
-    largest_T = np.ones(case.num_tokens) if scores_TE is None else gather(scores_TE, seen.expert_ids_TK).max(axis=-1)
-    wrong_T = (
-        ~np.isfinite(seen.weights_TK).all(axis=-1) & ((largest_T < tiny) == underflow) & ~only_masked_T(case, seen)
-    )
+    concerned_T = underflows_T(case, seen.expert_ids_TK, judge.subject.compute_dtype) == underflow
+    wrong_T = ~np.isfinite(seen.weights_TK).all(axis=-1) & concerned_T & ~only_masked_T(case, seen)
     for t in np.flatnonzero(wrong_T):
         accuse(
             "a weight is not finite", token=int(t), expected="finite weights", received=str(seen.weights_TK[t].tolist())

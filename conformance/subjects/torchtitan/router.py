@@ -4,9 +4,9 @@ It is built from its own Config, without a trainer or a mesh. To route logits, i
 (`identity_gate`).
 """
 
+import dataclasses
 import warnings
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
@@ -30,7 +30,7 @@ class TorchtitanRouter(Subject):
     def supports(self, spec: RouterSpec, layout: ShardLayout | None = None) -> str | None:
         if layout is not None:
             return "torchtitan's router has no layout"
-        values = {each.name: getattr(spec, each.name) for each in fields(spec)}
+        values = {each.name: getattr(spec, each.name) for each in dataclasses.fields(spec)}
         if not spec.route_norm:
             values |= {"norm_eps": 1e-20, "norm_form": "add_eps", "norm_p": 1.0}
         values |= {} if spec.selector == "sparsemixer" else {"mixer_eps": 0.01}
@@ -39,8 +39,8 @@ class TorchtitanRouter(Subject):
 
     def route(self, logits_TE: np.ndarray, spec: RouterSpec, expert_bias_E: np.ndarray | None) -> Routing:
         tokens_TE = to_torch(logits_TE)
-        free = tuple((name, getattr(spec, name)) for name in (*FREE, "selector"))
-        router = build_for_logits(free, tokens_TE.dtype)
+        fields = tuple((name, getattr(spec, name)) for name in (*FREE, "selector"))
+        router = build_for_logits(fields, tokens_TE.dtype)
         bias_E = None if expert_bias_E is None else to_torch(expert_bias_E)
         with torch.no_grad(), no_autocast_warning():
             weights_1TK, ids_1TK, scores_1TE = router(tokens_TE[None], bias_E)
