@@ -136,7 +136,8 @@ def _add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--device",
         metavar="DEVICE",
-        help="where the subject computes, such as cuda or cuda:1; torch has interpreter too, its kernels on a CPU",
+        help="where the subject computes, such as cuda or cuda:1; torch has interpreter too, its kernels on a CPU, "
+        "with TRITON_INTERPRET=1 in the environment",
     )
     run.add_argument("--examples", type=_positive, metavar="N", help="cases for each requirement")
     run.add_argument("--seed", type=int, metavar="S", help="other cases than the fixed ones")

@@ -115,12 +115,15 @@ def _power_of_two(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
-@torch.compiler.assume_constant_result
 def without_kernels(device: str) -> str:
     """Why there are no kernels on a type of device; empty: there are."""
     if device == "cpu":
         return "" if _interpreted else "a CPU"
     return _without_kernels_on(device)
+
+
+# What torch.compiler.assume_constant_result sets; called, it imports torch._dynamo, for more than a second.
+without_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=8)

@@ -53,6 +53,13 @@ def test_a_device_that_is_not_there_is_a_usage_error_that_names_it():
         subject_named("deaf", "cuda")
 
 
+def test_the_interpreter_wants_triton_to_be_told_before_it_is_imported(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UsageError, match="cannot compute on device 'interpreter': set TRITON_INTERPRET=1"):
+        subject_named("conformance.subjects.torch.subject:Torch", "interpreter")
+
+
 def test_tf32_is_a_dtype_of_products_and_of_no_array():
     assert EPSILON["float32"] < EPSILON["tf32"] < EPSILON["bfloat16"]
     assert narrower("float32", "tf32") == "tf32"

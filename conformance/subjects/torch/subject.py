@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import sys
 
 import torch
 
@@ -25,7 +24,11 @@ class Torch(TorchRouter, TorchLayer, TorchBalance, TorchTraining):
         torch.set_num_threads(1)  # a call on a few tokens is too small to share
 
     def to_device(self, device: str) -> None:
-        """A device of PyTorch, or 'interpreter': the kernels of an accelerator on the CPU, in Triton's interpreter."""
+        """A device of PyTorch, or 'interpreter': the kernels of an accelerator on the CPU, in Triton's interpreter.
+
+        Raises:
+            ValueError: there is no such device; or there is no Triton, or it was not told to interpret.
+        """
         if device == "interpreter":
             self._interpret()
             return
@@ -40,9 +43,9 @@ class Torch(TorchRouter, TorchLayer, TorchBalance, TorchTraining):
     def _interpret(self) -> None:
         if importlib.util.find_spec("triton") is None:
             raise ValueError("triton is not installed")
-        if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError("triton is imported already, without TRITON_INTERPRET=1")
-        os.environ["TRITON_INTERPRET"] = "1"
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            # PyTorch imports triton, which reads it then.
+            raise ValueError("set TRITON_INTERPRET=1 in the environment")
         self.compiles = True  # each program costs milliseconds: few sizes
         self._kernels = interpreted()
         self._kernels.__enter__()
