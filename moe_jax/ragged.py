@@ -137,7 +137,7 @@ def tokamax_rows_times_rows(
         )[:, :D, :F]
         for rows_RD, rows_RF in parts
     ]  # fmt: skip
-    # Its Triton kernel sums up rows of other groups for one that is empty (tokamax 0.0.17).
+    # Up to tokamax 0.0.15 its Triton kernel sums up rows of other groups for one that is empty.
     occupied_E11 = (groups.sizes_E > 0)[:, None, None]
     return jnp.where(occupied_E11, sum(found[1:], start=found[0]), 0).astype(out_dtype)
 

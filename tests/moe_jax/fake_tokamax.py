@@ -2,7 +2,8 @@
 leave.
 
 Its kernels refuse operands of two dtypes or of float32, and widths that are no multiple of 128 bytes. They write no row
-of the tail. The one for rows with rows reads whole tiles: it takes what is outside of a group out by a product with 0.
+of the tail. Mosaic's for rows with rows reads whole tiles: it takes what is outside of a group out by a product with 0.
+Triton's, up to 0.0.15, sums up rows of another group for one that is empty.
 """
 
 from functools import partial
@@ -19,7 +20,7 @@ DEFAULT = lax.RaggedDotDimensionNumbers(
 )
 
 
-def fake(*, kernels=("mosaic_gpu",), contracting=("mosaic_gpu", "triton"), without=()) -> ModuleType:
+def fake(*, kernels=("mosaic_gpu", "triton"), contracting=("mosaic_gpu", "triton"), without=()) -> ModuleType:
     """A module of the name. Kernels that it was built without are unknown; some have no product of rows with rows."""
     module = ModuleType("tokamax")
     module.calls = []

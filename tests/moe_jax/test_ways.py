@@ -57,7 +57,7 @@ def test_cuda_takes_the_kernels_of_tokamax(monkeypatch):
     install(monkeypatch, fake_tokamax.fake())
     for dtype in (jnp.bfloat16, jnp.float16):
         assert choice.chosen("cuda", dtype=dtype) == choice.Chosen(
-            way="tokamax", kernel="mosaic_gpu", weight_gradient="mosaic_gpu"
+            way="tokamax", kernel="mosaic_gpu", weight_gradient="triton"
         )
 
 
@@ -95,15 +95,16 @@ def test_what_tokamax_has_no_kernel_for_is_blocked(module, dtype, why, monkeypat
     assert why in found.why
 
 
-def test_the_gradient_of_weights_is_the_fastest_that_was_timed_and_can_be(monkeypatch):
+def test_the_gradient_of_weights_is_the_fastest_that_there_is(monkeypatch):
+    install(monkeypatch, fake_tokamax.fake(kernels=("mosaic_gpu",)))
+    found = choice.chosen("cuda")
+    assert (found.way, found.weight_gradient) == ("tokamax", "mosaic_gpu")
+    assert "tokamax's triton refuses: Unknown implementation: triton (pip install 'tokamax[cuda]'" in found.why
+    choice.refusal.cache_clear()
     install(monkeypatch, fake_tokamax.fake(contracting=()))
     found = choice.chosen("cuda")
     assert (found.way, found.weight_gradient) == ("tokamax", "blocked")
     assert "Only default `ragged_dot_dimension_numbers` supported" in found.why
-    choice.refusal.cache_clear()
-    install(monkeypatch, fake_tokamax.fake(kernels=("mosaic_gpu", "triton")))
-    monkeypatch.setattr(choice, "WEIGHT_GRADIENTS", {"mosaic_gpu": 109.0, "triton": 500.0, "blocked": 11.0})
-    assert choice.chosen("cuda").weight_gradient == "triton"
 
 
 def lowered_for_cuda(dtype) -> str:
@@ -161,8 +162,7 @@ def agrees(dtype=jnp.bfloat16, out_dtype=jnp.bfloat16, sizes_E=SIZES_E, poison=N
 
 def test_the_kernels_give_the_value_and_gradients_of_the_reference(on_cuda):
     agrees(poison=np.nan)
-    kernels = {call[0] for call in on_cuda.calls}
-    assert kernels == {"mosaic_gpu"}
+    assert {call[0] for call in on_cuda.calls} == {"mosaic_gpu", "triton"}
     assert {call[3] for call in on_cuda.calls} == {jnp.dtype(jnp.bfloat16)}
 
 
@@ -177,10 +177,15 @@ def test_groups_end_where_the_rows_end(on_cuda):
     agrees(sizes_E=[10, 20, 60, 70])
 
 
-def test_an_empty_expert_has_gradient_zero_with_the_kernel_that_reads_other_rows(on_cuda, monkeypatch):
-    install(monkeypatch, fake_tokamax.fake(kernels=("mosaic_gpu", "triton")))
-    monkeypatch.setattr(choice, "WEIGHT_GRADIENTS", {"triton": 500.0, "blocked": 11.0})
+def test_an_empty_expert_has_gradient_zero_with_the_kernel_that_reads_other_rows(on_cuda):
     agrees(sizes_E=[40, 0, 0, 2])
+
+
+def test_without_jax_triton_the_kernels_of_mosaic_give_all_gradients(on_cuda, monkeypatch):
+    module = fake_tokamax.fake(kernels=("mosaic_gpu",))
+    install(monkeypatch, module)
+    agrees(sizes_E=[40, 0, 0, 2], poison=np.nan)
+    assert {call[0] for call in module.calls} == {"mosaic_gpu", "triton"}  # triton was asked, and refused
 
 
 def test_over_a_mesh_the_kernels_are_taken_too(on_cuda):
