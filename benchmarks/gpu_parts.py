@@ -106,19 +106,31 @@ def device(dry: bool) -> dict:
     }
 
 
-def judge(subject: str, dry: bool, seconds: int) -> dict:
-    """How many requirements have each status, and those that do not hold."""
+def judge(dry: bool, seconds: int) -> dict:
+    """Of both subjects, judged at the same time: how many requirements have each status, and those that do not hold."""
+    with tempfile.TemporaryDirectory() as folder:
+        going = {name: judging(name, dry, seconds, Path(folder) / name) for name in ("torch", "jax")}
+        for process in going.values():
+            process.wait()
+        return {name: verdicts(Path(folder) / name) for name in going}
+
+
+def judging(subject: str, dry: bool, seconds: int, folder: Path) -> subprocess.Popen:
+    """A process that judges it, and leaves in the folder what it finds and prints."""
     command = [sys.executable, "-m", "conformance.run.cli", "run", subject, "--timeout", str(seconds)]
     here = "cpu" if subject == "jax" else "interpreter"
     command += ["--device", here, "--stage", "gate", "--examples", "1"] if dry else ["--device", "cuda"]
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [*command, "--report", folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        report = Path(folder) / "report.json"
-        if not report.exists():
-            raise LeftOut(done.stdout.strip().splitlines()[-1][:300] if done.stdout.strip() else "it printed nothing")
-        found = json.loads(report.read_text())
+    folder.mkdir()
+    with (folder / "output.txt").open("w") as output:
+        return subprocess.Popen([*command, "--report", str(folder)], stdout=output, stderr=subprocess.STDOUT)
+
+
+def verdicts(folder: Path) -> dict:
+    """What `judging` has left."""
+    if not (folder / "report.json").exists():
+        printed = (folder / "output.txt").read_text().strip() or "it printed nothing"
+        return {"left out": printed.splitlines()[-1][:300]}
+    found = json.loads((folder / "report.json").read_text())
     rows = found["requirements"]
     wrong = [r for r in rows if r["status"] in ("NEW", "STALE")]
     return {

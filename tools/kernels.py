@@ -31,6 +31,7 @@ POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
     torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
 }  # fmt: skip
+TYPES = {int: "i32", float: "fp32"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ROOM = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -44,12 +45,13 @@ def compiled(kernel: JITFunction, arguments: tuple, named: dict, arch: int) -> d
     signature, constants, attributes = {}, {}, {}
     for number, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         is_array = isinstance(value, torch.Tensor)
-        signature[parameter.name] = POINTERS[value.dtype] if is_array else "i32"
-        if is_array or value % 16 == 0:
+        signature[parameter.name] = POINTERS[value.dtype] if is_array else TYPES[type(value)]
+        if is_array or (isinstance(value, int) and not parameter.do_not_specialize and value % 16 == 0):
             attributes[(number,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

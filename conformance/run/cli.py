@@ -166,7 +166,7 @@ def _add_run_options(run: argparse.ArgumentParser) -> None:
         "--processes",
         type=_positive,
         metavar="N",
-        help="that judge at once (default: 2, or 1 on one core and with --device)",
+        help="that judge at once (default: 2, or 4 with --device, where there are so many cores)",
     )
     run.add_argument(
         "--timeout", type=_positive, default=1800, metavar="SECONDS", help="for each subject (default 1800)"

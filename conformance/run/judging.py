@@ -1,7 +1,7 @@
 """conformance, judging: the processes that judge one subject, and what they have found so far.
 
-    at first     two at once (`sharing`): each claims a stage before the first test of it, one of them from the first
-                 stage on, the other from the last. A test that finds something is left for the end.
+    at first     several at once (`sharing`): each claims a stage before the first test of it, one of them from the
+                 first stage on, the others from the last. A test that finds something is left for the end.
     at the end   one for the tests that are left, in order, if there are any: one fault has one page, which is made
                  where it is found first. Where one process is wanted, it is this one.
 
@@ -25,13 +25,15 @@ from conformance.run.plugin import merge
 from conformance.run.watch import where
 
 SUITE = Path(__file__).parents[1] / "suite"
-JAX_KEEPS_PROGRAMS = {
+ENVIRONMENT = {
     "JAX_COMPILATION_CACHE_DIR": str(CASES.parent.resolve() / "jax"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
-"""Most of the time of a JAX subject is compilation; a second run reads the programs of the first. Other subjects ignore
-it, and so does one whose user has set these."""
+"""Most of the time of a JAX subject is compilation; a second run reads the programs of the first. Its processes share a
+device, of which the first would take three quarters of the memory. Other subjects ignore it all, and so does one whose
+user has set these."""
 PYTEST_CODES = (0, 1, 2, 3, 4, 5)
 """Exit statuses with which pytest ends by itself."""
 MOST_BROKEN = 12
@@ -138,7 +140,7 @@ class Judging:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=JAX_KEEPS_PROGRAMS | os.environ,
+                env=ENVIRONMENT | os.environ,
             )
         self.running.append(Process(folder=own, popen=popen))
         self.begun += 1

@@ -78,8 +78,11 @@ def missing(name: str) -> str | None:
 
 
 def _judge_all(names: list[str], options, folder: Path) -> list[Judging]:
-    """Judge the subjects, as many processes at once as there are cores, at most two; print each table as it is done."""
-    at_once = options.processes or (1 if options.device else min(2, os.cpu_count() or 1))
+    """Judge the subjects, as many processes at once as there are cores, at most two; print each table as it is done.
+
+    At most four where a device computes: the time is that of compilation.
+    """
+    at_once = options.processes or min(4 if options.device else 2, os.cpu_count() or 1)
     processes = at_once if len(options.stage) != 1 else 1
     place = {name: number for number, name in enumerate(STARTED_FIRST)}
     judged = []

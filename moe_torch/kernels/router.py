@@ -63,23 +63,23 @@ def softmax_stats(z):
 
 
 @jit
-def divisor_of(norm, NORM_EPS: tl.constexpr, NORM_CLAMP: tl.constexpr):
+def divisor_of(norm, norm_eps, NORM_CLAMP: tl.constexpr):
     """norm + eps, or at least eps."""
     if NORM_CLAMP:
-        found = tl.where(norm < NORM_EPS, NORM_EPS, norm)
+        found = tl.where(norm < norm_eps, norm_eps, norm)
     else:
-        found = norm + NORM_EPS
+        found = norm + norm_eps
     return found
 
 
-@jit
+# Numbers of tokens, eps and scale are no part of what is compiled.
+@jit(do_not_specialize=["num_tokens"])
 def route_kernel(
-    logits_TE, bias_E, mask_T, ids_TK, weights_TK, group_ids_TL, num_tokens, stride,
+    logits_TE, bias_E, mask_T, ids_TK, weights_TK, group_ids_TL, num_tokens, stride, norm_eps, scale,
     G: tl.constexpr, P: tl.constexpr, L: tl.constexpr, K: tl.constexpr,
     GROUPS: tl.constexpr, EACH: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
     FUNC: tl.constexpr, SELECTED: tl.constexpr, BY_LOGIT: tl.constexpr, GROUP_SCORE_K: tl.constexpr,
-    NORM: tl.constexpr, NORM_CLAMP: tl.constexpr, NORM_EPS: tl.constexpr, SCALE: tl.constexpr,
-    LOGIT_SCALE: tl.constexpr,
+    NORM: tl.constexpr, NORM_CLAMP: tl.constexpr, LOGIT_SCALE: tl.constexpr,
 ):  # fmt: skip
     """ids and weights of the K best columns, best first; -1 and 0 where nothing above -inf is left.
 
@@ -153,21 +153,20 @@ def route_kernel(
         weights = score(z, FUNC)
     weights = tl.where(used, weights, 0.0)
     if NORM:
-        divisor = divisor_of(tl.sum(weights, 1), NORM_EPS, NORM_CLAMP)
+        divisor = divisor_of(tl.sum(weights, 1), norm_eps, NORM_CLAMP)
         weights = weights / tl.where(divisor == 0, 1.0, divisor)[:, None]
     at_slot = token.to(tl.int64)[:, None] * K + slot[None, :]
     stored = there[:, None] & (slot < K)[None, :]
     tl.store(ids_TK + at_slot, ids.to(tl.int64), mask=stored)
-    tl.store(weights_TK + at_slot, weights * SCALE, mask=stored)
+    tl.store(weights_TK + at_slot, weights * scale, mask=stored)
 
 
-@jit
+@jit(do_not_specialize=["num_tokens"])
 def route_backward_kernel(
-    d_weights_TK, logits_TE, ids_TK, d_logits_TE, num_tokens, stride, num_logits,
+    d_weights_TK, logits_TE, ids_TK, d_logits_TE, num_tokens, stride, num_logits, norm_eps, scale,
     K: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr, TOKENS: tl.constexpr,
     FUNC: tl.constexpr, SELECTED: tl.constexpr,
-    NORM: tl.constexpr, NORM_CLAMP: tl.constexpr, NORM_EPS: tl.constexpr, SCALE: tl.constexpr,
-    LOGIT_SCALE: tl.constexpr,
+    NORM: tl.constexpr, NORM_CLAMP: tl.constexpr, LOGIT_SCALE: tl.constexpr,
 ):  # fmt: skip
     """d_logits, 0 but for the chosen columns; a softmax over all spreads it. The choice is not differentiated."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -178,7 +177,7 @@ def route_backward_kernel(
     ids = tl.load(ids_TK + at_slot, mask=inside, other=-1).to(tl.int32)
     used = ids >= 0
     routed = tl.max(ids, 1) >= 0
-    d = tl.load(d_weights_TK + at_slot, mask=used, other=0.0).to(tl.float32) * SCALE
+    d = tl.load(d_weights_TK + at_slot, mask=used, other=0.0).to(tl.float32) * scale
     row = token.to(tl.int64) * stride
     z = tl.load(logits_TE + row[:, None] + ids, mask=used, other=0.0).to(tl.float32) * LOGIT_SCALE
     column = tl.arange(0, COLUMNS)
@@ -198,13 +197,13 @@ def route_backward_kernel(
     s = tl.where(used, s, 0.0)
     if NORM:
         norm = tl.sum(s, 1)
-        divisor = divisor_of(norm, NORM_EPS, NORM_CLAMP)
+        divisor = divisor_of(norm, norm_eps, NORM_CLAMP)
         # As in `routing.normalise`: over such a divisor the weight is a constant.
         vanishing = divisor < 1.1754944e-38 * 1024
         divisor = tl.where(vanishing, 1.0, divisor)
         pull = tl.sum(d * s, 1) / divisor
         if NORM_CLAMP:
-            pull = tl.where(norm < NORM_EPS, 0.0, pull)
+            pull = tl.where(norm < norm_eps, 0.0, pull)
         d = tl.where(vanishing[:, None], 0.0, (d - pull[:, None]) / divisor[:, None])
     d = tl.where(used, d, 0.0)
     spread = tl.sum(d * s, 1)

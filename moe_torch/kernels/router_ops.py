@@ -59,9 +59,10 @@ def route_tokens(
     logits_TE = logits_TE if logits_TE.stride(-1) == 1 else logits_TE.contiguous()
     route_kernel[(-(-T // tokens),)](
         logits_TE, bias_E, token_mask_T, ids_TK, weights_TK, groups_TL if groups else None, T, logits_TE.stride(0),
+        norm_eps, scale,
         G=G, P=P, L=L, K=K, GROUPS=GROUPS, EACH=EACH, KEPT=_power_of_two(max(L, 1)), SLOTS=_power_of_two(K),
         TOKENS=tokens, FUNC=score_func, SELECTED=selected, BY_LOGIT=by_logit, GROUP_SCORE_K=group_score_k,
-        NORM=norm, NORM_CLAMP=norm_clamp, NORM_EPS=norm_eps, SCALE=scale, LOGIT_SCALE=logit_scale,
+        NORM=norm, NORM_CLAMP=norm_clamp, LOGIT_SCALE=logit_scale,
         **_options(GROUPS * EACH),
     )  # fmt: skip
     return weights_TK, ids_TK, groups_TL
@@ -96,9 +97,9 @@ def route_tokens_backward(
     tokens = _tokens_of(columns, logits_TE)
     logits_TE = logits_TE if logits_TE.stride(-1) == 1 else logits_TE.contiguous()
     route_backward_kernel[(-(-T // tokens),)](
-        d_weights_TK.contiguous(), logits_TE, ids_TK, d_logits_TE, T, logits_TE.stride(0), E,
+        d_weights_TK.contiguous(), logits_TE, ids_TK, d_logits_TE, T, logits_TE.stride(0), E, norm_eps, scale,
         K=K, COLUMNS=columns, SLOTS=_power_of_two(K), TOKENS=tokens, FUNC=score_func, SELECTED=selected,
-        NORM=norm, NORM_CLAMP=norm_clamp, NORM_EPS=norm_eps, SCALE=scale, LOGIT_SCALE=logit_scale, **_options(columns),
+        NORM=norm, NORM_CLAMP=norm_clamp, LOGIT_SCALE=logit_scale, **_options(columns),
     )  # fmt: skip
     return d_logits_TE
 
