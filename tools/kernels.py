@@ -59,7 +59,8 @@ def compiled(kernel: JITFunction, arguments: tuple, named: dict, arch: int) -> d
     return {
         "kernel": kernel.__name__, "shared": found.metadata.shared, **options, **usage(found.asm["cubin"]),
         "wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync"), "cp.async": ptx.count("cp.async.c"),
-        "redux": ptx.count("redux.sync"),
+        "redux": ptx.count("redux.sync"), "division of 64 bits": len(re.findall(r"(?:div|rem)\.[su]64", ptx)),
+        "loads ahead": max([0, *map(int, re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx))]),
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from moe_torch.kernels.activation import activated, activated_slope, clamped_up, clamped_up_slope
 from moe_torch.kernels.jit import jit
-from moe_torch.kernels.tiles import add_products, place, product, read, rows_of, slots_of
+from moe_torch.kernels.tiles import place, product, read, rows_of, slots_of, tokens_of
 
 
 @jit
@@ -63,7 +63,7 @@ def hidden_kernel(
     slot = slots_of(order_R, first + r, row_in)
     d_weight = tl.zeros((ROWS,), tl.float32)
     if expert < num_experts:
-        token = slot // top_k
+        token = tokens_of(slot, top_k)
         f = column * COLUMNS + tl.arange(0, COLUMNS)
         f_in = f < F
         d = tl.arange(0, DEPTH)
@@ -121,18 +121,18 @@ def tokens_kernel(
     if expert < num_experts:
         f = tl.arange(0, DEPTH)
         e = expert.to(tl.int64)
-        base, at = first.to(tl.int64) * F, r[:, None] * F + f[None, :]
-        gate_at = d_gate_RF + base + at
-        w1_at = (w1 + e * w1_E) + f[:, None] * w1_F + d[None, :]
-        total = add_products(
-            gate_at, w1_at, row_in, d_in, total, F, w1_F, DEPTH, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, WIDEN
-        )
-        if w3 is not None:
-            up_at = d_up_RF + base + at
-            w3_at = (w3 + e * w3_E) + f[:, None] * w3_F + d[None, :]
-            total = add_products(
-                up_at, w3_at, row_in, d_in, total, F, w3_F, DEPTH, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, WIDEN
-            )
+        row_at, steps = first.to(tl.int64) * F + (r[:, None] * F + f[None, :]), tl.cdiv(F, DEPTH)
+        # One loop over both halves: between two the loads would run dry.
+        for step in range(0, steps if w3 is None else 2 * steps):
+            rows, matrix, stride, k = d_gate_RF, w1 + e * w1_E, w1_F, step * DEPTH
+            if w3 is not None:
+                is_up = step >= steps
+                rows, matrix = tl.where(is_up, d_up_RF, rows), tl.where(is_up, w3 + e * w3_E, matrix)
+                stride, k = tl.where(is_up, w3_F, stride), tl.where(is_up, k - steps * DEPTH, k)
+            f_in = f < F - k
+            d_rows = read(rows + k + row_at, row_in, f_in, True, not EVEN_DEPTH)
+            w = read(matrix + ((k + f)[:, None] * stride + d[None, :]), f_in, d_in, not EVEN_DEPTH, not EVEN_COLUMNS)
+            total = product(d_rows, w, total, PRECISION, WIDEN)
     slot = slots_of(order_R, first + r, row_in)
     at_slot = slot[:, None] * D + d[None, :]
     tl.store(d_slots_RD + at_slot, total.to(d_slots_RD.dtype.element_ty), mask=row_in[:, None] & d_in[None, :])
@@ -171,8 +171,8 @@ def weights_kernel(
         row = first + tl.arange(0, DEPTH)
         row_in = row < end
         slot = slots_of(order_R, row, row_in)
-        a_row = slot // top_k if GATHER_A else row.to(tl.int64)
-        b_row = slot // top_k if GATHER_B else row.to(tl.int64)
+        a_row = tokens_of(slot, top_k) if GATHER_A else row.to(tl.int64)
+        b_row = tokens_of(slot, top_k) if GATHER_B else row.to(tl.int64)
         a_at = a_row[:, None] * M + m[None, :]
         a = read(a_M + a_at, row_in, m_in, True, not EVEN_ROWS)
         b = read(b_N + b_row[:, None] * N + n[None, :], row_in, n_in, True, not EVEN_COLUMNS)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from moe_torch.kernels.activation import activated, clamped_up
 from moe_torch.kernels.jit import jit
-from moe_torch.kernels.tiles import add_products, place, product, read, rows_of, slots_of
+from moe_torch.kernels.tiles import place, product, read, rows_of, slots_of, tokens_of
 
 
 @jit
@@ -34,7 +34,7 @@ def up_kernel(
         first, row_in = rows_of(tiles_3B, num_tiles, tile, r)
         token = slots_of(order_R, first + r, row_in)
         if order_R is not None:
-            token = token // top_k
+            token = tokens_of(token, top_k)
         f = column * COLUMNS + tl.arange(0, COLUMNS)
         # A column past F reads one that there is, and is not stored.
         f_read = tl.where(f < F, f, 0)
@@ -95,8 +95,12 @@ def down_kernel(
         e = expert.to(tl.int64)
         hidden_at = (hidden_RF + first.to(tl.int64) * F) + r[:, None] * F + f[None, :]
         w2_at = (w2 + e * w2_E) + d_read[None, :] * w2_D + f[:, None]
-        # Its columns are read where there are some: none is masked.
-        total = add_products(hidden_at, w2_at, row_in, d < D, total, F, 1, DEPTH, EVEN_DEPTH, True, PRECISION, WIDEN)
+        for k in range(0, F, DEPTH):
+            f_in = f < F - k
+            hidden = read(hidden_at, row_in, f_in, True, not EVEN_DEPTH)
+            total = product(hidden, read(w2_at, f_in, f_in, not EVEN_DEPTH, False), total, PRECISION, WIDEN)
+            hidden_at += DEPTH
+            w2_at += DEPTH
         if b2_ED is not None:
             total += tl.load(b2_ED + e * D + d_read).to(tl.float32)[None, :]
         if weights_R is not None:

@@ -304,11 +304,13 @@ def weights_gradient(
 ) -> None:
     """d_w_EMN and d_bias_EM, in place, and those of a second a; `gather` says which side is one of tokens."""
     tile, (E, M, N) = p.tiles.weights, d_w_EMN.shape
+    # Triton gives half of the stages to the loads of which rows are gathered, and half to those of the rows.
+    stages = tile.stages if p.order_R is None else 2 * tile.stages - 1
     also_M, d_also_EMN, d_also_bias_EM = also
     weights_kernel[(E * triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
         a_M, also_M, b_N, p.order_R, weights_R, d_w_EMN, d_also_EMN, d_bias_EM, d_also_bias_EM, p.ends_E, M, N, p.top_k,
         GATHER_A=gather == "a", GATHER_B=gather == "b",
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
         EVEN_ROWS=M % tile.rows == 0, EVEN_COLUMNS=N % tile.columns == 0,
-        **p.precision, **options(tile.warps, tile.stages),
+        **p.precision, **options(tile.warps, stages),
     )  # fmt: skip

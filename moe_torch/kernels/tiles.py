@@ -105,18 +105,6 @@ def slots_of(order_R, row, row_in):
 
 
 @jit
-def add_products(
-    rows_at, matrix_at, row_in, column_in, total, length, step,
-    DEPTH: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """total + rows @ matrix, over an axis of this length, along which the matrix has the stride `step`."""
-    at = tl.arange(0, DEPTH)
-    for k in range(0, length, DEPTH):
-        inside = at < length - k
-        rows = read(rows_at, row_in, inside, True, not EVEN_DEPTH)
-        matrix = read(matrix_at, inside, column_in, not EVEN_DEPTH, not EVEN_COLUMNS)
-        total = product(rows, matrix, total, PRECISION, WIDEN)
-        rows_at += DEPTH
-        matrix_at += DEPTH * step
-    return total
+def tokens_of(slot, top_k):
+    """The token of each slot. There are fewer than 2^31 slots, and a division of 64 bits is many instructions."""
+    return (slot.to(tl.int32) // top_k).to(tl.int64)

@@ -24,7 +24,7 @@ def kernels(*options: str) -> list[dict]:
     return json.loads(said.splitlines()[-1])
 
 
-def test_every_kernel_compiles_for_an_h100_in_bfloat16_spills_nothing_and_uses_its_tensor_cores():
+def test_every_kernel_compiles_for_an_h100_in_bfloat16_spills_nothing_and_keeps_its_tensor_cores_fed():
     found = kernels()
     assert {each["kernel"] for each in found} == {
         "route_kernel", "route_backward_kernel", "count_kernel", "place_kernel", "table_kernel",
@@ -35,6 +35,9 @@ def test_every_kernel_compiles_for_an_h100_in_bfloat16_spills_nothing_and_uses_i
         if each["kernel"] in ("up_kernel", "down_kernel", "hidden_kernel", "tokens_kernel", "weights_kernel"):
             assert each["wgmma"] > 0, each
             assert each["cp.async"] > 0, each
+            # Of gathered rows the numbers are loaded first, and the rows with what stages are left.
+            assert each["loads ahead"] >= 2, each
+            assert each["division of 64 bits"] == 0, each
 
 
 @pytest.mark.parametrize(

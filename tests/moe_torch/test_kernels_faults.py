@@ -112,9 +112,11 @@ def poisoned(empty):
 # None of them leaves an array: the interpreter would read and write whatever memory stands there.
 PLANTED = {
     ("forward", "a mask of depth that is one short"): ("d_in = d < D - k", "d_in = d < D - k - 1"),
-    ("tiles", "a mask of depth that is one short in a product of rows with a matrix"): (
-        "inside = at < length - k", "inside = at < length - k - 1",
+    ("forward", "a mask of depth that is one short in the down product"): ("f_in = f < F - k", "f_in = f < F - k - 1"),
+    ("backward", "a mask of depth that is one short in the gradient of tokens"): (
+        "f_in = f < F - k", "f_in = f < F - k - 1",
     ),
+    ("backward", "an up half that starts one step late"): ("k - steps * DEPTH, k)", "k - (steps - 1) * DEPTH, k)"),
     ("tiles", "a row of a tile left out"): ("r < tl.load(tiles_3B + 2 *", "r + 1 < tl.load(tiles_3B + 2 *"),
     ("forward", "a last column that is not stored"): ("(d < D)[None, :]", "(d < D - 1)[None, :]"),
     ("forward", "a slot left out of the sum"): ("for k in range(0, top_k):", "for k in range(1, top_k):"),
@@ -155,9 +157,9 @@ def planted(module: ModuleType, old: str, new: str, tmp_path) -> ModuleType:
 @pytest.mark.parametrize(("place", "texts"), PLANTED.items(), ids=[name for _, name in PLANTED])
 def test_a_fault_in_the_text_of_a_kernel_is_caught(place, texts, tmp_path, monkeypatch):
     changed = planted({"forward": forward, "backward": backward, "tiles": tiles}[place[0]], *texts, tmp_path)
-    for name in ("add_products", "rows_of") if place[0] == "tiles" else ():
+    if place[0] == "tiles":
         for user in (forward, backward):
-            monkeypatch.setattr(user, name, getattr(changed, name))
+            monkeypatch.setattr(user, "rows_of", changed.rows_of)
     for name in vars(changed):
         if name.endswith("_kernel"):
             monkeypatch.setattr(launch, name, getattr(changed, name))
