@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 FILE = ROOT / "moe_ref/specs/readers/hf_defaults.py"
 HEAD = '''"""moe_ref, configs of huggingface: what a key is where a file does not have it, and its other names.
 
-Generated from the config classes of transformers 5.23 by `python -m tools.hf_defaults`; do not edit.
+Generated from the config classes of transformers 5.24 by `python -m tools.hf_defaults`; do not edit.
 """
 
 from typing import Any
@@ -76,14 +76,19 @@ def page() -> str:
     found, names = defaults()
     text = HEAD + "DEFAULTS: dict[str, dict[str, Any]] = {\n"
     for name, values in found.items():
-        entries = [f"{key!r}: {_literal(value)}" for key, value in values.items()]
-        lines = wrap(", ".join(entries), 112, break_long_words=False, break_on_hyphens=False)
-        text += "".join([f"    {name!r}: {{\n", *(f"        {line}\n" for line in lines), "    },\n"])
+        text += _entry(name, ", ".join(f"{key!r}: {_literal(value)}" for key, value in values.items()))
     text += "}  # fmt: skip\n\nSYNONYMS: dict[str, dict[str, str]] = {\n"
     for name, values in names.items():
-        lines = wrap(repr(values)[1:-1], 112, break_long_words=False, break_on_hyphens=False)
-        text += "".join([f"    {name!r}: {{\n", *(f"        {line}\n" for line in lines), "    },\n"])
+        text += _entry(name, repr(values)[1:-1])
     return (text + "}  # fmt: skip\n").replace("'", '"')
+
+
+def _entry(name: str, values: str) -> str:
+    """A dict under its name, on one line where that is short enough."""
+    if len(line := f"    {name!r}: {{{values}}},\n") <= 121:
+        return line
+    lines = wrap(values, 112, break_long_words=False, break_on_hyphens=False)
+    return "".join([f"    {name!r}: {{\n", *(f"        {line}\n" for line in lines), "    },\n"])
 
 
 def _literal(value) -> str:

@@ -3,7 +3,7 @@
 Each entry of FAMILIES is a RouterSpec and where its numbers come from. A name is that of the model family in
 huggingface/transformers; a suffix tells two routers of one family apart. Where a released checkpoint is not known for
 sure, `checkpoint` says whose defaults stand in for it. CHECKPOINTS has further sizes, and models that are not in its
-release 5.23.
+release 5.24.
 """
 
 from dataclasses import dataclass, replace
@@ -103,6 +103,7 @@ def _deepseek_v3_line() -> list[Family]:
         ("exaone_moe", "LGAI-EXAONE/K-EXAONE-236B-A23B", 128, 8, ONE_GROUP, 2.5),
         ("glm5_next", "defaults of Glm5NextTextConfig", 288, 8, ONE_GROUP, 2.5),
         ("hy_v4", "defaults of HYV4Config", 256, 8, ONE_GROUP, 2.827),
+        ("hy_v4_vl", "defaults of HYV4VLTextConfig", 256, 8, ONE_GROUP, 2.827),
         ("nemotron_h", "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", 128, 6, ONE_GROUP, 2.5),
     ]
     return [
@@ -134,6 +135,8 @@ def _sigmoid_line() -> list[Family]:
         _family("afmoe", "arcee-ai/Trinity-Mini", 128, 8, DEEPSEEK_V3, expert_bias=True, route_scale=2.826),
         _family("hy_v3", "tencent/Hy3", 192, 8, DEEPSEEK_V3, expert_bias=True, route_scale=2.826),
         _family("inkling2", "defaults of Inkling2TextConfig", 384, 8, DEEPSEEK_V3, expert_bias=True, route_scale=8.0),
+        _family("inkling2_loop", "defaults of Inkling2LoopTextConfig", 128, 8, DEEPSEEK_V3, expert_bias=True,
+                route_scale=8.0),
         _family("muse_spark", "defaults of MuseSparkTextConfig", 256, 8, DEEPSEEK_V3, expert_bias=True,
                 norm_eps=1e-15, logit_scale=0.1767766952966369),
         _family("lfm2_moe", "LiquidAI/LFM2-8B-A1B", 32, 4, DEEPSEEK_V3, expert_bias=True, norm_eps=1e-6),
@@ -171,6 +174,7 @@ def _softmax_line() -> list[Family]:
         _family("qwen3_omni_moe_talker", "defaults of Qwen3OmniMoeTalkerTextConfig", 128, 8),
         _family("qwen3_5_moe", "Qwen/Qwen3.5-35B-A3B", 256, 8, MIXTRAL),
         _family("qwen4_exp", "defaults of Qwen4ExpTextConfig", 512, 10, MIXTRAL),
+        _family("lara_mini", "defaults of LaraMiniConfig", 128, 4, MIXTRAL),
         _family("minimax", "MiniMaxAI/MiniMax-Text-01-hf", 32, 2, MIXTRAL),
         _family("mellum", "defaults of MellumConfig", 64, 8, MIXTRAL),
         _family("flex_olmo", "allenai/FlexOlmo-7x7B-1T", 7, 5),
@@ -221,7 +225,7 @@ def _checkpoint(name: str, of: str, checkpoint: str, unverified: Any = "", **cha
 
 
 def _checkpoints() -> list[Family]:
-    """Models of which transformers 5.23 has no class, and the other published sizes of those that it has."""
+    """Models of which transformers 5.24 has no class, and the other published sizes of those that it has."""
     row, groups_8_4 = _checkpoint, {"num_expert_groups": 8, "num_limited_groups": 4}
     return [
         row("kimi_k2", "deepseek_v3", "moonshotai/Kimi-K2-Instruct", num_experts=384, route_scale=2.827, **ONE_GROUP),

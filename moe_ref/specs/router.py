@@ -25,7 +25,7 @@ class RouterSpec(Spec):
     """How tokens choose experts and with which weights, at evaluation.
 
     Sources: node-limited routing and expert_bias from DeepSeek-V3 (arXiv:2412.19437); names after
-    pytorch/torchtitan; the remaining fields from 72 model families of huggingface/transformers 5.23.
+    pytorch/torchtitan; the remaining fields from 75 model families of huggingface/transformers 5.24.
 
     Raises:
         ValueError: a field is out of its range, or two fields contradict each other.

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from conformance.subjects.identity_gate import IdentityGate, give_identity_gate  # noqa: E402
+from conformance.subjects.transformers import router as real_router  # noqa: E402
 from conformance.subjects.transformers.families import ROUTERS  # noqa: E402
 from conformance.subjects.transformers.router import build_for_logits, find  # noqa: E402
 from conformance.subjects.transformers.subject import Transformers  # noqa: E402
@@ -206,7 +207,7 @@ def test_a_router_is_built_once():
 @pytest.mark.parametrize(
     ("name", "survives"),
     [("deepseek_v3", True), ("lfm2_moe", True), ("hy_v3", True), ("minimax_m2", False), ("laguna", False),
-     ("afmoe", False)],
+     ("afmoe", True), ("kimi_linear", True)],
 )  # fmt: skip
 def test_the_bias_of_a_bfloat16_model_is_float32_where_the_library_keeps_it(name, survives):
     spec = tiny(name).replace(top_k=1)
@@ -215,6 +216,30 @@ def test_the_bias_of_a_bfloat16_model_is_float32_where_the_library_keeps_it(name
     found = Transformers(family=name).route(logits_TE, spec, bias_E)
     last = spec.num_experts - 1
     assert (found.expert_ids_TK[0, 0] == last) == survives
+
+
+def test_a_bias_that_is_on_no_keep_list_is_rounded_with_the_model(monkeypatch):
+    """As that of afmoe is in transformers 5.23."""
+    row, spec, bias_E = ROUTERS["afmoe"], tiny("afmoe"), np.full(8, 2.001, np.float32)
+    router = build_for_logits(row, spec, torch.bfloat16)
+    assert real_router.set_bias(router, row, bias_E, 8, torch.bfloat16).dtype == torch.float32
+    monkeypatch.setattr(real_router, "keep_list", lambda modeling: {"gate"})
+    assert real_router.set_bias(router, row, bias_E, 8, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_family_that_the_release_does_not_have_leaves_its_turn_to_the_next(monkeypatch):
+    """Nobody else's turn moves, so that a case is judged with the same router in every release that has it."""
+    specs = [RouterSpec(num_experts=n, top_k=k, route_norm=True) for n in range(4, 24) for k in (1, 2, 3)]
+    before = [real_router.find.__wrapped__(spec, "", False)[0] for spec in specs]
+    monkeypatch.setattr(real_router, "has_module", lambda name: name != "lara_mini")
+    after = [real_router.find.__wrapped__(spec, "", False)[0] for spec in specs]
+    moved = {(one.name, other.name) for one, other in zip(before, after, strict=True) if one is not other}
+    assert {one for one, _ in moved} == {"lara_mini"}
+    assert len(moved) == 1
+    row, why = real_router.find.__wrapped__(tiny("lara_mini"), "lara_mini", False)
+    assert (row, why) == (None, "the installed release of transformers does not have lara_mini")
+    with pytest.raises(Unsupported, match="does not have lara_mini"):
+        Transformers("lara_mini").configure({"num_experts": 8})
 
 
 def test_bfloat16_logits_are_routed_as_they_are():

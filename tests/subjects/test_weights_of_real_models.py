@@ -7,9 +7,10 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
+from layer_agreement import FLOAT32, assert_near
 from test_transformers_layers import block_spec
 
-from moe_ref import LayerParams, LayerSpec, RouterSpec, params_from_hf, params_to_hf
+from moe_ref import LayerParams, LayerSpec, RouterSpec, moe_layer, params_from_hf, params_to_hf
 from moe_ref.specs.params import param_shapes
 from moe_ref.specs.readers.hf_forms import FORMS
 
@@ -18,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 
 from conformance.subjects.transformers.arrays import to_canonical  # noqa: E402
 from conformance.subjects.transformers.blocks import BLOCKS, NO_BLOCK  # noqa: E402
+from conformance.subjects.transformers.families import TINY  # noqa: E402
 
 TOKENS = {"vocab_size": 8, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
 LAYERS = 4
@@ -136,6 +138,24 @@ def test_the_block_alone_is_read_as_the_subject_reads_it(name):
     for key, value in found.items():
         expected = getattr(params, key)  # in a block, one shared expert has no axis of its own
         np.testing.assert_array_equal(np.asarray(value).reshape(expected.shape), expected, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["SarvamMoEConfig", "SarvamMLAConfig"])
+def test_a_config_for_the_classes_of_another_family_is_read_as_they_compute(name):
+    """Its model has the blocks of glm4_moe or deepseek_v3; the layer is what its own config says."""
+    sizes = {"hidden_size": 16, "moe_intermediate_size": 8, "num_experts_per_tok": 3, "intermediate_size": 8}
+    groups = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2}
+    config = getattr(transformers, name)(**TINY | TOKENS | sizes | groups)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for each in model.state_dict().values():
+        torch.nn.init.normal_(each)
+    spec = LayerSpec.from_hf(config)
+    params = params_from_hf({key: value.numpy() for key, value in model.state_dict().items()}, config, layer=1)
+    x_TD = np.random.default_rng(0).normal(size=(17, 16)).astype(np.float32)
+    with torch.no_grad():
+        found_TD = model.model.layers[1].mlp(torch.from_numpy(x_TD)[None])[0].numpy()
+    assert_near(found_TD, moe_layer(x_TD, params, spec).output_TD, FLOAT32)
 
 
 def test_a_family_with_forms_has_a_block_here_or_it_is_said_why_not():

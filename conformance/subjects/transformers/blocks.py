@@ -1,7 +1,7 @@
 """conformance, subject transformers: which block computes which layer, one row for each, as data.
 
 A block is a router of `families.py`, experts, and perhaps shared experts. A row says where they are, how
-their weights are stored, and what they compute. Checked against transformers 5.23.
+their weights are stored, and what they compute. Checked against transformers 5.24.
 """
 
 from collections.abc import Callable
@@ -293,6 +293,7 @@ ROWS = (
     multiple("hy_v3", "HYV3MoE", "num_shared_experts", bias="e_score_correction_bias"),
     multiple("afmoe", "AfmoeSparseMoeBlock", "num_shared_experts", router="router", bias="expert_bias"),
     multiple("hy_v4", "HYV4MoE", activation="", clamp="swiglu_limit"),
+    multiple("hy_v4_vl", "HYV4VLMoE", activation="", clamp="swiglu_limit"),
     multiple("glm5_next", "Glm5NextTextMoE", activation="", clamp="swiglu_limit", shared=Shared(
         projections=mlp("shared_experts"), count="n_shared_experts", clamp="same")),
     multiple("aria", "AriaTextMoELayer", "moe_num_shared_experts", router="router", activation="", **NARROW,
@@ -308,6 +309,7 @@ ROWS = (
         ("qwen3_omni_moe_talker", "Qwen3OmniMoeTalkerText"))),
     own_width("qwen4_exp", "Qwen4ExpTextSparseMoeBlock", "shared_expert", gate="shared_expert_gate.weight",
               activation=""),
+    own_width("lara_mini", "LaraMiniSparseMoeBlock", "shared_expert"),
     own_width("flint", "FlintSparseMoeBlock", "shared_expert"),
     own_width("laguna", "LagunaSparseMoeBlock", "shared_experts"),
     own_width("kolibri1", "Kolibri1SparseMoeBlock", "shared_experts"),
@@ -349,6 +351,7 @@ NO_BLOCK = {
     "ernie4_5_vl_moe": "its block mixes two kinds of tokens",
     "gemma4": "it has no block of its own, and its router normalises the tokens",
     "inkling2": "its activation is capped",
+    "inkling2_loop": "its activation is capped",
     "jetmoe": "its block adds a bias to the output",
     "muse_spark": "its block has projections and norms around the experts",
     "zaya": "its gate is a network",

@@ -2,7 +2,7 @@
 
 A row says which fields of RouterSpec the class has under which config name (`free`), and which it fixes (`fixed`);
 all others are the identity. The same row therefore matches a spec, builds the config, and says what does not fit.
-Checked against transformers 5.23.
+Checked against transformers 5.24.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ class RealRouter:
     bias: str = ""
     """Path of the balancing bias; 'argument': passed to forward; '': the class has none."""
     bias_is_float32: bool = True
-    """Whether a bias that is an argument stays float32 in a bfloat16 model."""
+    """Whether a bias that is an argument stays float32 in a bfloat16 model, also where the keep-list has none."""
     gate: str = "weight"
     """Path of the gate's weight."""
     gate_bias: str = ""
@@ -213,6 +213,9 @@ ROWS = (
         ("glm_moe_dsa", "GlmMoeDsa"), ("dots1", "Dots1"), ("axk1", "AXK1"), ("hy_v4", "HYV4"),
         ("mimo_v2_flash", "MiMoV2Flash"), ("nemotron_h", "NemotronH"), ("solar_open", "SolarOpen"),
         ("glm4v_moe", "Glm4vMoeText"), ("glm5_next", "Glm5NextText"), ("dots3_note", "Dots3NoteText"))),
+    deepseek_v3("hy_v4_vl", "HYV4VL", DEEPSEEK, config="HYV4VLTextConfig"),
+    biased("inkling2_loop", "Inkling2Loop", ROUTED | {"route_scale": "route_scale"}, EPS_20,
+           config="Inkling2LoopTextConfig"),
     deepseek_v3("exaone_moe", "ExaoneMoe", SIZES | GROUPS | NORM | SCALE),
     deepseek_v3("kimi_linear", "KimiLinear", KIMI),
     deepseek_v3("bailing_hybrid", "BailingHybrid", KIMI),
@@ -220,7 +223,8 @@ ROWS = (
     deepseek_v2("unlimited_ocr", "UnlimitedOcrText", width_is_even=True),
     *(row(name, prefix, sizes | NORM) for name, prefix, sizes in (
         ("qwen3_moe", "Qwen3Moe", LOCAL), ("qwen2_moe", "Qwen2Moe", SIZES), ("qwen3_next", "Qwen3Next", SIZES),
-        ("mellum", "Mellum", LOCAL), ("flex_olmo", "FlexOlmo", SIZES), ("qwen4_exp", "Qwen4ExpText", SIZES))),
+        ("mellum", "Mellum", LOCAL), ("flex_olmo", "FlexOlmo", SIZES), ("qwen4_exp", "Qwen4ExpText", SIZES),
+        ("lara_mini", "LaraMini", SIZES))),
     row("qwen3_omni_moe", "Qwen3OmniMoeThinkerText", SIZES | NORM, config="Qwen3OmniMoeTextConfig"),
     row("qwen3_omni_moe_talker", "Qwen3OmniMoeTalkerText", LOCAL | NORM, module="qwen3_omni_moe"),
     row("minimax", "MiniMax", LOCAL, NORMED),

@@ -17,7 +17,7 @@ from conformance.core.subject import Subject, Unsupported
 from conformance.subjects.torch.arrays import to_numpy, to_torch
 from conformance.subjects.transformers.arrays import load_params, prefix, to_canonical, to_native
 from conformance.subjects.transformers.blocks import BLOCKS, NO_BLOCK, RealBlock
-from conformance.subjects.transformers.router import keep_in_float32, turn
+from conformance.subjects.transformers.router import NOT_INSTALLED, installed, keep_in_float32, turn
 from moe_ref import LayerParams, LayerSpec, ShardLayout
 
 GROUPED_MM = "grouped_mm"
@@ -126,7 +126,8 @@ def find_block(
         runnable = [(block, each) for block, each in runnable if each != GROUPED_MM]
     able = [(block, each) for block, each in runnable if block.row.bias or not with_bias]
     if able:
-        return able[turn((spec, key), len(able))], ""
+        found = installed(able, turn((spec, key), len(able)), lambda made: made[0].row.module)
+        return found, "" if found else NOT_INSTALLED.format(able[0][0].name)
     if runnable:
         return None, f"{runnable[0][0].name} computes this layer, but without an expert bias"
     if fitting:

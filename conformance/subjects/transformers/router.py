@@ -6,11 +6,13 @@ For each spec the router class that computes it is built from a small config, it
 """
 
 import importlib
+import sys
 import zlib
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from typing import Any
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ from conformance.subjects.torch.arrays import numpy_if_any, to_numpy, to_torch
 from conformance.subjects.transformers.families import DEFAULTS, ROUTERS, RealRouter
 from moe_ref import RouterSpec, ShardLayout
 from moe_ref.specs.base import Spec
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +181,8 @@ def find(spec: RouterSpec, family: str, with_bias: bool) -> tuple[RealRouter | N
     fitting = [row for row in rows if not missing[row]]
     able = [row for row in fitting if row.bias or not with_bias]
     if able:
-        return able[turn(spec, len(able))], ""
+        found = installed(able, turn(spec, len(able)), lambda row: row.module)
+        return found, "" if found else NOT_INSTALLED.format(able[0].name)
     if fitting:
         return None, f"{fitting[0].name} computes this spec, but without an expert bias"
     closest = min(rows, key=lambda row: len(missing[row]))
@@ -191,6 +196,21 @@ def turn(of: Hashable, several: int) -> int:
     A field that is as by default has no say, so that a further one of a spec leaves all turns as they are.
     """
     return zlib.crc32(repr(told(of)).encode()) % several
+
+
+NOT_INSTALLED = "the installed release of transformers does not have {}"
+
+
+def installed(able: list[Made], first: int, module: Callable[[Made], str]) -> Made | None:
+    """The one whose turn it is, or the next that the installed release of transformers has."""
+    in_turn = (able[(first + later) % len(able)] for later in range(len(able)))
+    return next((each for each in in_turn if has_module(module(each))), None)
+
+
+@cache
+def has_module(name: str) -> bool:
+    """Whether the installed release has the models of that name."""
+    return find_spec(f"transformers.models.{name}") is not None
 
 
 def told(of: Any) -> Any:
@@ -219,6 +239,8 @@ def build_for_logits(row: RealRouter, spec: RouterSpec, dtype: torch.dtype) -> t
 
 def build(row: RealRouter, values: dict, hidden_size: int, dtype: torch.dtype) -> torch.nn.Module:
     """The router module for the fields of a spec, as from_pretrained(dtype=...) makes it, with untrained weights."""
+    if not has_module(row.module):
+        raise Unsupported(NOT_INSTALLED.format(row.name))
     modeling = importlib.import_module(f"transformers.models.{row.module}.modeling_{row.module}")
     configuration = importlib.import_module(f"transformers.models.{row.module}.configuration_{row.module}")
     config = getattr(configuration, row.config)(**row.config_entries(values, hidden_size))
@@ -240,12 +262,7 @@ def keep_in_float32(module: torch.nn.Module, modeling, path: str, own_router: st
     `path` is that of the module in its decoder layer, `own_router` what a block calls its router.
     Families differ in whether their balancing bias is on it (huggingface/transformers#39058, #42580).
     """
-    kept = {
-        pattern
-        for each in vars(modeling).values()
-        if isinstance(each, type) and each.__module__ == modeling.__name__
-        for pattern in getattr(each, "_keep_in_fp32_modules_strict", None) or ()
-    }
+    kept = keep_list(modeling)
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         # Blocks call their router mlp.gate or mlp.router; the lists only ever name the former.
         if own_router and name.startswith(f"{own_router}."):
@@ -254,13 +271,25 @@ def keep_in_float32(module: torch.nn.Module, modeling, path: str, own_router: st
             tensor.data = tensor.data.float()
 
 
+def keep_list(modeling) -> set[str]:
+    """What stays float32 in a bfloat16 model, in part of a name, by the model classes of a module."""
+    return {
+        pattern
+        for each in vars(modeling).values()
+        if isinstance(each, type) and each.__module__ == modeling.__name__
+        for pattern in getattr(each, "_keep_in_fp32_modules_strict", None) or ()
+    }
+
+
 def set_bias(router: torch.nn.Module, row: RealRouter, expert_bias_E, num_choices: int, dtype: torch.dtype):
     """The balancing bias is written where the class keeps it (None: zeros), or returned where it is an argument."""
     if not row.bias:
         return None
     bias_E = torch.zeros(num_choices) if expert_bias_E is None else to_torch(expert_bias_E)
     if row.bias == "argument":
-        return bias_E if row.bias_is_float32 else bias_E.to(dtype)
+        # A list names one bias, the balancing one: that of afmoe since transformers 5.24.
+        listed = any("bias" in pattern for pattern in keep_list(sys.modules[type(router).__module__]))
+        return bias_E if row.bias_is_float32 or listed else bias_E.to(dtype)
     owner, _, name = row.bias.rpartition(".")
     kept = getattr(router.get_submodule(owner), name)
     kept.copy_(bias_E.reshape(kept.shape))

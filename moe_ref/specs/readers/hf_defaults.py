@@ -1,6 +1,6 @@
 """moe_ref, configs of huggingface: what a key is where a file does not have it, and its other names.
 
-Generated from the config classes of transformers 5.23 by `python -m tools.hf_defaults`; do not edit.
+Generated from the config classes of transformers 5.24 by `python -m tools.hf_defaults`; do not edit.
 """
 
 from typing import Any
@@ -71,6 +71,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True, "num_experts_per_tok": 8, "num_hidden_layers": 34, "routed_scaling_factor": 2.827,
         "swiglu_limit": 10.0, "topk_group": 1
     },
+    "hy_v4_vl_text": {
+        "hidden_size": 6144, "moe_intermediate_size": 2048, "n_group": 1, "n_routed_experts": 256, "n_shared_experts":
+        1, "norm_topk_prob": True, "num_experts_per_tok": 8, "num_hidden_layers": 78, "routed_scaling_factor": 2.827,
+        "swiglu_limit": 10.0, "topk_group": 1
+    },
     "mimo_v2_flash": {
         "hidden_act": "silu", "hidden_size": 4096, "moe_intermediate_size": 2048, "n_group": 1, "n_routed_experts": 256,
         "norm_topk_prob": True, "num_experts_per_tok": 8, "num_hidden_layers": 48, "routed_scaling_factor": 1.0,
@@ -90,6 +95,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 2, "hidden_act": "silu", "hidden_size": 2560, "moe_intermediate_size": 768,
         "moe_renormalize": True, "num_expert_group": 8, "num_experts": 512, "num_experts_per_token": 8,
         "num_hidden_layers": 42, "num_shared_experts": 1, "routed_scaling_factor": 2.5, "topk_group": 4
+    },
+    "sarvam_moe": {
+        "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 4096, "moe_intermediate_size": 1024, "n_group":
+        1, "n_routed_experts": 128, "n_shared_experts": 1, "norm_topk_prob": True, "num_experts_per_tok": 6,
+        "num_hidden_layers": 19, "routed_scaling_factor": 2.5, "topk_group": 1
+    },
+    "sarvam_mla": {
+        "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 4096, "moe_intermediate_size": 2048, "n_group":
+        1, "n_routed_experts": 128, "n_shared_experts": 1, "norm_topk_prob": True, "num_experts_per_tok": 8,
+        "num_hidden_layers": 32, "routed_scaling_factor": 2.5, "topk_group": 1
     },
     "nemotron_h": {
         "hidden_size": 4096, "mlp_bias": False, "mlp_hidden_act": "relu2", "moe_intermediate_size": 7688,
@@ -147,6 +162,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "inkling2_text": {
         "hidden_act": "silu", "hidden_size": 4608, "moe_intermediate_size": 2304, "n_routed_experts": 384,
         "num_experts_per_tok": 8, "num_hidden_layers": 48, "route_scale": 8.0
+    },
+    "inkling2_loop_text": {
+        "hidden_act": "silu", "hidden_size": 2304, "moe_intermediate_size": 1152, "n_routed_experts": 128,
+        "num_experts_per_tok": 8, "num_hidden_layers": 24, "route_scale": 8.0
     },
     "muse_spark_text": {
         "hidden_act": "silu", "hidden_size": 8192, "moe_intermediate_size": 4096, "num_experts_per_tok": 8,
@@ -247,6 +266,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "hidden_size": 2048, "moe_intermediate_size": 512, "norm_topk_prob": True, "num_experts": 512,
         "num_experts_per_tok": 10, "num_hidden_layers": 40, "shared_expert_intermediate_size": 512
     },
+    "lara_mini": {
+        "hidden_act": "silu", "hidden_size": 1024, "moe_intermediate_size": 512, "norm_topk_prob": True, "num_experts":
+        128, "num_experts_per_tok": 4, "num_hidden_layers": 34, "shared_expert_intermediate_size": 512
+    },
     "mellum": {
         "hidden_act": "silu", "hidden_size": 2304, "moe_intermediate_size": 896, "norm_topk_prob": True,
         "num_experts_per_tok": 8, "num_hidden_layers": 28, "num_local_experts": 64
@@ -327,48 +350,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 SYNONYMS: dict[str, dict[str, str]] = {
-    "deepseek_v3": {
-        "num_local_experts": "n_routed_experts"
-    },
-    "deepseek_v32": {
-        "num_local_experts": "n_routed_experts"
-    },
-    "glm4_moe": {
-        "num_local_experts": "n_routed_experts"
-    },
-    "glm4_moe_lite": {
-        "num_local_experts": "n_routed_experts"
-    },
-    "glm4v_moe_text": {
-        "num_local_experts": "n_routed_experts"
-    },
-    "glm_moe_dsa": {
-        "num_local_experts": "n_routed_experts"
-    },
-    "glm5_next_text": {
-        "num_local_experts": "n_routed_experts"
-    },
-    "dots1": {
-        "num_local_experts": "n_routed_experts"
-    },
-    "dots3_note_text": {
-        "num_local_experts": "n_routed_experts"
-    },
-    "solar_open": {
-        "num_local_experts": "n_routed_experts"
-    },
-    "axk1": {
-        "num_local_experts": "n_routed_experts"
-    },
-    "axk2": {
-        "num_local_experts": "n_routed_experts"
-    },
-    "hy_v4": {
-        "num_local_experts": "n_routed_experts"
-    },
-    "mimo_v2_flash": {
-        "num_local_experts": "n_routed_experts"
-    },
+    "deepseek_v3": {"num_local_experts": "n_routed_experts"},
+    "deepseek_v32": {"num_local_experts": "n_routed_experts"},
+    "glm4_moe": {"num_local_experts": "n_routed_experts"},
+    "glm4_moe_lite": {"num_local_experts": "n_routed_experts"},
+    "glm4v_moe_text": {"num_local_experts": "n_routed_experts"},
+    "glm_moe_dsa": {"num_local_experts": "n_routed_experts"},
+    "glm5_next_text": {"num_local_experts": "n_routed_experts"},
+    "dots1": {"num_local_experts": "n_routed_experts"},
+    "dots3_note_text": {"num_local_experts": "n_routed_experts"},
+    "solar_open": {"num_local_experts": "n_routed_experts"},
+    "axk1": {"num_local_experts": "n_routed_experts"},
+    "axk2": {"num_local_experts": "n_routed_experts"},
+    "hy_v4": {"num_local_experts": "n_routed_experts"},
+    "hy_v4_vl_text": {"num_local_experts": "n_routed_experts"},
+    "mimo_v2_flash": {"num_local_experts": "n_routed_experts"},
     "kimi_linear": {
         "n_group": "num_expert_group", "n_shared_experts": "num_shared_experts", "norm_topk_prob": "moe_renormalize",
         "num_experts_per_tok": "num_experts_per_token", "num_local_experts": "num_experts"
@@ -377,97 +373,55 @@ SYNONYMS: dict[str, dict[str, str]] = {
         "n_group": "num_expert_group", "n_shared_experts": "num_shared_experts", "norm_topk_prob": "moe_renormalize",
         "num_experts_per_tok": "num_experts_per_token", "num_local_experts": "num_experts"
     },
-    "nemotron_h": {
-        "num_local_experts": "n_routed_experts"
+    "sarvam_moe": {
+        "num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts", "num_shared_experts":
+        "n_shared_experts"
     },
-    "deepseek_v2": {
-        "num_experts": "n_routed_experts"
+    "sarvam_mla": {
+        "num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts", "num_shared_experts":
+        "n_shared_experts"
     },
-    "deepseek_ocr2_text": {
-        "num_experts": "n_routed_experts"
-    },
-    "unlimited_ocr_text": {
-        "num_experts": "n_routed_experts"
-    },
-    "mistral4": {
-        "num_local_experts": "n_routed_experts"
-    },
-    "mistral_large4_text": {
-        "num_local_experts": "n_routed_experts"
-    },
-    "minimax_m2": {
-        "num_experts": "num_local_experts"
-    },
-    "hy_v3": {
-        "num_local_experts": "num_experts"
-    },
+    "nemotron_h": {"num_local_experts": "n_routed_experts"},
+    "deepseek_v2": {"num_experts": "n_routed_experts"},
+    "deepseek_ocr2_text": {"num_experts": "n_routed_experts"},
+    "unlimited_ocr_text": {"num_experts": "n_routed_experts"},
+    "mistral4": {"num_local_experts": "n_routed_experts"},
+    "mistral_large4_text": {"num_local_experts": "n_routed_experts"},
+    "minimax_m2": {"num_experts": "num_local_experts"},
+    "hy_v3": {"num_local_experts": "num_experts"},
     "inkling2_text": {
         "intermediate_size": "moe_intermediate_size", "num_local_experts": "n_routed_experts", "routed_scaling_factor":
         "route_scale"
     },
-    "minimax_m3_vl_text": {
-        "num_experts": "num_local_experts"
+    "inkling2_loop_text": {
+        "intermediate_size": "moe_intermediate_size", "num_local_experts": "n_routed_experts", "routed_scaling_factor":
+        "route_scale"
     },
+    "minimax_m3_vl_text": {"num_experts": "num_local_experts"},
     "step3p5": {
         "moe_num_experts": "n_routed_experts", "moe_top_k": "num_experts_per_tok", "num_local_experts":
         "n_routed_experts", "share_expert_dims": "share_expert_dim"
     },
-    "kolibri1": {
-        "num_experts": "num_local_experts"
-    },
-    "inkling_text": {
-        "num_local_experts": "n_routed_experts"
-    },
-    "deepseek_v4": {
-        "intermediate_size": "moe_intermediate_size", "num_local_experts": "n_routed_experts"
-    },
-    "mixtral": {
-        "num_experts": "num_local_experts"
-    },
-    "minimax": {
-        "num_experts": "num_local_experts"
-    },
-    "olmoe": {
-        "num_local_experts": "num_experts"
-    },
-    "flex_olmo": {
-        "num_local_experts": "num_experts"
-    },
-    "qwen3_moe": {
-        "num_experts": "num_local_experts"
-    },
-    "qwen3_vl_moe_text": {
-        "num_experts": "num_local_experts"
-    },
-    "qwen3_omni_moe_talker_text": {
-        "num_experts": "num_local_experts"
-    },
-    "mellum": {
-        "num_experts": "num_local_experts"
-    },
-    "jamba": {
-        "num_local_experts": "num_experts"
-    },
-    "hunyuan_v1_moe": {
-        "num_experts_per_tok": "moe_topk", "num_local_experts": "num_experts"
-    },
-    "dbrx": {
-        "hidden_size": "d_model", "num_hidden_layers": "n_layers"
-    },
-    "ernie4_5_moe": {
-        "num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"
-    },
-    "ernie4_5_vl_moe_text": {
-        "num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"
-    },
+    "kolibri1": {"num_experts": "num_local_experts"},
+    "inkling_text": {"num_local_experts": "n_routed_experts"},
+    "deepseek_v4": {"intermediate_size": "moe_intermediate_size", "num_local_experts": "n_routed_experts"},
+    "mixtral": {"num_experts": "num_local_experts"},
+    "minimax": {"num_experts": "num_local_experts"},
+    "olmoe": {"num_local_experts": "num_experts"},
+    "flex_olmo": {"num_local_experts": "num_experts"},
+    "qwen3_moe": {"num_experts": "num_local_experts"},
+    "qwen3_vl_moe_text": {"num_experts": "num_local_experts"},
+    "qwen3_omni_moe_talker_text": {"num_experts": "num_local_experts"},
+    "mellum": {"num_experts": "num_local_experts"},
+    "jamba": {"num_local_experts": "num_experts"},
+    "hunyuan_v1_moe": {"num_experts_per_tok": "moe_topk", "num_local_experts": "num_experts"},
+    "dbrx": {"hidden_size": "d_model", "num_hidden_layers": "n_layers"},
+    "ernie4_5_moe": {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"},
+    "ernie4_5_vl_moe_text": {"num_experts": "moe_num_experts", "num_experts_per_tok": "moe_k"},
     "longcat_flash": {
         "moe_intermediate_size": "expert_ffn_hidden_size", "num_experts_per_tok": "moe_topk", "num_local_experts":
         "n_routed_experts"
     },
-    "gpt_oss": {
-        "num_experts": "num_local_experts"
-    },
-    "openai_privacy_filter": {
-        "num_experts": "num_local_experts"
-    },
+    "gpt_oss": {"num_experts": "num_local_experts"},
+    "openai_privacy_filter": {"num_experts": "num_local_experts"},
 }  # fmt: skip

@@ -1,8 +1,7 @@
 """moe_ref, checkpoints of huggingface: under which names, and how, each family stores the weights of a layer, as data.
 
-A form is one naming. The first of a family is that of its modules in transformers 5.23,
-    the others are those of published
-files. Names are relative to a decoder layer (model.layers.3.), and {e} is the number of an expert.
+A form is one naming. The first of a family is that of its modules in transformers 5.24, the others are those of
+published files. Names are relative to a decoder layer (model.layers.3.), and {e} is the number of an expert.
 """
 
 from dataclasses import dataclass, replace
@@ -166,9 +165,9 @@ ERNIE = module(shared="shared_experts", bias="gate.moe_statics.e_score_correctio
 FORMS: dict[str, tuple[Form, ...]] = {
     **dict.fromkeys(("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "dots1",
                      "dots3_note", "solar_open", "axk1", "axk2", "glm5_next"), (DEEPSEEK, listed(DEEPSEEK))),
-    "hy_v4": (DEEPSEEK, replace(DEEPSEEK, shared=Projections(
+    **dict.fromkeys(("hy_v4", "hy_v4_vl"), (DEEPSEEK, replace(DEEPSEEK, shared=Projections(
         gate_up=("mlp.shared_experts.linear_gate.weight", "mlp.shared_experts.up_proj.weight"),
-        down="mlp.shared_experts.down_proj.weight")), listed(DEEPSEEK)),
+        down="mlp.shared_experts.down_proj.weight")), listed(DEEPSEEK))),
     **dict.fromkeys(("mimo_v2_flash", "beam"), (BIASED, listed(BIASED))),
     "exaone_moe": (DEEPSEEK, listed(DEEPSEEK, expert_bias="mlp.e_score_correction_bias")),
     "kimi_linear": (KIMI, replace(_in("block_sparse_moe", KIMI), experts=w123("block_sparse_moe.experts.{e}"))),
@@ -179,6 +178,7 @@ FORMS: dict[str, tuple[Form, ...]] = {
                     (SHARED, listed(SHARED))),
     "mistral_large4": (SHARED, Form(gate="gate.weight", experts=w123("experts.{e}"), shared=linears("shared_experts"))),
     "flint": (module(shared="shared_expert"), listed(module(shared="shared_expert"))),
+    "lara_mini": (module(shared="shared_expert"),),
     "minimax_m2": (module(bias="e_score_correction_bias"), replace(
         MIXTRAL, expert_bias="block_sparse_moe.e_score_correction_bias")),
     "hy_v3": (HY_V3, replace(listed(HY_V3), gate="mlp.router.gate.weight", expert_bias="mlp.expert_bias",

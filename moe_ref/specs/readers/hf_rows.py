@@ -1,4 +1,4 @@
-"""moe_ref, configs of huggingface: one row for each model type, as data. Checked against transformers 5.23.
+"""moe_ref, configs of huggingface: one row for each model type, as data. Checked against transformers 5.24.
 
 Defaults of keys that a file does not have are in `hf_defaults.py`, from the config classes themselves.
 """
@@ -42,6 +42,7 @@ KIMI = {
     "num_experts": "num_experts", "top_k": "num_experts_per_token", "num_expert_groups": "num_expert_group",
     "num_limited_groups": "topk_group", "route_norm": "moe_renormalize", "route_scale": "routed_scaling_factor",
 }  # fmt: skip
+INKLING2 = ROUTED | {"route_scale": "route_scale"}
 GEMMA = {"num_experts": "num_experts", "top_k": "top_k_experts"}
 ERNIE = {"num_experts": "moe_num_experts", "top_k": "moe_k", "norm_eps": "moe_norm_min"}
 STEP = {"num_experts": "moe_num_experts", "top_k": "moe_top_k"}
@@ -240,6 +241,8 @@ def _gemma4(config: Config, depth: int) -> list[str | None]:
 
 
 GEMMA_REASON = "the router reads the residual through a norm of its own, and the experts another norm of it"
+SOFT_CAP_KEYS = ("mlp_gate_softcap", "mlp_up_softcap")
+SOFT_CAPS = f"its activation is capped softly ({', '.join(SOFT_CAP_KEYS)})"
 ERNIE_VL = "its block mixes two kinds of tokens, each with a router and experts of its own"
 
 ROWS = (
@@ -260,6 +263,8 @@ ROWS = (
     deepseek_v3("axk1", layers=EACH_FREQ, cannot="a norm follows the sum of routed and shared output"),
     deepseek_v3("axk2", DEEPSEEK, FILL_0, layers=EACH_FREQ),
     deepseek_v3("hy_v4", clamp="swiglu_limit", activation="", layers=types(prefix("first_k_dense_replace", 1))),
+    deepseek_v3("hy_v4_vl_text hy_v4_vl", clamp="swiglu_limit", activation="",
+                layers=types(prefix("first_k_dense_replace", 1))),
     deepseek_v3("mimo_v2_flash", shared=None, layers=FLAGGED),
     deepseek_v3("exaone_moe", SIZES | GROUPS | NORM | SCALE, shared=COUNTED_2, layers=types(
         flagged("is_moe_layer", prefix("first_k_dense_replace", 1))), also={
@@ -268,6 +273,9 @@ ROWS = (
                 latent_norm="latent_moe_use_norm", beta="activation_situ_beta",
                 linear_beta="activation_situ_linear_beta", also={"n_shared_experts": "num_shared_experts"}),
     deepseek_v3("bailing_hybrid", KIMI, shared=COUNTED_2, also={"num_experts_per_tok": "num_experts_per_token"}),
+    # Models of GLM-4.5's classes, with the weights' names of Ling; and of DeepSeek-V3's.
+    deepseek_v3("sarvam_moe", family="bailing_hybrid"),
+    deepseek_v3("sarvam_mla", family="deepseek_v3"),
     deepseek_v3("nemotron_h", latent="moe_latent_size", layers=_nemotron_h, activation="mlp_hidden_act",
                 experts={"gated": False}, only=NO_MLP_BIAS, irrelevant=("moe_shared_expert_overlap",),
                 shared=Shared(count="n_shared_experts", width="moe_shared_expert_intermediate_size")),
@@ -289,9 +297,10 @@ ROWS = (
         irrelevant=("enable_moe_fp32_combine",)),
     biased("afmoe", SIZES | {"route_scale": "route_scale"}, EPS_20, shared=COUNTED_2,
     layers=prefix("num_dense_layers")),
-    biased("inkling2_text inkling2", ROUTED | {"route_scale": "route_scale"}, EPS_20,
-           cannot="its activation is capped softly (mlp_gate_softcap, mlp_up_softcap)",
-           irrelevant=("mlp_gate_softcap", "mlp_up_softcap")),
+    biased("inkling2_text inkling2", INKLING2, EPS_20, cannot=SOFT_CAPS, irrelevant=SOFT_CAP_KEYS),
+    biased("inkling2_loop_text inkling2_loop", INKLING2, EPS_20, cannot=SOFT_CAPS, irrelevant=(
+        *SOFT_CAP_KEYS, "loop_config", "loop_gate_rank", "loop_layer_index_start", "loop_layer_index_end",
+        "loop_num_passes")),
     biased("muse_spark_text muse_spark", LOCAL | SCALE | {"logit_scale": "output_multiplier"}, {"norm_eps": 1e-15},
            cannot="its experts work in a width of their own (moe_hidden_size), between projections and norms",
            layers=types(everywhere), irrelevant=("moe_hidden_size", "residual_gate_temperature")),
@@ -337,6 +346,7 @@ ROWS = (
         family="qwen3_omni_moe_talker"),
     row("qwen3_5_moe_text qwen3_5_moe", SIZES, NORMED, shared=GATED),
     row("qwen4_exp_text qwen4_exp", SIZES | NORM, shared=GATED, activation=""),
+    row("lara_mini", SIZES | NORM, shared=OWN_WIDTH),
     row("mellum", LOCAL | NORM, layers=types(everywhere)),
     row("jamba", SIZES, layers=_jamba, **NARROW),
     row("hunyuan_v1_moe", {"num_experts": "num_experts", "top_k": "moe_topk"}, NORMED, shared=Shared(), **NARROW,
@@ -384,7 +394,7 @@ ROWS = (
             "ffn_hidden_size": "intermediate_size", "num_layers": "num_hidden_layers",
             "n_layer": "num_hidden_layers"}),
     row("phimoe grinmoe", LOCAL | {"mixer_eps": "router_jitter_noise"}, PHIMOE, adjust=_phimoe, **NARROW),
-    # Not in transformers 5.23.
+    # Not in transformers 5.24.
     deepseek_v3("bailing_moe_v2 bailing_moe_linear llada2_moe", SIZES | GROUPS | SCALE, NORMED, shared=COUNTED_2,
                 family="bailing_hybrid", only={"use_bias": (False,), "multi_gate": (False,)},
                 source="https://huggingface.co/inclusionAI/Ling-mini-2.0"),

@@ -82,7 +82,7 @@ def params_to_hf(params: LayerParams, config: Any, *, layer: int, names: str = "
         params: of the layer.
         config: as `LayerSpec.from_hf` takes it.
         layer: the decoder layer.
-        names: modules (those of transformers 5.23) or file (those of published files).
+        names: modules (those of transformers 5.24) or file (those of published files).
         root: what stands before the names of a layer; without it model.layers.N. and '' for a block alone.
         ignore: keys of the config.
 
