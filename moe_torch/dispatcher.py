@@ -150,7 +150,8 @@ class LocalTokenDispatcher(TokenDispatcher):
             return rows_AD
         weights_TK = torch.where(aligned.has_expert_TK, weights_TK, 0)
         weights_A = weights_TK.flatten().index_select(0, aligned.slot_of_row_A.clamp(min=0))
-        # The weight of another slot times a row of zeros: nothing, forward and backward.
+        # What a padding row gets as a gradient may be anything: it must not reach the weight of slot 0.
+        weights_A = torch.where(aligned.slot_of_row_A < 0, 0, weights_A)
         return (rows_AD * weights_A[:, None]).to(x_TD.dtype)
 
     def combine_aligned(self, rows_AD: Tensor, aligned: AlignedRows, weights_TK: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""moe_torch, flops: what torch.utils.flop_counter.FlopCounterMode counts for the operator of the experts.
+"""moe_torch, flops: what torch.utils.flop_counter.FlopCounterMode counts for the operators of the experts.
 
 Legend: D model dim, F expert hidden dim, E experts.
 """
@@ -16,7 +16,7 @@ def _products(counts_E: Tensor, w1_EFD: Tensor) -> int:
     return 2 * int(counts_E.sum()) * D * F
 
 
-@register_flop_formula(torch.ops.moe_torch.expert_loop, get_raw=True)
+@register_flop_formula([torch.ops.moe_torch.expert_loop, torch.ops.moe_torch.expert_tiles], get_raw=True)
 def expert_loop_flops(
     x_TD: Tensor,
     order_N: Tensor,
@@ -33,7 +33,9 @@ def expert_loop_flops(
     return (2 if w3_EFD is None else 3) * _products(counts_E, w1_EFD)
 
 
-@register_flop_formula(torch.ops.moe_torch.expert_loop_backward, get_raw=True)
+@register_flop_formula(
+    [torch.ops.moe_torch.expert_loop_backward, torch.ops.moe_torch.expert_tiles_backward], get_raw=True
+)
 def expert_loop_backward_flops(
     d_out_TD, gate_NF, up_NF, x_TD, order_N, counts_E: Tensor, weights_TK, top_k: int, w1_EFD: Tensor, w2_EDF, w3_EFD,
     *rest: Any, **_: Any,

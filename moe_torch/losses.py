@@ -253,7 +253,7 @@ def z_sums(logits_TE: Tensor, *, token_mask_T: Tensor | None = None) -> Tensor:
     Those of micro-batches and chunks can be added, so that the mean is over the tokens of all (`z_loss_of_sums`).
     """
     squares_T = torch.logsumexp(_masked(logits_TE, token_mask_T), dim=-1).square()
-    num_tokens = torch.tensor(float(len(logits_TE)), dtype=squares_T.dtype, device=squares_T.device)
+    num_tokens = torch.full((), len(logits_TE), dtype=squares_T.dtype, device=squares_T.device)
     if token_mask_T is not None:
         squares_T, num_tokens = squares_T.masked_fill(~token_mask_T, 0), token_mask_T.sum().to(squares_T.dtype)
     return torch.stack([squares_T.sum(), num_tokens])

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from moe_torch.kernels.activation import activated, activated_slope, clamped_up, clamped_up_slope
 from moe_torch.kernels.jit import jit
-from moe_torch.kernels.tiles import place, product, read, rows_of, slots_of, tokens_of
+from moe_torch.kernels.tiles import place, product, read, rows_of, slots_of, tokens_of, whole
 
 
 @jit
@@ -42,20 +42,22 @@ def finish_hidden(
     return d_weight
 
 
-@jit
+@jit(do_not_specialize=["num_tiles", "num_rows"])
 def hidden_kernel(
     d_out_TD, order_R, weights_R, w2, b2_ED, gate_RF, up_RF, d_gate_RF, d_up_RF, hidden_RF, d_weights_CR, tiles_3B,
     num_tiles, num_experts, num_rows, D, F, top_k, w2_E, w2_D,
     NAME: tl.constexpr, ALPHA: tl.constexpr, OFFSET: tl.constexpr, CLAMP: tl.constexpr, CLAMP_AT: tl.constexpr,
     BETA: tl.constexpr, LINEAR_BETA: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, UNIT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """d_gate and d_up of each row; hidden times its weight, for the gradient of w2; and parts of d_weights.
 
     With d = d_out[t] @ w2[e], which is the gradient of weight * hidden: d_weights_CR[c, s] is the sum over the columns
     of tile c of d * hidden, plus <d_out[t], b2[e]> in tile 0. A slot without an expert gets 0 there.
     """
+    D, F, w2_E, w2_D = whole(D, UNIT), whole(F, UNIT), whole(w2_E, UNIT), whole(w2_D, UNIT)
     tile, column = place(num_tiles, F, COLUMNS, GROUP)
     expert = tl.load(tiles_3B + tile)
     r = tl.arange(0, ROWS)
@@ -103,14 +105,17 @@ def hidden_kernel(
         tl.store(d_weights_CR + column.to(tl.int64) * num_rows + slot, d_weight, mask=row_in)
 
 
-@jit
+@jit(do_not_specialize=["num_tiles"])
 def tokens_kernel(
     d_gate_RF, d_up_RF, order_R, w1, w3, d_slots_RD, tiles_3B,
     num_tiles, num_experts, D, F, w1_E, w1_F, w3_E, w3_F,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, UNIT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """d_slots[s] = d_gate[r] @ w1[e] + d_up[r] @ w3[e] with s = order[r]; 0 in a slot without an expert."""
+    D, F, w1_E, w1_F = whole(D, UNIT), whole(F, UNIT), whole(w1_E, UNIT), whole(w1_F, UNIT)
+    w3_E, w3_F = whole(w3_E, UNIT), whole(w3_F, UNIT)
     tile, column = place(num_tiles, D, COLUMNS, GROUP)
     expert = tl.load(tiles_3B + tile)
     r = tl.arange(0, ROWS)
@@ -143,13 +148,15 @@ def weights_kernel(
     a_M, also_M, b_N, order_R, weights_R, d_w_EMN, d_also_EMN, d_bias_EM, d_also_bias_EM, ends_E, M, N, top_k,
     GATHER_A: tl.constexpr, GATHER_B: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr, UNIT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """d_w[e] = sum over the rows r of expert e of a[r].T b[r]; d_bias[e] = the sum of weight[r] * a[r].
 
     A side that is gathered is one of tokens: its row is order[r] // top_k. also_M, where given, is a second a for the
     same b, which is then read once. Exactly 0 for an expert without rows.
     """
+    M, N = whole(M, UNIT), whole(N, UNIT)
     down, across = tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS)
     number = tl.program_id(0)
     expert = number // (down * across)

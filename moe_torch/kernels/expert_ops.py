@@ -8,11 +8,14 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, R = T * 
 import torch
 from torch import Tensor
 
+from moe_torch.kernels.guard import on_its_device
+
 EightGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Each a result of its own, not a list of them: autograd has a vmap of gradients that knows no lists."""
 
 
 @torch.library.custom_op("moe_torch::expert_tiles", mutates_args=())
+@on_its_device
 def expert_tiles(
     x_TD: Tensor,
     order_R: Tensor | None,
@@ -62,7 +65,8 @@ def expert_tiles(
 
 @expert_tiles.register_fake
 def _(x_TD, order_R, counts_E, weights_TK, top_k, w1_EFD, w2_EDF, w3_EFD, b1, b2, b3, *act_and_keep):
-    F, kept = w1_EFD.shape[1], len(x_TD) * top_k if act_and_keep[-1] else 0
+    # No len(): it is a number even where a graph is one for any number of tokens.
+    F, kept = w1_EFD.shape[1], x_TD.shape[0] * top_k if act_and_keep[-1] else 0
     return (
         torch.empty_like(x_TD, memory_format=torch.contiguous_format),
         x_TD.new_empty(kept, F),
@@ -71,6 +75,7 @@ def _(x_TD, order_R, counts_E, weights_TK, top_k, w1_EFD, w2_EDF, w3_EFD, b1, b2
 
 
 @torch.library.custom_op("moe_torch::expert_tiles_backward", mutates_args=())
+@on_its_device
 def expert_tiles_backward(
     d_out_TD: Tensor,
     gate_RF: Tensor,
@@ -129,12 +134,13 @@ def _(d_out_TD, gate_RF, up_RF, x_TD, order_R, counts_E, weights_TK, top_k, *wei
 
 def _pass(launch, x_TD, order_R, counts_E, top_k, w1_EFD, act):
     return launch.Pass(
-        x_TD=x_TD.contiguous(), order_R=order_R, counts_E=counts_E, top_k=top_k, hidden_dim=w1_EFD.shape[1], act=act
-    )
+        x_TD=x_TD.contiguous(), order_R=_dense(order_R), counts_E=_dense(counts_E), top_k=top_k,
+        hidden_dim=w1_EFD.shape[1], act=act,
+    )  # fmt: skip
 
 
 def _weights_like(x_TD: Tensor, weights_TK: Tensor | None, top_k: int) -> Tensor:
-    return x_TD.new_empty(0 if weights_TK is None else len(weights_TK), top_k, dtype=torch.float32)
+    return x_TD.new_empty(0 if weights_TK is None else weights_TK.shape[0], top_k, dtype=torch.float32)
 
 
 def _readable(w: Tensor | None) -> Tensor | None:

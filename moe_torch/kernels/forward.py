@@ -10,23 +10,25 @@ import triton.language as tl
 
 from moe_torch.kernels.activation import activated, clamped_up
 from moe_torch.kernels.jit import jit
-from moe_torch.kernels.tiles import place, product, read, rows_of, slots_of, tokens_of
+from moe_torch.kernels.tiles import place, product, read, rows_of, slots_of, tokens_of, whole
 
 
-@jit
+@jit(do_not_specialize=["num_tiles"])
 def up_kernel(
     x_TD, order_R, w1, w3, b1_EF, b3_EF, hidden_RF, gate_RF, up_RF, tiles_3B,
     num_tiles, num_experts, D, F, top_k, w1_E, w1_F, w3_E, w3_F,
     NAME: tl.constexpr, ALPHA: tl.constexpr, OFFSET: tl.constexpr, CLAMP: tl.constexpr, CLAMP_AT: tl.constexpr,
     BETA: tl.constexpr, LINEAR_BETA: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    EVEN_DEPTH: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """hidden[r] = act(x[t] @ w1[e].T + b1[e]) * up(x[t] @ w3[e].T + b3[e]) with t = order[r] // top_k, e of the tile.
 
     gate_RF and up_RF, where given, get the halves before the activation. w1_E and w1_F are strides in entries; the last
     axis has stride 1. Without w3 there is no up half; without order_R row r is token r.
     """
+    D, F, w1_E, w1_F = whole(D, UNIT), whole(F, UNIT), whole(w1_E, UNIT), whole(w1_F, UNIT)
+    w3_E, w3_F = whole(w3_E, UNIT), whole(w3_F, UNIT)
     tile, column = place(num_tiles, F, COLUMNS, GROUP)
     expert = tl.load(tiles_3B + tile)
     if expert < num_experts:
@@ -71,17 +73,18 @@ def up_kernel(
         tl.store(hidden_RF + base + at, hidden.to(hidden_RF.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit(do_not_specialize=["num_tiles"])
 def down_kernel(
     hidden_RF, order_R, weights_R, w2, b2_ED, slots_RD, tiles_3B,
     num_tiles, num_experts, D, F, w2_E, w2_D,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    EVEN_DEPTH: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """slots[s] = weight[s] * (hidden[r] @ w2[e].T + b2[e]) with s = order[r]; 0 in a slot without an expert.
 
     Without weights_R the weight is 1; without order_R row r is slot r.
     """
+    D, F, w2_E, w2_D = whole(D, UNIT), whole(F, UNIT), whole(w2_E, UNIT), whole(w2_D, UNIT)
     tile, column = place(num_tiles, D, COLUMNS, GROUP)
     expert = tl.load(tiles_3B + tile)
     r = tl.arange(0, ROWS)
@@ -110,9 +113,9 @@ def down_kernel(
 
 
 @jit
-def sum_kernel(slots_TKD, out_TD, D, top_k, COLUMNS: tl.constexpr):
+def sum_kernel(slots_TKD, out_TD, D, top_k, COLUMNS: tl.constexpr, UNIT: tl.constexpr):
     """out[t] = the sum over k = 0 .. K-1 of slots[t, k], in this order, in float32, rounded once."""
-    token = tl.program_id(0).to(tl.int64)
+    D, token = whole(D, UNIT), tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)
     for k in range(0, top_k):

@@ -1,11 +1,12 @@
 """moe_torch, kernels: the sizes of tiles, and the launches of one forward and one backward pass of the experts.
 
 Sizes are a function of shapes, dtype and device alone: nothing is tuned at run time, so that equal inputs give equal
-bits, a CUDA graph can capture the first call, and nothing waits for the host.
+bits, a CUDA graph can capture all but the first call, which loads kernels, and nothing waits for the host.
 
 Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, R = T * K rows and slots.
 """
 
+import math
 import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -210,6 +211,15 @@ def options(warps: int, stages: int = 1) -> dict[str, Any]:
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
+def unit_of(*sizes: int) -> int:
+    """What all of these sizes and strides are multiples of, where Triton, which looks for 16 alone, sees nothing.
+
+    Rows of 360 numbers are read in pieces of 16 bytes then, like those of 352, and not one by one.
+    """
+    unit = math.gcd(16, *sizes)
+    return 1 if unit == 16 else unit
+
+
 def forward(p: Pass, weights_R: Tensor | None, weights: list[Tensor | None], keep: bool):
     """out_TD, and with `keep` the halves gate_RF and up_RF, in the order of the rows."""
     w1, w2, w3, b1_EF, b2_ED, b3_EF = weights
@@ -218,18 +228,24 @@ def forward(p: Pass, weights_R: Tensor | None, weights: list[Tensor | None], kee
     (T, D), F, R, E, B = p.x_TD.shape, p.hidden_dim, p.num_rows, len(p.counts_E), p.tiles_3B.shape[1]
     gate_RF = p.new(R, F) if keep else None
     up_RF = p.new(R, F) if keep and w3 is not None else None
-    hidden_RF, tile = p.new(R, F), p.tiles.up
+    hidden_RF, tile, strides = p.new(R, F), p.tiles.up, _strides(w1, w3)
     up_kernel[p.grid(tile, F)](
         p.x_TD, p.order_R, w1, w3, b1_EF, b3_EF, hidden_RF, gate_RF, up_RF, p.tiles_3B,
-        B, E, D, F, p.top_k, *w1.stride()[:2], *(w1 if w3 is None else w3).stride()[:2],
-        **p.activation, **p.sizes(tile), EVEN_DEPTH=D % tile.depth == 0,
+        B, E, D, F, p.top_k, *strides,
+        **p.activation, **p.sizes(tile), EVEN_DEPTH=D % tile.depth == 0, UNIT=unit_of(D, F, *strides),
     )  # fmt: skip
     slots_RD, tile = p.new(R, D), p.tiles.down
     down_kernel[p.grid(tile, D)](
         hidden_RF, p.order_R, weights_R, w2, b2_ED, slots_RD, p.tiles_3B, B, E, D, F, *w2.stride()[:2],
-        **p.sizes(tile), EVEN_DEPTH=F % tile.depth == 0,
+        **p.sizes(tile), EVEN_DEPTH=F % tile.depth == 0, UNIT=unit_of(D, F, *w2.stride()[:2]),
     )  # fmt: skip
     return sum_of_slots(slots_RD, T, p.top_k), gate_RF, up_RF
+
+
+def _strides(*weights: Tensor | None) -> list[int]:
+    """Those of the first two axes; of a weight that there is not, those of the one before."""
+    own = [w for w in weights if w is not None]
+    return [stride for w in (own * 2)[: len(weights)] for stride in w.stride()[:2]]
 
 
 def sum_of_slots(slots_RD: Tensor, num_tokens: int, top_k: int) -> Tensor:
@@ -239,7 +255,8 @@ def sum_of_slots(slots_RD: Tensor, num_tokens: int, top_k: int) -> Tensor:
     D = slots_RD.shape[1]
     out_TD = slots_RD.new_empty(num_tokens, D)
     columns = min(SUM_COLUMNS, triton.next_power_of_2(D))
-    sum_kernel[(num_tokens, triton.cdiv(D, columns))](slots_RD, out_TD, D, top_k, COLUMNS=columns, **options(warps=4))
+    grid = (num_tokens, triton.cdiv(D, columns))
+    sum_kernel[grid](slots_RD, out_TD, D, top_k, COLUMNS=columns, UNIT=unit_of(D), **options(warps=4))
     return out_TD
 
 
@@ -270,12 +287,14 @@ def backward(
         d_out_TD, p.order_R, weights_R, w2, b2_ED, gate_RF, up_RF, d_gate_RF, d_up_RF, hidden_RF, d_weights_CR,
         p.tiles_3B, B, E, R, D, F, p.top_k, *w2.stride()[:2],
         **p.activation, **p.sizes(tile), EVEN_DEPTH=D % tile.depth == 0, EVEN_COLUMNS=F % tile.columns == 0,
+        UNIT=unit_of(D, F, *w2.stride()[:2]),
     )  # fmt: skip
-    d_slots_RD, tile = p.new(R, D), p.tiles.tokens
+    d_slots_RD, tile, strides = p.new(R, D), p.tiles.tokens, _strides(w1, w3)
     tokens_kernel[p.grid(tile, D)](
         d_gate_RF, d_up_RF, p.order_R, w1, w3, d_slots_RD, p.tiles_3B,
-        B, E, D, F, *w1.stride()[:2], *(w1 if w3 is None else w3).stride()[:2],
+        B, E, D, F, *strides,
         **p.sizes(tile), EVEN_DEPTH=F % tile.depth == 0, EVEN_COLUMNS=D % tile.columns == 0,
+        UNIT=unit_of(D, F, *strides),
     )  # fmt: skip
     d_x_TD = sum_of_slots(d_slots_RD, T, p.top_k)
     del d_slots_RD
@@ -304,13 +323,14 @@ def weights_gradient(
 ) -> None:
     """d_w_EMN and d_bias_EM, in place, and those of a second a; `gather` says which side is one of tokens."""
     tile, (E, M, N) = p.tiles.weights, d_w_EMN.shape
-    # Triton gives half of the stages to the loads of which rows are gathered, and half to those of the rows.
-    stages = tile.stages if p.order_R is None else 2 * tile.stages - 1
+    # Triton gives half of the stages to the loads of which rows are gathered, and half to those of the rows: of five
+    # stages there are two tiles of rows, for which any room of two stages is enough; of three one, and nothing ahead.
+    stages = tile.stages if p.order_R is None or tile.stages == 1 else 2 * max(tile.stages, 3) - 1
     also_M, d_also_EMN, d_also_bias_EM = also
     weights_kernel[(E * triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
         a_M, also_M, b_N, p.order_R, weights_R, d_w_EMN, d_also_EMN, d_bias_EM, d_also_bias_EM, p.ends_E, M, N, p.top_k,
         GATHER_A=gather == "a", GATHER_B=gather == "b",
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-        EVEN_ROWS=M % tile.rows == 0, EVEN_COLUMNS=N % tile.columns == 0,
+        EVEN_ROWS=M % tile.rows == 0, EVEN_COLUMNS=N % tile.columns == 0, UNIT=unit_of(M, N),
         **p.precision, **options(tile.warps, stages),
     )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_ref.specs.router import RouterSpec
+from moe_torch.kernels.guard import on_its_device
 
 
 def arguments_of(spec: RouterSpec) -> tuple:
@@ -22,6 +23,7 @@ def arguments_of(spec: RouterSpec) -> tuple:
 
 
 @torch.library.custom_op("moe_torch::route_tokens", mutates_args=())
+@on_its_device
 def route_tokens(
     logits_TE: Tensor,
     bias_E: Tensor | None,
@@ -46,7 +48,7 @@ def route_tokens(
         groups, kept: 0 without groups.
         selected, by_logit, norm_clamp: score_over is 'selected', select_by 'logit', norm_form 'clamp'.
     """
-    T, E, K, L = len(logits_TE), num_choices, top_k, kept if groups else 0
+    T, E, K, L = logits_TE.shape[0], num_choices, top_k, kept if groups else 0
     weights_TK, ids_TK, groups_TL = _empty(logits_TE, K, L)
     if T == 0:
         return weights_TK, ids_TK, groups_TL
@@ -74,6 +76,7 @@ def _(logits_TE, bias_E, token_mask_T, num_choices, top_k, groups, kept, *rest):
 
 
 @torch.library.custom_op("moe_torch::route_tokens_backward", mutates_args=())
+@on_its_device
 def route_tokens_backward(
     d_weights_TK: Tensor,
     logits_TE: Tensor,
@@ -110,7 +113,7 @@ def _(d_weights_TK, logits_TE, *rest):
 
 
 def _empty(logits_TE: Tensor, K: int, L: int) -> tuple[Tensor, Tensor, Tensor]:
-    T = len(logits_TE)
+    T = logits_TE.shape[0]
     weights_TK = logits_TE.new_empty(T, K, dtype=torch.float32)
     return weights_TK, logits_TE.new_empty(T, K, dtype=torch.int64), logits_TE.new_empty(T, L, dtype=torch.int64)
 

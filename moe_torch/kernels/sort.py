@@ -22,7 +22,7 @@ def keys_of(ids_N, slot, num_slots, num_choices):
     return tl.where(slot < num_slots, tl.where(used, ids, num_choices), num_choices + 1).to(tl.int32)
 
 
-@jit
+@jit(do_not_specialize=["num_slots"])
 def count_kernel(ids_N, counts_BC, num_slots, num_choices, BLOCK: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr):
     """counts[b] is the histogram of the keys of block b; KEYS is a power of two of at least C + 2."""
     block = tl.program_id(0)
@@ -32,7 +32,7 @@ def count_kernel(ids_N, counts_BC, num_slots, num_choices, BLOCK: tl.constexpr, 
     tl.store(counts_BC + block * KEYS + tl.arange(0, KEYS), total)
 
 
-@jit
+@jit(do_not_specialize=["num_slots", "num_blocks"])
 def place_kernel(
     ids_N, counts_BC, order_N, row_of_slot_N, counts_C, num_slots, num_choices, num_blocks,
     BLOCK: tl.constexpr, PART: tl.constexpr, KEYS: tl.constexpr, AT_ONCE: tl.constexpr,

@@ -13,11 +13,12 @@ from moe_torch.kernels.jit import jit
 
 
 def most_tiles(num_rows: int, num_experts: int, rows: int) -> int:
-    """B, enough for any counts: each expert, and nobody, ends in the middle of one tile at most."""
-    return num_rows // rows + num_experts + 1
+    """B, enough for any counts, and for some just so: each expert with a row, and nobody, has one tile with one row."""
+    owners = min(num_experts + 1, num_rows)
+    return owners + (num_rows - owners) // rows
 
 
-@jit
+@jit(do_not_specialize=["num_rows", "num_tiles"])
 def table_kernel(
     counts_E, tiles_3B, ends_E, num_rows, num_experts, num_tiles,
     ROWS: tl.constexpr, TILES: tl.constexpr, EXPERTS: tl.constexpr,
@@ -61,6 +62,12 @@ def place(num_tiles, num_columns, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
     size = tl.minimum(num_tiles - first, GROUP)
     inside = number % (GROUP * across)
     return first + inside % size, inside // size
+
+
+@jit
+def whole(size, UNIT: tl.constexpr):
+    """A size or a stride as it is, known to be a multiple of UNIT. Of itself Triton looks for multiples of 16 alone."""
+    return size // UNIT * UNIT
 
 
 @jit

@@ -170,6 +170,17 @@ def test_the_operator_keeps_the_contract_of_its_registration():
     torch.library.opcheck(expert_loop, args)
 
 
+def test_what_padding_rows_get_as_a_gradient_reaches_no_weight():
+    dispatcher, weights = LocalTokenDispatcher(2, align=AlignSpec(multiple=4)), torch.rand(3, 1, requires_grad=True)
+    aligned = dispatcher.align_rows(dispatcher.permute(torch.tensor([[0], [1], [1]])), AlignSpec(multiple=4))
+    rows = dispatcher.dispatch_aligned(torch.ones(3, D), aligned, weights)
+    is_padding = aligned.slot_of_row_A < 0
+    # A grouped matmul leaves gradients of rows past the last group unwritten.
+    rows.backward(torch.where(is_padding[:, None], torch.nan, torch.ones_like(rows)))
+    assert weights.grad is not None
+    assert weights.grad.tolist() == [[D]] * 3
+
+
 @pytest.mark.parametrize("weight_on", ["input", "output"])
 @pytest.mark.parametrize("num_tokens", [T, 0])
 def test_aligned_rows_change_neither_output_nor_gradient(weight_on, num_tokens):

@@ -1,10 +1,14 @@
 """moe_torch, tests of the kernels of the experts, against moe_ref at sizes no tile divides, in Triton's interpreter."""
 
+from itertools import product
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import BOUND, EXPERTS, NAMES, Case, assert_right, case, run
+from torch.utils.flop_counter import FlopCounterMode
 
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
 from moe_ref.specs.router import RouterSpec
@@ -13,7 +17,11 @@ from moe_torch.dispatcher import LocalTokenDispatcher
 from moe_torch.experts import GroupedExperts
 from moe_torch.kernels import chosen, interpreted, launch
 from moe_torch.kernels.choice import Chosen, say_once
-from moe_torch.kernels.expert_ops import expert_tiles
+from moe_torch.kernels.expert_ops import expert_tiles, expert_tiles_backward
+from moe_torch.kernels.guard import on_its_device
+from moe_torch.kernels.router_ops import route_tokens, route_tokens_backward
+from moe_torch.kernels.sort_ops import sort_slots
+from moe_torch.kernels.tiles import most_tiles
 from moe_torch.moe import MoE
 
 FEW = settings(max_examples=8, deadline=None, derandomize=True, database=None)
@@ -91,6 +99,25 @@ def test_rows_past_the_last_group_are_never_read_and_come_out_as_zero():
     torch.testing.assert_close(found["kernels"], found["loop"], rtol=1e-4, atol=1e-5)
 
 
+def test_there_are_as_many_tiles_as_the_worst_counts_need():
+    # A step of one token has a tile for each of its slots, and not one for each of hundreds of experts.
+    assert most_tiles(8, 256, 16) == 8
+    for experts, total, rows in product((1, 2, 3), range(1, 9), (1, 2, 4)):
+        splits = [c for c in product(range(total + 1), repeat=experts) if sum(c) <= total]
+        needed = [sum(-(-c // rows) for c in (*split, total - sum(split))) for split in splits]
+        assert most_tiles(total, experts, rows) == max(needed)
+
+
+def test_counts_and_order_may_lie_between_other_numbers():
+    torch.manual_seed(0)
+    own, rows = GroupedExperts(3, ExpertSpec(dim=19, hidden_dim=17)), torch.randn(23, 19)
+    counts = torch.tensor([[7, 0], [0, 9], [13, 3]])[:, 0]
+    assert not counts.is_contiguous()
+    expected = own(rows, counts)
+    with interpreted():
+        torch.testing.assert_close(own(rows, counts), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("axis", [1, 2], ids=["stacked", "interleaved"])
 def test_halves_of_one_tensor_are_taken_as_they_come(axis):
     c = case(E=3)
@@ -130,10 +157,14 @@ def test_the_operator_keeps_the_contract_of_its_registration():
         torch.library.opcheck(expert_tiles, operands(c, True))
 
 
-def test_a_compiled_layer_holds_the_kernels_in_one_graph():
+def small_layer() -> MoE:
     router = RouterSpec(num_experts=4, top_k=2, score_func="sigmoid", num_expert_groups=2, num_limited_groups=1)
     torch.manual_seed(0)
-    moe = MoE(LayerSpec(router=router, experts=ExpertSpec(dim=7, hidden_dim=5)))
+    return MoE(LayerSpec(router=router, experts=ExpertSpec(dim=7, hidden_dim=5)))
+
+
+def test_a_compiled_layer_holds_the_kernels_in_one_graph():
+    moe = small_layer()
     x = torch.randn(6, 7)
     expected = moe(x)
     torch._dynamo.reset()
@@ -145,6 +176,46 @@ def test_a_compiled_layer_holds_the_kernels_in_one_graph():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert x.grad is not None
     assert x.grad.isfinite().all()
+
+
+def test_one_graph_on_kernels_is_for_any_number_of_tokens():
+    moe, graphs = small_layer(), []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    with interpreted():
+        compiled = torch.compile(moe, fullgraph=True, backend=counted, dynamic=True)
+        for T in (6, 7, 9):
+            x = torch.randn(T, 7)
+            torch.testing.assert_close(compiled(x), moe(x), rtol=1e-5, atol=1e-6)
+        program = torch.export.export(moe, (x,), dynamic_shapes=({0: torch.export.Dim("T", min=2)},))
+        torch.testing.assert_close(program.module()(torch.ones(3, 7)), moe(torch.ones(3, 7)), rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
+    assert len(graphs) == 1
+
+
+def test_an_operator_launches_on_the_device_of_its_tensors(monkeypatch):
+    # Triton launches on the current device, whose kernels cannot read the memory of another.
+    current = []
+    monkeypatch.setattr(torch.cuda, "_exchange_device", lambda device: current.append(device) or 0)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", lambda device: current.append(device) or 3)
+    on_third = SimpleNamespace(is_cuda=True, get_device=lambda: 3)
+    assert on_its_device(lambda first, second: (list(current), second))(on_third, 5) == ([3], 5)
+    assert current == [3, 0]
+    for operator in (expert_tiles, expert_tiles_backward, route_tokens, route_tokens_backward, sort_slots):
+        assert operator._init_fn.__code__ is on_its_device(len).__code__
+
+
+def test_flops_on_kernels_are_those_of_the_rows_that_have_an_expert():
+    c = case()
+    rows = int((c.expert_ids_TK >= 0).sum())
+    with FlopCounterMode(display=False) as counter:
+        run(c)
+    # Three products forward, six backward.
+    assert counter.get_total_flops() == 9 * 2 * rows * 19 * 21
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)

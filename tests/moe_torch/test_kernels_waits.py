@@ -12,11 +12,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
-from moe_ref.specs.balance import CapacitySpec
+from moe_ref.specs.balance import BALANCE_FORMS, BalanceSpec, BiasUpdateSpec, CapacitySpec
 from moe_ref.specs.layer import ExpertSpec, LayerSpec, SharedSpec
 from moe_ref.specs.router import RouterSpec
 from moe_torch import moe as layer_file
+from moe_torch import selection
+from moe_torch.bias_hook import BiasHook
 from moe_torch.kernels import interpreted
+from moe_torch.losses import balance_loss, z_loss
 from moe_torch.moe import MoE
 
 ASKS = {
@@ -118,6 +121,24 @@ def test_a_layer_with_shared_and_null_experts_and_weights_on_its_input_waits_for
 def test_a_layer_with_a_capacity_waits_for_nothing(watch):
     watch(CapacitySpec(factor=1.0))
     watch(CapacitySpec(factor=1.0, scope="sequence", drop_order="by_weight"))
+
+
+def test_a_step_of_the_balancing_bias_waits_for_nothing():
+    moe = MoE(SPEC)
+    for frozen_E in (None, (True, *[False] * 6, True)):
+        hook = BiasHook(moe, BiasUpdateSpec(rate=0.1, frozen_E=frozen_E))
+        with Functions(), Operators():
+            hook.step()
+
+
+def test_losses_wait_for_nothing(monkeypatch):
+    monkeypatch.setattr(selection, "host_reads_are_free", lambda values: False)  # as on an accelerator
+    logits, ids = torch.randn(6, 8, requires_grad=True), torch.arange(12).view(6, 2) % 8
+    for mask in (None, torch.ones(6, dtype=torch.bool)):
+        for form in BALANCE_FORMS:
+            with Functions(), Operators():
+                loss = balance_loss(logits, ids, BalanceSpec.of(form), token_mask_T=mask)
+                torch.autograd.grad(loss + z_loss(logits, token_mask_T=mask), logits)
 
 
 WAITS = {
