@@ -8,11 +8,14 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K top_k, R = T * 
 import torch
 from torch import Tensor
 
+from moe_torch.kernels.device import on_its_device
+
 EightGradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Each a result of its own, not a list of them: autograd has a vmap of gradients that knows no lists."""
 
 
 @torch.library.custom_op("moe_torch::expert_tiles", mutates_args=())
+@on_its_device
 def expert_tiles(
     x_TD: Tensor,
     order_R: Tensor | None,
@@ -71,6 +74,7 @@ def _(x_TD, order_R, counts_E, weights_TK, top_k, w1_EFD, w2_EDF, w3_EFD, b1, b2
 
 
 @torch.library.custom_op("moe_torch::expert_tiles_backward", mutates_args=())
+@on_its_device
 def expert_tiles_backward(
     d_out_TD: Tensor,
     gate_RF: Tensor,

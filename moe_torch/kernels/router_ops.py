@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_ref.specs.router import RouterSpec
+from moe_torch.kernels.device import on_its_device
 
 
 def arguments_of(spec: RouterSpec) -> tuple:
@@ -22,6 +23,7 @@ def arguments_of(spec: RouterSpec) -> tuple:
 
 
 @torch.library.custom_op("moe_torch::route_tokens", mutates_args=())
+@on_its_device
 def route_tokens(
     logits_TE: Tensor,
     bias_E: Tensor | None,
@@ -74,6 +76,7 @@ def _(logits_TE, bias_E, token_mask_T, num_choices, top_k, groups, kept, *rest):
 
 
 @torch.library.custom_op("moe_torch::route_tokens_backward", mutates_args=())
+@on_its_device
 def route_tokens_backward(
     d_weights_TK: Tensor,
     logits_TE: Tensor,

@@ -6,8 +6,11 @@ Legend: T tokens, K top_k, C choices, N = T * K slots.
 import torch
 from torch import Tensor
 
+from moe_torch.kernels.device import on_its_device
+
 
 @torch.library.custom_op("moe_torch::sort_slots", mutates_args=())
+@on_its_device
 def sort_slots(expert_ids_TK: Tensor, num_choices: int) -> tuple[Tensor, Tensor, Tensor]:
     """order_N, its inverse row_of_slot_N, and counts_C: slots by choice, in the order of tokens within one.
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import BOUND, EXPERTS, NAMES, Case, assert_right, case, run
+from triton.runtime.interpreter import GridExecutor
 
 from moe_ref.specs.layer import ExpertSpec, LayerSpec
 from moe_ref.specs.router import RouterSpec
@@ -186,3 +187,37 @@ def test_sums_of_slots_are_kept_in_float32():
     slots[0] = 1
     # In bfloat16 1 + 2**-8 is 1, three times. The interpreter rounds to bfloat16 by leaving bits off.
     assert (launch.sum_of_slots(slots, 1, 4).float() - (1 + 3 * 2.0**-8)).abs().max() < 2.0**-7
+
+
+class Of:
+    """`torch.cuda.device_of`, which a CPU has no use for, and whether the program is inside of one."""
+
+    depth = 0
+
+    def __init__(self, tensor: torch.Tensor):
+        assert isinstance(tensor, torch.Tensor)
+
+    def __enter__(self):
+        Of.depth += 1
+
+    def __exit__(self, *_):
+        Of.depth -= 1
+
+
+def test_every_launch_is_on_the_device_of_its_tensors(monkeypatch):
+    # Triton launches on the current device: with tensors on cuda:1 that would be another one.
+    launched, launch_grid = [], GridExecutor.__call__
+
+    def seen(self, *arguments, **options):
+        launched.append(Of.depth)
+        return launch_grid(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.cuda, "device_of", Of)
+    monkeypatch.setattr(GridExecutor, "__call__", seen)
+    router = RouterSpec(num_experts=4, top_k=2, score_func="sigmoid", route_norm=True)
+    moe = MoE(LayerSpec(router=router, experts=ExpertSpec(dim=6, hidden_dim=5)))
+    x_TD = torch.randn(3, 6, requires_grad=True)
+    with interpreted():
+        torch.autograd.grad(moe(x_TD).sum(), [x_TD, *moe.parameters()])
+    assert len(launched) > 8
+    assert min(launched) == 1
