@@ -1,12 +1,12 @@
 """benchmarks, the part of the GPU's that is JAX: what `moe_jax.grouped_matmul` takes there, and what else there is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
 
-from benchmarks.gpu_parts import SIZES, TINY, place, tried
+from benchmarks.gpu_parts import SIZES, TINY, keep, place, tried
 
 ROUNDS = 3
 CALLS = 10
@@ -45,13 +45,18 @@ def jax_part(dry: bool) -> dict:
     size = TINY if dry else SIZES[0]
     # A dry run is there for what would break: as few programs as show it.
     sizes, tails = ([3, 0, 2], (3,)) if dry else ([7, 0, 300, 5, 129], (0, 100))
-    found["largest difference from blocked"] = {
-        f"tail {tail}, result in {dtype.__name__}": tried(partial(differences, sizes, tail, dtype))
-        for tail in tails
-        for dtype in (jnp.float32, jnp.bfloat16)[: 1 if dry else 2]
-    }
-    found["products"] = products(size)
-    found["layer"] = {name: tried(partial(layer, size, name)) for name in ("forward", "training")[: 1 if dry else 2]}
+    for tail in tails:
+        for dtype in (jnp.float32, jnp.bfloat16)[: 1 if dry else 2]:
+            name = f"tail {tail}, result in {dtype.__name__}"
+            different = tried(partial(differences, sizes, tail, dtype))
+            found.setdefault("largest difference from blocked", {})[name] = different
+            keep(found)
+    for name in ("forward", "training")[: 1 if dry else 2]:
+        found.setdefault("layer", {})[name] = tried(partial(layer, size, name))
+        keep(found)
+    for kind, name, rate in products(size):
+        found.setdefault("products", {}).setdefault(kind, {})[name] = tried(rate)
+        keep(found)
     return found
 
 
@@ -83,7 +88,7 @@ def differences(sizes: list[int], tail: int, out_dtype: Any) -> list[float]:
     return [float(jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32)).max() / jnp.abs(b).max()) for a, b in pairs]
 
 
-def products(size) -> dict:
+def products(size) -> Iterator[tuple[str, str, Callable[[], float]]]:
     """TF/s of both products, by each way and kernel that there is; one expert's matrix for all rows is the bound."""
     import jax
     import jax.numpy as jnp
@@ -97,9 +102,9 @@ def products(size) -> dict:
     share_E = jax.random.dirichlet(keys[3], jnp.full(E, 20.0))
     ends_E = (jnp.cumsum(share_E) * R).astype(jnp.int32).at[-1].set(R)
     sizes_E = jnp.diff(ends_E, prepend=0)
-    half, flops = jnp.bfloat16, 2 * R * D * F
+    half, flops, one = jnp.bfloat16, 2 * R * D * F, blocked.ONE_SIZE
     forward = {
-        "blocked": partial(blocked.rows_times_matrices, contract=0, out_dtype=half, precision=None),
+        "blocked": partial(blocked.rows_times_matrices, contract=0, out_dtype=half, precision=None, block_sizes=one),
         **{
             name: partial(ragged.tokamax_rows_times_matrices, contract=0, out_dtype=half, kernel=name)
             for name in ("mosaic_gpu", "triton")
@@ -107,7 +112,7 @@ def products(size) -> dict:
         "dense": lambda x_RD, kernel_EDF, sizes_E: x_RD @ kernel_EDF[0],
     }
     gradient = {
-        "blocked": partial(blocked.rows_times_rows, out_dtype=half, precision=None),
+        "blocked": partial(blocked.rows_times_rows, out_dtype=half, precision=None, block_sizes=one),
         **{
             name: partial(ragged.tokamax_rows_times_rows, out_dtype=half, kernel=name)
             for name in ("mosaic_gpu", "triton")
@@ -119,14 +124,9 @@ def products(size) -> dict:
         compiled = jax.jit(product)
         return flops / clock(lambda: compiled(*arrays)) / 1e9
 
-    return {
-        "rows with matrices, TF/s": {
-            name: tried(partial(rate, way, x_RD, kernel_EDF, sizes_E)) for name, way in forward.items()
-        },
-        "rows with rows, TF/s": {
-            name: tried(partial(rate, way, x_RD, d_RF, sizes_E)) for name, way in gradient.items()
-        },
-    }
+    for kind, ways, other in (("rows with matrices", forward, kernel_EDF), ("rows with rows", gradient, d_RF)):
+        for name, way in ways.items():
+            yield f"{kind}, TF/s", name, partial(rate, way, x_RD, other, sizes_E)
 
 
 def layer(size, kind: str) -> dict:

@@ -1,14 +1,10 @@
 """benchmarks, the parts of the GPU's: each a function that returns plain data. `benchmarks.gpu` runs them."""
 
 import json
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,6 +79,11 @@ def tried(call: Callable[[], Any]) -> Any:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}" if str(error) else type(error).__name__
 
 
+def keep(found: dict) -> None:
+    """What a part has found so far, on a line of its own: the last one counts, also where the part is cut."""
+    print(json.dumps(found), flush=True)
+
+
 # the parts
 
 
@@ -106,49 +107,14 @@ def device(dry: bool) -> dict:
     }
 
 
-def judge(dry: bool, seconds: int) -> dict:
-    """Of both subjects, judged at the same time: how many requirements have each status, and those that do not hold."""
-    with tempfile.TemporaryDirectory() as folder:
-        going = {name: judging(name, dry, seconds, Path(folder) / name) for name in ("torch", "jax")}
-        for process in going.values():
-            process.wait()
-        return {name: verdicts(Path(folder) / name) for name in going}
-
-
-def judging(subject: str, dry: bool, seconds: int, folder: Path) -> subprocess.Popen:
-    """A process that judges it, and leaves in the folder what it finds and prints."""
-    command = [sys.executable, "-m", "conformance.run.cli", "run", subject, "--timeout", str(seconds)]
-    here = "cpu" if subject == "jax" else "interpreter"
-    command += ["--device", here, "--stage", "gate", "--examples", "1"] if dry else ["--device", "cuda"]
-    folder.mkdir()
-    with (folder / "output.txt").open("w") as output:
-        return subprocess.Popen([*command, "--report", str(folder)], stdout=output, stderr=subprocess.STDOUT)
-
-
-def verdicts(folder: Path) -> dict:
-    """What `judging` has left."""
-    if not (folder / "report.json").exists():
-        printed = (folder / "output.txt").read_text().strip() or "it printed nothing"
-        return {"left out": printed.splitlines()[-1][:300]}
-    found = json.loads((folder / "report.json").read_text())
-    rows = found["requirements"]
-    wrong = [r for r in rows if r["status"] in ("NEW", "STALE")]
-    return {
-        "subject": found["subjects"],
-        "complete": found["complete"],
-        "counts": {status: sum(r["status"] == status for r in rows) for status in sorted({r["status"] for r in rows})},
-        "wrong": {r["id"]: r.get("failure", {}).get("page", "")[:2000] for r in wrong},
-    }
-
-
 def layer(size: Size, dry: bool) -> dict:
     """Times, peak memory and errors of the candidates, forward and training, in bfloat16 with given routing."""
     import torch
 
     ms, where = clock(dry), place(dry)
     torch.manual_seed(0)
-    candidates, x_TD, ids_TK, weights_TK, rows_ND = layers(size, where)
-    found: dict[str, Any] = {"size": str(size), "way": way(size, where)}
+    candidates, x_TD, ids_TK, weights_TK, rows_ND, missing = layers(size, where)
+    found: dict[str, Any] = {"size": str(size), "way": way(size, where), "not timed": missing}
     found["error"] = tried(lambda: error_of_rows(candidates["moe_torch"], x_TD, ids_TK, weights_TK))
     d_out_TD = torch.randn_like(x_TD)
     found["gradients beside grouped_mm"] = tried(
@@ -170,11 +136,12 @@ def layer(size: Size, dry: bool) -> dict:
 
             row["ms"] = tried(lambda call=call: ms(call))
             row["peak MiB"] = tried(lambda call=call: peak_of(call, dry))
+            keep(found)
     return found
 
 
 def layers(size: Size, where: str):
-    """The candidates by name, and what they are called with."""
+    """The candidates by name, what they are called with, and why others are missing."""
     import torch
     from torch import nn
     from torch.nn import functional as F
@@ -207,7 +174,9 @@ def layers(size: Size, where: str):
             own, flat = self.experts, ids.reshape(-1)
             order = torch.argsort(flat, stable=True)
             token = order // ids.shape[1]
-            ends = torch.bincount(flat, minlength=E).cumsum(0).to(torch.int32)
+            # A map of who goes where, as torchtitan has it: bincount would wait for the device.
+            chosen_TE = torch.zeros(len(ids), E, dtype=torch.bool, device=ids.device).scatter_(1, ids, True)
+            ends = chosen_TE.sum(0).cumsum(0, dtype=torch.int32)
 
             def project(rows, w):
                 return F.grouped_mm(rows, w.transpose(-2, -1), offs=ends)
@@ -228,6 +197,7 @@ def layers(size: Size, where: str):
             return F.linear(F.silu(F.linear(rows, self.w1)) * F.linear(rows, self.w3), self.w2)
 
     candidates: dict[str, nn.Module] = {"moe_torch": Ours(), "grouped_mm": GroupedMm()}
+    missing: dict[str, str] = {}
     try:
         from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
@@ -242,9 +212,9 @@ def layers(size: Size, where: str):
         peer.gate_up_proj, peer.down_proj = nn.Parameter(both.detach()), nn.Parameter(experts.w2_EDF.detach())
         candidates["transformers"] = peer
     except Exception as error:
-        print(f"transformers is left out: {error!r}", file=sys.stderr)
+        missing["transformers"] = repr(error)
     candidates["dense"] = Dense()
-    return candidates, x_TD, ids_TK, weights_TK, rows_ND
+    return candidates, x_TD, ids_TK, weights_TK, rows_ND, missing
 
 
 def way(size: Size, where: str) -> dict:
@@ -275,6 +245,10 @@ def error_of_rows(ours, x_TD, ids_TK, weights_TK) -> float:
     return worst
 
 
+MOST_COMPARED = 2**28
+"""Numbers of a gradient: of a larger one some experts, for the largest layer has room for all gradients but once."""
+
+
 def gradient_differences(candidates, inputs, d_out_TD) -> dict[str, float]:
     """Relative difference of each gradient from that of the grouped_mm composition."""
     import torch
@@ -285,7 +259,9 @@ def gradient_differences(candidates, inputs, d_out_TD) -> dict[str, float]:
         x, weights = x_TD.detach().requires_grad_(), weights_TK.detach().requires_grad_()
         trained = dict(module.named_parameters())
         names = ["x", "weights", *(each.rpartition(".")[2] for each in trained)]
-        grads.append(torch.autograd.grad(module(x, ids_TK, weights), [x, weights, *trained.values()], d_out_TD))
+        own = torch.autograd.grad(module(x, ids_TK, weights), [x, weights, *trained.values()], d_out_TD)
+        grads.append([grad[:: -(-grad.numel() // MOST_COMPARED)].clone() for grad in own])
+        del own
     return {n: float((a.float() - b.float()).norm() / b.float().norm()) for n, a, b in zip(names, *grads, strict=True)}
 
 
@@ -355,11 +331,12 @@ def router(dry: bool) -> dict:
                 f"topk({E}, {K}) alone": partial(logits_TE.topk, K, dim=-1),
             }
             if not dry:
-                compiled = torch.compile(plain, fullgraph=True)
+                compiled = torch.compile(plain, fullgraph=True, dynamic=False)  # a program for each size
                 candidates["torchtitan's manner, compiled"] = partial(compiled, logits_TE, bias_E)
             for name, call in candidates.items():
                 row[f"{name}, us"] = tried(lambda call=call: 1e3 * ms(call))
                 row[f"{name}, in a graph, us"] = tried(lambda call=call: 1e3 * graph(call))
+                keep(found)
         both = partial(train, logits_TE, bias_E, torch.randn_like(weights))
         row["moe_torch with backward, us"] = tried(lambda both=both: 1e3 * ms(both))
     return found
@@ -419,12 +396,17 @@ def promises(dry: bool) -> dict:
             for a, b in zip(found, step(), strict=True)
         )
 
-    return {
-        "waits for no host": tried(no_wait),
-        "equal bits": tried(lambda: all(torch.equal(a, b) for a, b in zip(step(), step(), strict=True))),
-        "captured in a CUDA graph": "there is no CUDA here" if dry else tried(captured),
-        "compiled": tried(compiled),
-    }
+    def equal() -> bool:
+        return all(torch.equal(a, b) for a, b in zip(step(), step(), strict=True))
+
+    found: dict[str, Any] = {}
+    for name, holds in (
+        ("waits for no host", no_wait), ("equal bits", equal), ("captured in a CUDA graph", captured),
+        ("compiled", compiled),
+    ):  # fmt: skip
+        found[name] = "there is no CUDA here" if dry and holds is captured else tried(holds)
+        keep(found)
+    return found
 
 
 def tiles(dry: bool) -> dict:
@@ -436,7 +418,7 @@ def tiles(dry: bool) -> dict:
     from moe_torch.kernels import launch
 
     size, where, ms = (TINY if dry else SIZES[0]), place(dry), clock(dry)
-    candidates, x_TD, ids_TK, weights_TK, _ = layers(size, where)
+    candidates, x_TD, ids_TK, weights_TK, *_ = layers(size, where)
     module, usual = candidates["moe_torch"], launch.tiles_of
     x, weights = x_TD.requires_grad_(), weights_TK.requires_grad_()
     d_out_TD = torch.randn_like(x_TD)
@@ -466,6 +448,7 @@ def tiles(dry: bool) -> dict:
             launch.tiles_of = changed
             try:
                 found[f"{kernel} {change}"] = tried(lambda: ms(step))
+                keep(found)
             finally:
                 launch.tiles_of = usual
     for group in () if dry else (4, 16):

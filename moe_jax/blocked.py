@@ -20,6 +20,9 @@ from moe_jax.arrays import wide_dtype
 BLOCK_SIZES = (8, 16, 24, 32, 48, 64, 80, 96, 128)
 """Rows of a block. A group is blocks of the last size, and one that is just large enough for the rest: a dot packs
 the whole matrix of its expert, so one dot with a few unused rows is faster than several without."""
+ONE_SIZE = BLOCK_SIZES[-1:]
+"""Those of an accelerator: unused rows cost it nothing, and each size is one more product to compile and, on a GPU, to
+tune, and one more loop for whose trips the host waits."""
 
 
 class Groups(NamedTuple):
@@ -39,6 +42,7 @@ def rows_times_matrices(
     contract: int,
     out_dtype: DTypeLike,
     precision: lax.PrecisionLike,
+    block_sizes: tuple[int, ...] = BLOCK_SIZES,
 ) -> jax.Array:
     """Each row times its expert's matrix; `contract` is the axis of the matrix that is summed over."""
     num_rows, rows_RI = rows_RI.shape[0], _with_a_block(rows_RI)
@@ -66,7 +70,7 @@ def rows_times_matrices(
             other_BO = lax.dynamic_slice_in_dim(out_RO, at, size)
             return lax.dynamic_update_slice_in_dim(out_RO, jnp.where(own_B1, product(at, size), other_BO), at, axis=0)
 
-        return _over_blocks(groups.starts_E[expert_id], groups.sizes_E[expert_id], R, rest, full, out_RO)
+        return _over_blocks(groups.starts_E[expert_id], groups.sizes_E[expert_id], R, block_sizes, rest, full, out_RO)
 
     made_RO = _floats(lax.fori_loop(0, groups.num_occupied, expert, _bits(zero_RO)), out_dtype)
     return made_RO[:num_rows]
@@ -78,6 +82,7 @@ def rows_times_rows(
     group_sizes_E: jax.Array,
     out_dtype: DTypeLike,
     precision: lax.PrecisionLike,
+    block_sizes: tuple[int, ...] = BLOCK_SIZES,
 ) -> jax.Array:
     """For each expert the sum of outer products of its rows; 0 for an expert without rows."""
     rows_RD, rows_RF = _with_a_block(rows_RD), _with_a_block(rows_RF)
@@ -106,7 +111,9 @@ def rows_times_rows(
             return product(at, size, own_B1)
 
         zero_DF = lax.full_like(rows_RD, 0, wide_dtype(rows_RD.dtype, rows_RF.dtype), (D, F))
-        sum_DF = _over_blocks(groups.starts_E[expert_id], groups.sizes_E[expert_id], R, rest, full, zero_DF)
+        sum_DF = _over_blocks(
+            groups.starts_E[expert_id], groups.sizes_E[expert_id], R, block_sizes, rest, full, zero_DF
+        )
         return lax.dynamic_update_index_in_dim(out_EDF, _bits(sum_DF.astype(out_dtype)), expert_id, axis=0)
 
     return _floats(lax.fori_loop(0, groups.num_occupied, expert, _bits(zero_EDF)), out_dtype)
@@ -119,17 +126,26 @@ def _with_a_block(rows):
     return jnp.pad(rows, ((0, BLOCK_SIZES[-1]), (0, 0)))
 
 
-def _over_blocks(start, size, num_rows: int, rest: Callable, full: Callable, carry):
+def sizes_on(platform: str) -> tuple[int, ...]:
+    """The rows of a block on a platform."""
+    return BLOCK_SIZES if platform == "cpu" else ONE_SIZE
+
+
+def _over_blocks(start, size, num_rows: int, sizes: tuple[int, ...], rest: Callable, full: Callable, carry):
     """Every row of a group is in one block: the rest that fills no block comes first, then the full blocks.
 
     rest(carry, start, count, block_size) covers count rows; full(carry, start, block_size) covers block_size.
     """
-    block_sizes = sorted({min(size, num_rows) for size in BLOCK_SIZES})
+    block_sizes = sorted({min(size, num_rows) for size in sizes})
     largest = block_sizes[-1]
     count = (size - 1) % largest + 1
+    if len(block_sizes) == 1:
+        carry, rests = rest(carry, start, count, largest), []
+    else:
+        rests = list(zip([0, *block_sizes[:-1]], block_sizes, strict=True))
     # A loop of no or one trip, not lax.cond, which copies its carry. The trip number is part of the offset, because
     # XLA hoists what does not depend on it out of the loop and computes it for every block size.
-    for smaller, block_size in zip([0, *block_sizes[:-1]], block_sizes, strict=True):
+    for smaller, block_size in rests:
         trips = ((smaller < count) & (count <= block_size)).astype(jnp.int32)
         carry = lax.fori_loop(
             0, trips, lambda trip, carry, block_size=block_size: rest(carry, start + trip, count, block_size), carry

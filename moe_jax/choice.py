@@ -107,8 +107,9 @@ def without_tokamax() -> str:
 def refusal(kernel: str, dtype: DTypeLike, *, outer: bool) -> str:
     """What tokamax says against one of its kernels on the default device; empty: it takes it.
 
-    It is asked by tracing a small product, which compiles and runs nothing: its kernels are imported where they can be,
-    without a word, and each knows its devices and dtypes.
+    It is asked by lowering a small product, which runs nothing: its kernels are imported where they can be, without a
+    word, each knows its devices and dtypes when it is traced, and what jax-triton compiles it compiles when it is
+    lowered, by a Triton that may be too new or too old for it.
     """
     tokamax = importlib.import_module("tokamax")
     rows, sizes = jax.ShapeDtypeStruct((128, 128), dtype), jax.ShapeDtypeStruct((2,), jnp.int32)
@@ -124,7 +125,8 @@ def refusal(kernel: str, dtype: DTypeLike, *, outer: bool) -> str:
     try:
         # The first to ask may be in the middle of a jax.shard_map.
         with without_types_of_meshes():
-            jax.eval_shape(backward, rows, sizes) if outer else jax.eval_shape(forward, rows, matrices, sizes)
+            traced = jax.jit(backward).trace(rows, sizes) if outer else jax.jit(forward).trace(rows, matrices, sizes)
+            traced.lower(lowering_platforms=("cuda",))
     except Exception as error:  # NotImplementedError, ValueError, what a newer Pallas raises
         return f"tokamax's {kernel} refuses: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     return ""

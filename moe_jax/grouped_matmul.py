@@ -160,7 +160,9 @@ for _product, _transpose in ((matmul_p, _matmul_transpose), (outer_p, _outer_tra
 def _matmul_rule(platform: str, context, *operands, contract: int, out_dtype, options: Options):
     found = _way(platform, context.avals_in, out_dtype, options)
     product = {
-        "blocked": partial(blocked.rows_times_matrices, precision=options.precision),
+        "blocked": partial(
+            blocked.rows_times_matrices, precision=options.precision, block_sizes=blocked.sizes_on(platform)
+        ),
         "ragged": partial(ragged.rows_times_matrices, precision=options.precision),
         "tokamax": partial(ragged.tokamax_rows_times_matrices, kernel=found.kernel),
     }[found.way]
@@ -171,7 +173,9 @@ def _outer_rule(platform: str, context, *operands, out_dtype, options: Options):
     found = _way(platform, context.avals_in, out_dtype, options)
     way = "blocked" if found.weight_gradient == "blocked" else found.way
     product = {
-        "blocked": partial(blocked.rows_times_rows, precision=options.precision),
+        "blocked": partial(
+            blocked.rows_times_rows, precision=options.precision, block_sizes=blocked.sizes_on(platform)
+        ),
         "ragged": partial(ragged.rows_times_rows, precision=options.precision),
         "tokamax": partial(ragged.tokamax_rows_times_rows, kernel=found.weight_gradient),
     }[way]

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu import in_a_process
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -23,6 +25,35 @@ def test_without_a_device_it_says_so():
     done = gpu()
     assert done.returncode == 1
     assert "PyTorch finds no CUDA device" in done.stdout
+
+
+PART = """
+import json, signal, subprocess, sys, time
+
+if sys.argv[1:]:
+    own = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(own.kill()))
+    print(json.dumps({"pid": own.pid}), flush=True)
+else:
+    subprocess.Popen([sys.executable, __file__, "again"])
+time.sleep(600)
+"""
+"""Starts a process as the judge is one, which has processes of sessions of their own and ends them where it is told."""
+
+
+def test_of_a_part_that_is_cut_there_is_what_it_found_and_nothing_runs(tmp_path):
+    (tmp_path / "part.py").write_text(PART)
+    found = in_a_process([sys.executable, str(tmp_path / "part.py")], 3)
+    assert found["left out"] == "it did not end within 3 s"
+    status = Path(f"/proc/{found['pid']}/stat")
+    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_of_a_part_that_dies_there_is_what_it_found_and_why():
+    found = in_a_process([sys.executable, "-c", "print('{\"ms\": 1}'); print('{'); raise ValueError('no room')"], 60)
+    assert found.pop("seconds") < 60
+    assert found == {"ms": 1, "left out": "exit status 1: ValueError: no room"}
+    assert in_a_process([sys.executable, "-c", ""], 60)["left out"] == "exit status 0: nothing was printed"
 
 
 def test_every_part_runs_at_tiny_sizes_and_leaves_its_results(tmp_path):

@@ -1,11 +1,12 @@
 """conformance, the judge: runs a subject on a case, holds the result against the reference, and keeps the ledger."""
 
+import re
 import sysconfig
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
@@ -20,6 +21,13 @@ from moe_ref.specs.checks import require
 
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 """Folders whose files are not the user's own."""
+
+
+LOST = re.compile(
+    r"illegal memory access|unspecified launch failure|device-side assert|misaligned address|illegal instruction"
+    r"|hardware stack error|invalid program counter|uncorrectable ECC error"
+)
+"""What CUDA and HIP say where a kernel has broken the context of its process: no later call succeeds in it."""
 
 
 class NotRun(Exception):
@@ -113,6 +121,9 @@ class Entry:
 class Judge:
     """Judges one subject. The checks of the chapters get one of these."""
 
+    lost: ClassVar[Callable[[str], NoReturn] | None] = None
+    """Of all judges of a process: told of the error with which a subject lost its device; the process ends there."""
+
     def __init__(self, subject: Subject, deviations=(), chosen: Chosen | None = None):
         self.subject = subject
         self.chosen = chosen
@@ -180,7 +191,10 @@ class Judge:
         except Unsupported as sentence:
             raise NotRun(str(sentence)) from None
         except Exception as error:
-            raise Crash(error, requirement=blame, case=case if blame else None) from error
+            crash = Crash(error, requirement=blame, case=case if blame else None)
+            if Judge.lost is not None and LOST.search(str(error)):
+                Judge.lost(crash.received)
+            raise crash from error
 
     def needs(self, method: str) -> None:
         """NotRun where the subject does not define an optional method."""

@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from conformance.core.kind import kind_of
@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     """Every command and option; docs/commands.md is made from it."""
     top = Parser(prog="moe-conformance", description="Judges Mixture-of-Experts implementations against moe_ref.")
-    shown = f"moe-conformance {version('moe-conformance')}, specification {SPEC_VERSION}"
+    shown = f"moe-conformance {_version()}, specification {SPEC_VERSION}"
     top.add_argument("--version", action="version", version=shown)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
@@ -213,6 +213,13 @@ def options_markdown() -> str:
 def _metavar(action: argparse.Action) -> list[str]:
     names = action.metavar or ()
     return [names] if isinstance(names, str) else list(names)
+
+
+def _version() -> str:
+    try:
+        return version("moe-conformance")
+    except PackageNotFoundError:
+        return "of a checkout"
 
 
 def _positive(text: str) -> int:

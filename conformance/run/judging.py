@@ -22,7 +22,8 @@ from typing import Any
 
 from conformance.run.conclude import CASES
 from conformance.run.plugin import merge
-from conformance.run.watch import where
+from conformance.run.report import cut_short
+from conformance.run.watch import last_words, where
 
 SUITE = Path(__file__).parents[1] / "suite"
 ENVIRONMENT = {
@@ -34,6 +35,9 @@ ENVIRONMENT = {
 """Most of the time of a JAX subject is compilation; a second run reads the programs of the first. Its processes share a
 device, of which the first would take three quarters of the memory. Other subjects ignore it all, and so does one whose
 user has set these."""
+ON_A_GPU = {"XLA_FLAGS": "--xla_gpu_autotune_level=0"}
+"""Besides. XLA would compile each product of a program in several ways and time them, beside other processes: that is
+most of the time of a program, and what it takes then differs from one program to the next."""
 PYTEST_CODES = (0, 1, 2, 3, 4, 5)
 """Exit statuses with which pytest ends by itself."""
 MOST_BROKEN = 12
@@ -100,6 +104,8 @@ class Judging:
     """Names of the tests that ended."""
     left: dict = field(default_factory=dict)
     """name of a test that found something and is left for the end -> the arguments of `watch.found_before`."""
+    found: dict = field(default_factory=dict)
+    """name of such a test, or of one on which a process broke -> its record where nobody comes to look into it."""
     broken: dict = field(default_factory=dict)
     """name of a test on which a process broke -> the arguments of `watch.broken`."""
     error: str = ""
@@ -140,7 +146,7 @@ class Judging:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=ENVIRONMENT | os.environ,
+                env=ENVIRONMENT | (ON_A_GPU if _is_gpu(self.options.device) else {}) | os.environ,
             )
         self.running.append(Process(folder=own, popen=popen))
         self.begun += 1
@@ -162,15 +168,21 @@ class Judging:
                     return self.end()
                 self.is_shared = False
         if self.seconds > self.options.timeout:
+            at = [process.at[0] for process in self.running]
             self.end()
-            self.output = f"killed: no end after {self.options.timeout} s\n"
+            self.output = f"killed: no end after {self.options.timeout} s, in {', '.join(at)}\n"
         return self.ended is not None
 
     def end(self) -> bool:
-        """Nothing more is judged: processes that run are ended. Says that all is there."""
+        """Nothing more is judged: processes that run are ended, and what they found is told as it was found. Says that
+        all is there."""
         for process in self.running:
             process.kill()
             self.code = self.code if self.code not in (0, 1) else process.popen.returncode
+            self._read(process)
+        for name, record in self.found.items():
+            if name not in self.done:
+                merge(self.records, record)
         self.running, self.ended = [], time.monotonic()
         return True
 
@@ -182,7 +194,8 @@ class Judging:
                 self.done.add(found["done"])
                 self.left.pop(found["done"], None)
             elif "left" in found:
-                self.left[found.pop("left")] = found
+                name = found.pop("left")
+                self.found[name], self.left[name] = found.pop("record"), found
             else:
                 merge(self.records, found)
 
@@ -197,6 +210,8 @@ class Judging:
             why = ""
         else:
             why = f"ended the process, {status(process.popen.returncode)}"
+            if last_words(process.folder / "where"):
+                why = "lost the device: in that process nothing runs on it any more"
         if why:
             process.kill()
         self._read(process)
@@ -207,14 +222,21 @@ class Judging:
         place = where(process.folder / "where")
         if place is None or place[0] in self.done or len(self.broken) >= MOST_BROKEN:
             return False
-        last = _last_frame(process.output)
+        last = last_words(process.folder / "where") or _last_frame(process.output)
         self.broken[place[0]] = {"number": place[1], "title": why, "received": last}
+        subject = next(iter(self.records), (self.name,))[0]
+        self.found[place[0]] = cut_short(subject, place[2], why, last)
         return True
 
 
 def status(code: int) -> str:
     """What a process says with its exit status."""
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+def _is_gpu(device: str | None) -> bool:
+    """Whether it is one by its name in JAX."""
+    return device is not None and device.partition(":")[0] in ("cuda", "gpu", "rocm")
 
 
 def _last_frame(output: str) -> str:
@@ -234,6 +256,8 @@ def _command(name: str, options, folder: Path) -> list[str]:
     # By its path: for a module pytest reads tests/conftest.py of that folder first.
     command += [str(SUITE), "--confcutdir", str(SUITE)]
     command += ["-p", "no:cacheprovider", "-p", "no:randomly", "-W", "ignore", "-q"]
+    # By its module, not by the entry point of an installation: a checkout on PYTHONPATH has none.
+    command += ["-p", "no:moe_conformance", "-p", "conformance.run.plugin"]
     command += ["--assert", "plain"]  # else pytest compiles every module of ours again
     command += ["--subject", name, "--moe-records", str(folder / "records.jsonl"), "--moe-watch", str(folder / "where")]
     if options.examples:

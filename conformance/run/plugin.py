@@ -242,7 +242,7 @@ def pytest_runtest_setup(item):
         if not hasattr(item.config, "_moe_watch"):
             item.config._moe_watch = Watch(file)
         item.config._moe_watch.begin(item.name)
-        judge.watch = item.config._moe_watch.enter
+        judge.watch, type(judge).lost = item.config._moe_watch.enter, item.config._moe_watch.lost
 
 
 @pytest.hookimpl(wrapper=True)
@@ -257,7 +257,7 @@ def pytest_runtest_makereport(item, call):
     if hasattr(item.config, "_moe_claims"):
         from conformance.run.sharing import what_was_found
 
-        if found := what_was_found(judge, call.excinfo):
+        if found := what_was_found(judge, requirement, call.excinfo):
             report.outcome, report.longrepr, report.moe_left = "passed", None, found
             return report
     records = conclude(judge, requirement, call.excinfo)

@@ -177,6 +177,18 @@ def not_judged(subject: str, records: Collection[dict]) -> list[dict]:
     ]
 
 
+def cut_short(subject: str, requirement: str, title: str, received: str) -> dict:
+    """A record of a requirement on which a process broke, where no other one came to say on which case."""
+    (row,) = (r for r in not_judged(subject, []) if r["id"] == requirement)
+    failure = {
+        "requirement": requirement, "subject": subject, "title": title, "expected": "a result", "received": received,
+        "token": None, "tags": [], "case": None, "replay": None, "rows": [], "looks_like": {}, "first": None,
+        "also_broken": {}, "picture": [],
+    }  # fmt: skip
+    status = Entry(violation=Died(title)).status(row["level"])
+    return row | {"status": status, "layouts": [], "failure": failure | {"page": _page(failure)}}
+
+
 def fact(records: Collection[dict], name: str) -> str:
     """What the records of one subject say of its version, or of where it computed."""
     return next((r[name] for r in records if r.get(name)), "")

@@ -5,11 +5,14 @@ those of one process.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from conformance.core.check import CHECKS
 from conformance.core.judge import Judge, Violation
 from conformance.core.register import REQUIREMENTS, STAGES
+from conformance.run.report import record
 
 
 class Claims:
@@ -48,10 +51,12 @@ def _place(item) -> int:
     return STAGES.index(stage) if stage in STAGES else len(STAGES)
 
 
-def what_was_found(judge: Judge, excinfo) -> dict[str, str] | None:
-    """What a test found that makes a page, in words; None where it makes none. The ledger forgets it.
+def what_was_found(judge: Judge, requirement: str | None, excinfo) -> dict[str, Any] | None:
+    """What a test found that makes a page: in words, and as it is told where nobody comes to look into it; None where
+    it makes none. The ledger forgets it.
 
     Args:
+        requirement: the test's; None for the tests that judge several.
         excinfo: pytest's, or None where nothing was raised.
     """
     found: BaseException | None = None
@@ -63,6 +68,12 @@ def what_was_found(judge: Judge, excinfo) -> dict[str, str] | None:
         found = excinfo.value
     if found is None:
         return None
-    if isinstance(found, Violation):
-        return {"title": found.title, "expected": found.expected, "received": found.received}
-    return {"title": f"{type(found).__name__}: {str(found)[:200]}", "expected": "a verdict", "received": "none"}
+    if not isinstance(found, Violation):
+        title = f"{type(found).__name__}: {str(found)[:200]}"
+        blamed = requirement or next(iter(CHECKS))
+        found = Violation(title, expected="a verdict", received="none", requirement=blamed)
+    entry = judge.ledger[found.requirement]
+    entry.violation = found
+    told = record(judge, found.requirement, entry)
+    entry.violation = None
+    return {"title": found.title, "expected": found.expected, "received": found.received, "record": told}

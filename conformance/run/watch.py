@@ -4,6 +4,8 @@
     the process that started it   reads that where the other one died or hung, and starts another one for the rest, in
                                   which the test that broke is a violation with the case that it broke on
 
+A process that a subject has lost its device in ends by itself: every later call would fail there.
+
 Cases are drawn by seeds alone, so that the number of a case says which it is, without a call of the subject.
 """
 
@@ -11,6 +13,7 @@ import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
+from typing import NoReturn
 
 from conformance.core.case import Case
 from conformance.core.check import Check
@@ -18,6 +21,8 @@ from conformance.core.judge import Judge, Violation
 
 WIDTH = 200
 """Of the line that says where a process is."""
+LOST = 70
+"""The exit status of a process that has lost its device; none of pytest's."""
 
 
 class Died(Violation):
@@ -29,6 +34,7 @@ class Watch:
 
     def __init__(self, file: str):
         self.file, self.test, self.number = os.open(file, os.O_WRONLY | os.O_CREAT), "", 0
+        self.last_words = Path(f"{file}.lost")
 
     def begin(self, test: str) -> None:
         """A test begins."""
@@ -40,6 +46,11 @@ class Watch:
         self.number += 1
         self._write(check.requirement)
 
+    def lost(self, text: str) -> NoReturn:
+        """The device is lost; ends the process."""
+        self.last_words.write_text(text)
+        os._exit(LOST)
+
     def _write(self, requirement: str) -> None:
         os.pwrite(self.file, f"{self.test} {self.number} {requirement}".ljust(WIDTH).encode(), 0)
 
@@ -48,6 +59,12 @@ def where(file: Path) -> tuple[str, int, str] | None:
     """(test, number of the case, requirement) that a process wrote last; None before the first test."""
     text = file.read_text().split() if file.exists() else []
     return (text[0], int(text[1]), text[2]) if len(text) == 3 else None
+
+
+def last_words(file: Path) -> str:
+    """What a process said of the device that it lost; empty where it lost none."""
+    said = Path(f"{file}.lost")
+    return said.read_text() if said.exists() else ""
 
 
 class _Found(BaseException):

@@ -104,6 +104,29 @@ class Ending(Sigmoid):
         return super().route(logits_TE, spec, expert_bias_E)
 
 
+class Losing(Sigmoid):
+    """Breaks the context of its device where there is no token, and every later call in its process fails as well."""
+
+    name, is_lost = "losing", False
+
+    def route(self, logits_TE, spec, expert_bias_E):
+        Losing.is_lost |= len(logits_TE) == 0
+        if Losing.is_lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return super().route(logits_TE, spec, expert_bias_E)
+
+
+class Late(Hanging):
+    """Raises an error where there are tokens, and never returns where there are none."""
+
+    name = "late"
+
+    def route(self, logits_TE, spec, expert_bias_E):
+        if len(logits_TE):
+            raise RuntimeError("kernel launch failed")
+        return super().route(logits_TE, spec, expert_bias_E)
+
+
 class Empty(Subject):
     """Defines nothing."""
 

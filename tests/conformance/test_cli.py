@@ -6,6 +6,7 @@ What starts processes or has an exit status is a process here; what only reads a
 import contextlib
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -145,6 +146,7 @@ def is_running(pid: int) -> bool:
     [
         ("Hanging", ("--limit", 3), "did not return within 3 s", "routers.py"),
         ("Ending", ("--stage", "gate", "--processes", 2), "ended the process, exit status 7", "nothing was printed"),
+        ("Losing", (), "lost the device: in that process nothing runs on it any more", "illegal memory access"),
     ],
 )
 def test_a_subject_that_hangs_or_dies_is_accused_by_its_case_and_the_rest_is_judged(
@@ -163,6 +165,32 @@ def test_a_subject_that_hangs_or_dies_is_accused_by_its_case_and_the_rest_is_jud
     assert others == {name: "unsupported" if name == "RUN-6" else "ok" for name in others}
     pids = (tmp_path / "pids.txt").read_text().split() if name == "Hanging" else []
     assert [pid for pid in pids if is_running(int(pid))] == []
+
+
+def test_a_run_that_is_cut_tells_what_it_has_found(tmp_path):
+    some = ("--stage", "run", "--stage", "groups", "--examples", 2, "--processes", 2, "--timeout", 12)
+    printed = run("Late", *some, "--report", "out", cwd=tmp_path, code=1)
+    assert re.search(r"killed: no end after 12 s, in .*test_run_RUN_2_", printed)
+    found = requirements_of(tmp_path / "out")
+    assert (found["RUN-1"]["status"], found["RUN-2"]["status"]) == ("NEW", "not judged")
+    assert found["RUN-1"]["failure"]["title"] == "raised an error"
+    assert "kernel launch failed" in found["RUN-1"]["failure"]["page"]
+
+
+HIDING = """
+from importlib.metadata import Distribution
+
+discover = Distribution.discover
+Distribution.discover = lambda **how: (each for each in discover(**how) if each.metadata["Name"] != "moe-conformance")
+"""
+
+
+def test_a_checkout_that_is_not_installed_judges_too(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(HIDING)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(ROUTERS.parents[2]))))
+    assert "moe-conformance of a checkout, specification" in moe("--version", cwd=tmp_path, code=0)
+    run("Sigmoid", "--stage", "gate", "--report", "out", cwd=tmp_path, code=0)
+    assert requirements_of(tmp_path / "out")
 
 
 def test_two_processes_find_what_one_finds(tmp_path):

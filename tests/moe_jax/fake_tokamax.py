@@ -12,7 +12,9 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import ShapedArray
 from jax.experimental import pallas as pl
+from jax.extend.core import Primitive
 
 TILE = 128
 DEFAULT = lax.RaggedDotDimensionNumbers(
@@ -20,8 +22,15 @@ DEFAULT = lax.RaggedDotDimensionNumbers(
 )
 
 
-def fake(*, kernels=("mosaic_gpu", "triton"), contracting=("mosaic_gpu", "triton"), without=()) -> ModuleType:
-    """A module of the name. Kernels that it was built without are unknown; some have no product of rows with rows."""
+uncompiled_p = Primitive("uncompiled")
+"""What can be traced, and not lowered."""
+uncompiled_p.def_abstract_eval(lambda array: ShapedArray(array.shape, array.dtype))
+
+
+def fake(*, kernels=("mosaic_gpu", "triton"), contracting=("mosaic_gpu", "triton"), without=(), old=()) -> ModuleType:
+    """A module of the name. Kernels that it was built without are unknown; some have no product of rows with rows; of
+    those that are old the compiler fails.
+    """
     module = ModuleType("tokamax")
     module.calls = []
 
@@ -68,6 +77,8 @@ def fake(*, kernels=("mosaic_gpu", "triton"), contracting=("mosaic_gpu", "triton
             product = partial(_rows_with_rows, of_triton=implementation == "triton")
         wide = [side.astype(jnp.float32) for side in (lhs, rhs)]
         found = product(*wide, group_sizes).astype(preferred_element_type or lhs.dtype)
+        if implementation in old:
+            found = uncompiled_p.bind(found)
         # Sizes beyond the rows send a kernel out of its arrays.
         return jnp.where(group_sizes.sum() <= lhs.shape[0], _by_pallas(found), jnp.nan)
 

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from test_grouped_matmul import reference
 
-from moe_jax import choice, grouped_matmul, ragged
+from moe_jax import blocked, choice, grouped_matmul, ragged
 
 R, D, F = 45, 11, 7
 SIZES_E = [7, 0, 30, 2]
@@ -107,6 +107,16 @@ def test_the_gradient_of_weights_is_the_fastest_that_there_is(monkeypatch):
     assert "Only default `ragged_dot_dimension_numbers` supported" in found.why
 
 
+def test_a_kernel_that_can_be_traced_and_not_compiled_is_not_taken(monkeypatch):
+    install(monkeypatch, fake_tokamax.fake(old=("triton",)))
+    found = choice.chosen("cuda")
+    assert (found.way, found.weight_gradient) == ("tokamax", "mosaic_gpu")
+    assert "tokamax's triton refuses: MLIR translation rule for primitive 'uncompiled'" in found.why
+    choice.refusal.cache_clear()
+    install(monkeypatch, fake_tokamax.fake(old=("triton", "mosaic_gpu")))
+    assert choice.chosen("cuda").way == "blocked"
+
+
 def lowered_for_cuda(dtype) -> str:
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((512, 64), (32, 64, 48))]
     sizes = jax.ShapeDtypeStruct((32,), jnp.int32)
@@ -129,6 +139,31 @@ def test_a_fallback_on_cuda_warns_once_and_expands_nothing(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lowered_for_cuda(jnp.bfloat16)
+
+
+def test_on_cuda_a_block_has_one_size(monkeypatch):
+    # A rest and full blocks, of the value and of both gradients; on a CPU a rest has nine sizes.
+    install(monkeypatch, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert lowered_for_cuda(jnp.bfloat16).count("stablehlo.dot_general") == 6
+
+
+@pytest.mark.parametrize("sizes_E", [[7, 0, 30, 2], [200, 1, 0, 128], [0, 0, 0, 0], [129, 130, 0, 90]])
+def test_blocks_of_one_size_hold_every_row(sizes_E, monkeypatch):
+    monkeypatch.setattr(blocked, "sizes_on", lambda platform: blocked.ONE_SIZE)
+    rng, R = np.random.default_rng(0), 349
+    rows_RD, kernel_EDF, d_rows_RF = (rng.standard_normal(shape) for shape in ((R, D), (len(sizes_E), D, F), (R, F)))
+
+    @jax.jit
+    def run(rows_RD, kernel_EDF, sizes_E, d_rows_RF):
+        value_RF, pull = jax.vjp(partial(grouped_matmul, group_sizes_E=sizes_E), rows_RD, kernel_EDF)
+        return value_RF, *pull(d_rows_RF)
+
+    arrays = [jnp.asarray(array, jnp.float32) for array in (rows_RD, kernel_EDF, d_rows_RF)]
+    found = run(*arrays[:2], jnp.array(sizes_E), arrays[2])
+    for array, wanted in zip(found, reference(rows_RD, kernel_EDF, np.array(sizes_E), d_rows_RF), strict=True):
+        np.testing.assert_allclose(array, wanted, atol=1e-4)
 
 
 # what the kernels are given
