@@ -77,12 +77,21 @@ def in_a_process(command: list[str], seconds: float) -> dict:
             except subprocess.TimeoutExpired:
                 code = None
         printed, said = (file.read_text(errors="replace").strip().splitlines() for file in files)
-    found = next((json.loads(line) for line in reversed(printed) if line.startswith("{") and line.endswith("}")), {})
+    found = next(filter(None, map(kept, reversed(printed))), {})
     if code is None:
         found["left out"] = f"it did not end within {seconds:.0f} s"
     elif code or not found:
         found["left out"] = f"exit status {code}: {(said or printed or ['nothing was printed'])[-1][:300]}"
     return found | {"seconds": round(time.monotonic() - begin, 1)}
+
+
+def kept(line: str) -> dict | None:
+    """What a part has kept on a line; None: it is another one's line."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 @contextlib.contextmanager
@@ -129,6 +138,7 @@ def main() -> int:
     if args.part:
         print(json.dumps(alone(args.part, args.dry)))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # with the part that runs
     begin, found = time.monotonic(), {}
     for name, seconds in PARTS.items():
         if args.only and name not in args.only:

@@ -50,7 +50,7 @@ def test_of_a_part_that_is_cut_there_is_what_it_found_and_nothing_runs(tmp_path)
 
 
 def test_of_a_part_that_dies_there_is_what_it_found_and_why():
-    found = in_a_process([sys.executable, "-c", "print('{\"ms\": 1}'); print('{'); raise ValueError('no room')"], 60)
+    found = in_a_process([sys.executable, "-c", "print('{\"ms\": 1}'); print('{1}'); raise ValueError('no room')"], 60)
     assert found.pop("seconds") < 60
     assert found == {"ms": 1, "left out": "exit status 1: ValueError: no room"}
     assert in_a_process([sys.executable, "-c", ""], 60)["left out"] == "exit status 0: nothing was printed"
