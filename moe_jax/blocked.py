@@ -7,6 +7,7 @@ Legend: R rows, D width in, F width out, E experts, B rows of one block, I and O
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -140,12 +141,10 @@ def _over_blocks(start, size, num_rows: int, sizes: tuple[int, ...], rest: Calla
     largest = block_sizes[-1]
     count = (size - 1) % largest + 1
     if len(block_sizes) == 1:
-        carry, rests = rest(carry, start, count, largest), []
-    else:
-        rests = list(zip([0, *block_sizes[:-1]], block_sizes, strict=True))
+        carry, block_sizes = rest(carry, start, count, largest), []
     # A loop of no or one trip, not lax.cond, which copies its carry. The trip number is part of the offset, because
     # XLA hoists what does not depend on it out of the loop and computes it for every block size.
-    for smaller, block_size in rests:
+    for smaller, block_size in pairwise([0, *block_sizes]):
         trips = ((smaller < count) & (count <= block_size)).astype(jnp.int32)
         carry = lax.fori_loop(
             0, trips, lambda trip, carry, block_size=block_size: rest(carry, start + trip, count, block_size), carry

@@ -25,7 +25,6 @@ WEIGHT_GRADIENTS = {"triton": 622.0, "mosaic_gpu": 108.0, "blocked": 11.0}
 """TF/s of the product of rows with rows, on an H100: bfloat16, 131072 rows, D 2048, F 768, 128 experts. Those of the
 two kernels of tokamax are in its own table of tuned shapes (0.0.17), where the first is 2 to 7 times as fast on every
 other shape too, and the only one for a B200. `python -m benchmarks.gpu --only jax` times all three."""
-NEEDS = " (pip install 'tokamax[cuda]' has what it needs)"
 FORWARD = "mosaic_gpu"
 """The kernel of tokamax for the product of rows with matrices: 424 TF/s there; the blocked way has 6."""
 
@@ -88,7 +87,7 @@ def _on_cuda(dtype) -> Chosen:
     fastest = sorted(WEIGHT_GRADIENTS, key=WEIGHT_GRADIENTS.__getitem__, reverse=True)
     refusals = {name: "" if name == "blocked" else refusal(name, dtype, outer=True) for name in fastest}
     taken = next(name for name in fastest if not refusals[name])
-    why = "" if taken == fastest[0] else f"gradients of weights by {taken!r}: {refusals[fastest[0]]}{NEEDS}"
+    why = "" if taken == fastest[0] else f"gradients of weights by {taken!r}: {refusals[fastest[0]]}"
     return Chosen(way="tokamax", why=why, kernel=FORWARD, weight_gradient=taken)
 
 
@@ -128,7 +127,9 @@ def refusal(kernel: str, dtype: DTypeLike, *, outer: bool) -> str:
             traced = jax.jit(backward).trace(rows, sizes) if outer else jax.jit(forward).trace(rows, matrices, sizes)
             traced.lower(lowering_platforms=("cuda",))
     except Exception as error:  # NotImplementedError, ValueError, what a newer Pallas raises
-        return f"tokamax's {kernel} refuses: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        needs = " (pip install 'tokamax[cuda]' has what it needs)" if said.startswith("Unknown implementation") else ""
+        return f"tokamax's {kernel} refuses: {said}{needs}"
     return ""
 
 

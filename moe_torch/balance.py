@@ -163,8 +163,9 @@ def bias_step(
     n = E - sum(frozen)
     # Made where it is needed: a copy from the host would wait for the device.
     frozen_E = torch.zeros(E, dtype=torch.bool, device=counts_E.device)
-    for number in (number for number, is_frozen in enumerate(frozen) if is_frozen):
-        frozen_E[number].fill_(True)
+    for number, is_frozen in enumerate(frozen):
+        if is_frozen:
+            frozen_E[number].fill_(True)
 
     total_1 = counts_E.masked_fill(frozen_E, 0).sum(-1, keepdim=True)
     # In whole numbers: a mean that is rounded can give a balanced expert a sign.

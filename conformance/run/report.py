@@ -31,10 +31,15 @@ def failure_page(judge: Judge, violation: Violation, causes: Sequence[Fault] = (
 
 def _failure(judge: Judge, violation: Violation, causes: Sequence[Fault]) -> dict:
     """A violation as plain data: what its page is made of."""
+    return _told(judge.name, violation, causes) | {"picture": _picture(judge, violation)}
+
+
+def _told(subject: str, violation: Violation, causes: Sequence[Fault] = ()) -> dict:
+    """The same without a picture, for which the subject is called."""
     case, kind = violation.case, kind_of(violation.requirement)
     return {
         "requirement": violation.requirement,
-        "subject": judge.name,
+        "subject": subject,
         "title": violation.title,
         "expected": violation.expected,
         "received": violation.received,
@@ -46,7 +51,7 @@ def _failure(judge: Judge, violation: Violation, causes: Sequence[Fault]) -> dic
         "looks_like": {fault.name: f"{fault.name}: {fault.summary} {fault.link}".rstrip() for fault in causes},
         "first": None,
         "also_broken": {},
-        "picture": _picture(judge, violation),
+        "picture": [],
     }
 
 
@@ -180,12 +185,9 @@ def not_judged(subject: str, records: Collection[dict]) -> list[dict]:
 def cut_short(subject: str, requirement: str, title: str, received: str) -> dict:
     """A record of a requirement on which a process broke, where no other one came to say on which case."""
     (row,) = (r for r in not_judged(subject, []) if r["id"] == requirement)
-    failure = {
-        "requirement": requirement, "subject": subject, "title": title, "expected": "a result", "received": received,
-        "token": None, "tags": [], "case": None, "replay": None, "rows": [], "looks_like": {}, "first": None,
-        "also_broken": {}, "picture": [],
-    }  # fmt: skip
-    status = Entry(violation=Died(title)).status(row["level"])
+    violation = Died(title, expected="a result", received=received, requirement=requirement)
+    failure = _told(subject, violation)
+    status = Entry(violation=violation).status(row["level"])
     return row | {"status": status, "layouts": [], "failure": failure | {"page": _page(failure)}}
 
 

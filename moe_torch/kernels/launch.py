@@ -242,10 +242,9 @@ def forward(p: Pass, weights_R: Tensor | None, weights: list[Tensor | None], kee
     return sum_of_slots(slots_RD, T, p.top_k), gate_RF, up_RF
 
 
-def _strides(*weights: Tensor | None) -> list[int]:
-    """Those of the first two axes; of a weight that there is not, those of the one before."""
-    own = [w for w in weights if w is not None]
-    return [stride for w in (own * 2)[: len(weights)] for stride in w.stride()[:2]]
+def _strides(w1: Tensor, w3: Tensor | None) -> tuple[int, ...]:
+    """Those of the first two axes; where there is no w3, those of w1 stand in."""
+    return *w1.stride()[:2], *(w1 if w3 is None else w3).stride()[:2]
 
 
 def sum_of_slots(slots_RD: Tensor, num_tokens: int, top_k: int) -> Tensor:
